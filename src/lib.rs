@@ -1,0 +1,27 @@
+//! Softserve: many tuned prompts, one frozen model, one server.
+//!
+//! The map, in the order a request meets the modules; `ARCHITECTURE.md` has the picture:
+//!
+//! - [`http`]: the only module that knows the wire
+//! - [`registry`]: task names to immutable versions
+//! - [`prompt`]: what a task is: learned prompt, template, labels
+//! - [`text`]: the tokenizer
+//! - [`engine`]: one thread that owns the device and batches sequences
+//! - [`model`]: the decoder, embeddings in and hidden states out
+//! - [`kernels`]: norm, rope and attention, differentiable or fast
+//! - [`tune`]: learns a prompt by differentiating the forward that serves
+//! - [`cli`], [`config`], [`telemetry`]: what the user typed and sees
+#![forbid(unsafe_code)]
+
+pub mod cli;
+pub mod config;
+pub mod demo;
+pub mod engine;
+pub mod http;
+pub mod kernels;
+pub mod model;
+pub mod prompt;
+pub mod registry;
+pub mod telemetry;
+pub mod text;
+pub mod tune;
