@@ -1,0 +1,113 @@
+//! The frozen model: embeddings in, hidden states out. It has never heard of prompts.
+
+pub mod config;
+pub mod decoder;
+pub mod files;
+#[cfg(feature = "hub")]
+pub mod hub;
+pub mod linear;
+pub mod weights;
+
+use candle_core::{DType, Device, Result, Tensor};
+use sha2::{Digest as _, Sha256};
+
+pub use config::ModelConfig;
+pub use files::{ModelError, ModelFiles};
+
+use crate::kernels::Kernels;
+use decoder::Decoder;
+
+/// A loaded model: weights that nothing changes.
+#[derive(Debug)]
+pub struct Model {
+    config: ModelConfig,
+    info: ModelInfo,
+    decoder: Decoder,
+}
+
+/// The facts of a model that other layers need.
+#[derive(Debug, Clone)]
+pub struct ModelInfo {
+    /// The folder's or hub's name.
+    pub name: String,
+    /// 16 hex digits that tell one set of weights from another; see [`ModelFiles::fingerprint`].
+    pub fingerprint: String,
+    pub hidden_size: usize,
+    pub vocab_size: usize,
+    pub num_layers: usize,
+    /// The most positions of one sequence.
+    pub context_length: usize,
+    /// Tokens that end a sequence.
+    pub eos_token_ids: Vec<u32>,
+    pub num_parameters: usize,
+    pub device: Device,
+    pub dtype: DType,
+}
+
+impl Model {
+    /// Reads the weights onto `device` in `dtype`.
+    pub fn load(files: &ModelFiles, device: &Device, dtype: DType) -> std::result::Result<Self, ModelError> {
+        let config = files.config()?;
+        let mut weights = weights::Weights::read(files, device, dtype)?;
+        let num_parameters = weights.num_parameters();
+        let decoder = Decoder::load(&config, &mut weights)?;
+        weights.finish()?;
+        let info = ModelInfo {
+            name: files.name().to_owned(),
+            fingerprint: files.fingerprint()?,
+            hidden_size: config.hidden_size,
+            vocab_size: config.vocab_size,
+            num_layers: config.num_layers,
+            context_length: config.context_length,
+            eos_token_ids: files.eos_token_ids(&config)?,
+            num_parameters,
+            device: device.clone(),
+            dtype,
+        };
+        Ok(Self { config, info, decoder })
+    }
+
+    /// What the model is.
+    pub fn info(&self) -> &ModelInfo {
+        &self.info
+    }
+
+    /// Its shape, from `config.json`.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// Token embeddings: `[t]` u32 ids to `[t, hidden]`.
+    pub fn embed(&self, ids: &Tensor) -> Result<Tensor> {
+        self.decoder.embed(ids)
+    }
+
+    /// The token embedding table, `[vocab, hidden]`.
+    pub fn embedding_table(&self) -> &Tensor {
+        self.decoder.embedding_table()
+    }
+
+    /// Packed embeddings `[t, hidden]` of any number of sequences, and each row's position in its
+    /// own sequence `[t]` u32, to final hidden states `[t, hidden]`. Which rows belong together is
+    /// known to `kernels` alone. Differentiable with respect to `x` if the kernels are.
+    pub fn forward(&self, x: &Tensor, positions: &Tensor, kernels: &mut dyn Kernels) -> Result<Tensor> {
+        self.decoder.forward(x, positions, kernels)
+    }
+
+    /// Hidden states `[t, hidden]` to logits `[t, vocab]` in f32; in f64 for a model in f64.
+    pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
+        self.decoder.logits(hidden)
+    }
+
+    /// The SHA-256 of every weight as it lies in memory: equal before and after anything that
+    /// must not change the model.
+    pub fn weights_digest(&self) -> Result<[u8; 32]> {
+        let mut hash = Sha256::new();
+        for tensor in self.decoder.tensors() {
+            // bf16 to f32 and f32 to f64 are exact, so this hashes the very bits.
+            let values = tensor.to_device(&Device::Cpu)?.flatten_all()?.to_dtype(DType::F64)?.to_vec1::<f64>()?;
+            values.iter().for_each(|x| hash.update(x.to_bits().to_le_bytes()));
+        }
+        Ok(hash.finalize().into())
+    }
+}
