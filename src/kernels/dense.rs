@@ -1,0 +1,137 @@
+//! Plain candle operations: differentiable, and the reference that the other kernels are held to.
+//!
+//! candle's fused norm, rope and softmax have no backward and say nothing when one is asked for,
+//! so nothing here uses them.
+
+use candle_core::{D, DType, Device, Result, Tensor};
+
+use super::Kernels;
+
+/// Attention over whole sequences that lie one after another in the packed rows; no cache.
+///
+/// Sequences may begin with the same rows: these are then computed once, and their gradient is the
+/// sum over the sequences.
+#[derive(Debug)]
+pub struct DenseKernels {
+    /// `[sequences * longest]`: the packed row of each place in a right-padded batch.
+    pad: Tensor,
+    /// `[t]`: the place in the padded batch of each packed row.
+    unpad: Tensor,
+    /// `[longest, longest]`: 0 on and below the diagonal, -inf above.
+    mask: Tensor,
+    sequences: usize,
+    longest: usize,
+}
+
+impl DenseKernels {
+    /// Kernels for sequences of these lengths, each at least 1, packed in this order.
+    pub fn new(lengths: &[usize], device: &Device) -> Result<Self> {
+        Self::with_prefix(0, lengths, device)
+    }
+
+    /// Kernels for sequences that all begin with the first `prefix` packed rows, which lie there
+    /// once, and go on with rows of their own, `lengths`, each at least 1, packed in this order.
+    pub fn with_prefix(prefix: usize, lengths: &[usize], device: &Device) -> Result<Self> {
+        let longest = prefix + lengths.iter().copied().max().unwrap_or(0);
+        let mut pad = Vec::with_capacity(lengths.len() * longest);
+        // The prefix's rows come out the same in each sequence; the first one's are taken.
+        let mut unpad: Vec<u32> = (0..prefix as u32).collect();
+        let mut start = prefix;
+        for (i, &length) in lengths.iter().enumerate() {
+            pad.extend(0..prefix as u32);
+            // Padding comes after a sequence's rows, so the causal mask alone keeps it unseen;
+            // any row will do for it.
+            pad.extend((0..longest - prefix).map(|j| (start + j.min(length - 1)) as u32));
+            unpad.extend((0..length).map(|j| (i * longest + prefix + j) as u32));
+            start += length;
+        }
+        let mask: Vec<f32> = (0..longest)
+            .flat_map(|i| (0..longest).map(move |j| if j <= i { 0.0 } else { f32::NEG_INFINITY }))
+            .collect();
+        Ok(Self {
+            pad: Tensor::new(pad, device)?,
+            unpad: Tensor::new(unpad, device)?,
+            mask: Tensor::from_vec(mask, (longest, longest), device)?,
+            sequences: lengths.len(),
+            longest,
+        })
+    }
+
+    /// `[t, heads, d]` to `[sequences, heads, longest, d]`, each key head repeated `groups` times.
+    fn batch(&self, x: &Tensor, groups: usize) -> Result<Tensor> {
+        let (_, heads, dim) = x.dims3()?;
+        let (b, l) = (self.sequences, self.longest);
+        let x = x.index_select(&self.pad, 0)?.reshape((b, l, heads, dim))?.transpose(1, 2)?;
+        let x = match groups {
+            1 => x,
+            _ => x.unsqueeze(2)?.expand((b, heads, groups, l, dim))?.reshape((b, heads * groups, l, dim))?,
+        };
+        x.contiguous()
+    }
+}
+
+impl Kernels for DenseKernels {
+    fn rms_norm(&mut self, x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
+        let wide = x.to_dtype(widened(x.dtype()))?;
+        let mean_square = wide.sqr()?.mean_keepdim(D::Minus1)?;
+        wide.broadcast_div(&(mean_square + eps)?.sqrt()?)?.to_dtype(x.dtype())?.broadcast_mul(weight)
+    }
+
+    fn rope(&mut self, x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
+        let half = x.dim(D::Minus1)? / 2;
+        let (a, b) = (x.narrow(D::Minus1, 0, half)?, x.narrow(D::Minus1, half, half)?);
+        let (cos, sin) = (cos.unsqueeze(1)?, sin.unsqueeze(1)?);
+        let first = (a.broadcast_mul(&cos)? - b.broadcast_mul(&sin)?)?;
+        let second = (b.broadcast_mul(&cos)? + a.broadcast_mul(&sin)?)?;
+        Tensor::cat(&[first, second], D::Minus1)
+    }
+
+    fn attention(&mut self, _layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
+        let (_, heads, dim) = q.dims3()?;
+        let groups = heads / k.dim(1)?;
+        let (q, k, v) = (self.batch(q, 1)?, self.batch(k, groups)?, self.batch(v, groups)?);
+        let scores = (q.matmul(&k.t()?)? * (dim as f64).powf(-0.5))?;
+        let scores = scores.to_dtype(widened(q.dtype()))?;
+        let scores = scores.broadcast_add(&self.mask.to_dtype(scores.dtype())?)?;
+        let weights = candle_nn::ops::softmax(&scores, D::Minus1)?.to_dtype(v.dtype())?;
+        let out = weights.matmul(&v)?.transpose(1, 2)?.contiguous()?;
+        out.reshape((self.sequences * self.longest, heads * dim))?.index_select(&self.unpad, 0)
+    }
+}
+
+/// Sums run in at least f32.
+fn widened(dtype: DType) -> DType {
+    match dtype {
+        DType::F64 => DType::F64,
+        _ => DType::F32,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_prefix_that_is_shared_gives_what_each_sequence_gives_with_its_own_copy() {
+        let device = Device::Cpu;
+        let (prefix, lengths) = (3, [4, 1, 2]);
+        let random = |heads: usize| Tensor::randn(0f32, 1.0, (prefix + 7, heads, 8), &device).unwrap();
+        let (q, k, v) = (random(4), random(2), random(2));
+        let mut kernels = DenseKernels::with_prefix(prefix, &lengths, &device).unwrap();
+        let shared = kernels.attention(0, &q, &k, &v).unwrap().to_vec2::<f32>().unwrap();
+        let mut start = prefix;
+        for length in lengths {
+            let rows: Vec<u32> = (0..prefix).chain(start..start + length).map(|r| r as u32).collect();
+            let index = Tensor::new(rows.as_slice(), &device).unwrap();
+            let pick = |x: &Tensor| x.index_select(&index, 0).unwrap();
+            let mut kernels = DenseKernels::new(&[prefix + length], &device).unwrap();
+            let alone = kernels.attention(0, &pick(&q), &pick(&k), &pick(&v)).unwrap().to_vec2::<f32>().unwrap();
+            for (row, alone) in rows.iter().zip(&alone) {
+                for (a, b) in shared[*row as usize].iter().zip(alone) {
+                    assert!((a - b).abs() < 1e-5, "row {row}");
+                }
+            }
+            start += length;
+        }
+    }
+}
