@@ -1,0 +1,224 @@
+//! Text to token ids and back, with the model's own tokenizer.
+
+use std::{fmt, sync::Arc};
+
+use tokenizers::{Tokenizer, step_decode_stream};
+
+use crate::model::{ModelError, ModelFiles};
+
+/// The model's tokenizer. Cheap to clone.
+#[derive(Clone)]
+pub struct Text {
+    tokenizer: Arc<Tokenizer>,
+}
+
+/// Why a tokenizer cannot be read or a text cannot be encoded.
+#[derive(Debug, thiserror::Error)]
+pub enum TextError {
+    #[error(transparent)]
+    File(#[from] ModelError),
+    #[error("cannot read tokenizer.json: {0}")]
+    Tokenizer(#[source] tokenizers::Error),
+    #[error("cannot encode the text: {0}")]
+    Encode(#[source] tokenizers::Error),
+    #[error("cannot decode the tokens: {0}")]
+    Decode(#[source] tokenizers::Error),
+}
+
+impl Text {
+    /// Reads `tokenizer.json`. Truncation and padding that it may ask for are switched off: a
+    /// text is encoded whole and alone.
+    pub fn load(files: &ModelFiles) -> Result<Self, TextError> {
+        let mut tokenizer = Tokenizer::from_bytes(files.read("tokenizer.json")?).map_err(TextError::Tokenizer)?;
+        tokenizer.with_padding(None);
+        tokenizer.with_truncation(None).map_err(TextError::Tokenizer)?;
+        Ok(Self { tokenizer: Arc::new(tokenizer) })
+    }
+
+    /// Ids with the special tokens that the tokenizer's own post-processor adds (BOS).
+    pub fn encode(&self, text: &str) -> Result<Vec<u32>, TextError> {
+        self.encode_as(text, true)
+    }
+
+    /// Ids of a text that continues another: no special tokens.
+    pub fn encode_continuation(&self, text: &str) -> Result<Vec<u32>, TextError> {
+        self.encode_as(text, false)
+    }
+
+    fn encode_as(&self, text: &str, special: bool) -> Result<Vec<u32>, TextError> {
+        let encoding = self.tokenizer.encode_fast(text, special).map_err(TextError::Encode)?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// The text of ids, special tokens left out.
+    pub fn decode(&self, ids: &[u32]) -> Result<String, TextError> {
+        self.tokenizer.decode(ids, true).map_err(TextError::Decode)
+    }
+
+    /// One token as it would be shown alone, special tokens by name. A token that is part of a
+    /// character only shows U+FFFD.
+    pub fn token_text(&self, id: u32) -> String {
+        self.tokenizer.decode(&[id], false).unwrap_or_default()
+    }
+
+    /// Whether an id is a special token, such as BOS or padding.
+    pub fn is_special(&self, id: u32) -> bool {
+        self.tokenizer.get_added_tokens_decoder().get(&id).is_some_and(|t| t.special)
+    }
+
+    /// Ids in the tokenizer, added tokens included. The model's table may be larger.
+    pub fn vocab_size(&self) -> usize {
+        self.tokenizer.get_vocab_size(true)
+    }
+
+    /// Starts a streamed answer that ends before the first of the stop strings; empty ones are
+    /// ignored.
+    pub fn detokenizer(&self, mut stop: Vec<String>) -> Detokenizer {
+        stop.retain(|s| !s.is_empty());
+        Detokenizer {
+            text: self.clone(),
+            ids: Vec::new(),
+            prefix: String::new(),
+            prefix_index: 0,
+            stop: StopStrings::new(stop),
+        }
+    }
+}
+
+impl fmt::Debug for Text {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Text").field("vocab_size", &self.vocab_size()).finish()
+    }
+}
+
+/// Turns tokens into text as they come. Text is held back while it is cut in mid-character or may
+/// be the beginning of a stop string.
+#[derive(Debug)]
+pub struct Detokenizer {
+    text: Text,
+    // The state of tokenizers' DecodeStream, which borrows its tokenizer and so cannot be kept.
+    ids: Vec<u32>,
+    prefix: String,
+    prefix_index: usize,
+    stop: StopStrings,
+}
+
+/// What one token added.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Delta {
+    /// Text that is now final.
+    pub text: String,
+    /// A stop string was reached; nothing follows.
+    pub stopped: bool,
+}
+
+impl Detokenizer {
+    /// Adds one token.
+    pub fn push(&mut self, id: u32) -> Result<Delta, TextError> {
+        let Self { text, ids, prefix, prefix_index, stop } = self;
+        let new = step_decode_stream(&text.tokenizer, vec![id], true, ids, prefix, prefix_index);
+        Ok(stop.push(&new.map_err(TextError::Decode)?.unwrap_or_default()))
+    }
+
+    /// The text still held back, once no token follows. A character that was never completed
+    /// becomes U+FFFD.
+    pub fn finish(&mut self) -> Result<Delta, TextError> {
+        let whole = self.text.decode(&self.ids)?;
+        let rest = whole.strip_prefix(self.prefix.as_str()).unwrap_or_default().to_owned();
+        self.prefix = whole;
+        let mut delta = self.stop.push(&rest);
+        if !delta.stopped {
+            delta.text.push_str(&self.stop.take_held());
+        }
+        Ok(delta)
+    }
+}
+
+/// Finds the first stop string in text that comes in pieces.
+#[derive(Debug)]
+struct StopStrings {
+    stop: Vec<String>,
+    held: String,
+    stopped: bool,
+}
+
+impl StopStrings {
+    fn new(stop: Vec<String>) -> Self {
+        Self { stop, held: String::new(), stopped: false }
+    }
+
+    fn push(&mut self, new: &str) -> Delta {
+        if self.stopped {
+            return Delta { text: String::new(), stopped: true };
+        }
+        self.held.push_str(new);
+        if let Some(at) = first_stop(&self.held, &self.stop) {
+            self.held.truncate(at);
+            self.stopped = true;
+            return Delta { text: self.take_held(), stopped: true };
+        }
+        // Keep the longest tail that some stop string begins with.
+        let keep = self
+            .held
+            .char_indices()
+            .map(|(i, _)| i)
+            .find(|&i| self.stop.iter().any(|s| s.starts_with(&self.held[i..])))
+            .unwrap_or(self.held.len());
+        let rest = self.held.split_off(keep);
+        Delta { text: std::mem::replace(&mut self.held, rest), stopped: false }
+    }
+
+    fn take_held(&mut self) -> String {
+        std::mem::take(&mut self.held)
+    }
+}
+
+/// Where the stop string begins that is complete first, so that it does not matter in which pieces
+/// the text came.
+fn first_stop(text: &str, stop: &[String]) -> Option<usize> {
+    let found = stop.iter().filter_map(|s| text.find(s.as_str()).map(|at| (at + s.len(), at)));
+    found.min().map(|(_, at)| at)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn a_stop_string_is_found_across_pieces_and_is_not_shown() {
+        let mut stop = StopStrings::new(vec!["\n\n".into(), "END".into()]);
+        assert_eq!(stop.push("one\n"), Delta { text: "one".into(), stopped: false });
+        assert_eq!(stop.push("two E"), Delta { text: "\ntwo ".into(), stopped: false });
+        assert_eq!(stop.push("NDless"), Delta { text: String::new(), stopped: true });
+        assert_eq!(stop.push("more"), Delta { text: String::new(), stopped: true });
+    }
+
+    #[test]
+    fn the_stop_string_that_is_complete_first_counts() {
+        let stop = ["abc".to_owned(), "b".to_owned(), "ab".to_owned()];
+        assert_eq!(first_stop("xabc", &stop), Some(1));
+        assert_eq!(first_stop("abc", &stop[..2]), Some(1));
+        assert_eq!(first_stop("xyz", &stop), None);
+    }
+
+    proptest! {
+        #[test]
+        fn pieces_give_what_the_whole_text_gives(
+            pieces in prop::collection::vec("[abé]{0,3}", 0..12),
+            stop in prop::collection::vec("[abé]{1,3}", 0..3),
+        ) {
+            let whole = pieces.concat();
+            let end = first_stop(&whole, &stop);
+            let mut finder = StopStrings::new(stop);
+            let mut got = String::new();
+            for piece in &pieces {
+                got.push_str(&finder.push(piece).text);
+            }
+            got.push_str(&finder.take_held());
+            prop_assert_eq!(finder.stopped, end.is_some());
+            prop_assert_eq!(got.as_str(), &whole[..end.unwrap_or(whole.len())]);
+        }
+    }
+}
