@@ -1,0 +1,252 @@
+//! One version's files as bytes: their digest, and a folder of them.
+
+use std::{
+    fs,
+    io::{self, Read as _},
+    path::Path,
+};
+
+use bytes::Bytes;
+use sha2::{Digest as _, Sha256};
+
+use super::{
+    Digest,
+    format::{Fault, FaultKind, Faults},
+};
+
+/// The configuration's name in a PEFT directory.
+pub const ADAPTER_CONFIG: &str = "adapter_config.json";
+/// The tensors' name in a PEFT directory.
+pub const WEIGHTS: &str = "adapter_model.safetensors";
+/// The name of what a task's author says beside the tensors.
+pub const TASK: &str = "task.json";
+/// PEFT's older format, a Python pickle. It is never opened.
+pub const PICKLE: &str = "adapter_model.bin";
+
+/// The most bytes of `adapter_config.json` and of `task.json`.
+pub const MAX_JSON_BYTES: u64 = 1024 * 1024;
+/// The most bytes of `adapter_model.safetensors` in a folder.
+pub const MAX_WEIGHTS_BYTES: u64 = 1024 * 1024 * 1024;
+
+/// One version's files, as uploaded or as they lie in a folder.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct PromptFiles {
+    /// `adapter_config.json`
+    pub adapter_config: Option<Bytes>,
+    /// `adapter_model.safetensors`
+    pub weights: Option<Bytes>,
+    /// `task.json`
+    pub task: Option<Bytes>,
+}
+
+impl PromptFiles {
+    /// The content's digest: equal files give equal versions, however they were packed.
+    pub fn digest(&self) -> Digest {
+        let mut hash = Sha256::new();
+        for (name, bytes) in self.present() {
+            for part in [name.as_bytes(), bytes.as_ref()] {
+                hash.update((part.len() as u64).to_le_bytes());
+                hash.update(part);
+            }
+        }
+        Digest(hash.finalize().into())
+    }
+
+    /// The files that are there, by name, in a fixed order.
+    pub fn present(&self) -> impl Iterator<Item = (&'static str, &Bytes)> {
+        [(ADAPTER_CONFIG, &self.adapter_config), (WEIGHTS, &self.weights), (TASK, &self.task)]
+            .into_iter()
+            .filter_map(|(name, bytes)| Some((name, bytes.as_ref()?)))
+    }
+
+    /// Bytes of all files.
+    pub fn num_bytes(&self) -> u64 {
+        self.present().map(|(_, bytes)| bytes.len() as u64).sum()
+    }
+
+    /// Checks that nothing is missing from a PEFT directory, packed or not. A single safetensors
+    /// file does without a configuration; a directory whose configuration is missing is cut short.
+    pub fn check_complete(&self) -> Result<(), Faults> {
+        let missing: Vec<_> = [(ADAPTER_CONFIG, &self.adapter_config), (WEIGHTS, &self.weights)]
+            .into_iter()
+            .filter(|(_, bytes)| bytes.is_none())
+            .map(|(name, _)| malformed(format!("there is no {name}; add the one that PEFT's save_pretrained wrote")))
+            .collect();
+        if missing.is_empty() { Ok(()) } else { Err(Faults(missing)) }
+    }
+
+    /// What is over the bounds of [`read_dir`](Self::read_dir): it could not be read again.
+    pub(super) fn size_faults(&self) -> Vec<Fault> {
+        let limit = |name: &str| if name == WEIGHTS { MAX_WEIGHTS_BYTES } else { MAX_JSON_BYTES };
+        self.present()
+            .filter(|(name, bytes)| bytes.len() as u64 > limit(name))
+            .map(|(name, bytes)| malformed(format!("{name} has {} bytes, the most is {}", bytes.len(), limit(name))))
+            .collect()
+    }
+
+    /// Reads a plain PEFT directory, with or without `task.json`; other files are left alone. A
+    /// symbolic link is followed only to a file within the directory.
+    pub fn read_dir(dir: &Path) -> Result<Self, Faults> {
+        let mut faults = Vec::new();
+        let root = match dir.canonicalize() {
+            Ok(root) if root.is_dir() => root,
+            Ok(_) => return Err(Faults(vec![malformed(format!("{} is not a folder", dir.display()))])),
+            Err(e) => return Err(Faults(vec![malformed(format!("cannot open {}: {e}", dir.display()))])),
+        };
+        let mut read = |name, limit| {
+            read_file(&root, name, limit).unwrap_or_else(|e| {
+                faults.push(malformed(format!("cannot read {name} of {}: {e}", dir.display())));
+                None
+            })
+        };
+        let files = Self {
+            adapter_config: read(ADAPTER_CONFIG, MAX_JSON_BYTES),
+            weights: read(WEIGHTS, MAX_WEIGHTS_BYTES),
+            task: read(TASK, MAX_JSON_BYTES),
+        };
+        if faults.is_empty() && files.weights.is_none() && root.join(PICKLE).exists() {
+            faults.push(pickle_fault());
+        }
+        if faults.is_empty() { Ok(files) } else { Err(Faults(faults)) }
+    }
+
+    /// Writes a plain PEFT directory and waits until the disk has it. The directory is made if it
+    /// is not there; files of these names are replaced, others are left alone.
+    pub fn write_dir(&self, dir: &Path) -> io::Result<()> {
+        fs::create_dir_all(dir)?;
+        for (name, bytes) in self.present() {
+            let mut file = fs::File::create(dir.join(name))?;
+            io::Write::write_all(&mut file, bytes)?;
+            file.sync_all()?;
+        }
+        for (name, bytes) in [(ADAPTER_CONFIG, &self.adapter_config), (WEIGHTS, &self.weights), (TASK, &self.task)] {
+            if bytes.is_none() {
+                match fs::remove_file(dir.join(name)) {
+                    Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+                    _ => {}
+                }
+            }
+        }
+        sync_dir(dir)
+    }
+}
+
+/// Waits until the disk has a folder's entries.
+pub fn sync_dir(dir: &Path) -> io::Result<()> {
+    // Windows cannot open a folder as a file and needs no such call; some network file systems
+    // refuse it for folders.
+    if !cfg!(unix) {
+        return Ok(());
+    }
+    match fs::File::open(dir)?.sync_all() {
+        Err(e) if matches!(e.kind(), io::ErrorKind::InvalidInput | io::ErrorKind::Unsupported) => Ok(()),
+        outcome => outcome,
+    }
+}
+
+/// Why a `.bin` file alone is refused.
+pub fn pickle_fault() -> Fault {
+    malformed(format!(
+        "found {PICKLE} and no {WEIGHTS}; a .bin file is a Python pickle, which can run code and is never opened; \
+         convert it: load it in PEFT and call save_pretrained(..., safe_serialization=True)"
+    ))
+}
+
+fn malformed(detail: String) -> Fault {
+    Fault { kind: FaultKind::Malformed, detail }
+}
+
+fn read_file(root: &Path, name: &str, limit: u64) -> io::Result<Option<Bytes>> {
+    let path = match root.join(name).canonicalize() {
+        Ok(path) => path,
+        Err(e) if e.kind() == io::ErrorKind::NotFound && root.join(name).symlink_metadata().is_err() => {
+            return Ok(None);
+        }
+        Err(e) => return Err(e),
+    };
+    if !path.starts_with(root) {
+        return Err(io::Error::other("it is a link that leads out of the folder; copy the file here"));
+    }
+    let meta = fs::metadata(&path)?;
+    if !meta.is_file() {
+        return Err(io::Error::other("it is not a file"));
+    }
+    let too_large = || io::Error::other(format!("it has more than {limit} bytes"));
+    if meta.len() > limit {
+        return Err(too_large());
+    }
+    let mut bytes = Vec::with_capacity(meta.len() as usize);
+    fs::File::open(&path)?.take(limit + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > limit { Err(too_large()) } else { Ok(Some(bytes.into())) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn files() -> PromptFiles {
+        PromptFiles { adapter_config: Some("{}".into()), weights: Some("w".into()), task: None }
+    }
+
+    #[test]
+    fn the_digest_tells_files_apart_by_name_and_content() {
+        let other_name = PromptFiles { task: Some("{}".into()), adapter_config: None, ..files() };
+        let other_cut = PromptFiles { adapter_config: Some("{".into()), weights: Some("}w".into()), task: None };
+        let with_task = PromptFiles { task: Some("".into()), ..files() };
+        let digests = [&files(), &other_name, &other_cut, &with_task].map(PromptFiles::digest);
+        for (i, a) in digests.iter().enumerate() {
+            assert!(!digests[i + 1..].contains(a));
+        }
+        assert_eq!(files().digest(), files().digest());
+    }
+
+    #[test]
+    fn a_folder_gives_back_what_was_written() {
+        let dir = tempfile::tempdir().expect("temp dir");
+        let with_task = PromptFiles { task: Some("{}".into()), ..files() };
+        for files in [with_task, files()] {
+            files.write_dir(&dir.path().join("x")).expect("writes");
+            assert_eq!(PromptFiles::read_dir(&dir.path().join("x")).expect("reads"), files);
+        }
+    }
+
+    #[test]
+    fn a_folder_with_only_a_pickle_says_how_to_convert_it() {
+        let dir = tempfile::tempdir().expect("temp dir");
+        fs::write(dir.path().join(PICKLE), b"\x80\x04").expect("writes");
+        let faults = PromptFiles::read_dir(dir.path()).expect_err("refused");
+        assert!(faults.to_string().contains("safe_serialization=True"), "{faults}");
+        files().write_dir(dir.path()).expect("writes");
+        assert_eq!(PromptFiles::read_dir(dir.path()).expect("safetensors wins"), files());
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_link_out_of_the_folder_is_not_followed_and_one_within_is() {
+        let dir = tempfile::tempdir().expect("temp dir");
+        let (inside, outside) = (dir.path().join("in"), dir.path().join("out"));
+        fs::create_dir_all(inside.join("..data")).expect("makes");
+        fs::write(&outside, "secret").expect("writes");
+        fs::write(inside.join("..data/task.json"), "{}").expect("writes");
+        std::os::unix::fs::symlink("..data/task.json", inside.join(TASK)).expect("links");
+        assert_eq!(PromptFiles::read_dir(&inside).expect("reads").task.as_deref(), Some(b"{}".as_ref()));
+        std::os::unix::fs::symlink(&outside, inside.join(WEIGHTS)).expect("links");
+        let faults = PromptFiles::read_dir(&inside).expect_err("refused");
+        assert!(faults.to_string().contains("leads out of the folder"), "{faults}");
+    }
+
+    #[test]
+    fn a_file_over_its_bound_is_not_read() {
+        let dir = tempfile::tempdir().expect("temp dir");
+        fs::write(dir.path().join(TASK), vec![b' '; MAX_JSON_BYTES as usize + 1]).expect("writes");
+        let faults = PromptFiles::read_dir(dir.path()).expect_err("refused");
+        assert!(faults.to_string().contains("more than"), "{faults}");
+    }
+
+    #[test]
+    fn a_directory_must_have_its_configuration_and_its_weights() {
+        let faults = PromptFiles::default().check_complete().expect_err("incomplete");
+        assert_eq!(faults.0.len(), 2);
+        assert!(files().check_complete().is_ok());
+    }
+}

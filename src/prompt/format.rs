@@ -1,0 +1,190 @@
+//! A prompt's files: PEFT's `adapter_config.json` and `adapter_model.safetensors`, and `task.json`.
+//! Reads and validates them into a [`Version`], and lists every fault.
+
+use std::sync::Arc;
+
+use candle_core::{DType, Device};
+
+use super::{
+    LearnedPrompt, TaskName, Version,
+    labels::Verbalizer,
+    learned::Embeddings,
+    peft,
+    spec::TaskSpec,
+    template::{DEFAULT_TEMPLATE, PromptTemplate},
+    weights,
+};
+pub use super::{
+    files::PromptFiles,
+    peft::{PeftConfig, SERVED_TYPES, encode_prompt_tuning},
+};
+
+/// What a prompt must fit: the facts of the model it is put in front of.
+#[derive(Debug, Clone)]
+pub struct Fit {
+    pub model_name: String,
+    /// See `model::ModelInfo::fingerprint`.
+    pub fingerprint: String,
+    pub hidden_size: usize,
+    /// The most positions of one sequence, virtual tokens included.
+    pub context_length: usize,
+    pub device: Device,
+    pub dtype: DType,
+}
+
+/// Something that is wrong with a prompt's files.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Fault {
+    pub kind: FaultKind,
+    /// What was found, what was expected and what to do.
+    pub detail: String,
+}
+
+/// The sort of fault, the gravest first; the wire has a stable code for each.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum FaultKind {
+    /// Not a prompt type that is served.
+    UnsupportedType,
+    /// A file is missing, damaged or not of its format.
+    Malformed,
+    /// Tuned on another model.
+    BaseModel,
+    /// Rank, rows, columns or length do not fit the model or the configuration.
+    Shape,
+    /// A value is NaN or infinite, also after the cast to the model's dtype.
+    NotFinite,
+    /// `task.json` has a wrong field or template.
+    Task,
+}
+
+/// All faults of one version's files, the gravest first; never empty.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("{}", .0.iter().map(|f| f.detail.as_str()).collect::<Vec<_>>().join("; "))]
+pub struct Faults(pub Vec<Fault>);
+
+/// Checks the files of one version and makes it ready for the model. A prompt without
+/// `adapter_config.json` is taken as prompt tuning.
+pub fn read(task: TaskName, files: &PromptFiles, fit: &Fit) -> Result<Version, Faults> {
+    let too_large = files.size_faults();
+    if !too_large.is_empty() {
+        return Err(Faults(too_large));
+    }
+    match (read_prompt(files, fit), read_task(files, fit)) {
+        (Ok((prompt, mut warnings)), Ok(words)) => {
+            warnings.extend(words.warnings);
+            Ok(Version {
+                task,
+                digest: files.digest(),
+                prompt: Arc::new(prompt),
+                template: words.template,
+                labels: words.labels,
+                spec: words.spec,
+                warnings,
+            })
+        }
+        (prompt, words) => {
+            let mut faults = prompt.err().unwrap_or_default();
+            faults.extend(words.err().unwrap_or_default());
+            faults.sort_by_key(|fault| fault.kind);
+            Err(Faults(faults))
+        }
+    }
+}
+
+fn fault(kind: FaultKind, detail: impl Into<String>) -> Fault {
+    Fault { kind, detail: detail.into() }
+}
+
+/// The learned prompt, and what is odd about its files.
+fn read_prompt(files: &PromptFiles, fit: &Fit) -> Result<(LearnedPrompt, Vec<String>), Vec<Fault>> {
+    let declared = files.adapter_config.as_ref().map(|bytes| peft::check_config(bytes, fit)).unwrap_or_default();
+    let mut faults = declared.faults;
+    let Some(bytes) = &files.weights else {
+        faults.push(fault(FaultKind::Malformed, "there is no adapter_model.safetensors, so no prompt to serve"));
+        return Err(faults);
+    };
+    // The tensors of another type follow other rules: only the type is worth reporting.
+    if faults.iter().any(|fault| fault.kind == FaultKind::UnsupportedType) {
+        return Err(faults);
+    }
+    if let (None, Some(foreign)) = (&files.adapter_config, weights::foreign_type(bytes)) {
+        let served = SERVED_TYPES.join(", ");
+        let detail = format!("the tensors are those of {foreign}, which is not served; served are {served}");
+        return Err(vec![fault(FaultKind::UnsupportedType, detail)]);
+    }
+    if let (Some(found), Some(expected)) = (weights::num_rows(bytes), declared.rows)
+        && found != expected
+    {
+        let detail = format!(
+            "prompt_embeddings has {found} rows and adapter_config.json says num_virtual_tokens {expected}; they must \
+             be equal: use the two files of one run"
+        );
+        faults.push(fault(FaultKind::Shape, detail));
+    }
+    match weights::read_rows(bytes, fit) {
+        Ok(rows) if faults.is_empty() => Ok((LearnedPrompt::Embeddings(Embeddings { rows }), declared.warnings)),
+        Ok(_) => Err(faults),
+        Err(found) => {
+            faults.extend(found);
+            Err(faults)
+        }
+    }
+}
+
+/// `task.json`, checked, with what it says ready for use.
+struct Words {
+    spec: TaskSpec,
+    template: PromptTemplate,
+    labels: Option<Verbalizer>,
+    warnings: Vec<String>,
+}
+
+fn read_task(files: &PromptFiles, fit: &Fit) -> Result<Words, Vec<Fault>> {
+    let task_fault = |reason: String| fault(FaultKind::Task, format!("task.json: {reason}"));
+    let spec = match &files.task {
+        None => TaskSpec::default(),
+        Some(bytes) => TaskSpec::from_json(bytes).map_err(|reason| vec![task_fault(reason)])?,
+    };
+    let mut faults: Vec<Fault> = spec.range_faults().into_iter().map(task_fault).collect();
+    let mut warnings = Vec::new();
+    let template = PromptTemplate::parse(spec.template.as_deref().unwrap_or(DEFAULT_TEMPLATE))
+        .map_err(|e| faults.push(task_fault(format!("template: {e}"))));
+    let labels = match spec.labels.is_empty() {
+        true => None,
+        false => Verbalizer::new(&spec.labels).map_err(|e| faults.push(task_fault(format!("labels: {e}")))).ok(),
+    };
+    check_base_model(&spec, fit, &mut faults, &mut warnings);
+    if spec.task_id.is_some() {
+        warnings.push("task.json has a task_id, which only multitask prompts use; ignored".to_owned());
+    }
+    match template {
+        Ok(template) if faults.is_empty() => Ok(Words { spec, template, labels, warnings }),
+        _ => Err(faults),
+    }
+}
+
+fn check_base_model(spec: &TaskSpec, fit: &Fit, faults: &mut Vec<Fault>, warnings: &mut Vec<String>) {
+    let Some(base) = &spec.base_model else { return };
+    let name = base.name.as_deref();
+    match &base.fingerprint {
+        Some(found) if !found.eq_ignore_ascii_case(&fit.fingerprint) => {
+            let (served, expected) = (&fit.model_name, &fit.fingerprint);
+            let whose: String = name.unwrap_or("another model").chars().take(80).collect();
+            let found: String = found.chars().take(80).collect();
+            let detail = format!(
+                "task.json: base_model.fingerprint is {found:?} ({whose}), the model {served} has {expected:?}; tune \
+                 the prompt on this model, or serve it with the model it was tuned on"
+            );
+            faults.push(fault(FaultKind::BaseModel, detail));
+        }
+        Some(_) => {}
+        None => {
+            if let Some(name) = name.filter(|name| !peft::same_model(name, &fit.model_name)) {
+                warnings.push(format!("task.json names the base model {name:?}, this server has {:?}", fit.model_name));
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,272 @@
+//! PEFT's `adapter_config.json`: what matters of it, and the one that the tuner writes.
+
+use std::collections::BTreeMap;
+
+use candle_core::{DType, Tensor};
+use serde_json::{Map, Value, json};
+
+use super::{
+    files::PromptFiles,
+    format::{Fault, FaultKind, Fit},
+    spec::TaskSpec,
+    weights::TENSOR,
+};
+
+/// The PEFT types that are served, as `adapter_config.json` spells them.
+pub const SERVED_TYPES: [&str; 3] = ["PROMPT_TUNING", "P_TUNING", "CPT"];
+
+/// The release whose files [`encode_prompt_tuning`] writes.
+const PEFT_VERSION: &str = "0.21.2";
+
+/// Keys of every prompt's configuration, then of the served types: none of the latter matters once
+/// the rows are learned.
+#[rustfmt::skip]
+const KNOWN_KEYS: [&str; 36] = [
+    "peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version",
+    "num_virtual_tokens", "token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers",
+    "modules_to_save",
+    "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs",
+    "encoder_reparameterization_type", "encoder_hidden_size", "encoder_num_layers", "encoder_dropout",
+    "cpt_token_ids", "cpt_mask", "cpt_tokens_type_mask", "cpt_prompt_init",
+    "opt_weighted_loss_type", "opt_loss_decay_factor", "opt_projection_epsilon", "opt_projection_format_epsilon",
+    "prefix_projection", "init_weights", "num_frozen_tokens",
+    "num_tasks", "num_ranks", "prompt_tuning_init_state_dict_path", "prompt_tuning_init_task",
+];
+
+/// What a configuration says.
+#[derive(Debug, Default)]
+pub(super) struct Declared {
+    /// Rows that the file must have.
+    pub rows: Option<usize>,
+    pub warnings: Vec<String>,
+    pub faults: Vec<Fault>,
+}
+
+/// Checks `adapter_config.json` against the model. A type that is not served is the only fault
+/// reported then: the other keys mean other things there.
+pub(super) fn check_config(bytes: &[u8], fit: &Fit) -> Declared {
+    let config: Map<String, Value> = match serde_json::from_slice(bytes) {
+        Ok(config) => config,
+        Err(e) => {
+            let detail = format!("adapter_config.json is not a JSON object ({e}); use the file that PEFT wrote");
+            return Declared { faults: vec![fault(FaultKind::Malformed, detail)], ..Declared::default() };
+        }
+    };
+    let mut keys = Keys { config: &config, faults: Vec::new() };
+    check_type(&mut keys);
+    if !keys.faults.is_empty() {
+        return Declared { faults: keys.faults, ..Declared::default() };
+    }
+    check_purpose(&mut keys);
+    check_submodules(&mut keys);
+    let rows = keys.count("num_virtual_tokens");
+    if let Some(found) = keys.count("token_dim").filter(|&n| n != fit.hidden_size) {
+        let (name, hidden) = (&fit.model_name, fit.hidden_size);
+        let detail = format!("token_dim is {found}, the model {name} has a hidden size of {hidden}");
+        keys.fault(FaultKind::Shape, format!("{detail}; use a prompt tuned on this model"));
+    }
+
+    let mut warnings = Vec::new();
+    if let Some(base) = keys.text("base_model_name_or_path").filter(|base| !same_model(base, &fit.model_name)) {
+        let (base, served) = (short(base), &fit.model_name);
+        warnings.push(format!("adapter_config.json names the base model {base:?}, this server has {served:?}"));
+    }
+    let unknown: Vec<String> = config.keys().filter(|k| !KNOWN_KEYS.contains(&k.as_str())).map(|k| short(k)).collect();
+    if !unknown.is_empty() {
+        let shown = unknown.iter().take(8).map(|k| format!("{k:?}")).collect::<Vec<_>>().join(", ");
+        warnings.push(format!("adapter_config.json has {} unknown keys, ignored: {shown}", unknown.len()));
+    }
+    Declared { rows, warnings, faults: keys.faults }
+}
+
+/// Whether two model names mean one model: the last part of a path or hub id, in any letter case.
+pub(super) fn same_model(a: &str, b: &str) -> bool {
+    let last = |name: &str| name.trim_end_matches(['/', '\\']).rsplit(['/', '\\']).next().unwrap_or("").to_lowercase();
+    last(a) == last(b)
+}
+
+fn fault(kind: FaultKind, detail: String) -> Fault {
+    Fault { kind, detail }
+}
+
+fn short(text: &str) -> String {
+    text.chars().take(80).collect()
+}
+
+/// Reads typed values; a wrong one becomes a fault and reads as absent.
+struct Keys<'a> {
+    config: &'a Map<String, Value>,
+    faults: Vec<Fault>,
+}
+
+impl<'a> Keys<'a> {
+    fn fault(&mut self, kind: FaultKind, detail: String) {
+        self.faults.push(fault(kind, format!("adapter_config.json: {detail}")));
+    }
+
+    fn get(&self, key: &str) -> Option<&'a Value> {
+        self.config.get(key).filter(|value| !value.is_null())
+    }
+
+    fn text(&mut self, key: &str) -> Option<&'a str> {
+        let value = self.get(key)?;
+        if value.as_str().is_none() {
+            self.fault(FaultKind::Malformed, format!("{key} is {}, expected a text", short(&value.to_string())));
+        }
+        value.as_str()
+    }
+
+    fn count(&mut self, key: &str) -> Option<usize> {
+        let value = self.get(key)?;
+        let count = value.as_u64().and_then(|n| usize::try_from(n).ok());
+        if count.is_none() {
+            let found = short(&value.to_string());
+            self.fault(FaultKind::Malformed, format!("{key} is {found}, expected a whole number from 0"));
+        }
+        count
+    }
+}
+
+fn check_type(keys: &mut Keys<'_>) {
+    let served = SERVED_TYPES.join(", ");
+    match keys.text("peft_type") {
+        Some(found) if SERVED_TYPES.contains(&found) => {}
+        Some(found) => {
+            let detail = format!("peft_type is {:?}, which is not served; served are {served}", short(found));
+            keys.fault(FaultKind::UnsupportedType, detail);
+        }
+        None if keys.faults.is_empty() => {
+            keys.fault(FaultKind::Malformed, format!("there is no peft_type, expected one of {served}"));
+        }
+        None => {}
+    }
+}
+
+fn check_purpose(keys: &mut Keys<'_>) {
+    match keys.text("task_type") {
+        None | Some("CAUSAL_LM") => {}
+        Some(found) => {
+            let reason = match found {
+                "SEQ_2_SEQ_LM" => "is for an encoder-decoder model and this one is decoder-only",
+                "SEQ_CLS" | "TOKEN_CLS" | "QUESTION_ANS" => "needs a head of its own, which is not served",
+                _ => "does not make text",
+            };
+            let detail = format!("task_type is {:?}, which {reason}; expected CAUSAL_LM or null", short(found));
+            keys.fault(FaultKind::UnsupportedType, detail);
+        }
+    }
+    let modules = keys.get("modules_to_save").filter(|m| m.as_array().is_none_or(|list| !list.is_empty()));
+    if let Some(modules) = modules {
+        let found = short(&modules.to_string());
+        let detail = format!(
+            "modules_to_save is {found}; weights of the model's own are not replaced for a task, so train without \
+             modules_to_save"
+        );
+        keys.fault(FaultKind::UnsupportedType, detail);
+    }
+}
+
+fn check_submodules(keys: &mut Keys<'_>) {
+    if let Some(found) = keys.count("num_transformer_submodules").filter(|&n| n != 1) {
+        let whose = if found == 2 { ", as for an encoder-decoder model" } else { "" };
+        let detail = format!("num_transformer_submodules is {found}{whose}; this model is decoder-only and takes 1");
+        keys.fault(FaultKind::UnsupportedType, detail);
+    }
+}
+
+/// What PEFT writes of the model beside a prompt's rows.
+#[derive(Debug, Clone, Default)]
+pub struct PeftConfig {
+    /// `base_model_name_or_path`
+    pub base_model_name: String,
+    /// `tokenizer_name_or_path`; informative only.
+    pub tokenizer_name: Option<String>,
+    pub num_layers: usize,
+    pub num_attention_heads: usize,
+}
+
+/// The files that PEFT itself would write for prompt tuning of a causal language model, of rows
+/// `[n, hidden]` in any float dtype. `prompt_tuning_init` is RANDOM whatever the rows began as, so
+/// that PEFT loads them without a tokenizer.
+pub fn encode_prompt_tuning(rows: &Tensor, config: &PeftConfig, spec: &TaskSpec) -> candle_core::Result<PromptFiles> {
+    let (n, hidden) = rows.dims2()?;
+    let values = rows.detach().to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+    let data: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+    let view = safetensors::tensor::TensorView::new(safetensors::Dtype::F32, vec![n, hidden], &data)
+        .map_err(candle_core::Error::wrap)?;
+    let metadata = [("format".to_owned(), "pt".to_owned())].into();
+    let weights = safetensors::serialize([(TENSOR, view)], Some(metadata)).map_err(candle_core::Error::wrap)?;
+
+    // PEFT sorts the keys.
+    let adapter_config: BTreeMap<&str, Value> = [
+        ("auto_mapping", Value::Null),
+        ("base_model_name_or_path", json!(config.base_model_name)),
+        ("inference_mode", json!(true)),
+        ("modules_to_save", Value::Null),
+        ("num_attention_heads", json!(config.num_attention_heads)),
+        ("num_layers", json!(config.num_layers)),
+        ("num_transformer_submodules", json!(1)),
+        ("num_virtual_tokens", json!(n)),
+        ("peft_type", json!("PROMPT_TUNING")),
+        ("peft_version", json!(PEFT_VERSION)),
+        ("prompt_tuning_init", json!("RANDOM")),
+        ("prompt_tuning_init_text", Value::Null),
+        ("revision", Value::Null),
+        ("task_type", json!("CAUSAL_LM")),
+        ("token_dim", json!(hidden)),
+        ("tokenizer_kwargs", Value::Null),
+        ("tokenizer_name_or_path", json!(config.tokenizer_name)),
+    ]
+    .into();
+    let task = if *spec == TaskSpec::default() { None } else { Some(json_bytes(spec)?) };
+    Ok(PromptFiles { adapter_config: Some(json_bytes(&adapter_config)?), weights: Some(weights.into()), task })
+}
+
+fn json_bytes(value: &impl serde::Serialize) -> candle_core::Result<bytes::Bytes> {
+    Ok(serde_json::to_vec_pretty(value).map_err(candle_core::Error::wrap)?.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_model_is_known_by_the_last_part_of_its_name() {
+        for (a, b) in [("org/Model", "model"), ("/data/model/", "Model"), ("model", "model")] {
+            assert!(same_model(a, b), "{a} {b}");
+        }
+        assert!(!same_model("org/model-2", "org/model"));
+    }
+
+    #[test]
+    fn the_written_configuration_has_the_keys_and_the_layout_of_pefts_own() {
+        let rows = Tensor::zeros((5, 64), DType::F32, &candle_core::Device::Cpu).expect("rows");
+        let config =
+            PeftConfig { base_model_name: "llama".into(), tokenizer_name: None, num_layers: 2, num_attention_heads: 4 };
+        let files = encode_prompt_tuning(&rows, &config, &TaskSpec::default()).expect("encodes");
+        let expected = r#"{
+  "auto_mapping": null,
+  "base_model_name_or_path": "llama",
+  "inference_mode": true,
+  "modules_to_save": null,
+  "num_attention_heads": 4,
+  "num_layers": 2,
+  "num_transformer_submodules": 1,
+  "num_virtual_tokens": 5,
+  "peft_type": "PROMPT_TUNING",
+  "peft_version": "0.21.2",
+  "prompt_tuning_init": "RANDOM",
+  "prompt_tuning_init_text": null,
+  "revision": null,
+  "task_type": "CAUSAL_LM",
+  "token_dim": 64,
+  "tokenizer_kwargs": null,
+  "tokenizer_name_or_path": null
+}"#;
+        assert_eq!(files.adapter_config.as_deref().map(String::from_utf8_lossy).as_deref(), Some(expected));
+        assert!(files.task.is_none());
+        let weights = files.weights.expect("weights");
+        let (_, metadata) = safetensors::SafeTensors::read_metadata(&weights).expect("reads");
+        assert_eq!(metadata.metadata().as_ref().and_then(|m| m.get("format")).map(String::as_str), Some("pt"));
+    }
+}
