@@ -1,0 +1,281 @@
+//! One thread that owns the device and batches sequences; everything else sends it messages.
+//!
+//! The engine knows token ids and rows, and neither text, tasks nor HTTP. The queue in is bounded
+//! and never waited on; the events out can never fill, so a slow reader cannot hold the batch up.
+
+pub mod block_manager;
+pub mod request;
+pub mod runner;
+pub mod sampler;
+pub mod scheduler;
+pub mod sequence;
+mod worker;
+
+use std::{
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed},
+    },
+    thread::JoinHandle,
+    time::Instant,
+};
+
+use tokio::sync::mpsc::{self, error::TrySendError};
+
+use crate::model::Model;
+use request::{Event, Request};
+use runner::Runner;
+
+/// Bounds of the engine.
+#[derive(Debug, Clone)]
+pub struct EngineConfig {
+    /// Requests that may wait for a place in the batch; more are refused.
+    pub max_waiting: usize,
+    /// Sequences in the batch at once.
+    pub max_batch: usize,
+    /// Positions computed in one step.
+    pub max_step_tokens: usize,
+    /// Bytes for keys and values.
+    pub kv_cache_bytes: usize,
+}
+
+impl Default for EngineConfig {
+    fn default() -> Self {
+        Self { max_waiting: 256, max_batch: 64, max_step_tokens: 2048, kv_cache_bytes: 512 << 20 }
+    }
+}
+
+/// A handle to the engine thread. Cheap to clone; when the last is dropped the thread finishes
+/// what it has and stops.
+#[derive(Debug, Clone)]
+pub struct Engine {
+    mail: mpsc::Sender<Mail>,
+    shared: Arc<Shared>,
+}
+
+/// The engine thread's end.
+#[derive(Debug)]
+pub struct EngineThread {
+    thread: JoinHandle<()>,
+}
+
+/// What the thread is sent.
+#[derive(Debug)]
+enum Mail {
+    Job(Job),
+    /// Nothing but a reason to look at [`Shared`] again.
+    Wake,
+}
+
+/// A request on its way to the thread.
+#[derive(Debug)]
+struct Job {
+    request: Request,
+    events: mpsc::Sender<Event>,
+    place: Place,
+}
+
+/// One of the places for waiting requests, free again when dropped.
+#[derive(Debug)]
+struct Place(Arc<Shared>);
+
+impl Place {
+    fn take(shared: &Arc<Shared>) -> Result<Self, SubmitError> {
+        let place = Self(shared.clone());
+        match shared.waiting.fetch_add(1, Relaxed) < shared.max_waiting {
+            true => Ok(place),
+            false => Err(SubmitError::Full { limit: shared.max_waiting }),
+        }
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.waiting.fetch_sub(1, Relaxed);
+    }
+}
+
+/// What handles and the thread both see.
+#[derive(Debug)]
+struct Shared {
+    /// The longest sequence, new tokens included: the context, or what the cache can hold.
+    max_sequence: usize,
+    /// Requests submitted and not yet in the batch.
+    waiting: AtomicUsize,
+    max_waiting: usize,
+    ready: AtomicBool,
+    /// Set once, by [`Engine::drain`]. Read at each step, so a lock is cheap enough.
+    drain_by: Mutex<Option<Instant>>,
+    draining: AtomicBool,
+    running: AtomicUsize,
+    kv_blocks_used: AtomicUsize,
+    kv_blocks_total: usize,
+    steps: AtomicU64,
+    prompt_tokens: AtomicU64,
+    generated_tokens: AtomicU64,
+    preemptions: AtomicU64,
+}
+
+/// Why a request was not taken.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum SubmitError {
+    /// The queue is full: try again later.
+    #[error("the queue is full: {limit} requests are waiting")]
+    Full { limit: usize },
+    /// The engine is stopping or has failed.
+    #[error("the engine takes no more requests")]
+    Closed,
+    /// There is nothing to continue, or not one new token was asked for.
+    #[error("the request has no input or asks for no token")]
+    Empty,
+    /// The input leaves no position for a new token.
+    #[error("the input takes {found} positions and at least one must be left of {limit}")]
+    TooLong { found: usize, limit: usize },
+}
+
+/// A running request's events. Dropping it is the one way to cancel.
+#[derive(Debug)]
+pub struct EventStream {
+    events: mpsc::Receiver<Event>,
+}
+
+impl EventStream {
+    /// The next event; `None` after the last one, or when the engine's thread died.
+    pub async fn next(&mut self) -> Option<Event> {
+        self.events.recv().await
+    }
+
+    /// As [`next`](Self::next), for callers without an async runtime.
+    pub fn blocking_next(&mut self) -> Option<Event> {
+        self.events.blocking_recv()
+    }
+}
+
+/// What the engine is doing now, for health and metrics.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct EngineStats {
+    /// A forward pass has run, the thread lives and takes requests.
+    pub ready: bool,
+    pub waiting: usize,
+    pub running: usize,
+    pub kv_blocks_used: usize,
+    pub kv_blocks_total: usize,
+    /// Forward passes since the start.
+    pub steps: u64,
+    /// Input positions computed, virtual tokens included.
+    pub prompt_tokens: u64,
+    pub generated_tokens: u64,
+    /// Sequences put back in the queue for want of cache.
+    pub preemptions: u64,
+}
+
+impl Engine {
+    /// Runs one forward pass, then starts the thread.
+    ///
+    /// # Errors
+    /// The forward pass failed, or the cache's bytes do not hold one block.
+    pub fn start(model: Model, config: EngineConfig) -> candle_core::Result<(Engine, EngineThread)> {
+        let block_bytes = Runner::kv_shape(&model).block_bytes();
+        // More than every place in the batch at full length would never be used.
+        let context = model.info().context_length;
+        let useful = config.max_batch * context.div_ceil(crate::kernels::kv_cache::BLOCK_SIZE);
+        let num_blocks = (config.kv_cache_bytes / block_bytes).min(useful);
+        if num_blocks == 0 {
+            candle_core::bail!(
+                "the key-value cache of {} bytes does not hold one block of {block_bytes} bytes",
+                config.kv_cache_bytes
+            );
+        }
+        let max_sequence = context.min(num_blocks * crate::kernels::kv_cache::BLOCK_SIZE);
+        let mut runner = Runner::new(model, num_blocks);
+        worker::warm_up(&mut runner)?;
+        let shared = Arc::new(Shared {
+            max_sequence,
+            waiting: AtomicUsize::new(0),
+            max_waiting: config.max_waiting,
+            ready: AtomicBool::new(true),
+            drain_by: Mutex::new(None),
+            draining: AtomicBool::new(false),
+            running: AtomicUsize::new(0),
+            kv_blocks_used: AtomicUsize::new(0),
+            kv_blocks_total: num_blocks,
+            steps: AtomicU64::new(0),
+            prompt_tokens: AtomicU64::new(0),
+            generated_tokens: AtomicU64::new(0),
+            preemptions: AtomicU64::new(0),
+        });
+        let (mail, inbox) = mpsc::channel(config.max_waiting.max(1));
+        let worker = worker::Worker::new(runner, &config, num_blocks, inbox, shared.clone());
+        let thread = std::thread::Builder::new()
+            .name("engine".to_owned())
+            .spawn(move || worker.run())
+            .map_err(candle_core::Error::wrap)?;
+        Ok((Engine { mail, shared }, EngineThread { thread }))
+    }
+
+    /// Hands over a request. Never waits. `max_tokens` is cut to what the context leaves.
+    pub fn submit(&self, mut request: Request) -> Result<EventStream, SubmitError> {
+        let shared = &self.shared;
+        let (found, limit) = (request.tokens.len(), shared.max_sequence);
+        if found == 0 || request.sampling.max_tokens == 0 {
+            return Err(SubmitError::Empty);
+        }
+        if found >= limit {
+            return Err(SubmitError::TooLong { found, limit });
+        }
+        request.sampling.max_tokens = request.sampling.max_tokens.min(limit - found);
+        if shared.draining.load(Relaxed) {
+            return Err(SubmitError::Closed);
+        }
+        let place = Place::take(shared)?;
+        // One event a token and one at the end: sending never has to wait.
+        let (events, stream) = mpsc::channel(request.sampling.max_tokens + 1);
+        self.mail.try_send(Mail::Job(Job { request, events, place })).map_err(|e| match e {
+            TrySendError::Full(_) => SubmitError::Full { limit: shared.max_waiting },
+            TrySendError::Closed(_) => SubmitError::Closed,
+        })?;
+        Ok(EventStream { events: stream })
+    }
+
+    /// The longest sequence that is taken, its new tokens included.
+    pub fn max_sequence(&self) -> usize {
+        self.shared.max_sequence
+    }
+
+    /// A snapshot of the counters.
+    pub fn stats(&self) -> EngineStats {
+        let s = &self.shared;
+        EngineStats {
+            ready: s.ready.load(Relaxed) && !s.draining.load(Relaxed) && !self.mail.is_closed(),
+            waiting: s.waiting.load(Relaxed),
+            running: s.running.load(Relaxed),
+            kv_blocks_used: s.kv_blocks_used.load(Relaxed),
+            kv_blocks_total: s.kv_blocks_total,
+            steps: s.steps.load(Relaxed),
+            prompt_tokens: s.prompt_tokens.load(Relaxed),
+            generated_tokens: s.generated_tokens.load(Relaxed),
+            preemptions: s.preemptions.load(Relaxed),
+        }
+    }
+
+    /// Refuses new requests, lets taken ones finish, and cancels those that have not by
+    /// `deadline`. Returns at once; [`EngineThread::join`] waits.
+    pub fn drain(&self, deadline: Instant) {
+        *self.shared.drain_by.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(deadline);
+        self.shared.draining.store(true, Relaxed);
+        // A full inbox means that the thread is awake.
+        let _ = self.mail.try_send(Mail::Wake);
+    }
+
+    /// Completes when the thread takes no more requests, drained or dead.
+    pub async fn closed(&self) {
+        self.mail.closed().await;
+    }
+}
+
+impl EngineThread {
+    /// Waits for the thread; `false` if it panicked.
+    pub fn join(self) -> bool {
+        self.thread.join().is_ok()
+    }
+}

@@ -1,0 +1,121 @@
+//! What the engine is asked and what it answers: token ids and numbers, no text.
+
+use std::{sync::Arc, time::Instant};
+
+use crate::prompt::LearnedPrompt;
+
+/// One position of input: a word of the model's, or a row of the learned prompt.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum InputToken {
+    /// A token of the model's vocabulary.
+    Vocab(u32),
+    /// Row i of the request's learned prompt.
+    Virtual(u32),
+}
+
+/// One sequence to continue. The prompt is held for as long as the request runs, so a swap or a
+/// delete in the registry cannot change its answer.
+#[derive(Debug, Clone)]
+pub struct Request {
+    /// The positions 0… of the input, virtual tokens included.
+    pub tokens: Vec<InputToken>,
+    /// Where the virtual tokens' embeddings come from.
+    pub prompt: Option<Arc<LearnedPrompt>>,
+    /// How to choose the new tokens.
+    pub sampling: SamplingParams,
+    /// When to give up, with [`FinishReason::Timeout`].
+    pub deadline: Option<Instant>,
+}
+
+impl Request {
+    /// A learned prompt followed by the ids of a text, special tokens included.
+    pub fn new(prompt: Option<Arc<LearnedPrompt>>, ids: &[u32], sampling: SamplingParams) -> Self {
+        let n = prompt.as_ref().map_or(0, |p| p.num_virtual_tokens()) as u32;
+        let tokens = (0..n).map(InputToken::Virtual).chain(ids.iter().map(|&id| InputToken::Vocab(id))).collect();
+        Self { tokens, prompt, sampling, deadline: None }
+    }
+}
+
+/// How the next token is chosen from the logits.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SamplingParams {
+    /// The most new tokens; at least 1.
+    pub max_tokens: usize,
+    /// 0 is greedy.
+    pub temperature: f32,
+    /// Keep the smallest set of tokens whose probability reaches this; 1 keeps all.
+    pub top_p: f32,
+    /// Keep this many of the likeliest tokens; 0 keeps all.
+    pub top_k: usize,
+    /// Keep tokens at least this likely relative to the likeliest; 0 keeps all.
+    pub min_p: f32,
+    /// The same seed and request give the same tokens.
+    pub seed: u64,
+    /// CTRL's penalty (Keskar et al. 2019) over the text's and the new tokens; 1 is none.
+    pub repetition_penalty: f32,
+    /// Subtracted from a logit once for each time its token was generated.
+    pub frequency_penalty: f32,
+    /// Subtracted from a logit if its token was generated.
+    pub presence_penalty: f32,
+    /// Report log-probabilities: of the chosen token, and of this many likeliest ones.
+    pub logprobs: Option<usize>,
+    /// Tokens that end the sequence and are not part of it (EOS).
+    pub stop_tokens: Vec<u32>,
+}
+
+impl Default for SamplingParams {
+    fn default() -> Self {
+        Self {
+            max_tokens: 64,
+            temperature: 0.0,
+            top_p: 1.0,
+            top_k: 0,
+            min_p: 0.0,
+            seed: 0,
+            repetition_penalty: 1.0,
+            frequency_penalty: 0.0,
+            presence_penalty: 0.0,
+            logprobs: None,
+            stop_tokens: Vec::new(),
+        }
+    }
+}
+
+/// One new token.
+#[derive(Debug, Clone, PartialEq)]
+pub struct GeneratedToken {
+    pub id: u32,
+    /// Natural log-probability under the model's distribution, before temperature and penalties;
+    /// there when [`SamplingParams::logprobs`] is set.
+    pub logprob: Option<f32>,
+    /// The likeliest tokens with their log-probabilities, likeliest first.
+    pub top: Vec<(u32, f32)>,
+}
+
+/// Why a sequence ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FinishReason {
+    /// A stop token was chosen.
+    Stop,
+    /// `max_tokens` or the context's end was reached.
+    Length,
+    /// The server is stopping and its drain time is over.
+    Cancelled,
+    /// The request's deadline passed.
+    Timeout,
+}
+
+/// What happens to a request, in order: tokens, then exactly one of the last two.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Event {
+    /// A token was chosen.
+    Token(GeneratedToken),
+    /// The sequence ended.
+    Finished {
+        reason: FinishReason,
+        /// Positions of the input whose keys and values were found in the cache.
+        cached_tokens: usize,
+    },
+    /// The forward pass that the sequence was part of failed; the log has the cause.
+    Failed,
+}

@@ -1,0 +1,114 @@
+//! A step to packed tensors to logits. The only place where a learned prompt meets the model: its
+//! rows go where token embeddings go.
+
+use std::sync::Arc;
+
+use candle_core::{Device, Result, Tensor, bail};
+
+use super::request::InputToken;
+use crate::{
+    kernels::{
+        kv_cache::{BlockId, KvCache, KvShape},
+        paged::{PagedKernels, Segment},
+    },
+    model::Model,
+    prompt::LearnedPrompt,
+};
+
+/// The model and its cache of keys and values.
+#[derive(Debug)]
+pub struct Runner {
+    model: Model,
+    cache: KvCache,
+}
+
+/// Positions of one sequence to compute.
+#[derive(Debug)]
+pub struct Part<'a> {
+    pub tokens: &'a [InputToken],
+    /// The position of the first of them.
+    pub start: usize,
+    pub blocks: &'a [BlockId],
+    pub prompt: Option<&'a Arc<LearnedPrompt>>,
+    /// Whether the logits after the last of them are wanted.
+    pub samples: bool,
+}
+
+impl Runner {
+    /// A runner with `num_blocks` blocks of cache.
+    pub fn new(model: Model, num_blocks: usize) -> Self {
+        let cache = KvCache::new(Self::kv_shape(&model), num_blocks);
+        Self { model, cache }
+    }
+
+    /// The shape of a model's keys and values.
+    pub fn kv_shape(model: &Model) -> KvShape {
+        let c = model.config();
+        KvShape { num_layers: c.num_layers, num_kv_heads: c.num_kv_heads, head_dim: c.head_dim }
+    }
+
+    /// The model.
+    pub fn model(&self) -> &Model {
+        &self.model
+    }
+
+    /// Computes all parts in one forward pass. Returns the logits `[vocab]` of those that sample,
+    /// in order.
+    pub fn run(&mut self, parts: &[Part]) -> Result<Vec<Vec<f32>>> {
+        let device = self.model.info().device.clone();
+        let x = self.embed(parts, &device)?;
+        let positions: Vec<u32> =
+            parts.iter().flat_map(|p| p.start as u32..(p.start + p.tokens.len()) as u32).collect();
+        let positions = Tensor::new(positions, &device)?;
+        let segments: Vec<Segment> =
+            parts.iter().map(|p| Segment { rows: p.tokens.len(), start: p.start, blocks: p.blocks.to_vec() }).collect();
+        let hidden = self.model.forward(&x, &positions, &mut PagedKernels::new(&mut self.cache, &segments))?;
+        let ends = parts.iter().scan(0, |end, p| {
+            *end += p.tokens.len();
+            Some((*end as u32 - 1, p.samples))
+        });
+        let last: Vec<u32> = ends.filter_map(|(row, samples)| samples.then_some(row)).collect();
+        if last.is_empty() {
+            return Ok(Vec::new());
+        }
+        let last = hidden.index_select(&Tensor::new(last, &device)?, 0)?;
+        self.model.logits(&last)?.to_vec2()
+    }
+
+    /// The packed embeddings of all parts, `[t, hidden]`.
+    fn embed(&self, parts: &[Part], device: &Device) -> Result<Tensor> {
+        let ids: Vec<u32> = parts
+            .iter()
+            .flat_map(|p| p.tokens)
+            .filter_map(|t| match t {
+                InputToken::Vocab(id) => Some(*id),
+                InputToken::Virtual(_) => None,
+            })
+            .collect();
+        let words = if ids.is_empty() { None } else { Some(self.model.embed(&Tensor::new(ids, device)?)?) };
+        let mut rows = Vec::new();
+        let mut taken = 0;
+        for part in parts {
+            for run in part.tokens.chunk_by(|a, b| is_virtual(a) == is_virtual(b)) {
+                match (run[0], &words) {
+                    (InputToken::Virtual(first), _) => {
+                        let Some(LearnedPrompt::Embeddings(prompt)) = part.prompt.map(Arc::as_ref) else {
+                            bail!("a sequence has virtual tokens but no prompt")
+                        };
+                        rows.push(prompt.rows.narrow(0, first as usize, run.len())?);
+                    }
+                    (InputToken::Vocab(_), Some(words)) => {
+                        rows.push(words.narrow(0, taken, run.len())?);
+                        taken += run.len();
+                    }
+                    (InputToken::Vocab(_), None) => bail!("vocabulary tokens without embeddings"),
+                }
+            }
+        }
+        Tensor::cat(&rows, 0)
+    }
+}
+
+fn is_virtual(token: &InputToken) -> bool {
+    matches!(token, InputToken::Virtual(_))
+}

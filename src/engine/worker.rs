@@ -1,0 +1,239 @@
+//! The engine's thread: take mail, schedule, run, send tokens out; again until drained.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, atomic::Ordering::Relaxed},
+    time::Instant,
+};
+
+use tokio::sync::mpsc::{self, error::TryRecvError};
+
+use super::{
+    EngineConfig, Job, Mail, Place, Shared,
+    request::{Event, FinishReason, InputToken},
+    runner::{Part, Runner},
+    sampler::Sampler,
+    scheduler::{Limits, Scheduler, Step},
+    sequence::{Sequence, SequenceId},
+};
+use crate::prompt::LearnedPrompt;
+
+/// Everything the thread owns.
+pub(super) struct Worker {
+    runner: Runner,
+    scheduler: Scheduler,
+    jobs: HashMap<SequenceId, Running>,
+    inbox: mpsc::Receiver<Mail>,
+    shared: Arc<Shared>,
+    next_id: u64,
+}
+
+/// A sequence's side that the scheduler need not see.
+struct Running {
+    prompt: Option<Arc<LearnedPrompt>>,
+    sampler: Sampler,
+    stop_tokens: Vec<u32>,
+    remaining: usize,
+    deadline: Option<Instant>,
+    events: mpsc::Sender<Event>,
+    /// Given up when the sequence joins the batch.
+    place: Option<Place>,
+}
+
+/// Computes one token, so that the first request finds everything in place and a model that
+/// cannot run is known before anyone asks.
+pub(super) fn warm_up(runner: &mut Runner) -> candle_core::Result<()> {
+    let part = Part { tokens: &[InputToken::Vocab(0)], start: 0, blocks: &[0], prompt: None, samples: true };
+    let logits = runner.run(&[part])?;
+    match logits.iter().flatten().all(|x| x.is_finite()) {
+        true => Ok(()),
+        false => candle_core::bail!("the model's first logits are not finite; the weights or the dtype are wrong"),
+    }
+}
+
+impl Worker {
+    pub(super) fn new(
+        runner: Runner,
+        config: &EngineConfig,
+        num_blocks: usize,
+        inbox: mpsc::Receiver<Mail>,
+        shared: Arc<Shared>,
+    ) -> Self {
+        let limits =
+            Limits { max_batch: config.max_batch.max(1), max_step_tokens: config.max_step_tokens.max(1), num_blocks };
+        Self { runner, scheduler: Scheduler::new(limits), jobs: HashMap::new(), inbox, shared, next_id: 0 }
+    }
+
+    /// Runs until drained, or until every handle is dropped and nothing is left to do.
+    pub(super) fn run(mut self) {
+        // Set also when this thread unwinds: readiness must drop.
+        let _unready = Unready(self.shared.clone());
+        loop {
+            let open = self.take_mail();
+            self.retire();
+            if !self.scheduler.is_empty() {
+                self.step();
+            } else if !open {
+                return;
+            } else if let Some(Mail::Job(job)) = self.inbox.blocking_recv() {
+                self.accept(job);
+            }
+        }
+    }
+
+    /// Moves all mail to the scheduler; false when no more can come.
+    fn take_mail(&mut self) -> bool {
+        if self.shared.draining.load(Relaxed) {
+            // What was sent before still arrives.
+            self.inbox.close();
+        }
+        loop {
+            match self.inbox.try_recv() {
+                Ok(Mail::Job(job)) => self.accept(job),
+                Ok(Mail::Wake) => {}
+                Err(TryRecvError::Empty) => return true,
+                Err(TryRecvError::Disconnected) => return false,
+            }
+        }
+    }
+
+    fn accept(&mut self, Job { request, events, place }: Job) {
+        let id = SequenceId(self.next_id);
+        self.next_id += 1;
+        let text = request.tokens.iter().filter_map(|t| match t {
+            InputToken::Vocab(id) => Some(*id),
+            InputToken::Virtual(_) => None,
+        });
+        let running = Running {
+            sampler: Sampler::new(request.sampling.clone(), text),
+            prompt: request.prompt,
+            stop_tokens: request.sampling.stop_tokens,
+            remaining: request.sampling.max_tokens,
+            deadline: request.deadline,
+            events,
+            place: Some(place),
+        };
+        self.jobs.insert(id, running);
+        self.scheduler.add(id, Sequence::new(request.tokens));
+    }
+
+    /// Ends sequences whose reader went away, whose deadline passed, or that the drain's end cuts.
+    fn retire(&mut self) {
+        let now = Instant::now();
+        let drain_by = *self.shared.drain_by.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let over = drain_by.is_some_and(|by| now >= by);
+        for id in self.scheduler.ids() {
+            let Some(job) = self.jobs.get(&id) else { continue };
+            let reason = if job.events.is_closed() || over {
+                FinishReason::Cancelled
+            } else if job.deadline.is_some_and(|by| now >= by) {
+                FinishReason::Timeout
+            } else {
+                continue;
+            };
+            self.end(id, Event::Finished { reason, cached_tokens: 0 });
+        }
+    }
+
+    fn step(&mut self) {
+        let step = self.scheduler.schedule();
+        for chunk in &step.chunks {
+            if let Some(job) = self.jobs.get_mut(&chunk.id) {
+                job.place = None;
+            }
+        }
+        let result = self.compute(&step);
+        self.shared.steps.fetch_add(1, Relaxed);
+        match result {
+            Ok(logits) => self.deliver(&step, logits),
+            Err(error) => {
+                tracing::error!(%error, sequences = step.chunks.len(), "a forward pass failed");
+                for chunk in &step.chunks {
+                    self.end(chunk.id, Event::Failed);
+                }
+            }
+        }
+        self.publish();
+    }
+
+    fn compute(&mut self, step: &Step) -> candle_core::Result<Vec<Vec<f32>>> {
+        let mut parts = Vec::with_capacity(step.chunks.len());
+        for chunk in &step.chunks {
+            let (Some(sequence), Some(job)) = (self.scheduler.get(chunk.id), self.jobs.get(&chunk.id)) else {
+                candle_core::bail!("sequence {:?} was scheduled but is not known", chunk.id)
+            };
+            parts.push(Part {
+                tokens: &sequence.tokens[chunk.start..chunk.start + chunk.len],
+                start: chunk.start,
+                blocks: &sequence.blocks,
+                prompt: job.prompt.as_ref(),
+                samples: chunk.samples,
+            });
+        }
+        self.runner.run(&parts)
+    }
+
+    /// Chooses each sampling sequence's token and sends it out.
+    fn deliver(&mut self, step: &Step, logits: Vec<Vec<f32>>) {
+        let mut chosen = Vec::with_capacity(logits.len());
+        let mut ended = Vec::new();
+        let sampling = step.chunks.iter().filter(|c| c.samples);
+        for (chunk, logits) in sampling.zip(logits) {
+            let Some(job) = self.jobs.get_mut(&chunk.id) else { continue };
+            let token = match job.sampler.next(logits) {
+                Ok(token) => token,
+                Err(error) => {
+                    tracing::error!(%error, "a token could not be drawn");
+                    ended.push((chunk.id, Event::Failed));
+                    continue;
+                }
+            };
+            let finished = |reason| Event::Finished { reason, cached_tokens: 0 };
+            if job.stop_tokens.contains(&token.id) {
+                ended.push((chunk.id, finished(FinishReason::Stop)));
+                continue;
+            }
+            chosen.push((chunk.id, token.id));
+            // There is room for every token; an error means that the reader is gone.
+            let _ = job.events.try_send(Event::Token(token));
+            job.remaining -= 1;
+            if job.remaining == 0 {
+                ended.push((chunk.id, finished(FinishReason::Length)));
+            }
+        }
+        self.scheduler.commit(step, &chosen);
+        let input = |id| self.scheduler.get(id).map_or(0, |s| s.num_input);
+        let computed: usize =
+            step.chunks.iter().map(|c| (c.start + c.len).min(input(c.id)).saturating_sub(c.start)).sum();
+        self.shared.prompt_tokens.fetch_add(computed as u64, Relaxed);
+        self.shared.generated_tokens.fetch_add(chosen.len() as u64, Relaxed);
+        for (id, event) in ended {
+            self.end(id, event);
+        }
+    }
+
+    fn end(&mut self, id: SequenceId, event: Event) {
+        self.scheduler.remove(id);
+        let job = self.jobs.remove(&id);
+        // First, so that whoever reads the last event finds the counters without this sequence.
+        self.publish();
+        if let Some(job) = job {
+            let _ = job.events.try_send(event);
+        }
+    }
+
+    fn publish(&self) {
+        let s = &self.shared;
+        s.running.store(self.scheduler.num_running(), Relaxed);
+        s.kv_blocks_used.store(self.scheduler.blocks_used(), Relaxed);
+        s.preemptions.store(self.scheduler.preemptions(), Relaxed);
+    }
+}
+
+struct Unready(Arc<Shared>);
+
+impl Drop for Unready {
+    fn drop(&mut self) {
+        self.0.ready.store(false, Relaxed);
+    }
+}
