@@ -1,0 +1,398 @@
+//! Task names to versions: publish, resolve, activate, retire. Names move; versions never change.
+
+pub mod package;
+mod scan;
+mod store;
+mod watch;
+
+use std::{
+    path::PathBuf,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::SystemTime,
+};
+
+use dashmap::DashMap;
+
+use crate::prompt::{
+    Digest, TaskName, Version,
+    format::{self, Fault, FaultKind, Faults, Fit, PromptFiles},
+};
+use scan::Scan;
+use store::{Active, Store};
+pub use watch::Watcher;
+
+/// The fewest hex digits that name a version.
+pub const MIN_VERSION_PREFIX: usize = 6;
+
+/// The most names that an error lists.
+const MAX_KNOWN: usize = 20;
+
+/// Where prompts are kept and what they must fit.
+#[derive(Debug, Clone)]
+pub struct RegistryConfig {
+    /// The folder described in README "Files under --prompts".
+    pub root: PathBuf,
+    pub fit: Fit,
+    /// Bounds, so that a registry cannot grow without end.
+    pub max_tasks: usize,
+    pub max_versions_per_task: usize,
+}
+
+/// All tasks that can be called. Cheap to share; readers never wait for a writer.
+#[derive(Debug)]
+pub struct Registry {
+    config: RegistryConfig,
+    store: Store,
+    /// Readers clone an `Arc` out of a shard that is locked for no longer than that; a writer
+    /// prepares a whole new state beside it and swaps one pointer.
+    tasks: DashMap<TaskName, Arc<TaskState>>,
+    /// One mutex for all writers: publishing is rare and waits for the disk anyway, and one order
+    /// of changes for memory and disk is easy to be sure of. Holds what the last scan has seen.
+    writer: Mutex<Scan>,
+}
+
+/// A task at one moment; replaced as a whole.
+#[derive(Debug, Clone, Default)]
+struct TaskState {
+    /// Goes up with each change of `active`.
+    generation: u64,
+    active: Option<Arc<Version>>,
+    /// The newest first.
+    versions: Vec<Stored>,
+    /// The version that lies in the task's folder itself.
+    plain: Option<Digest>,
+}
+
+#[derive(Debug, Clone)]
+struct Stored {
+    version: Arc<Version>,
+    stored_at: SystemTime,
+}
+
+/// One version as the admin API lists it.
+#[derive(Debug, Clone)]
+pub struct VersionEntry {
+    pub version: Arc<Version>,
+    pub active: bool,
+    /// When it was stored.
+    pub stored_at: SystemTime,
+}
+
+/// A task as the admin API lists it.
+#[derive(Debug, Clone)]
+pub struct TaskEntry {
+    pub task: TaskName,
+    /// Goes up with each change of the active version; the ETag is made of it.
+    pub generation: u64,
+    pub active: Option<Arc<Version>>,
+    /// The newest first.
+    pub versions: Vec<VersionEntry>,
+}
+
+/// What a publish did.
+#[derive(Debug, Clone)]
+pub struct Published {
+    pub version: Arc<Version>,
+    /// False when the very same version was there before.
+    pub created: bool,
+    pub active: bool,
+    pub generation: u64,
+}
+
+/// Why the registry refused; what it held before, it still holds.
+#[derive(Debug, thiserror::Error)]
+pub enum RegistryError {
+    /// `known` has the first names there are.
+    #[error("there is no task {task:?}")]
+    TaskNotFound { task: String, known: Vec<TaskName> },
+    /// No version has that id, or several begin so.
+    #[error("task {task} has no version {version:?}")]
+    VersionNotFound { task: TaskName, version: String, known: Vec<String> },
+    #[error("task {task} has no active version")]
+    NoActiveVersion { task: TaskName },
+    #[error(transparent)]
+    Invalid(#[from] Faults),
+    #[error("the task is at generation {found}, the request expected {expected}")]
+    PreconditionFailed { expected: String, found: u64 },
+    #[error("version {version} is active")]
+    VersionActive { task: TaskName, version: String },
+    #[error("the registry is full: {what}")]
+    Full { what: String },
+    #[error("cannot write to the prompt store: {0}")]
+    Store(#[from] std::io::Error),
+}
+
+impl Registry {
+    /// Reads every task under the root. A folder that is wrong is logged and left out; it does not
+    /// keep the others from being served.
+    pub fn open(config: RegistryConfig) -> Result<Arc<Self>, RegistryError> {
+        let store = Store::open(&config.root)?;
+        let registry = Self { config, store, tasks: DashMap::new(), writer: Mutex::new(Scan::default()) };
+        registry.scan_all(&mut registry.writer())?;
+        Ok(Arc::new(registry))
+    }
+
+    /// The version that answers: the active one, or the one named by its id or by the beginning of
+    /// its digest, at least [`MIN_VERSION_PREFIX`] hex digits. Never blocks.
+    pub fn resolve(&self, task: &str, version: Option<&str>) -> Result<Arc<Version>, RegistryError> {
+        let (name, state) = self.state(task)?;
+        match version {
+            Some(version) => state.find(&name, version).map(|stored| stored.version.clone()),
+            None => state.active.clone().ok_or(RegistryError::NoActiveVersion { task: name }),
+        }
+    }
+
+    /// The active version of every task that has one, by name.
+    pub fn active(&self) -> Vec<Arc<Version>> {
+        let mut active: Vec<_> = self.tasks.iter().filter_map(|entry| entry.value().active.clone()).collect();
+        active.sort_by(|a, b| a.task.cmp(&b.task));
+        active
+    }
+
+    /// Every task with all versions, by name.
+    pub fn tasks(&self) -> Vec<TaskEntry> {
+        let mut tasks: Vec<_> = self.tasks.iter().map(|entry| entry.value().entry(entry.key())).collect();
+        tasks.sort_by(|a, b| a.task.cmp(&b.task));
+        tasks
+    }
+
+    /// One task with all versions.
+    pub fn task(&self, task: &str) -> Result<TaskEntry, RegistryError> {
+        let (name, state) = self.state(task)?;
+        Ok(state.entry(&name))
+    }
+
+    /// Checks, stores and then shows a version. Blocks on the disk: call it off the async threads.
+    pub fn publish(&self, task: TaskName, files: PromptFiles, activate: bool) -> Result<Published, RegistryError> {
+        // The long part, before anyone has to wait for it.
+        let version = Arc::new(format::read(task.clone(), &files, &self.config.fit)?);
+        let mut scan = self.writer();
+        let _lock = self.store.lock();
+        self.scan_task(&mut scan, &task);
+
+        let digest = version.digest;
+        let old = self.get(task.as_str()).map(|(_, state)| state);
+        if let Some(state) = &old
+            && let Some(found) = state.versions.iter().find(|stored| stored.version.digest.id() == digest.id())
+        {
+            return self.publish_again(&task, state, found.version.clone(), digest, activate);
+        }
+        self.check_room(&task, old.as_deref())?;
+
+        let mut state = old.as_deref().cloned().unwrap_or_default();
+        if activate {
+            state.generation = state.generation.saturating_add(1);
+            state.active = Some(version.clone());
+        }
+        let active = activate.then(|| Active { version: digest.id(), generation: state.generation });
+        self.store.add_version(&task, digest, &files, active.as_ref())?;
+        let stored_at = self.store.stored_at(&self.store.version_dir(&task, &digest.id()));
+        state.insert(Stored { version: version.clone(), stored_at });
+        let generation = state.generation;
+        self.show(&task, state);
+        tracing::info!(%task, version = %digest, active = activate, generation, "published");
+        for warning in &version.warnings {
+            tracing::warn!(%task, version = %digest, "{warning}");
+        }
+        Ok(Published { version, created: true, active: activate, generation })
+    }
+
+    /// Makes a stored version the one that answers, if the generation is still `expected`. Blocks
+    /// on the disk.
+    pub fn activate(&self, task: &str, version: &str, expected: Option<u64>) -> Result<TaskEntry, RegistryError> {
+        let mut scan = self.writer();
+        let _lock = self.store.lock();
+        let (name, state) = self.fresh_state(&mut scan, task)?;
+        let version = state.find(&name, version)?.version.clone();
+        if let Some(expected) = expected.filter(|expected| *expected != state.generation) {
+            return Err(RegistryError::PreconditionFailed { expected: expected.to_string(), found: state.generation });
+        }
+        self.make_active(&name, &state, version).map(|state| state.entry(&name))
+    }
+
+    /// Removes a task and its versions; running requests finish on what they hold. Blocks on the
+    /// disk.
+    pub fn delete_task(&self, task: &str) -> Result<(), RegistryError> {
+        let mut scan = self.writer();
+        let _lock = self.store.lock();
+        let (name, _) = self.fresh_state(&mut scan, task)?;
+        self.remove(&mut scan, &name)
+    }
+
+    /// Removes one version; the active one only as the last of its task, which then goes too.
+    /// Blocks on the disk.
+    pub fn delete_version(&self, task: &str, version: &str) -> Result<(), RegistryError> {
+        let mut scan = self.writer();
+        let _lock = self.store.lock();
+        let (name, state) = self.fresh_state(&mut scan, task)?;
+        let digest = state.find(&name, version)?.version.digest;
+        if state.versions.len() == 1 {
+            return self.remove(&mut scan, &name);
+        }
+        if state.active.as_ref().is_some_and(|active| active.digest == digest) {
+            return Err(RegistryError::VersionActive { task: name, version: digest.id() });
+        }
+        self.store.remove_version(&name, &digest.id())?;
+        let mut state = TaskState::clone(&state);
+        if state.plain == Some(digest) {
+            self.store.remove_plain(&name)?;
+            state.plain = None;
+        }
+        state.versions.retain(|stored| stored.version.digest != digest);
+        self.show(&name, state);
+        tracing::info!(task = %name, version = %digest, "deleted version");
+        Ok(())
+    }
+
+    /// Follows changes made to the folder by hand, by git or by another process until the
+    /// returned guard is dropped.
+    pub fn watch(self: &Arc<Self>) -> Result<Watcher, RegistryError> {
+        Ok(Watcher::start(self, self.store.root())?)
+    }
+
+    /// Looks for changes on the disk now. Blocks on the disk.
+    pub fn rescan(&self) -> Result<(), RegistryError> {
+        Ok(self.scan_all(&mut self.writer())?)
+    }
+
+    fn writer(&self) -> MutexGuard<'_, Scan> {
+        // A panic in a writer leaves a whole state behind: states are swapped, never changed.
+        self.writer.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn get(&self, task: &str) -> Option<(TaskName, Arc<TaskState>)> {
+        self.tasks.get(task).map(|entry| (entry.key().clone(), entry.value().clone()))
+    }
+
+    fn state(&self, task: &str) -> Result<(TaskName, Arc<TaskState>), RegistryError> {
+        self.get(task).ok_or_else(|| {
+            let mut known: Vec<TaskName> = self.tasks.iter().map(|entry| entry.key().clone()).collect();
+            known.sort();
+            known.truncate(MAX_KNOWN);
+            RegistryError::TaskNotFound { task: task.chars().take(80).collect(), known }
+        })
+    }
+
+    /// A task as the disk has it now, for a writer.
+    fn fresh_state(&self, scan: &mut Scan, task: &str) -> Result<(TaskName, Arc<TaskState>), RegistryError> {
+        if let Ok(name) = task.parse() {
+            self.scan_task(scan, &name);
+        }
+        self.state(task)
+    }
+
+    fn show(&self, task: &TaskName, state: TaskState) -> Arc<TaskState> {
+        let state = Arc::new(state);
+        self.tasks.insert(task.clone(), state.clone());
+        state
+    }
+
+    fn publish_again(
+        &self,
+        task: &TaskName,
+        state: &Arc<TaskState>,
+        version: Arc<Version>,
+        digest: Digest,
+        activate: bool,
+    ) -> Result<Published, RegistryError> {
+        if version.digest != digest {
+            let detail = format!(
+                "another version has the same id {digest}, whose first {} hex digits are equal; change the prompt's \
+                 description in task.json and publish it again",
+                digest.id().len()
+            );
+            return Err(Faults(vec![Fault { kind: FaultKind::Malformed, detail }]).into());
+        }
+        let state = if activate { self.make_active(task, state, version.clone())? } else { state.clone() };
+        let active = state.active.as_ref().is_some_and(|active| active.digest == digest);
+        Ok(Published { version, created: false, active, generation: state.generation })
+    }
+
+    fn check_room(&self, task: &TaskName, state: Option<&TaskState>) -> Result<(), RegistryError> {
+        let (max_tasks, max_versions) = (self.config.max_tasks, self.config.max_versions_per_task);
+        match state {
+            None if self.tasks.len() >= max_tasks => {
+                let what = format!("there are {max_tasks} tasks, the most that is allowed; delete one first");
+                Err(RegistryError::Full { what })
+            }
+            Some(state) if state.versions.len() >= max_versions => {
+                let what = format!(
+                    "task {task} has {} versions, the most is {max_versions}; delete one first",
+                    state.versions.len()
+                );
+                Err(RegistryError::Full { what })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn make_active(
+        &self,
+        task: &TaskName,
+        state: &Arc<TaskState>,
+        version: Arc<Version>,
+    ) -> Result<Arc<TaskState>, RegistryError> {
+        if state.active.as_ref().is_some_and(|active| active.digest == version.digest) {
+            return Ok(state.clone());
+        }
+        let generation = state.generation.saturating_add(1);
+        self.store.write_active(task, &Active { version: version.digest.id(), generation })?;
+        tracing::info!(%task, version = %version.digest, generation, "activated");
+        Ok(self.show(task, TaskState { generation, active: Some(version), ..TaskState::clone(state) }))
+    }
+
+    fn remove(&self, scan: &mut Scan, task: &TaskName) -> Result<(), RegistryError> {
+        self.store.remove_task(task)?;
+        self.tasks.remove(task);
+        scan.forget(&self.store.task_dir(task));
+        tracing::info!(%task, "deleted task");
+        Ok(())
+    }
+}
+
+impl TaskState {
+    fn insert(&mut self, stored: Stored) {
+        self.versions.push(stored);
+        self.versions.sort_by(|a, b| {
+            let by_time = b.stored_at.cmp(&a.stored_at);
+            by_time.then_with(|| a.version.digest.cmp(&b.version.digest))
+        });
+    }
+
+    fn find(&self, task: &TaskName, version: &str) -> Result<&Stored, RegistryError> {
+        let wanted = version.to_ascii_lowercase();
+        let long_enough = wanted.len() >= MIN_VERSION_PREFIX;
+        let mut found = self
+            .versions
+            .iter()
+            .filter(|stored| long_enough && hex::encode(stored.version.digest.0).starts_with(&wanted));
+        match (found.next(), found.next()) {
+            (Some(stored), None) => Ok(stored),
+            _ => Err(RegistryError::VersionNotFound {
+                task: task.clone(),
+                version: version.chars().take(80).collect(),
+                known: self.versions.iter().take(MAX_KNOWN).map(|stored| stored.version.digest.id()).collect(),
+            }),
+        }
+    }
+
+    fn entry(&self, task: &TaskName) -> TaskEntry {
+        let active = self.active.as_ref().map(|active| active.digest);
+        let versions = self.versions.iter().map(|stored| VersionEntry {
+            version: stored.version.clone(),
+            active: active == Some(stored.version.digest),
+            stored_at: stored.stored_at,
+        });
+        TaskEntry {
+            task: task.clone(),
+            generation: self.generation,
+            active: self.active.clone(),
+            versions: versions.collect(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod model_test;
+#[cfg(test)]
+mod tests;

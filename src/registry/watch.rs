@@ -1,0 +1,132 @@
+//! Follows the prompts' folder: the system's notifications, and a slow poll for file systems that
+//! send none.
+
+use std::{
+    io,
+    path::{Component, Path, PathBuf},
+    sync::{
+        Arc, Weak,
+        mpsc::{self, Receiver, RecvTimeoutError},
+    },
+    thread::JoinHandle,
+    time::{Duration, Instant},
+};
+
+use notify::{
+    Event, EventKind, RecommendedWatcher, RecursiveMode, Watcher as _,
+    event::{AccessKind, AccessMode},
+};
+
+use super::Registry;
+
+/// A change is read once the folder has been quiet for this long.
+const QUIET: Duration = Duration::from_millis(200);
+/// A folder that is never quiet is read this often.
+const MAX_DELAY: Duration = Duration::from_secs(2);
+/// How often to look without a notification.
+const POLL: Duration = Duration::from_secs(10);
+
+/// Follows the folder while it lives.
+#[derive(Debug)]
+pub struct Watcher {
+    signals: mpsc::Sender<Signal>,
+    thread: Option<JoinHandle<()>>,
+    /// `None` where the system cannot notify; the poll does it alone then.
+    _notifications: Option<RecommendedWatcher>,
+}
+
+enum Signal {
+    Changed,
+    Stop,
+}
+
+impl Watcher {
+    pub(super) fn start(registry: &Arc<Registry>, root: &Path) -> io::Result<Self> {
+        let (signals, mail) = mpsc::channel();
+        let notifications = notifications(root, signals.clone())
+            .inspect_err(|e| {
+                let poll = POLL.as_secs();
+                tracing::warn!(path = %root.display(), error = %e, "no change notifications; looking every {poll} s");
+            })
+            .ok();
+        let registry = Arc::downgrade(registry);
+        let thread =
+            std::thread::Builder::new().name("prompts-watcher".into()).spawn(move || follow(&registry, &mail))?;
+        // A change between the registry's last scan and the first notification.
+        let _ = signals.send(Signal::Changed);
+        Ok(Self { signals, thread: Some(thread), _notifications: notifications })
+    }
+}
+
+impl Drop for Watcher {
+    fn drop(&mut self) {
+        let _ = self.signals.send(Signal::Stop);
+        if let Some(thread) = self.thread.take()
+            && thread.thread().id() != std::thread::current().id()
+            && thread.join().is_err()
+        {
+            tracing::error!("the thread that watched the prompts' folder had panicked");
+        }
+    }
+}
+
+fn notifications(root: &Path, signals: mpsc::Sender<Signal>) -> notify::Result<RecommendedWatcher> {
+    let watched: PathBuf = root.to_owned();
+    let mut watcher = notify::recommended_watcher(move |event: notify::Result<Event>| {
+        if event.map_or(true, |event| is_change(&event, &watched)) {
+            let _ = signals.send(Signal::Changed);
+        }
+    })?;
+    watcher.watch(root, RecursiveMode::Recursive)?;
+    Ok(watcher)
+}
+
+/// Whether an event may have changed what is served. Reading must not count, or each scan would
+/// cause the next; neither must the staging folders of this and other processes.
+fn is_change(event: &Event, root: &Path) -> bool {
+    let wrote = match event.kind {
+        EventKind::Access(AccessKind::Close(AccessMode::Write)) => true,
+        EventKind::Access(_) => event.need_rescan(),
+        _ => true,
+    };
+    let hidden = |path: &PathBuf| {
+        let below = path.strip_prefix(root).ok().and_then(|below| below.components().next());
+        matches!(below, Some(Component::Normal(name)) if name.to_string_lossy().starts_with('.'))
+    };
+    wrote && (event.paths.is_empty() || !event.paths.iter().all(hidden))
+}
+
+fn follow(registry: &Weak<Registry>, mail: &Receiver<Signal>) {
+    loop {
+        match mail.recv_timeout(POLL) {
+            Ok(Signal::Changed) => {
+                if !wait_for_quiet(mail) {
+                    return;
+                }
+            }
+            Err(RecvTimeoutError::Timeout) => {}
+            Ok(Signal::Stop) | Err(RecvTimeoutError::Disconnected) => return,
+        }
+        let Some(registry) = registry.upgrade() else { return };
+        if let Err(e) = registry.rescan() {
+            let root = registry.store.root().display();
+            tracing::warn!(path = %root, error = %e, "cannot read the prompts' folder; serving what was read before");
+        }
+    }
+}
+
+/// Whether to go on.
+fn wait_for_quiet(mail: &Receiver<Signal>) -> bool {
+    let first = Instant::now();
+    while first.elapsed() < MAX_DELAY {
+        match mail.recv_timeout(QUIET) {
+            Ok(Signal::Changed) => {}
+            Err(RecvTimeoutError::Timeout) => return true,
+            Ok(Signal::Stop) | Err(RecvTimeoutError::Disconnected) => return false,
+        }
+    }
+    true
+}
+
+#[cfg(test)]
+mod tests;
