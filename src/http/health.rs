@@ -1,0 +1,70 @@
+//! Liveness, readiness and metrics.
+
+use axum::{Json, extract::State, http::header, response::IntoResponse};
+use metrics::{counter, gauge};
+use serde::Serialize;
+use utoipa::ToSchema;
+
+use super::{
+    AppState,
+    problem::{Code, Problem},
+};
+use crate::{engine::EngineStats, telemetry};
+
+/// How the server is.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct Health {
+    /// `live` or `ready`.
+    #[schema(example = "ready")]
+    pub status: &'static str,
+}
+
+/// Is the process alive
+///
+/// Answers as long as the process can answer at all.
+#[utoipa::path(get, path = "/health/live", tag = "health", security(()),
+    responses((status = 200, body = Health, description = "It is", example = json!({"status": "live"}))))]
+pub async fn live() -> Json<Health> {
+    Json(Health { status: "live" })
+}
+
+/// Can it answer requests
+///
+/// Yes once a real forward pass has run; no again when the server is stopping or its engine has
+/// failed.
+#[utoipa::path(get, path = "/health/ready", tag = "health", security(()),
+    responses((status = 200, body = Health, description = "It can", example = json!({"status": "ready"}))),
+    extensions(("x-problems" = json!(["unavailable"]))))]
+pub async fn ready(State(app): State<AppState>) -> Result<Json<Health>, Problem> {
+    if app.is_ready() {
+        Ok(Json(Health { status: "ready" }))
+    } else {
+        Err(Problem::new(Code::Unavailable, "the server is stopping or its engine has failed"))
+    }
+}
+
+/// Metrics for Prometheus
+///
+/// Requests, latencies, tokens, the queue, the batch and the cache.
+#[utoipa::path(get, path = "/metrics", tag = "health", security(()),
+    responses((status = 200, body = String, content_type = "text/plain", description = "Prometheus text format",
+        example = "softserve_engine_running_requests 3\n")))]
+pub async fn metrics(State(app): State<AppState>) -> impl IntoResponse {
+    let handle = telemetry::metrics();
+    record_engine(&app.engine.stats(), app.registry.active().len());
+    handle.run_upkeep();
+    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], handle.render())
+}
+
+/// Takes over the engine's own counters, for a scrape.
+fn record_engine(stats: &EngineStats, tasks: usize) {
+    gauge!(telemetry::READY).set(f64::from(u8::from(stats.ready)));
+    gauge!(telemetry::WAITING).set(stats.waiting as f64);
+    gauge!(telemetry::RUNNING).set(stats.running as f64);
+    gauge!(telemetry::KV_BLOCKS_USED).set(stats.kv_blocks_used as f64);
+    gauge!(telemetry::KV_BLOCKS).set(stats.kv_blocks_total as f64);
+    gauge!(telemetry::TASKS).set(tasks as f64);
+    counter!(telemetry::STEPS).absolute(stats.steps);
+    counter!(telemetry::PROMPT_TOKENS).absolute(stats.prompt_tokens);
+    counter!(telemetry::GENERATED_TOKENS).absolute(stats.generated_tokens);
+}

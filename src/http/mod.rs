@@ -1,0 +1,135 @@
+//! The only module that knows the wire: routes, and the layers around them in order.
+//!
+//! A request passes, from the outside in: [`observe`] (request id, log, metrics, problems written
+//! out), the panic catcher, [`access`] (keys; nothing is open that is not listed there), then its
+//! route. Bodies are bounded where they are read, in [`extract`].
+
+mod access;
+pub mod admin;
+pub mod extract;
+pub mod generate;
+pub mod health;
+mod observe;
+pub mod openapi;
+pub mod prepare;
+pub mod problem;
+pub mod running;
+pub mod types;
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, Ordering::Relaxed},
+};
+
+use axum::{
+    Router,
+    http::{Method, Uri},
+    middleware,
+    response::{IntoResponse, Response},
+};
+use tokio::sync::Semaphore;
+use tower_http::catch_panic::CatchPanicLayer;
+use utoipa_axum::{router::OpenApiRouter, routes};
+use utoipa_swagger_ui::SwaggerUi;
+
+use crate::{
+    config::{Access, Limits},
+    engine::Engine,
+    model::ModelInfo,
+    registry::Registry,
+    text::Text,
+};
+use problem::{Code, Problem};
+
+/// What every handler sees.
+#[derive(Debug)]
+pub struct App {
+    pub engine: Engine,
+    pub registry: Arc<Registry>,
+    pub text: Text,
+    pub model: ModelInfo,
+    pub limits: Limits,
+    pub access: Access,
+    /// One permit for each upload that may be read or checked now.
+    uploads: Semaphore,
+    stopping: AtomicBool,
+}
+
+/// Shared by all handlers.
+pub type AppState = Arc<App>;
+
+impl App {
+    pub fn new(
+        engine: Engine,
+        registry: Arc<Registry>,
+        text: Text,
+        model: ModelInfo,
+        limits: Limits,
+        access: Access,
+    ) -> AppState {
+        let uploads = Semaphore::new(limits.max_concurrent_uploads);
+        Arc::new(Self { engine, registry, text, model, limits, access, uploads, stopping: AtomicBool::new(false) })
+    }
+
+    /// Readiness drops, so that load balancers send nothing more; what is running goes on.
+    pub fn stop(&self) {
+        self.stopping.store(true, Relaxed);
+    }
+
+    /// Whether requests are answered: a forward pass has run, the engine lives, nobody said stop.
+    pub fn is_ready(&self) -> bool {
+        !self.stopping.load(Relaxed) && self.engine.stats().ready
+    }
+}
+
+/// The whole server, without a socket.
+pub fn router(app: AppState) -> Router {
+    let (router, spec) = routes().split_for_parts();
+    router
+        .merge(SwaggerUi::new("/docs").url("/openapi.json", openapi::finish(spec)))
+        .fallback(not_found)
+        .method_not_allowed_fallback(method_not_allowed)
+        .layer(middleware::from_fn_with_state(Arc::clone(&app), access::check))
+        .layer(CatchPanicLayer::custom(panicked))
+        .layer(middleware::from_fn(observe::observe))
+        .with_state(app)
+}
+
+/// Every route with its place in the specification.
+fn routes() -> OpenApiRouter<AppState> {
+    OpenApiRouter::with_openapi(openapi::head())
+        .routes(routes!(generate::generate))
+        .routes(routes!(generate::generate_batch))
+        .routes(routes!(generate::list_tasks))
+        .routes(routes!(generate::get_task))
+        .merge(admin::routes())
+        .routes(routes!(health::live))
+        .routes(routes!(health::ready))
+        .routes(routes!(health::metrics))
+}
+
+/// Runs what blocks (disk, long texts) off the async threads.
+pub(crate) async fn blocking<T, E>(work: impl FnOnce() -> Result<T, E> + Send + 'static) -> Result<T, Problem>
+where
+    T: Send + 'static,
+    E: Into<Problem> + Send + 'static,
+{
+    match tokio::task::spawn_blocking(work).await {
+        Ok(done) => done.map_err(Into::into),
+        Err(error) => Err(Problem::internal(error)),
+    }
+}
+
+async fn not_found(uri: Uri) -> Problem {
+    let path: String = uri.path().chars().take(80).collect();
+    Problem::new(Code::NotFound, format!("there is no path {path}; /docs lists those there are"))
+}
+
+async fn method_not_allowed(method: Method, uri: Uri) -> Problem {
+    let detail = format!("{} takes no {method}; the Allow header lists what it takes", uri.path());
+    Problem::new(Code::MethodNotAllowed, detail)
+}
+
+fn panicked(_: Box<dyn std::any::Any + Send>) -> Response {
+    Problem::internal("a handler panicked").into_response()
+}

@@ -1,0 +1,215 @@
+//! From a request's words to the engine's numbers: resolve the task, fill in defaults, check every
+//! range, render, tokenize, and see that it fits the context.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use super::{
+    App,
+    problem::{Code, Problem, ProblemError},
+    types::GenerateRequest,
+};
+use crate::{
+    engine::request::{Request, SamplingParams},
+    prompt::{Version, template::Input},
+};
+
+/// What the server uses where neither request nor task says anything.
+const DEFAULT_MAX_TOKENS: usize = 64;
+/// The most answers to one request.
+const MAX_CHOICES: usize = 16;
+const MAX_LOGPROBS: usize = 20;
+const MAX_STOPS: usize = 16;
+const MAX_STOP_BYTES: usize = 256;
+/// Texts longer than this are tokenized off the async threads.
+const LONG_TEXT: usize = 16 * 1024;
+
+/// A request that the engine can take, once for each choice.
+#[derive(Debug)]
+pub struct Prepared {
+    /// The answer's id.
+    pub id: String,
+    /// Held until the answer is complete.
+    pub version: Arc<Version>,
+    /// One for each choice.
+    pub requests: Vec<Request>,
+    pub stop: Vec<String>,
+    pub logprobs: bool,
+    pub virtual_tokens: usize,
+    pub prompt_tokens: usize,
+}
+
+/// Checks a request to `task` and makes it ready.
+pub async fn prepare(app: &App, task: &str, request: GenerateRequest) -> Result<Prepared, Problem> {
+    let started = Instant::now();
+    let version = app.registry.resolve(task, request.version.as_deref())?;
+    let mut settings = Settings::check(app, &version, &request)?;
+    let ids = encode(app, &version, request.input).await?;
+    let virtual_tokens = version.prompt.num_virtual_tokens();
+    let room = room_for_answer(app, &version, ids.len())?;
+    settings.sampling.max_tokens = settings.sampling.max_tokens.min(room);
+    let requests = (0..settings.choices)
+        .map(|i| {
+            let seed = settings.sampling.seed.wrapping_add(i as u64);
+            let sampling = SamplingParams { seed, ..settings.sampling.clone() };
+            let deadline = Some(started + settings.timeout);
+            Request { deadline, ..Request::new(Some(Arc::clone(&version.prompt)), &ids, sampling) }
+        })
+        .collect();
+    Ok(Prepared {
+        id: uuid::Uuid::now_v7().to_string(),
+        version,
+        requests,
+        logprobs: settings.sampling.logprobs.is_some(),
+        stop: settings.stop,
+        virtual_tokens,
+        prompt_tokens: ids.len(),
+    })
+}
+
+/// Renders the input by the task's template and turns it into token ids.
+pub async fn encode(app: &App, version: &Arc<Version>, input: Input) -> Result<Vec<u32>, Problem> {
+    let bytes = match &input {
+        Input::Text(text) => text.len(),
+        Input::Fields(fields) => fields.values().map(String::len).sum(),
+    };
+    let text = app.text.clone();
+    let version = Arc::clone(version);
+    let work = move || -> Result<Vec<u32>, Problem> { Ok(text.encode(&version.template.render(&input)?)?) };
+    if bytes > LONG_TEXT { super::blocking(work).await } else { work() }
+}
+
+/// How many tokens an answer to a text of this many tokens may have; at least 1.
+pub fn room_for_answer(app: &App, version: &Version, prompt_tokens: usize) -> Result<usize, Problem> {
+    let virtual_tokens = version.prompt.num_virtual_tokens();
+    let context = app.engine.max_sequence();
+    if let Some(limit) = version.spec.limits.max_input_tokens.filter(|&limit| prompt_tokens > limit) {
+        let detail = format!("the input has {prompt_tokens} tokens, the task takes at most {limit}: shorten it");
+        return Err(Problem::new(Code::InputTooLong, detail));
+    }
+    match context.checked_sub(virtual_tokens + prompt_tokens) {
+        None | Some(0) => {
+            let most = context.saturating_sub(virtual_tokens + 1);
+            let detail = format!(
+                "the learned prompt takes {virtual_tokens} positions and the input {prompt_tokens}, and an answer needs \
+                 at least 1, of the model's {context}: shorten the input to {most} tokens"
+            );
+            Err(Problem::new(Code::InputTooLong, detail))
+        }
+        Some(room) => Ok(room),
+    }
+}
+
+/// A request's parameters, with defaults filled in and every range checked.
+struct Settings {
+    sampling: SamplingParams,
+    stop: Vec<String>,
+    choices: usize,
+    timeout: Duration,
+}
+
+impl Settings {
+    fn check(app: &App, version: &Version, request: &GenerateRequest) -> Result<Self, Problem> {
+        let defaults = &version.spec.defaults;
+        let mut ranges = Ranges::default();
+        let temperature = request.temperature.or(defaults.temperature).unwrap_or(0.0);
+        ranges.check("temperature", temperature, 0.0, 2.0);
+        let top_p = request.top_p.or(defaults.top_p).unwrap_or(1.0);
+        ranges.check_open("top_p", top_p, 0.0, 1.0);
+        let top_k = request.top_k.or(defaults.top_k).unwrap_or(0);
+        let min_p = request.min_p.or(defaults.min_p).unwrap_or(0.0);
+        ranges.check("min_p", min_p, 0.0, 1.0);
+        let repetition_penalty = request.repetition_penalty.or(defaults.repetition_penalty).unwrap_or(1.0);
+        ranges.check_open("repetition_penalty", repetition_penalty, 0.0, 10.0);
+        let frequency_penalty = request.frequency_penalty.or(defaults.frequency_penalty).unwrap_or(0.0);
+        ranges.check("frequency_penalty", frequency_penalty, -2.0, 2.0);
+        let presence_penalty = request.presence_penalty.or(defaults.presence_penalty).unwrap_or(0.0);
+        ranges.check("presence_penalty", presence_penalty, -2.0, 2.0);
+        if let Some(logprobs) = request.logprobs {
+            ranges.check("logprobs", logprobs, 0, MAX_LOGPROBS);
+        }
+        let choices = request.n.unwrap_or(1);
+        ranges.check("n", choices, 1, MAX_CHOICES);
+        let max_tokens = ranges.max_tokens(request, version);
+        let stop = request.stop.clone().or_else(|| defaults.stop.clone()).unwrap_or_default();
+        ranges.stop(&stop);
+        let limit = u64::try_from(app.limits.max_request_timeout.as_millis()).unwrap_or(u64::MAX);
+        let timeout = match request.timeout_ms {
+            Some(ms) => {
+                ranges.check("timeout_ms", ms, 1, limit);
+                Duration::from_millis(ms)
+            }
+            None => app.limits.request_timeout,
+        };
+        ranges.finish()?;
+        let sampling = SamplingParams {
+            max_tokens,
+            temperature,
+            top_p,
+            top_k,
+            min_p,
+            seed: request.seed.unwrap_or_else(rand::random),
+            repetition_penalty,
+            frequency_penalty,
+            presence_penalty,
+            logprobs: request.logprobs,
+            stop_tokens: if request.ignore_eos { Vec::new() } else { app.model.eos_token_ids.clone() },
+        };
+        Ok(Self { sampling, stop, choices, timeout })
+    }
+}
+
+/// Collects every value that is out of its range.
+#[derive(Default)]
+struct Ranges(Vec<ProblemError>);
+
+impl Ranges {
+    fn check<T: PartialOrd + std::fmt::Display>(&mut self, field: &str, found: T, least: T, most: T) {
+        if !(least <= found && found <= most) {
+            self.fault(field, format!("found {found}, expected {least} to {most}"));
+        }
+    }
+
+    /// The least value is not itself allowed.
+    fn check_open(&mut self, field: &str, found: f32, above: f32, most: f32) {
+        if !(above < found && found <= most) {
+            self.fault(field, format!("found {found}, expected more than {above} and at most {most}"));
+        }
+    }
+
+    fn max_tokens(&mut self, request: &GenerateRequest, version: &Version) -> usize {
+        let limit = version.spec.limits.max_tokens;
+        if let Some(found) = request.max_tokens {
+            match limit {
+                _ if found == 0 => self.fault("max_tokens", "found 0, expected 1 or more".to_owned()),
+                Some(limit) if found > limit => {
+                    self.fault("max_tokens", format!("found {found}, expected at most {limit}, the task's limit"));
+                }
+                _ => {}
+            }
+            return found;
+        }
+        let default = version.spec.defaults.max_tokens.unwrap_or(DEFAULT_MAX_TOKENS);
+        default.min(limit.unwrap_or(usize::MAX)).max(1)
+    }
+
+    fn stop(&mut self, stop: &[String]) {
+        if stop.len() > MAX_STOPS {
+            self.fault("stop", format!("found {} texts, expected at most {MAX_STOPS}", stop.len()));
+        }
+        if let Some((i, text)) = stop.iter().enumerate().find(|(_, s)| s.is_empty() || s.len() > MAX_STOP_BYTES) {
+            let detail = format!("found a text of {} bytes, expected 1 to {MAX_STOP_BYTES}", text.len());
+            self.fault(&format!("stop[{i}]"), detail);
+        }
+    }
+
+    fn fault(&mut self, field: &str, detail: String) {
+        self.0.push(ProblemError { code: Code::InvalidRequest, field: Some(field.to_owned()), detail });
+    }
+
+    fn finish(self) -> Result<(), Problem> {
+        if self.0.is_empty() { Ok(()) } else { Err(Problem::fields(self.0)) }
+    }
+}

@@ -1,0 +1,163 @@
+//! An answer while it is made: the engine's tokens become text, and the first stop text ends it.
+
+use std::time::Instant;
+
+use futures::Stream;
+use metrics::histogram;
+
+use super::{
+    App,
+    prepare::Prepared,
+    problem::Problem,
+    types::{Finish, TokenInfo, TokenLogprob, Usage},
+};
+use crate::{
+    engine::{
+        EventStream,
+        request::{Event, GeneratedToken},
+    },
+    telemetry,
+    text::{Detokenizer, Text},
+};
+
+/// One choice that the engine works on. Dropping it cancels it.
+#[derive(Debug)]
+pub struct Running {
+    events: EventStream,
+    detokenizer: Detokenizer,
+    text: Text,
+    logprobs: bool,
+    submitted: Instant,
+    completion_tokens: usize,
+}
+
+/// What happens to a choice: any number of deltas, then one end.
+#[derive(Debug)]
+pub enum Piece {
+    /// Text and tokens that are final.
+    Delta { output: String, tokens: Option<Vec<TokenInfo>> },
+    /// Nothing follows; `output` is the text that was still held back.
+    End { output: String, finish: Finish, cached_tokens: usize, completion_tokens: usize },
+}
+
+/// A choice as a whole.
+#[derive(Debug)]
+pub struct Finished {
+    pub output: String,
+    pub tokens: Option<Vec<TokenInfo>>,
+    pub finish: Finish,
+    pub cached_tokens: usize,
+    pub completion_tokens: usize,
+}
+
+/// Hands every choice of a request to the engine, or none.
+pub fn start(app: &App, prepared: &mut Prepared) -> Result<Vec<Running>, Problem> {
+    std::mem::take(&mut prepared.requests)
+        .into_iter()
+        .map(|request| {
+            Ok(Running {
+                events: app.engine.submit(request)?,
+                detokenizer: app.text.detokenizer(prepared.stop.clone()),
+                text: app.text.clone(),
+                logprobs: prepared.logprobs,
+                submitted: Instant::now(),
+                completion_tokens: 0,
+            })
+        })
+        .collect()
+}
+
+impl Running {
+    /// What happens next. Not to be called after the end or an error.
+    pub async fn next(&mut self) -> Result<Piece, Problem> {
+        loop {
+            match self.events.next().await {
+                Some(Event::Token(token)) => {
+                    if let Some(piece) = self.token(token)? {
+                        return Ok(piece);
+                    }
+                }
+                Some(Event::Finished { reason, cached_tokens }) => {
+                    let rest = self.detokenizer.finish()?;
+                    let finish = if rest.stopped { Finish::Stop } else { reason.into() };
+                    return Ok(self.end(rest.text, finish, cached_tokens));
+                }
+                Some(Event::Failed) => return Err(Problem::internal("the forward pass failed")),
+                None => return Err(Problem::internal("the engine ended before the answer")),
+            }
+        }
+    }
+
+    /// The choice as a stream; the last item is the end or an error.
+    pub fn into_stream(mut self) -> impl Stream<Item = Result<Piece, Problem>> {
+        async_stream::stream! {
+            loop {
+                let piece = self.next().await;
+                let last = !matches!(piece, Ok(Piece::Delta { .. }));
+                yield piece;
+                if last {
+                    break;
+                }
+            }
+        }
+    }
+
+    /// Waits for the whole of it.
+    pub async fn finish(mut self) -> Result<Finished, Problem> {
+        let mut text = String::new();
+        let mut all = self.logprobs.then(Vec::new);
+        loop {
+            match self.next().await? {
+                Piece::Delta { output, tokens } => {
+                    text += &output;
+                    if let (Some(all), Some(tokens)) = (&mut all, tokens) {
+                        all.extend(tokens);
+                    }
+                }
+                Piece::End { output, finish, cached_tokens, completion_tokens } => {
+                    text += &output;
+                    return Ok(Finished { output: text, tokens: all, finish, cached_tokens, completion_tokens });
+                }
+            }
+        }
+    }
+
+    /// `None` while the token's text is held back and nothing has to be reported.
+    fn token(&mut self, token: GeneratedToken) -> Result<Option<Piece>, Problem> {
+        if self.completion_tokens == 0 {
+            histogram!(telemetry::FIRST_TOKEN_SECONDS).record(self.submitted.elapsed());
+        }
+        self.completion_tokens += 1;
+        let delta = self.detokenizer.push(token.id)?;
+        if delta.stopped {
+            return Ok(Some(self.end(delta.text, Finish::Stop, 0)));
+        }
+        let tokens = self.logprobs.then(|| vec![self.describe(&token)]);
+        let silent = delta.text.is_empty() && tokens.is_none();
+        Ok((!silent).then_some(Piece::Delta { output: delta.text, tokens }))
+    }
+
+    fn end(&self, output: String, finish: Finish, cached_tokens: usize) -> Piece {
+        Piece::End { output, finish, cached_tokens, completion_tokens: self.completion_tokens }
+    }
+
+    fn describe(&self, token: &GeneratedToken) -> TokenInfo {
+        let one = |id, logprob| TokenLogprob { id, text: self.text.token_text(id), logprob };
+        TokenInfo {
+            token: one(token.id, token.logprob.unwrap_or_default()),
+            top_logprobs: token.top.iter().map(|&(id, logprob)| one(id, logprob)).collect(),
+        }
+    }
+}
+
+impl Prepared {
+    /// What was counted, once `completion_tokens` of all choices and the cache hits are known.
+    pub fn usage(&self, cached_tokens: usize, completion_tokens: usize) -> Usage {
+        Usage {
+            virtual_tokens: self.virtual_tokens,
+            prompt_tokens: self.prompt_tokens,
+            cached_tokens,
+            completion_tokens,
+        }
+    }
+}

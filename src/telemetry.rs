@@ -1,0 +1,97 @@
+//! The log's set-up, and the names of all metrics in one place.
+
+use std::{
+    io::IsTerminal as _,
+    sync::{Once, OnceLock},
+};
+
+use metrics::{Unit, describe_counter, describe_gauge, describe_histogram};
+use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
+use tracing_subscriber::EnvFilter;
+
+use crate::config::{LogConfig, LogFormat};
+
+/// Answered requests, by method, route and status.
+pub const HTTP_REQUESTS: &str = "softserve_http_requests_total";
+/// Seconds from a request's arrival to its answer's head, by method and route.
+pub const HTTP_SECONDS: &str = "softserve_http_request_duration_seconds";
+/// Requests that are being answered.
+pub const HTTP_ACTIVE: &str = "softserve_http_requests_active";
+/// Seconds from the hand-over of a request to its first token.
+pub const FIRST_TOKEN_SECONDS: &str = "softserve_time_to_first_token_seconds";
+/// Uploads of learned prompts, by outcome.
+pub const UPLOADS: &str = "softserve_uploads_total";
+/// Whether a forward pass has run and the engine lives.
+pub const READY: &str = "softserve_ready";
+/// Requests that wait for a place in the batch.
+pub const WAITING: &str = "softserve_engine_waiting_requests";
+/// Requests in the batch.
+pub const RUNNING: &str = "softserve_engine_running_requests";
+/// Blocks of keys and values in use.
+pub const KV_BLOCKS_USED: &str = "softserve_engine_kv_blocks_used";
+/// Blocks of keys and values there are.
+pub const KV_BLOCKS: &str = "softserve_engine_kv_blocks";
+/// Forward passes.
+pub const STEPS: &str = "softserve_engine_steps_total";
+/// Input positions computed, virtual tokens included.
+pub const PROMPT_TOKENS: &str = "softserve_engine_prompt_tokens_total";
+/// Tokens generated.
+pub const GENERATED_TOKENS: &str = "softserve_engine_generated_tokens_total";
+/// Tasks with an active version.
+pub const TASKS: &str = "softserve_tasks";
+
+const SECONDS_BUCKETS: [f64; 13] = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 60.0];
+
+/// Starts the log on standard error, and makes panics part of it. A second call changes nothing.
+pub fn init(config: &LogConfig) -> Result<(), tracing_subscriber::filter::ParseError> {
+    let filter = EnvFilter::builder().parse(&config.level)?;
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        let builder = tracing_subscriber::fmt()
+            .with_env_filter(filter)
+            .with_writer(std::io::stderr)
+            .with_ansi(std::io::stderr().is_terminal());
+        let started = match config.format {
+            LogFormat::Text => builder.with_target(false).try_init(),
+            LogFormat::Json => builder.json().flatten_event(true).with_current_span(true).try_init(),
+        };
+        if started.is_ok() {
+            std::panic::set_hook(Box::new(|panic| tracing::error!(%panic, "a panic: please report it")));
+        }
+    });
+    Ok(())
+}
+
+/// The process's metrics. The first call begins to record them.
+pub fn metrics() -> &'static PrometheusHandle {
+    static HANDLE: OnceLock<PrometheusHandle> = OnceLock::new();
+    HANDLE.get_or_init(|| {
+        let builder = PrometheusBuilder::new();
+        // Buckets are refused only if there are none.
+        let builder = builder.set_buckets(&SECONDS_BUCKETS).unwrap_or_else(|_| PrometheusBuilder::new());
+        let recorder = builder.build_recorder();
+        let handle = recorder.handle();
+        if metrics::set_global_recorder(recorder).is_err() {
+            tracing::warn!("another metrics recorder is in place: /metrics will stay empty");
+        }
+        describe();
+        handle
+    })
+}
+
+fn describe() {
+    describe_counter!(HTTP_REQUESTS, "Answered requests, by method, route and status");
+    describe_histogram!(HTTP_SECONDS, Unit::Seconds, "Time to the answer's head, by method and route");
+    describe_gauge!(HTTP_ACTIVE, "Requests that are being answered");
+    describe_histogram!(FIRST_TOKEN_SECONDS, Unit::Seconds, "Time from a request's hand-over to its first token");
+    describe_counter!(UPLOADS, "Uploads of learned prompts, by outcome");
+    describe_gauge!(READY, "1 once a forward pass has run and while the engine lives");
+    describe_gauge!(WAITING, "Requests that wait for a place in the batch");
+    describe_gauge!(RUNNING, "Requests in the batch");
+    describe_gauge!(KV_BLOCKS_USED, "Blocks of keys and values in use");
+    describe_gauge!(KV_BLOCKS, "Blocks of keys and values there are");
+    describe_counter!(STEPS, "Forward passes");
+    describe_counter!(PROMPT_TOKENS, "Input positions computed, virtual tokens included");
+    describe_counter!(GENERATED_TOKENS, "Tokens generated");
+    describe_gauge!(TASKS, "Tasks with an active version");
+}
