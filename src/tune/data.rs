@@ -1,0 +1,405 @@
+//! Training data: JSON Lines to examples, examples to token ids. Every fault is found before
+//! anything is trained, and listed by line.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    fmt, fs, io,
+    path::{Path, PathBuf},
+};
+
+use serde_json::{Map, Value};
+use sha2::{Digest as _, Sha256};
+
+use crate::{
+    prompt::{
+        labels::{LabelError, Verbalizer},
+        template::{Input, PromptTemplate},
+    },
+    text::Text,
+};
+
+/// The most faults that an error message lists; the rest are counted.
+const LISTED_FAULTS: usize = 20;
+
+/// The longest piece of a user's data that an error message quotes, in characters.
+const QUOTED: usize = 60;
+
+/// One line of the data.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Example {
+    /// Counted from 1.
+    pub line: usize,
+    pub input: Input,
+    /// What the model is to write.
+    pub output: String,
+    /// The label that `output` is the word of, where the task has labels.
+    pub label: Option<String>,
+}
+
+/// A data file that is right in every line.
+#[derive(Debug, Clone)]
+pub struct Dataset {
+    /// Where it was read from, for messages.
+    pub path: PathBuf,
+    pub examples: Vec<Example>,
+    /// The labels, where the lines have `label` instead of `output`.
+    pub labels: Option<Verbalizer>,
+    /// SHA-256 of the file, in hex.
+    pub digest: String,
+}
+
+/// Why a data file cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum DataError {
+    #[error("cannot read the data {}: {source}", path.display())]
+    Read { path: PathBuf, source: io::Error },
+    #[error("{} has no examples; expected one JSON object a line, such as {{\"input\": \"…\", \"output\": \"…\"}}", path.display())]
+    Empty { path: PathBuf },
+    #[error("{0}")]
+    Faults(Faults),
+    #[error("the labels cannot be used: {0}")]
+    Labels(#[from] LabelError),
+}
+
+/// What is wrong, line by line.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Faults {
+    pub path: PathBuf,
+    /// Line and fault, in order.
+    pub faults: Vec<(usize, String)>,
+}
+
+impl fmt::Display for Faults {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let n = self.faults.len();
+        let lines = if n == 1 { "1 line".to_owned() } else { format!("{n} lines") };
+        write!(f, "{} has {lines} that cannot be used:", self.path.display())?;
+        for (line, fault) in self.faults.iter().take(LISTED_FAULTS) {
+            write!(f, "\n  line {line}: {fault}")?;
+        }
+        if n > LISTED_FAULTS {
+            write!(f, "\n  … and {} more", n - LISTED_FAULTS)?;
+        }
+        Ok(())
+    }
+}
+
+/// What a line says of its answer, before labels are known.
+enum Answer {
+    Output(String),
+    Label(String),
+}
+
+impl Dataset {
+    /// Reads a JSON Lines file of `{"input": …, "output": "…"}` or `{"input": …, "label": "…"}`,
+    /// where `input` is a text or an object of texts. Blank lines do not count. Without `labels`
+    /// the labels are those of the data, each its own word.
+    pub fn read(path: &Path, labels: Option<&Verbalizer>) -> Result<Self, DataError> {
+        let bytes = fs::read(path).map_err(|source| DataError::Read { path: path.to_owned(), source })?;
+        Self::parse(path, &bytes, labels)
+    }
+
+    /// Like [`read`](Self::read), of a file's content; `path` is for messages.
+    pub fn parse(path: &Path, bytes: &[u8], labels: Option<&Verbalizer>) -> Result<Self, DataError> {
+        let mut faults = Vec::new();
+        let mut lines: Vec<(usize, Input, Answer)> = Vec::new();
+        let bytes_without_mark = bytes.strip_prefix(b"\xEF\xBB\xBF").unwrap_or(bytes);
+        for (i, line) in bytes_without_mark.split(|&b| b == b'\n').enumerate() {
+            if line.iter().all(u8::is_ascii_whitespace) {
+                continue;
+            }
+            match parse_line(line) {
+                Ok((input, answer)) => lines.push((i + 1, input, answer)),
+                Err(fault) => faults.push((i + 1, fault)),
+            }
+        }
+        if lines.is_empty() && faults.is_empty() {
+            return Err(DataError::Empty { path: path.to_owned() });
+        }
+        let labels = match labels {
+            Some(given) => Some(given.clone()),
+            None => labels_of(&lines)?,
+        };
+        let examples = lines
+            .into_iter()
+            .filter_map(|(line, input, answer)| match with_label(answer, labels.as_ref()) {
+                Ok((output, label)) => Some(Example { line, input, output, label }),
+                Err(fault) => {
+                    faults.push((line, fault));
+                    None
+                }
+            })
+            .collect();
+        if !faults.is_empty() {
+            faults.sort();
+            return Err(DataError::Faults(Faults { path: path.to_owned(), faults }));
+        }
+        Ok(Self { path: path.to_owned(), examples, labels, digest: hex::encode(Sha256::digest(bytes)) })
+    }
+}
+
+fn parse_line(line: &[u8]) -> Result<(Input, Answer), String> {
+    let text = std::str::from_utf8(line).map_err(|_| "it is not UTF-8".to_owned())?;
+    let mut object: Map<String, Value> = match serde_json::from_str(text) {
+        Ok(Value::Object(object)) => object,
+        Ok(other) => return Err(format!("expected a JSON object, found {}", kind(&other))),
+        Err(e) => return Err(format!("it is not JSON: {}", json_fault(&e))),
+    };
+    let input = match object.remove("input") {
+        Some(Value::String(text)) if text.trim().is_empty() => return Err("\"input\" is empty".to_owned()),
+        Some(Value::String(text)) => Input::Text(text),
+        Some(Value::Object(fields)) => Input::Fields(text_fields(fields)?),
+        Some(other) => return Err(format!("\"input\" is {}, expected a text or an object of texts", kind(&other))),
+        None => return Err(format!("\"input\" is missing{}", found_keys(&object))),
+    };
+    let mut text_of = |key: &str| match object.remove(key) {
+        None => Ok(None),
+        Some(Value::String(text)) if text.trim().is_empty() => Err(format!("{key:?} is empty")),
+        Some(Value::String(text)) => Ok(Some(text)),
+        Some(other) => Err(format!("{key:?} is {}, expected a text", kind(&other))),
+    };
+    let answer = match (text_of("output")?, text_of("label")?) {
+        (Some(output), None) => Answer::Output(output),
+        (None, Some(label)) => Answer::Label(label),
+        (Some(_), Some(_)) => return Err("it has \"output\" and \"label\"; expected one of them".to_owned()),
+        (None, None) => return Err(format!("\"output\" or \"label\" is missing{}", found_keys(&object))),
+    };
+    if !object.is_empty() {
+        return Err(format!("unknown key{}; expected are input and output or label", found_keys(&object)));
+    }
+    Ok((input, answer))
+}
+
+fn text_fields(fields: Map<String, Value>) -> Result<BTreeMap<String, String>, String> {
+    fields
+        .into_iter()
+        .map(|(name, value)| match value {
+            Value::String(text) => Ok((name, text)),
+            other => Err(format!("the field {name:?} of \"input\" is {}, expected a text", kind(&other))),
+        })
+        .collect()
+}
+
+fn kind(value: &Value) -> &'static str {
+    match value {
+        Value::Null => "null",
+        Value::Bool(_) => "a boolean",
+        Value::Number(_) => "a number",
+        Value::String(_) => "a text",
+        Value::Array(_) => "a list",
+        Value::Object(_) => "an object",
+    }
+}
+
+/// serde_json's message without its "line 1", which is not the file's line.
+fn json_fault(e: &serde_json::Error) -> String {
+    let message = e.to_string();
+    let what = message.split(" at line ").next().unwrap_or(&message);
+    format!("{what} at column {}", e.column())
+}
+
+fn found_keys(object: &Map<String, Value>) -> String {
+    if object.is_empty() {
+        return String::new();
+    }
+    let keys: Vec<String> = object.keys().take(5).map(|k| quote(k)).collect();
+    format!("; found {}", keys.join(", "))
+}
+
+/// A piece of the user's data, cut for a message.
+pub(crate) fn quote(text: &str) -> String {
+    if text.chars().count() <= QUOTED {
+        return format!("{text:?}");
+    }
+    format!("{:?}…", text.chars().take(QUOTED).collect::<String>())
+}
+
+/// The labels that the lines have, each its own word; `None` where the lines have outputs.
+fn labels_of(lines: &[(usize, Input, Answer)]) -> Result<Option<Verbalizer>, LabelError> {
+    let found: BTreeSet<&str> = lines
+        .iter()
+        .filter_map(|(_, _, answer)| match answer {
+            Answer::Label(label) => Some(label.as_str()),
+            Answer::Output(_) => None,
+        })
+        .collect();
+    if found.is_empty() {
+        return Ok(None);
+    }
+    Verbalizer::new(&found.into_iter().map(|l| (l.to_owned(), vec![l.to_owned()])).collect()).map(Some)
+}
+
+fn with_label(answer: Answer, labels: Option<&Verbalizer>) -> Result<(String, Option<String>), String> {
+    match (answer, labels) {
+        (Answer::Output(output), None) => Ok((output, None)),
+        (Answer::Output(text) | Answer::Label(text), Some(labels)) => {
+            let known = labels.label_of(&text).and_then(|l| Some((labels.word_for(l)?.to_owned(), Some(l.to_owned()))));
+            known.ok_or_else(|| {
+                let names: Vec<&str> = labels.labels().take(10).collect();
+                format!("{} is not a label; the labels are {}", quote(&text), names.join(", "))
+            })
+        }
+        (Answer::Label(label), None) => Ok((label, None)),
+    }
+}
+
+/// An example as the model sees it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Encoded {
+    /// The rendered input, special tokens included.
+    pub prompt: Vec<u32>,
+    /// The answer with EOS; never empty.
+    pub answer: Vec<u32>,
+}
+
+impl Encoded {
+    /// Positions that the example takes behind the learned prompt.
+    pub fn len(&self) -> usize {
+        self.prompt.len() + self.answer.len()
+    }
+
+    /// Never: an example has an answer.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// Renders and tokenizes examples. `room` is how many positions the context has behind the
+/// learned prompt; an example that needs more is a fault.
+pub fn encode(
+    path: &Path,
+    examples: &[Example],
+    template: &PromptTemplate,
+    text: &Text,
+    eos: u32,
+    room: usize,
+) -> Result<Vec<Encoded>, DataError> {
+    let one = |example: &Example| -> Result<Encoded, String> {
+        let rendered = template.render(&example.input).map_err(|e| e.to_string())?;
+        let prompt = text.encode(&rendered).map_err(|e| e.to_string())?;
+        let mut answer = text.encode_continuation(&example.output).map_err(|e| e.to_string())?;
+        if answer.is_empty() {
+            return Err(format!("the answer {} has no tokens", quote(&example.output)));
+        }
+        answer.push(eos);
+        let encoded = Encoded { prompt, answer };
+        if encoded.len() > room {
+            return Err(format!(
+                "it is {} tokens long ({} input, {} answer), the context has {room} behind the virtual tokens; \
+                 shorten it, or take fewer --virtual-tokens",
+                encoded.len(),
+                encoded.prompt.len(),
+                encoded.answer.len()
+            ));
+        }
+        Ok(encoded)
+    };
+    let mut faults = Vec::new();
+    let mut encoded = Vec::with_capacity(examples.len());
+    for example in examples {
+        match one(example) {
+            Ok(e) => encoded.push(e),
+            Err(fault) => faults.push((example.line, fault)),
+        }
+    }
+    match faults.is_empty() {
+        true => Ok(encoded),
+        false => Err(DataError::Faults(Faults { path: path.to_owned(), faults })),
+    }
+}
+
+/// Fewer examples than this are not split: they are all needed for training.
+pub const SPLIT_FROM: usize = 40;
+
+/// The smallest held-out part of a split.
+const SPLIT_AT_LEAST: usize = 8;
+
+/// Which of `examples` are held out: a tenth, at least 8, chosen by `seed`; none where there are
+/// fewer than [`SPLIT_FROM`]. Examples with the same input stay on one side.
+pub fn held_out(examples: &[Encoded], seed: u64) -> Vec<bool> {
+    let mut out = vec![false; examples.len()];
+    if examples.len() < SPLIT_FROM {
+        return out;
+    }
+    let wanted = (examples.len() / 10).max(SPLIT_AT_LEAST);
+    let mut same: HashMap<&[u32], Vec<usize>> = HashMap::new();
+    for (i, example) in examples.iter().enumerate() {
+        same.entry(&example.prompt).or_default().push(i);
+    }
+    let mut taken = 0;
+    for i in super::order::shuffled(examples.len(), seed, super::order::SPLIT) {
+        let group = &same[examples[i].prompt.as_slice()];
+        // A large group would take far more than was wanted.
+        if taken < wanted && group[0] == i && taken + group.len() <= 2 * wanted {
+            group.iter().for_each(|&j| out[j] = true);
+            taken += group.len();
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<Dataset, DataError> {
+        Dataset::parse(Path::new("d.jsonl"), text.as_bytes(), None)
+    }
+
+    #[test]
+    fn every_bad_line_is_listed_with_its_number_and_fault() {
+        let text = "{\"input\": \"a\", \"output\": \"b\"}\n\n{\"input\": 3, \"output\": \"b\"}\nnot json\n[1]\n\
+                    {\"text\": \"a\", \"output\": \"b\"}\n{\"input\": \"a\"}\n{\"input\": \"a\", \"output\": \"\"}\n\
+                    {\"input\": {\"q\": 1}, \"output\": \"b\"}\n{\"input\": \"a\", \"output\": \"b\", \"weight\": 2}";
+        let Err(DataError::Faults(faults)) = parse(text) else { panic!("faults were expected") };
+        let lines: Vec<usize> = faults.faults.iter().map(|f| f.0).collect();
+        assert_eq!(lines, [3, 4, 5, 6, 7, 8, 9, 10]);
+        let message = faults.to_string();
+        for part in [
+            "line 3: \"input\" is a number",
+            "\"input\" is missing; found \"output\"",
+            "column",
+            "unknown key",
+            "the field \"q\"",
+        ] {
+            assert!(message.contains(part), "{part} in {message}");
+        }
+    }
+
+    #[test]
+    fn a_message_lists_twenty_faults_and_counts_the_rest() {
+        let Err(DataError::Faults(faults)) = parse(&"x\n".repeat(25)) else { panic!("faults were expected") };
+        let message = faults.to_string();
+        assert!(message.contains("25 lines") && message.contains("… and 5 more"), "{message}");
+        assert_eq!(message.lines().count(), 22);
+    }
+
+    #[test]
+    fn labels_come_from_the_data_unless_they_are_given() {
+        let text = "{\"input\": \"a\", \"label\": \"pos\"}\n{\"input\": \"b\", \"label\": \"neg\"}\n";
+        let found = parse(text).expect("valid");
+        assert_eq!(found.labels.expect("labels").labels().collect::<Vec<_>>(), ["neg", "pos"]);
+        let given = [("pos".to_owned(), vec!["great".to_owned()]), ("neg".to_owned(), vec!["bad".to_owned()])];
+        let given = Verbalizer::new(&given.into()).expect("valid");
+        let data = Dataset::parse(Path::new("d"), text.as_bytes(), Some(&given)).expect("valid");
+        assert_eq!(data.examples[0].output, "great");
+        assert_eq!(data.examples[0].label.as_deref(), Some("pos"));
+        let other = "{\"input\": \"a\", \"label\": \"mixed\"}";
+        let refused = Dataset::parse(Path::new("d"), other.as_bytes(), Some(&given));
+        assert!(
+            refused.expect_err("a fault").to_string().contains("\"mixed\" is not a label; the labels are neg, pos")
+        );
+    }
+
+    #[test]
+    fn a_split_keeps_equal_inputs_on_one_side_and_takes_a_tenth_but_at_least_eight() {
+        let example = |i: u32| Encoded { prompt: vec![i / 2], answer: vec![1] };
+        let few: Vec<_> = (0..39).map(example).collect();
+        assert!(held_out(&few, 1).iter().all(|&out| !out));
+        let many: Vec<_> = (0..100).map(example).collect();
+        let out = held_out(&many, 1);
+        assert_eq!(out.iter().filter(|&&o| o).count(), 10);
+        assert!(out.chunks(2).all(|pair| pair[0] == pair[1]));
+        assert_ne!(out, held_out(&many, 2));
+    }
+}

@@ -1,0 +1,197 @@
+//! A prompt on test data, beside the bare model and the bare model with an instruction in words.
+
+use std::collections::BTreeMap;
+
+use candle_core::Tensor;
+use serde::Serialize;
+
+use super::{
+    TuneError,
+    data::{DataError, Dataset, Encoded, Faults},
+    generate, loss, metrics,
+};
+use crate::{
+    model::Model,
+    prompt::{LearnedPrompt, Version, labels::Verbalizer, template::PromptTemplate},
+    text::Text,
+};
+
+/// What stands in front of the inputs.
+#[derive(Debug, Clone)]
+pub enum Front<'a> {
+    /// The learned prompt.
+    Tuned(&'a LearnedPrompt),
+    /// Nothing.
+    Bare,
+    /// A text, on a line of its own.
+    Instruction(&'a str),
+}
+
+/// One way of asking, scored.
+#[derive(Debug, Clone, Serialize)]
+pub struct Column {
+    /// `tuned`, `no_prompt` or `instruction`.
+    pub name: &'static str,
+    /// By metric; shares are 0 to 1, chrF and BLEU 0 to 100.
+    pub metrics: BTreeMap<&'static str, f64>,
+    /// For a labelled task: how often each label was expected and answered.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub confusion: Option<BTreeMap<String, BTreeMap<String, usize>>>,
+    /// What was compared, for each example.
+    #[serde(skip)]
+    pub outputs: Vec<String>,
+}
+
+/// What an answer that is no label is called.
+pub const NO_LABEL: &str = "(no label)";
+
+/// Test data against a task.
+#[derive(Debug)]
+pub struct Evaluation<'a> {
+    pub model: &'a Model,
+    pub text: &'a Text,
+    pub template: &'a PromptTemplate,
+    pub labels: Option<&'a Verbalizer>,
+    pub data: &'a Dataset,
+    /// The most new tokens of an answer.
+    pub max_tokens: usize,
+}
+
+impl Evaluation<'_> {
+    /// Answers every input greedily and scores the answers. `done` is told how many are answered.
+    pub fn column(&self, front: &Front<'_>, done: &mut dyn FnMut(usize)) -> Result<Column, TuneError> {
+        let inputs = self.inputs(front)?;
+        let prompt = match front {
+            Front::Tuned(LearnedPrompt::Embeddings(embeddings)) => Some(&embeddings.rows),
+            Front::Bare | Front::Instruction(_) => None,
+        };
+        let generated = generate::greedy(self.model, prompt, &inputs, self.max_tokens, done)?;
+        let mut outputs = Vec::with_capacity(generated.len());
+        for ids in &generated {
+            let output = self.text.decode(ids).map_err(super::init::InitError::Text)?;
+            outputs.push(match front {
+                Front::Tuned(_) => output.trim().to_owned(),
+                // A model that was never told when to stop is not blamed for what it adds.
+                Front::Bare | Front::Instruction(_) => first_line(&output).to_owned(),
+            });
+        }
+        let name = match front {
+            Front::Tuned(_) => "tuned",
+            Front::Bare => "no_prompt",
+            Front::Instruction(_) => "instruction",
+        };
+        match self.labels {
+            Some(labels) => self.score_labels(name, labels, prompt, &inputs, outputs),
+            None => Ok(self.score_texts(name, outputs)),
+        }
+    }
+
+    fn inputs(&self, front: &Front<'_>) -> Result<Vec<Vec<u32>>, TuneError> {
+        let virtual_tokens = match front {
+            Front::Tuned(prompt) => prompt.num_virtual_tokens(),
+            Front::Bare | Front::Instruction(_) => 0,
+        };
+        let room = self.model.info().context_length - virtual_tokens;
+        let mut faults = Vec::new();
+        let mut inputs = Vec::new();
+        for example in &self.data.examples {
+            let ids = self.template.render(&example.input).map_err(|e| e.to_string()).and_then(|rendered| {
+                let text = match front {
+                    Front::Instruction(instruction) => format!("{instruction}\n{rendered}"),
+                    Front::Tuned(_) | Front::Bare => rendered,
+                };
+                self.text.encode(&text).map_err(|e| e.to_string())
+            });
+            match ids {
+                Ok(ids) if ids.len() < room => inputs.push(ids),
+                Ok(ids) => {
+                    faults.push((example.line, format!("it is {} tokens long, the context has {room}", ids.len())))
+                }
+                Err(fault) => faults.push((example.line, fault)),
+            }
+        }
+        match faults.is_empty() {
+            true => Ok(inputs),
+            false => Err(DataError::Faults(Faults { path: self.data.path.clone(), faults }).into()),
+        }
+    }
+
+    fn score_texts(&self, name: &'static str, outputs: Vec<String>) -> Column {
+        let references: Vec<String> = self.data.examples.iter().map(|e| e.output.trim().to_owned()).collect();
+        let metrics = [
+            ("exact_match", metrics::exact_match(&outputs, &references)),
+            ("token_f1", metrics::token_f1(&outputs, &references)),
+            ("chrf", metrics::chrf(&outputs, &references)),
+            ("bleu", metrics::bleu(&outputs, &references)),
+        ];
+        Column { name, metrics: metrics.into(), confusion: None, outputs }
+    }
+
+    fn score_labels(
+        &self,
+        name: &'static str,
+        labels: &Verbalizer,
+        prompt: Option<&Tensor>,
+        inputs: &[Vec<u32>],
+        outputs: Vec<String>,
+    ) -> Result<Column, TuneError> {
+        let expected: Vec<String> = self.data.examples.iter().map(|e| e.label.clone().unwrap_or_default()).collect();
+        let answered: Vec<Option<String>> = outputs.iter().map(|o| labels.label_of(o).map(str::to_owned)).collect();
+        let likeliest = self.likeliest(labels, prompt, inputs)?;
+        let confusion = metrics::confusion(&answered, &expected)
+            .into_iter()
+            .map(|(label, row)| {
+                (label, row.into_iter().map(|(answer, n)| (answer.unwrap_or_else(|| NO_LABEL.to_owned()), n)).collect())
+            })
+            .collect();
+        let metrics = [
+            ("accuracy", metrics::accuracy(&answered, &expected)),
+            ("macro_f1", metrics::macro_f1(&answered, &expected)),
+            ("choice_accuracy", metrics::accuracy(&likeliest, &expected)),
+        ];
+        Ok(Column { name, metrics: metrics.into(), confusion: Some(confusion), outputs })
+    }
+
+    /// The label whose word is the likeliest answer to each input.
+    fn likeliest(
+        &self,
+        labels: &Verbalizer,
+        prompt: Option<&Tensor>,
+        inputs: &[Vec<u32>],
+    ) -> Result<Vec<Option<String>>, TuneError> {
+        let mut words = Vec::new();
+        for label in labels.labels() {
+            let word = labels.word_for(label).unwrap_or(label);
+            let ids = self.text.encode_continuation(word).map_err(super::init::InitError::Text)?;
+            words.push((label, ids));
+        }
+        words.retain(|(_, ids)| !ids.is_empty());
+        let mut chosen = Vec::with_capacity(inputs.len());
+        for input in inputs {
+            let choices: Vec<Encoded> =
+                words.iter().map(|(_, ids)| Encoded { prompt: input.clone(), answer: ids.clone() }).collect();
+            let batch: Vec<&Encoded> = choices.iter().collect();
+            let scores = loss::score(self.model, prompt, &batch)?.log_likelihoods(&batch)?;
+            let best = scores.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1));
+            chosen.push(best.map(|(i, _)| words[i].0.to_owned()));
+        }
+        Ok(chosen)
+    }
+}
+
+fn first_line(output: &str) -> &str {
+    output.lines().map(str::trim).find(|line| !line.is_empty()).unwrap_or_default()
+}
+
+/// An instruction in words, from what a task says of itself.
+pub fn default_instruction(version: &Version) -> Option<String> {
+    let labels: Vec<&str> =
+        version.spec.labels.values().filter_map(|words| words.first()).map(String::as_str).collect();
+    let choices = (!labels.is_empty()).then(|| format!("Answer with one of: {}.", labels.join(", ")));
+    let description = version.spec.description.as_deref().map(str::trim).filter(|d| !d.is_empty());
+    match (description, choices) {
+        (Some(description), Some(choices)) => Some(format!("{description} {choices}")),
+        (Some(description), None) => Some(description.to_owned()),
+        (None, choices) => choices,
+    }
+}

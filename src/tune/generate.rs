@@ -1,0 +1,116 @@
+//! Greedy answers to many inputs at once, on the kernels that serve.
+
+use candle_core::{D, Result, Tensor};
+
+use crate::{
+    kernels::{
+        kv_cache::{BLOCK_SIZE, BlockId, KvCache, KvShape},
+        paged::{PagedKernels, Segment},
+    },
+    model::Model,
+};
+
+/// Sequences in a batch.
+const BATCH: usize = 32;
+
+/// A sequence that is being continued.
+struct Running {
+    index: usize,
+    /// Tokens that are not in the cache yet.
+    next: Vec<u32>,
+    /// Positions that are.
+    computed: usize,
+    blocks: Vec<BlockId>,
+}
+
+/// The likeliest tokens after `[prompt][input]` of each input, up to EOS, which is left out, or to
+/// `max_tokens`, or to the end of the context. `prompt` is `[n, hidden]`. `done` is told how many
+/// inputs are answered.
+pub fn greedy(
+    model: &Model,
+    prompt: Option<&Tensor>,
+    inputs: &[Vec<u32>],
+    max_tokens: usize,
+    done: &mut dyn FnMut(usize),
+) -> Result<Vec<Vec<u32>>> {
+    let mut outputs = vec![Vec::new(); inputs.len()];
+    for start in (0..inputs.len()).step_by(BATCH) {
+        let end = inputs.len().min(start + BATCH);
+        batch(model, prompt, &inputs[start..end], max_tokens, &mut outputs[start..end])?;
+        done(end);
+    }
+    Ok(outputs)
+}
+
+fn batch(
+    model: &Model,
+    prompt: Option<&Tensor>,
+    inputs: &[Vec<u32>],
+    max_tokens: usize,
+    outputs: &mut [Vec<u32>],
+) -> Result<()> {
+    let (info, config) = (model.info(), model.config());
+    let prompt = match prompt {
+        Some(rows) => Some(rows.to_device(&info.device)?.to_dtype(info.dtype)?),
+        None => None,
+    };
+    let n = prompt.as_ref().map_or(Ok(0), |p| p.dim(0))?;
+    let shape = KvShape { num_layers: config.num_layers, num_kv_heads: config.num_kv_heads, head_dim: config.head_dim };
+    let mut blocks = 0;
+    let mut running: Vec<Running> = Vec::new();
+    for (index, input) in inputs.iter().enumerate().filter(|(_, input)| n + input.len() > 0) {
+        let positions = (n + input.len() + max_tokens).min(info.context_length);
+        let own = positions.div_ceil(BLOCK_SIZE) as BlockId;
+        running.push(Running { index, next: input.clone(), computed: 0, blocks: (blocks..blocks + own).collect() });
+        blocks += own;
+    }
+    let mut cache = KvCache::new(shape, blocks as usize);
+    while !running.is_empty() {
+        let chosen = step(model, prompt.as_ref(), n, &running, &mut cache)?;
+        running = running
+            .into_iter()
+            .zip(chosen)
+            .filter_map(|(mut sequence, token)| {
+                let prefix = if sequence.computed == 0 { n } else { 0 };
+                sequence.computed += prefix + sequence.next.len();
+                let output = &mut outputs[sequence.index];
+                if info.eos_token_ids.contains(&token) {
+                    return None;
+                }
+                output.push(token);
+                sequence.next = vec![token];
+                (output.len() < max_tokens && sequence.computed < info.context_length).then_some(sequence)
+            })
+            .collect();
+    }
+    Ok(())
+}
+
+/// Computes what each sequence lacks and returns the likeliest next token of each.
+fn step(
+    model: &Model,
+    prompt: Option<&Tensor>,
+    n: usize,
+    running: &[Running],
+    cache: &mut KvCache,
+) -> Result<Vec<u32>> {
+    let device = &model.info().device;
+    let (mut parts, mut segments) = (Vec::new(), Vec::new());
+    let (mut positions, mut last): (Vec<u32>, Vec<u32>) = (Vec::new(), Vec::new());
+    for sequence in running {
+        let prefix = if sequence.computed == 0 { n } else { 0 };
+        parts.extend(prompt.filter(|_| prefix > 0).cloned());
+        if !sequence.next.is_empty() {
+            parts.push(model.embed(&Tensor::new(sequence.next.as_slice(), device)?)?);
+        }
+        let rows = prefix + sequence.next.len();
+        positions.extend((sequence.computed..sequence.computed + rows).map(|p| p as u32));
+        last.push(positions.len() as u32 - 1);
+        segments.push(Segment { rows, start: sequence.computed, blocks: sequence.blocks.clone() });
+    }
+    let x = Tensor::cat(&parts, 0)?;
+    let mut kernels = PagedKernels::new(cache, &segments);
+    let hidden = model.forward(&x, &Tensor::new(positions, device)?, &mut kernels)?;
+    let logits = model.logits(&hidden.index_select(&Tensor::new(last, device)?, 0)?)?;
+    logits.argmax(D::Minus1)?.to_vec1()
+}

@@ -1,0 +1,184 @@
+//! A run from its plan to the files that `serve` reads: sweep, training with checkpoints, result.
+
+use std::{
+    ops::ControlFlow,
+    path::{Path, PathBuf},
+};
+
+use candle_core::{DType, Tensor};
+
+use super::{
+    TuneError,
+    checkpoint::Checkpoint,
+    loss::Held,
+    output,
+    plan::{HeldOut, Plan},
+    sweep::{self, Sweep},
+    trainer::{Ended, Progress, Settings, State, Trainer},
+};
+use crate::{
+    model::Model,
+    prompt::{
+        Version,
+        format::Fit,
+        spec::{BaseModel, Defaults, TaskSpec},
+    },
+};
+
+/// Where a run keeps its state and puts its result.
+#[derive(Debug, Clone)]
+pub struct Places {
+    /// The folder of the finished prompt.
+    pub output: PathBuf,
+    /// The folder of the unfinished run's state.
+    pub checkpoint: PathBuf,
+    /// Go on from the state that is there.
+    pub resume: bool,
+}
+
+/// Sees a run while it goes. A break ends it; its last checkpoint stays.
+pub trait Observer {
+    /// A step of the sweep is done.
+    fn sweeping(&mut self, done: usize, of: usize) -> ControlFlow<()>;
+    /// The sweep is over.
+    fn swept(&mut self, sweep: &Sweep);
+    /// The run begins, or goes on from `step`.
+    fn training(&mut self, settings: &Settings, step: usize);
+    /// Something happened in the run.
+    fn progress(&mut self, progress: Progress<'_>) -> ControlFlow<()>;
+}
+
+/// What a finished run gives.
+#[derive(Debug)]
+pub struct Outcome {
+    /// As `serve` reads it from the folder.
+    pub version: Version,
+    pub state: State,
+    pub ended: Ended,
+    /// The learning rate's peak.
+    pub rate: f64,
+    /// The model on its own, without a prompt.
+    pub bare: Held,
+    /// The initial values.
+    pub before: Held,
+    /// The prompt that was kept, and the step it is from.
+    pub after: Held,
+    pub best_step: usize,
+}
+
+/// Runs a plan. The folder of an existing prompt is not touched before the new one is complete and
+/// has been read back.
+pub fn run(model: &Model, plan: &Plan, places: &Places, observer: &mut dyn Observer) -> Result<Outcome, TuneError> {
+    output::check(&places.output)?;
+    let trainer = Trainer { model, train: &plan.train, held_out: &plan.held_out };
+    let (rate, mut state) = match places.resume {
+        true => {
+            let checkpoint = Checkpoint::read(&places.checkpoint, &plan.identity)?;
+            (checkpoint.rate, checkpoint.state)
+        }
+        false => (choose_rate(&trainer, plan, observer)?, State::new(plan.initial.clone())),
+    };
+    let mut settings = plan.settings;
+    settings.schedule.peak = rate;
+    observer.training(&settings, state.step);
+
+    let mut unsaved = None;
+    let ended = trainer.run(&settings, &mut state, &mut |progress| {
+        if let Progress::Evaluated { state, .. } = progress {
+            let checkpoint = Checkpoint { identity: plan.identity.clone(), rate, state: state.clone() };
+            if let Err(e) = checkpoint.write(&places.checkpoint) {
+                unsaved = Some(e);
+                return Ok(ControlFlow::Break(()));
+            }
+        }
+        Ok(observer.progress(progress))
+    })?;
+    if let Some(error) = unsaved {
+        return Err(error.into());
+    }
+    if ended == Ended::Interrupted {
+        return Err(TuneError::Interrupted { checkpoint: places.checkpoint.clone() });
+    }
+    let before = state.evaluations.first().map(|e| e.1).ok_or(TuneError::Diverged { rate, step: state.step })?;
+    let best = match state.best.clone() {
+        // A prompt that is no better than its initial values is not a result.
+        Some(best) if best.step > 0 && best.held.better_than(&before) => best,
+        _ if ended == Ended::Diverged => return Err(TuneError::Diverged { rate, step: state.step }),
+        _ => return Err(TuneError::NoGain { rate, loss: before.loss }),
+    };
+    let bare = trainer.held(&settings, None)?;
+    let spec = spec(model, plan, &settings, &state, best.held);
+    let rows =
+        Tensor::from_slice(&best.prompt, (plan.virtual_tokens, model.info().hidden_size), &candle_core::Device::Cpu)?;
+    let version = output::write(&places.output, &plan.task, &rows, &spec, model, &fit(model))?;
+    output::write_curve(&places.output, plan, &state)?;
+    output::remove_checkpoint(&places.checkpoint);
+    Ok(Outcome { version, ended, rate, bare, before, after: best.held, best_step: best.step, state })
+}
+
+fn choose_rate(trainer: &Trainer<'_>, plan: &Plan, observer: &mut dyn Observer) -> Result<f64, TuneError> {
+    if plan.rates.is_empty() {
+        return Ok(plan.settings.schedule.peak);
+    }
+    let sweep = sweep::sweep(trainer, &plan.settings, &plan.initial, &plan.rates, sweep::STEPS, &mut |done, of| {
+        observer.sweeping(done, of)
+    })?;
+    let sweep = sweep.ok_or(TuneError::InterruptedSweep)?;
+    observer.swept(&sweep);
+    sweep.chosen.ok_or_else(|| TuneError::NoRate { start: sweep.start.loss, tried: plan.rates.clone() })
+}
+
+/// What a prompt of this model must fit.
+pub fn fit(model: &Model) -> Fit {
+    let info = model.info();
+    Fit {
+        model_name: info.name.clone(),
+        fingerprint: info.fingerprint.clone(),
+        hidden_size: info.hidden_size,
+        context_length: info.context_length,
+        device: info.device.clone(),
+        dtype: info.dtype,
+    }
+}
+
+fn spec(model: &Model, plan: &Plan, settings: &Settings, state: &State, held: Held) -> TaskSpec {
+    let side = if plan.held_out_is == HeldOut::Training { "train" } else { "held_out" };
+    let metrics = [
+        (format!("{side}_loss"), held.loss),
+        (format!("{side}_{}", plan.metric()), held.exact),
+        ("train_examples".to_owned(), plan.train.len() as f64),
+        ("steps".to_owned(), state.step as f64),
+        ("learning_rate".to_owned(), settings.schedule.peak),
+    ];
+    let labels = plan.labels.iter().flat_map(|l| l.iter()).map(|(l, words)| (l.to_owned(), words.to_vec())).collect();
+    TaskSpec {
+        description: plan.description.clone(),
+        template: Some(plan.template.source().to_owned()),
+        labels,
+        defaults: Defaults { max_tokens: Some(plan.max_tokens), ..Defaults::default() },
+        base_model: Some(BaseModel {
+            name: Some(model.info().name.clone()),
+            fingerprint: Some(model.info().fingerprint.clone()),
+        }),
+        metrics: metrics.into_iter().map(|(name, value)| (name, digits(value))).collect(),
+        ..TaskSpec::default()
+    }
+}
+
+/// To four significant digits, for people.
+fn digits(x: f64) -> f64 {
+    format!("{x:.3e}").parse().unwrap_or(x)
+}
+
+/// The prompt's rows of a version in f32, row by row.
+pub fn rows_of(version: &Version) -> candle_core::Result<Vec<f32>> {
+    let crate::prompt::LearnedPrompt::Embeddings(embeddings) = version.prompt.as_ref();
+    embeddings.rows.to_dtype(DType::F32)?.flatten_all()?.to_vec1()
+}
+
+/// Where the state of an unfinished run is kept by default: beside the finished prompt, hidden, so
+/// that a server which watches the folder never sees half a task.
+pub fn default_checkpoint(output: &Path) -> PathBuf {
+    let name = output.file_name().map_or_else(|| "prompt".into(), |n| n.to_string_lossy());
+    output.with_file_name(format!(".tune-{name}"))
+}

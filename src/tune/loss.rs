@@ -1,0 +1,180 @@
+//! The loss of a prompt on a batch: the cross-entropy of the answers' tokens, through the forward
+//! that serves.
+
+use candle_core::{D, DType, Result, Tensor, Var, bail};
+
+use super::data::Encoded;
+use crate::{
+    kernels::{
+        Kernels,
+        dense::DenseKernels,
+        fused::{FusedKernels, LogProbabilities},
+    },
+    model::Model,
+};
+
+/// What a forward pass over a batch gives.
+#[derive(Debug)]
+pub struct Scored {
+    /// The negative log-likelihood of all answer tokens, summed; a differentiable scalar.
+    pub sum: Tensor,
+    /// How many answer tokens there are, EOS included.
+    pub tokens: usize,
+    /// The model's likeliest token at each of them, `[tokens]`.
+    likeliest: Tensor,
+    /// The log-probability of each, `[tokens]`.
+    log_probs: Tensor,
+}
+
+impl Scored {
+    /// The log-likelihood of each answer of the batch, summed over its tokens.
+    pub fn log_likelihoods(&self, batch: &[&Encoded]) -> Result<Vec<f64>> {
+        let log_probs = self.log_probs.to_dtype(DType::F64)?.to_vec1::<f64>()?;
+        let mut rest = log_probs.as_slice();
+        Ok(batch
+            .iter()
+            .map(|example| {
+                let (own, others) = rest.split_at(example.answer.len());
+                rest = others;
+                own.iter().sum()
+            })
+            .collect())
+    }
+
+    /// How many of the batch's answers greedy decoding gives, token for token with the end: those
+    /// whose every token is the likeliest after the ones before it.
+    pub fn exact(&self, batch: &[&Encoded]) -> Result<usize> {
+        let likeliest = self.likeliest.to_vec1::<u32>()?;
+        let mut rest = likeliest.as_slice();
+        Ok(batch
+            .iter()
+            .filter(|example| {
+                let (own, others) = rest.split_at(example.answer.len());
+                rest = others;
+                own == example.answer
+            })
+            .count())
+    }
+}
+
+/// One forward pass over `[prompt][input][answer]` of each example. `prompt` is `[n, hidden]` in
+/// any float type; with none, the model answers on its own. The prompt's rows are computed once
+/// for the whole batch.
+pub fn score(model: &Model, prompt: Option<&Tensor>, batch: &[&Encoded]) -> Result<Scored> {
+    let device = &model.info().device;
+    let n = prompt.map_or(Ok(0), |p| p.dim(0))?;
+    let mut ids: Vec<u32> = Vec::new();
+    let mut positions: Vec<u32> = (0..n as u32).collect();
+    let mut lengths = Vec::with_capacity(batch.len());
+    let (mut answer_rows, mut targets): (Vec<u32>, Vec<u32>) = (Vec::new(), Vec::new());
+    for example in batch {
+        if n + example.prompt.len() == 0 {
+            bail!("an example has neither virtual tokens nor an input");
+        }
+        let start = n + ids.len();
+        ids.extend(&example.prompt);
+        // The last answer token is predicted and never read.
+        ids.extend(&example.answer[..example.answer.len() - 1]);
+        let length = n + ids.len() - start;
+        positions.extend((n..n + length).map(|p| p as u32));
+        lengths.push(length);
+        // The row before an answer token predicts it: for an empty input the prompt's last row.
+        let before = |j: usize| match example.prompt.len() + j {
+            0 => n - 1,
+            k => start + k - 1,
+        };
+        answer_rows.extend((0..example.answer.len()).map(|j| before(j) as u32));
+        targets.extend(&example.answer);
+    }
+    if lengths.contains(&0) {
+        bail!("an example has no input and an answer of one token; its template should add a text");
+    }
+    let tokens = targets.len();
+    let mut x = model.embed(&Tensor::new(ids, device)?)?;
+    if let Some(prompt) = prompt {
+        x = Tensor::cat(&[&prompt.to_dtype(x.dtype())?, &x], 0)?;
+    }
+    let mut kernels: Box<dyn Kernels> = match FusedKernels::fit(device, x.dtype()) {
+        true => Box::new(FusedKernels::with_prefix(n, &lengths)),
+        false => Box::new(DenseKernels::with_prefix(n, &lengths, device)?),
+    };
+    let hidden = model.forward(&x, &Tensor::new(positions, device)?, kernels.as_mut())?;
+    let logits = model.logits(&hidden.index_select(&Tensor::new(answer_rows, device)?, 0)?)?;
+    let likeliest = logits.detach().argmax(D::Minus1)?;
+    let log_probs = match FusedKernels::fit(device, logits.dtype()) {
+        true => logits.contiguous()?.apply_op1(LogProbabilities { targets })?,
+        false => {
+            let targets = Tensor::new(targets, device)?.unsqueeze(1)?;
+            candle_nn::ops::log_softmax(&logits, D::Minus1)?.gather(&targets, 1)?.squeeze(1)?
+        }
+    };
+    let sum = log_probs.sum_all()?.neg()?;
+    Ok(Scored { sum, tokens, likeliest, log_probs: log_probs.detach() })
+}
+
+/// The loss on a batch and its gradient to the prompt, both as sums over the answer tokens.
+pub fn gradient(model: &Model, prompt: &[f32], batch: &[&Encoded]) -> Result<(f64, Vec<f32>)> {
+    let info = model.info();
+    let var = Var::from_slice(prompt, (prompt.len() / info.hidden_size, info.hidden_size), &info.device)?;
+    let scored = score(model, Some(var.as_tensor()), batch)?;
+    let gradient = gradient_of(&scored.sum, &var)?;
+    let gradient = gradient.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?;
+    Ok((scalar(&scored.sum)?, gradient))
+}
+
+/// The gradient of a scalar to a variable. That there is one is checked: candle's fused operations
+/// drop it without a word.
+pub fn gradient_of(scalar: &Tensor, var: &Var) -> Result<Tensor> {
+    match scalar.backward()?.remove(var.as_tensor()) {
+        Some(gradient) => Ok(gradient),
+        None => bail!("no gradient reached the prompt: an operation of the forward pass has no backward"),
+    }
+}
+
+/// The value of a scalar of any float type.
+pub fn scalar(x: &Tensor) -> Result<f64> {
+    x.to_dtype(DType::F64)?.to_scalar()
+}
+
+/// The mean loss of a prompt over examples and the part of them it answers exactly, without
+/// gradients.
+pub fn evaluate(model: &Model, prompt: Option<&[f32]>, examples: &[&Encoded], batch_size: usize) -> Result<Held> {
+    let info = model.info();
+    let prompt = match prompt {
+        Some(values) => {
+            Some(Tensor::from_slice(values, (values.len() / info.hidden_size, info.hidden_size), &info.device)?)
+        }
+        None => None,
+    };
+    let (mut sum, mut tokens, mut exact) = (0.0, 0, 0);
+    for batch in examples.chunks(batch_size.max(1)) {
+        let scored = score(model, prompt.as_ref(), batch)?;
+        sum += scalar(&scored.sum)?;
+        tokens += scored.tokens;
+        exact += scored.exact(batch)?;
+    }
+    Ok(Held { loss: sum / tokens.max(1) as f64, exact: exact as f64 / examples.len().max(1) as f64 })
+}
+
+/// How good a prompt is on held-out examples.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Held {
+    /// Mean cross-entropy of an answer token, in nats.
+    pub loss: f64,
+    /// The part of the answers that greedy decoding gives exactly, 0 to 1; a labelled task's
+    /// accuracy.
+    pub exact: f64,
+}
+
+impl Held {
+    /// Whether this is better: more exact answers, or as many and a lower loss.
+    pub fn better_than(&self, other: &Held) -> bool {
+        self.loss.is_finite() && (self.exact > other.exact || self.exact == other.exact && self.loss < other.loss)
+    }
+
+    /// Whether it is better by enough to wait for more.
+    pub fn clearly_better_than(&self, other: &Held) -> bool {
+        self.loss.is_finite()
+            && (self.exact > other.exact || self.exact == other.exact && self.loss < 0.99 * other.loss)
+    }
+}

@@ -1,0 +1,323 @@
+//! What is going to be tuned, checked before anything is: data, template, labels, initial values,
+//! settings.
+
+use std::path::{Path, PathBuf};
+
+use super::{
+    TuneError,
+    checkpoint::Identity,
+    data::{self, Dataset, Encoded},
+    init::{self, Init},
+    optim::AdamW,
+    schedule::{Decay, Schedule},
+    sweep,
+    trainer::Settings,
+};
+use crate::{
+    model::Model,
+    prompt::{TaskName, labels::Verbalizer, template::PromptTemplate},
+    text::Text,
+};
+
+/// The template of a prompt that is tuned without one: the line break tells the model where the
+/// input ends and its answer begins.
+pub const TUNED_TEMPLATE: &str = "{{ input }}\n";
+
+/// How many virtual tokens a prompt has where none are asked for. A whole block of the serving
+/// cache, so that nothing of it is copied.
+pub const VIRTUAL_TOKENS: usize = 32;
+
+/// The fewest and the most steps where neither steps nor epochs are asked for, and the epochs
+/// between.
+const STEPS: std::ops::RangeInclusive<usize> = 200..=600;
+const EPOCHS: usize = 15;
+
+/// Evaluations in a run where no interval is asked for.
+const EVALUATIONS: usize = 20;
+
+/// The options of a run.
+#[derive(Debug, Clone)]
+pub struct Options {
+    pub task: TaskName,
+    pub data: PathBuf,
+    /// Held-out examples; without them a part of `data`.
+    pub eval_data: Option<PathBuf>,
+    /// minijinja source; [`TUNED_TEMPLATE`] where there is none.
+    pub template: Option<String>,
+    pub labels: Option<Verbalizer>,
+    pub description: Option<String>,
+    /// [`VIRTUAL_TOKENS`] where there is none.
+    pub virtual_tokens: Option<usize>,
+    pub init: Init,
+    /// What `init` is called in a checkpoint.
+    pub init_name: String,
+    /// `None` sweeps.
+    pub rate: Option<f64>,
+    pub length: Length,
+    /// Part of the steps that warm up, 0 to 1.
+    pub warmup: f64,
+    pub decay: Decay,
+    pub batch_size: usize,
+    pub accumulate: usize,
+    pub weight_decay: f64,
+    pub clip: f64,
+    pub seed: u64,
+    pub eval_every: Option<usize>,
+    pub patience: usize,
+}
+
+/// How long a run is.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Length {
+    /// By the number of examples.
+    Auto,
+    Steps(usize),
+    Epochs(f64),
+}
+
+impl Options {
+    /// The defaults for a task and its data.
+    pub fn new(task: TaskName, data: impl Into<PathBuf>) -> Self {
+        Self {
+            task,
+            data: data.into(),
+            eval_data: None,
+            template: None,
+            labels: None,
+            description: None,
+            virtual_tokens: None,
+            init: Init::Vocab,
+            init_name: "vocab".to_owned(),
+            rate: None,
+            length: Length::Auto,
+            warmup: 0.06,
+            decay: Decay::Linear,
+            batch_size: 16,
+            accumulate: 1,
+            weight_decay: 0.0,
+            clip: 1.0,
+            seed: 0,
+            eval_every: None,
+            patience: 6,
+        }
+    }
+}
+
+/// Which examples choose the learning rate and the best prompt.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HeldOut {
+    /// A file of their own.
+    File,
+    /// A part of the data that is not trained on.
+    Split,
+    /// The training examples themselves: there are too few to split.
+    Training,
+}
+
+/// Everything that a run needs, checked.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    pub task: TaskName,
+    pub description: Option<String>,
+    pub template: PromptTemplate,
+    pub labels: Option<Verbalizer>,
+    pub train: Vec<Encoded>,
+    pub held_out: Vec<Encoded>,
+    pub held_out_is: HeldOut,
+    /// `[n, hidden]` initial values, row by row.
+    pub initial: Vec<f32>,
+    pub virtual_tokens: usize,
+    /// The schedule's peak is the given rate; zero until a sweep has found one.
+    pub settings: Settings,
+    /// The rates of a sweep; empty where one is given.
+    pub rates: Vec<f64>,
+    /// Tokens that an answer may take when served.
+    pub max_tokens: usize,
+    /// What a checkpoint is compared by.
+    pub identity: Identity,
+    pub warnings: Vec<String>,
+}
+
+impl Plan {
+    /// Reads the data and checks everything against the model.
+    pub fn new(model: &Model, text: &Text, options: &Options) -> Result<Self, TuneError> {
+        check_numbers(options)?;
+        let info = model.info();
+        let mut warnings = Vec::new();
+        let template = PromptTemplate::parse(options.template.as_deref().unwrap_or(TUNED_TEMPLATE))?;
+        let data = Dataset::read(&options.data, options.labels.as_ref())?;
+        let eval = match &options.eval_data {
+            Some(path) => Some((path, Dataset::read(path, data.labels.as_ref())?)),
+            None => None,
+        };
+        let eos = *info.eos_token_ids.first().ok_or_else(|| TuneError::NoEos { model: info.name.clone() })?;
+        let n = options.virtual_tokens.unwrap_or(VIRTUAL_TOKENS);
+        if n == 0 || n + 2 > info.context_length {
+            return Err(TuneError::VirtualTokens { found: n, limit: info.context_length.saturating_sub(2) });
+        }
+        let room = info.context_length - n;
+        let encode = |path: &Path, data: &Dataset| data::encode(path, &data.examples, &template, text, eos, room);
+        let all = encode(&options.data, &data)?;
+        let (train, held_out, held_out_is) = match &eval {
+            Some((path, eval)) => {
+                let held_out = encode(path, eval)?;
+                let shared = held_out.iter().filter(|h| all.iter().any(|t| t.prompt == h.prompt)).count();
+                if shared > 0 {
+                    warnings.push(format!("{shared} of the {} held-out inputs are also trained on", held_out.len()));
+                }
+                (all, held_out, HeldOut::File)
+            }
+            None => split(all, options.seed, &mut warnings),
+        };
+        let batch_size = options.batch_size.min(train.len());
+        let steps = steps(options.length, train.len(), batch_size * options.accumulate);
+        let scale = init::embedding_scale(model)?;
+        let settings = Settings {
+            batch_size,
+            accumulate: options.accumulate,
+            schedule: Schedule {
+                peak: options.rate.unwrap_or(0.0),
+                warmup: (options.warmup * steps as f64).round() as usize,
+                steps,
+                decay: options.decay,
+            },
+            optimizer: AdamW { weight_decay: options.weight_decay, ..AdamW::default() },
+            clip: options.clip,
+            seed: options.seed,
+            eval_every: options.eval_every.unwrap_or_else(|| steps.div_ceil(EVALUATIONS)),
+            patience: options.patience,
+        };
+        let mut plan = Self {
+            task: options.task.clone(),
+            description: options.description.clone(),
+            max_tokens: max_tokens(&train, &held_out, data.labels.is_some()),
+            initial: init::values(&options.init, n, model, text, options.seed)?,
+            virtual_tokens: n,
+            rates: if options.rate.is_some() {
+                vec![]
+            } else {
+                sweep::RELATIVE_RATES.map(|r| round(r * scale)).to_vec()
+            },
+            labels: data.labels.clone(),
+            template,
+            train,
+            held_out,
+            held_out_is,
+            settings,
+            identity: Identity::new(),
+            warnings,
+        };
+        plan.identity = identity(&plan, model, options, &data, eval.as_ref().map(|e| &e.1));
+        Ok(plan)
+    }
+
+    /// What the part of exact answers is called: for labels it is the accuracy.
+    pub fn metric(&self) -> &'static str {
+        if self.labels.is_some() { "accuracy" } else { "exact_match" }
+    }
+}
+
+fn check_numbers(options: &Options) -> Result<(), TuneError> {
+    let range = |option, found: f64, least: f64, most: f64, expected| {
+        let fine = found >= least && found <= most;
+        if fine { Ok(()) } else { Err(TuneError::Option { option, found: found.to_string(), expected }) }
+    };
+    let rate = options.rate.unwrap_or(1.0);
+    range("--lr", rate, f64::MIN_POSITIVE, 1e6, "a positive number, or auto")?;
+    range("--warmup", options.warmup, 0.0, 1.0, "a part of the steps, 0 to 1")?;
+    range("--weight-decay", options.weight_decay, 0.0, 1e6, "0 or more")?;
+    range("--clip", options.clip, 0.0, f64::MAX, "a norm, or 0 for none")?;
+    let count = |option, found: usize| range(option, found as f64, 1.0, 1e9, "1 or more");
+    count("--batch-size", options.batch_size)?;
+    count("--accumulate", options.accumulate)?;
+    count("--eval-every", options.eval_every.unwrap_or(1))?;
+    match options.length {
+        Length::Auto => Ok(()),
+        Length::Steps(n) => count("--steps", n),
+        Length::Epochs(n) => range("--epochs", n, f64::MIN_POSITIVE, 1e6, "a positive number"),
+    }
+}
+
+fn split(all: Vec<Encoded>, seed: u64, warnings: &mut Vec<String>) -> (Vec<Encoded>, Vec<Encoded>, HeldOut) {
+    let out = data::held_out(&all, seed);
+    if !out.contains(&true) {
+        warnings.push(format!(
+            "{} examples are too few to hold some out: the learning rate and the best prompt are chosen by the \
+             training examples, and what is reported says nothing of others; give --eval-data",
+            all.len()
+        ));
+        return (all.clone(), all, HeldOut::Training);
+    }
+    let (held_out, train): (Vec<_>, Vec<_>) = all.into_iter().zip(out).partition(|(_, out)| *out);
+    let examples = |side: Vec<(Encoded, bool)>| side.into_iter().map(|e| e.0).collect();
+    (examples(train), examples(held_out), HeldOut::Split)
+}
+
+fn steps(length: Length, examples: usize, per_step: usize) -> usize {
+    let epochs = |n: f64| (n * examples as f64 / per_step as f64).ceil().max(1.0) as usize;
+    match length {
+        Length::Steps(n) => n,
+        Length::Epochs(n) => epochs(n),
+        Length::Auto => epochs(EPOCHS as f64).clamp(*STEPS.start(), *STEPS.end()),
+    }
+}
+
+/// The longest answer; half as much again where answers are free text.
+fn max_tokens(train: &[Encoded], held_out: &[Encoded], labels: bool) -> usize {
+    let longest = train.iter().chain(held_out).map(|e| e.answer.len()).max().unwrap_or(1);
+    if labels { longest } else { longest + longest.div_ceil(2).max(4) }
+}
+
+/// To two digits: what is printed is what is used.
+fn round(x: f64) -> f64 {
+    let unit = 10f64.powf(x.abs().log10().floor() - 1.0);
+    format!("{:.12}", (x / unit).round() * unit).parse().unwrap_or(x)
+}
+
+fn identity(plan: &Plan, model: &Model, options: &Options, data: &Dataset, eval: Option<&Dataset>) -> Identity {
+    let settings = &plan.settings;
+    let labels = plan.labels.as_ref().map(|l| l.iter().map(|(label, words)| format!("{label}={}", words.join("|"))));
+    let entries = [
+        ("model", format!("{} ({})", model.info().name, model.info().fingerprint)),
+        ("dtype", format!("{:?}", model.info().dtype)),
+        ("data", data.digest.clone()),
+        ("held-out data", eval.map_or("a split".to_owned(), |e| e.digest.clone())),
+        ("template", format!("{:?}", plan.template.source())),
+        ("labels", labels.map_or("none".to_owned(), |l| l.collect::<Vec<_>>().join(","))),
+        ("virtual tokens", plan.virtual_tokens.to_string()),
+        ("initial values", options.init_name.clone()),
+        ("learning rate", options.rate.map_or("auto".to_owned(), |r| r.to_string())),
+        ("steps", settings.schedule.steps.to_string()),
+        ("warm-up", settings.schedule.warmup.to_string()),
+        ("decay", format!("{:?}", settings.schedule.decay).to_lowercase()),
+        ("batch size", settings.batch_size.to_string()),
+        ("accumulation", settings.accumulate.to_string()),
+        ("weight decay", settings.optimizer.weight_decay.to_string()),
+        ("clipping", settings.clip.to_string()),
+        ("seed", settings.seed.to_string()),
+        ("evaluation interval", settings.eval_every.to_string()),
+        ("patience", settings.patience.to_string()),
+    ];
+    entries.map(|(name, value)| (name.to_owned(), value)).into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn steps_follow_the_examples_within_bounds() {
+        assert_eq!(steps(Length::Auto, 8, 8), 200);
+        assert_eq!(steps(Length::Auto, 460, 16), 432);
+        assert_eq!(steps(Length::Auto, 100_000, 16), 600);
+        assert_eq!(steps(Length::Epochs(2.5), 100, 16), 16);
+        assert_eq!(steps(Length::Steps(7), 100, 16), 7);
+    }
+
+    #[test]
+    fn rates_are_rounded_to_two_digits() {
+        assert_eq!(round(0.034_56), 0.035);
+        assert_eq!(round(12.7), 13.0);
+        assert_eq!(round(0.000_999_9), 0.001);
+    }
+}

@@ -1,0 +1,75 @@
+//! The learning rate that suits a model and a task, found by short runs: published values span
+//! 1e-4 to 0.3, and a wrong one does not train at all.
+
+use std::ops::ControlFlow;
+
+use candle_core::Result;
+
+use super::{
+    loss::Held,
+    schedule::{Decay, Schedule},
+    trainer::{Ended, Settings, State, Trainer},
+};
+
+/// The rates tried, in units of the embedding table's scale: what Adam may move a value in a step,
+/// compared to how large values are.
+pub const RELATIVE_RATES: [f64; 5] = [0.03, 0.1, 0.3, 1.0, 3.0];
+
+/// Steps of each short run.
+pub const STEPS: usize = 30;
+
+/// A rate that was tried.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Trial {
+    pub rate: f64,
+    /// What the held-out examples gave after the short run.
+    pub held: Held,
+    /// The loss was not finite, or higher than at the start.
+    pub diverged: bool,
+}
+
+/// Every rate tried, and the chosen one.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Sweep {
+    pub start: Held,
+    pub trials: Vec<Trial>,
+    /// `None` where every rate diverged.
+    pub chosen: Option<f64>,
+}
+
+/// Tries each rate from the same initial values, with the same batches, and chooses by the loss on
+/// the held-out examples. `observe` is told after each step how many of how many are done; a break
+/// ends the sweep and gives `None`.
+pub fn sweep(
+    trainer: &Trainer<'_>,
+    settings: &Settings,
+    initial: &[f32],
+    rates: &[f64],
+    steps: usize,
+    observe: &mut dyn FnMut(usize, usize) -> ControlFlow<()>,
+) -> Result<Option<Sweep>> {
+    let start = trainer.held(settings, Some(initial))?;
+    let mut trials: Vec<Trial> = Vec::new();
+    for (i, &peak) in rates.iter().enumerate() {
+        let schedule = Schedule { peak, warmup: steps / 10, steps, decay: Decay::Linear };
+        let short = Settings { schedule, eval_every: usize::MAX, patience: 0, ..*settings };
+        let mut state = State::new(initial.to_vec());
+        // The start was evaluated once for all.
+        state.evaluations.push((0, start));
+        let ended = trainer.run(&short, &mut state, &mut |progress| {
+            Ok(match progress {
+                super::trainer::Progress::Step { step, .. } => observe(i * steps + step, rates.len() * steps),
+                super::trainer::Progress::Evaluated { .. } => ControlFlow::Continue(()),
+            })
+        })?;
+        if ended == Ended::Interrupted {
+            return Ok(None);
+        }
+        let held = state.evaluations.last().map_or(start, |e| e.1);
+        let diverged = ended == Ended::Diverged || !held.loss.is_finite() || held.loss > start.loss;
+        trials.push(Trial { rate: peak, held, diverged });
+    }
+    let best = trials.iter().filter(|t| !t.diverged).min_by(|a, b| a.held.loss.total_cmp(&b.held.loss));
+    let chosen = best.map(|t| t.rate);
+    Ok(Some(Sweep { start, trials, chosen }))
+}

@@ -1,0 +1,190 @@
+//! The loop: batches, gradients, updates, evaluations, early stopping. Everything that a run
+//! depends on is in [`Settings`] and [`State`], so a run can stop and go on bit for bit.
+
+use std::ops::ControlFlow;
+
+use candle_core::Result;
+
+use super::{
+    data::Encoded,
+    loss::{self, Held},
+    optim::{self, AdamW, Moments},
+    order,
+    schedule::Schedule,
+};
+use crate::model::Model;
+
+/// What decides a run, beside the data and the initial values.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Settings {
+    /// Examples in a forward pass.
+    pub batch_size: usize,
+    /// Forward passes whose gradients make one update.
+    pub accumulate: usize,
+    pub schedule: Schedule,
+    pub optimizer: AdamW,
+    /// The largest norm of a gradient; 0 is no limit.
+    pub clip: f64,
+    /// Of the order of the examples.
+    pub seed: u64,
+    /// Steps between evaluations.
+    pub eval_every: usize,
+    /// Evaluations without a clear gain after which the run stops; 0 is never.
+    pub patience: usize,
+}
+
+/// A moment of a run: what has to be kept to go on from it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct State {
+    /// Updates done.
+    pub step: usize,
+    /// `[n, hidden]`, row by row.
+    pub prompt: Vec<f32>,
+    pub moments: Moments,
+    /// The best prompt so far.
+    pub best: Option<Best>,
+    /// Evaluations since the last clear gain, and what that gain reached.
+    pub stale: usize,
+    pub mark: Option<Held>,
+    /// The training loss of each step.
+    pub losses: Vec<f64>,
+    /// Each evaluation, by the number of updates before it.
+    pub evaluations: Vec<(usize, Held)>,
+}
+
+/// A prompt and what it reached.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Best {
+    pub step: usize,
+    pub prompt: Vec<f32>,
+    pub held: Held,
+}
+
+impl State {
+    /// Before the first step.
+    pub fn new(prompt: Vec<f32>) -> Self {
+        let moments = Moments::zeros(prompt.len());
+        Self { step: 0, prompt, moments, best: None, stale: 0, mark: None, losses: vec![], evaluations: vec![] }
+    }
+}
+
+/// What a run tells while it goes.
+#[derive(Debug, Clone, Copy)]
+pub enum Progress<'a> {
+    /// An update was made.
+    Step { step: usize, of: usize, loss: f64, rate: f64 },
+    /// The prompt was evaluated; `state` is a moment to go on from.
+    Evaluated { state: &'a State, held: Held, best: bool },
+}
+
+/// Why a run ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ended {
+    /// All steps are done.
+    Finished,
+    /// The last evaluations brought no gain.
+    Early,
+    /// The loss was not a number.
+    Diverged,
+    /// The observer said so.
+    Interrupted,
+}
+
+/// A model and the examples that a prompt is tuned on.
+#[derive(Debug, Clone, Copy)]
+pub struct Trainer<'a> {
+    pub model: &'a Model,
+    pub train: &'a [Encoded],
+    /// Examples that choose the learning rate and the best prompt and are not trained on.
+    pub held_out: &'a [Encoded],
+}
+
+impl Trainer<'_> {
+    /// Runs from `state` to the end of the schedule, or until patience, divergence or the observer
+    /// ends it. An evaluation comes before the first step, every `eval_every` steps, and last.
+    pub fn run(
+        &self,
+        settings: &Settings,
+        state: &mut State,
+        observe: &mut dyn FnMut(Progress<'_>) -> Result<ControlFlow<()>>,
+    ) -> Result<Ended> {
+        if state.evaluations.is_empty() && self.evaluate(settings, state, observe)?.is_break() {
+            return Ok(Ended::Interrupted);
+        }
+        let of = settings.schedule.steps;
+        while state.step < of {
+            let rate = settings.schedule.at(state.step);
+            let loss = self.step(settings, state, rate)?;
+            if !loss.is_finite() || state.prompt.iter().any(|x| !x.is_finite()) {
+                return Ok(Ended::Diverged);
+            }
+            if observe(Progress::Step { step: state.step, of, loss, rate })?.is_break() {
+                return Ok(Ended::Interrupted);
+            }
+            if state.step.is_multiple_of(settings.eval_every) || state.step == of {
+                if self.evaluate(settings, state, observe)?.is_break() {
+                    return Ok(Ended::Interrupted);
+                }
+                if settings.patience > 0 && state.stale >= settings.patience {
+                    return Ok(Ended::Early);
+                }
+            }
+        }
+        Ok(Ended::Finished)
+    }
+
+    /// One update; returns the mean loss of the batch before it.
+    pub fn step(&self, settings: &Settings, state: &mut State, rate: f64) -> Result<f64> {
+        let batches: Vec<Vec<&Encoded>> = (0..settings.accumulate)
+            .map(|i| {
+                let index = state.step * settings.accumulate + i;
+                let chosen = order::batch(self.train.len(), settings.batch_size, index, settings.seed);
+                chosen.into_iter().map(|j| &self.train[j]).collect()
+            })
+            .collect();
+        // Each answer token weighs the same, in whichever forward pass it is.
+        let tokens: usize = batches.iter().flatten().map(|e| e.answer.len()).sum();
+        let mut total = 0.0;
+        let mut gradient = vec![0f32; state.prompt.len()];
+        for batch in &batches {
+            let (sum, part) = loss::gradient(self.model, &state.prompt, batch)?;
+            total += sum;
+            gradient.iter_mut().zip(part).for_each(|(g, p)| *g += p);
+        }
+        gradient.iter_mut().for_each(|g| *g /= tokens as f32);
+        if settings.clip > 0.0 {
+            optim::clip(&mut gradient, settings.clip);
+        }
+        state.step += 1;
+        settings.optimizer.update(&mut state.prompt, &gradient, &mut state.moments, state.step, rate);
+        let mean = total / tokens as f64;
+        state.losses.push(mean);
+        Ok(mean)
+    }
+
+    /// The prompt on the held-out examples.
+    pub fn held(&self, settings: &Settings, prompt: Option<&[f32]>) -> Result<Held> {
+        let examples: Vec<&Encoded> = self.held_out.iter().collect();
+        loss::evaluate(self.model, prompt, &examples, settings.batch_size)
+    }
+
+    fn evaluate(
+        &self,
+        settings: &Settings,
+        state: &mut State,
+        observe: &mut dyn FnMut(Progress<'_>) -> Result<ControlFlow<()>>,
+    ) -> Result<ControlFlow<()>> {
+        let held = self.held(settings, Some(&state.prompt))?;
+        let best = state.best.as_ref().is_none_or(|best| held.better_than(&best.held));
+        if best {
+            state.best = Some(Best { step: state.step, prompt: state.prompt.clone(), held });
+        }
+        if state.mark.is_none_or(|mark| held.clearly_better_than(&mark)) {
+            (state.stale, state.mark) = (0, Some(held));
+        } else {
+            state.stale += 1;
+        }
+        state.evaluations.push((state.step, held));
+        observe(Progress::Evaluated { state, held, best })
+    }
+}
