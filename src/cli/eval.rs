@@ -1,0 +1,233 @@
+//! `softserve eval`: a task on test data, beside the bare model.
+
+use std::{
+    io::{IsTerminal, Write},
+    path::PathBuf,
+};
+
+use anyhow::bail;
+use clap::Args;
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use serde_json::json;
+
+use super::{
+    model::ModelArgs,
+    prompts::{self, DEFAULT_ROOT},
+};
+use crate::{
+    prompt::{TaskName, Version, labels::Verbalizer},
+    tune::{
+        data::Dataset,
+        evaluate::{self, Column, Evaluation, Front, NO_LABEL},
+    },
+};
+
+const EXAMPLES: &str = "\
+Examples:
+  softserve eval --task sentiment --data test.jsonl
+  softserve eval --task french --data test.jsonl --instruction \"Translate to French:\"
+  softserve eval --prompt out/french --data test.jsonl --json > scores.json
+
+A labelled task is scored by accuracy, macro-F1 and choice accuracy (the likeliest of the labels);
+any other by exact match, word F1 as for SQuAD, chrF2 and BLEU, the last two as sacrebleu computes
+them. The columns without a learned prompt are scored kindly: only the first line that is not empty
+counts, as nothing told the model when to stop.";
+
+/// Measure a task on test data: its learned prompt, beside the model without a prompt and with an
+/// instruction in words.
+#[derive(Debug, Clone, Args)]
+#[command(after_help = EXAMPLES)]
+pub struct EvalArgs {
+    /// The task to measure, found under --prompts
+    #[arg(long, value_name = "NAME", required_unless_present = "prompt")]
+    pub task: Option<TaskName>,
+
+    /// The folder of the prompt to measure, instead of a task's
+    #[arg(long, value_name = "DIR", conflicts_with = "task")]
+    pub prompt: Option<PathBuf>,
+
+    /// Examples that were not trained on, in the form that tune reads
+    #[arg(long, value_name = "FILE")]
+    pub data: PathBuf,
+
+    #[command(flatten)]
+    pub model: ModelArgs,
+
+    /// The folder of the tasks
+    #[arg(long, value_name = "DIR", env = "SOFTSERVE_PROMPTS", default_value = DEFAULT_ROOT)]
+    pub prompts: PathBuf,
+
+    /// What the third column puts in front of the input, on a line of its own [default: the task's
+    /// description and labels]
+    #[arg(long, value_name = "TEXT")]
+    pub instruction: Option<String>,
+
+    /// The most new tokens of an answer [default: the task's]
+    #[arg(long, value_name = "N")]
+    pub max_tokens: Option<usize>,
+
+    /// Show what each column answered to the first N examples
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub show: usize,
+
+    /// Print JSON instead of a table
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Runs the sub-command; writes the scores to `out`.
+pub fn run(args: &EvalArgs, out: &mut dyn Write) -> anyhow::Result<()> {
+    if args.max_tokens == Some(0) {
+        bail!("--max-tokens is 0, expected 1 or more");
+    }
+    let (model, text) = args.model.load()?;
+    let version = match (&args.prompt, &args.task) {
+        (Some(folder), _) => prompts::by_folder(folder, &"prompt".parse()?, &model)?,
+        (None, Some(task)) => prompts::by_task(&args.prompts, task, &model)?,
+        (None, None) => bail!("give --task or --prompt"),
+    };
+    let labels = if version.spec.labels.is_empty() { None } else { Some(Verbalizer::new(&version.spec.labels)?) };
+    let data = Dataset::read(&args.data, labels.as_ref())?;
+    if labels.is_none() && data.labels.is_some() {
+        bail!("{} has labels and the task has none in its task.json; use \"output\" instead", args.data.display());
+    }
+    let max_tokens = args.max_tokens.or(version.spec.defaults.max_tokens).unwrap_or(64);
+    let evaluation = Evaluation {
+        model: &model,
+        text: &text,
+        template: &version.template,
+        labels: labels.as_ref(),
+        data: &data,
+        max_tokens,
+    };
+    let instruction = args.instruction.clone().or_else(|| evaluate::default_instruction(&version));
+    let fronts =
+        [Some(Front::Tuned(&version.prompt)), Some(Front::Bare), instruction.as_deref().map(Front::Instruction)];
+    let fronts: Vec<Front<'_>> = fronts.into_iter().flatten().collect();
+
+    let bar = bar(fronts.len() * data.examples.len());
+    let mut columns = Vec::new();
+    for (i, front) in fronts.iter().enumerate() {
+        columns.push(evaluation.column(front, &mut |done| bar.set_position((i * data.examples.len() + done) as u64))?);
+    }
+    bar.finish_and_clear();
+    match args.json {
+        true => write_json(out, &version, &data, &columns, instruction.as_deref()),
+        false => write_table(out, args, &version, &data, &columns, instruction.as_deref()),
+    }
+}
+
+fn bar(len: usize) -> ProgressBar {
+    let target =
+        if std::io::stderr().is_terminal() { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
+    let bar = ProgressBar::with_draw_target(Some(len as u64), target);
+    if let Ok(style) = ProgressStyle::with_template("    eval {wide_bar:.cyan/dim} {pos}/{len}  {eta}") {
+        bar.set_style(style);
+    }
+    bar
+}
+
+fn write_json(
+    out: &mut dyn Write,
+    version: &Version,
+    data: &Dataset,
+    columns: &[Column],
+    instruction: Option<&str>,
+) -> anyhow::Result<()> {
+    let report = json!({
+        "task": version.task,
+        "version": version.digest.id(),
+        "examples": data.examples.len(),
+        "instruction": instruction,
+        "columns": columns,
+    });
+    serde_json::to_writer_pretty(&mut *out, &report)?;
+    writeln!(out)?;
+    Ok(())
+}
+
+/// The metrics in the order they are shown, with how.
+const ROWS: [(&str, &str, bool); 7] = [
+    ("accuracy", "accuracy", true),
+    ("macro_f1", "macro-F1", true),
+    ("choice_accuracy", "choice accuracy", true),
+    ("exact_match", "exact match", true),
+    ("token_f1", "word F1", true),
+    ("chrf", "chrF2", false),
+    ("bleu", "BLEU", false),
+];
+
+fn write_table(
+    out: &mut dyn Write,
+    args: &EvalArgs,
+    version: &Version,
+    data: &Dataset,
+    columns: &[Column],
+    instruction: Option<&str>,
+) -> anyhow::Result<()> {
+    let title = |column: &Column| match column.name {
+        "tuned" => "tuned prompt",
+        "no_prompt" => "no prompt",
+        _ => "text prompt",
+    };
+    let name = if args.prompt.is_some() { "the prompt" } else { version.task.as_str() };
+    writeln!(out, "{name} (version {}) on {} examples\n", version.digest, data.examples.len())?;
+    write!(out, "  {:<16}", "")?;
+    columns.iter().try_for_each(|c| write!(out, " {:>13}", title(c)))?;
+    writeln!(out)?;
+    for (key, shown, share) in ROWS.iter().filter(|row| columns.iter().any(|c| c.metrics.contains_key(row.0))) {
+        write!(out, "  {shown:<16}")?;
+        for column in columns {
+            let value = column.metrics.get(key).copied().unwrap_or_default();
+            match share {
+                true => write!(out, " {:>12.1}%", 100.0 * value)?,
+                false => write!(out, " {value:>13.1}")?,
+            }
+        }
+        writeln!(out)?;
+    }
+    if let Some(confusion) = columns.first().and_then(|c| c.confusion.as_ref()) {
+        write_confusion(out, confusion)?;
+    }
+    for (i, example) in data.examples.iter().take(args.show).enumerate() {
+        writeln!(out, "\nline {}, expected {:?}", example.line, example.output)?;
+        columns.iter().try_for_each(|c| writeln!(out, "  {:<13} {:?}", title(c), c.outputs[i]))?;
+    }
+    match instruction {
+        Some(text) => {
+            writeln!(out, "\ntext prompt: {text:?}; without a learned prompt, the first line of an answer counts")?
+        }
+        None => writeln!(
+            out,
+            "\nwithout a learned prompt, the first line of an answer counts; for a text prompt, give --instruction"
+        )?,
+    }
+    Ok(())
+}
+
+/// The most labels whose confusion is printed; more do not fit a screen.
+const MAX_SHOWN_LABELS: usize = 12;
+
+fn write_confusion(
+    out: &mut dyn Write,
+    confusion: &std::collections::BTreeMap<String, std::collections::BTreeMap<String, usize>>,
+) -> std::io::Result<()> {
+    let mut names: Vec<&str> =
+        confusion.iter().flat_map(|(l, row)| row.keys().chain([l])).map(String::as_str).collect();
+    names.sort_by_key(|name| (*name == NO_LABEL, *name));
+    names.dedup();
+    if names.len() > MAX_SHOWN_LABELS {
+        return Ok(());
+    }
+    let width = names.iter().map(|n| n.chars().count()).max().unwrap_or(0).max(8);
+    writeln!(out, "\n  expected (rows) and answered (columns) with the tuned prompt")?;
+    write!(out, "  {:<width$}", "")?;
+    names.iter().try_for_each(|name| write!(out, "  {name:>width$}"))?;
+    writeln!(out)?;
+    for (label, row) in confusion {
+        write!(out, "  {label:<width$}")?;
+        names.iter().try_for_each(|name| write!(out, "  {:>width$}", row.get(*name).copied().unwrap_or(0)))?;
+        writeln!(out)?;
+    }
+    Ok(())
+}

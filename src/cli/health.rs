@@ -1,0 +1,29 @@
+//! `softserve health`: whether a server answers; for container health checks.
+
+use std::time::Duration;
+
+use anyhow::{Result, bail};
+use clap::Args;
+
+use super::client::ServerArgs;
+
+/// Ask a running server whether it is ready: exit code 0 if so.
+///
+/// Ready means that the model is loaded and a real forward pass has run.
+#[derive(Debug, Clone, Args)]
+pub struct HealthArgs {
+    #[command(flatten)]
+    server: ServerArgs,
+}
+
+/// Asks `/health/ready`.
+#[expect(clippy::print_stdout, reason = "it is this command's output")]
+pub fn run(args: &HealthArgs) -> Result<()> {
+    let agent = args.server.agent(Duration::from_secs(3));
+    let answer = args.server.answer(agent.get(args.server.at("/health/ready")).call())?;
+    if answer.status != 200 {
+        bail!("the server at {} is not ready ({}): {}", args.server.url, answer.status, answer.body);
+    }
+    println!("ready");
+    Ok(())
+}

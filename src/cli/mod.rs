@@ -1,0 +1,66 @@
+//! What the user typed: one file a sub-command.
+
+pub mod client;
+mod eval;
+mod health;
+mod model;
+pub mod model_source;
+mod openapi;
+mod prompts;
+mod push;
+mod serve;
+mod tune;
+
+use std::{io::Write as _, process::ExitCode};
+
+use clap::{Parser, Subcommand};
+
+use crate::config::{ConfigError, ServeArgs};
+
+/// Many tuned prompts, one frozen model, one server.
+///
+/// Softserve answers requests to many tasks with one frozen language model: each task is a learned
+/// prompt of a few kilobytes that is put in front of the input. Without a sub-command it serves;
+/// without --model it serves the small demo model inside this program.
+#[derive(Debug, Parser)]
+#[command(name = "softserve", version, max_term_width = 100, args_conflicts_with_subcommands = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    serve: ServeArgs,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Serve tasks over HTTP; what happens when no command is given
+    Serve(Box<ServeArgs>),
+    Tune(Box<tune::TuneArgs>),
+    Eval(eval::EvalArgs),
+    Push(push::PushArgs),
+    Health(health::HealthArgs),
+    /// Print the OpenAPI specification that the server serves at /openapi.json
+    Openapi,
+}
+
+/// Runs what was typed. The code is 0 when all went well, 1 when it failed, 2 when an option or
+/// the configuration file is wrong.
+pub fn run() -> ExitCode {
+    let done = match Cli::parse() {
+        Cli { command: Some(Command::Serve(args)), .. } => serve::run(*args),
+        Cli { command: None, serve: args } => serve::run(args),
+        Cli { command: Some(Command::Tune(args)), .. } => tune::run(&args, &mut std::io::stdout()),
+        Cli { command: Some(Command::Eval(args)), .. } => eval::run(&args, &mut std::io::stdout()),
+        Cli { command: Some(Command::Push(args)), .. } => push::run(&args),
+        Cli { command: Some(Command::Health(args)), .. } => health::run(&args),
+        Cli { command: Some(Command::Openapi), .. } => openapi::run(),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // Nobody may be reading; the exit code says it too.
+            let _ = writeln!(std::io::stderr(), "error: {error:#}");
+            ExitCode::from(if error.is::<ConfigError>() { 2 } else { 1 })
+        }
+    }
+}

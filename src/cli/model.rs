@@ -1,0 +1,39 @@
+//! The model that a sub-command works on, as typed.
+
+use clap::Args;
+
+use super::model_source;
+use crate::{
+    config::{DeviceChoice, DtypeChoice, ModelSource},
+    model::Model,
+    text::Text,
+};
+
+/// Which model, where and in which number format.
+#[derive(Debug, Clone, Args)]
+pub struct ModelArgs {
+    /// The frozen model: a folder with config.json, tokenizer.json and safetensors, or a Hugging
+    /// Face id (org/name or org/name@revision) [default: the small demo model inside this program]
+    #[arg(long, value_name = "DIR|HUB_ID", env = "SOFTSERVE_MODEL")]
+    pub model: Option<String>,
+
+    /// Where the model runs: auto, cpu, cuda or cuda:N [default: auto]
+    #[arg(long, env = "SOFTSERVE_DEVICE")]
+    pub device: Option<DeviceChoice>,
+
+    /// The number format of the weights in memory; auto is f32 on a CPU [default: auto]
+    #[arg(long, env = "SOFTSERVE_DTYPE")]
+    pub dtype: Option<DtypeChoice>,
+}
+
+impl ModelArgs {
+    /// Reads the model and its tokenizer.
+    pub fn load(&self) -> anyhow::Result<(Model, Text)> {
+        let source = self.model.as_deref().map_or(ModelSource::Demo, ModelSource::parse);
+        let files = model_source::files(&source)?;
+        let device = model_source::device(self.device.unwrap_or_default())?;
+        let text = Text::load(&files)?;
+        let model = Model::load(&files, &device, model_source::dtype(self.dtype.unwrap_or_default()))?;
+        Ok((model, text))
+    }
+}

@@ -1,0 +1,68 @@
+//! From `--model`, `--device` and `--dtype` to a model's files and where they go.
+
+use candle_core::{DType, Device};
+
+use crate::{
+    config::{DeviceChoice, DtypeChoice, ModelSource},
+    demo,
+    model::{ModelError, ModelFiles},
+};
+
+/// Why there is no model to run.
+#[derive(Debug, thiserror::Error)]
+pub enum SourceError {
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    #[cfg(feature = "hub")]
+    #[error("{0:?} is neither a folder nor a hub id such as org/name or org/name@revision")]
+    NotAHubId(String),
+    #[cfg(not(feature = "hub"))]
+    #[error(
+        "there is no folder {id}, and this build cannot fetch it from the Hugging Face hub: \
+         run `hf download {id}{revision} --local-dir FOLDER`, then use --model FOLDER"
+    )]
+    NoHub { id: String, revision: String },
+    #[error("--device cuda:{0}: this build runs on the CPU only; use --device cpu or leave it out")]
+    NoCuda(usize),
+}
+
+/// The files of the model.
+pub fn files(source: &ModelSource) -> Result<ModelFiles, SourceError> {
+    match source {
+        ModelSource::Demo => Ok(demo::model()),
+        ModelSource::Dir(path) => Ok(ModelFiles::dir(path)?),
+        ModelSource::Hub { id, revision } => hub(id, revision.as_deref()),
+    }
+}
+
+#[cfg(feature = "hub")]
+fn hub(id: &str, revision: Option<&str>) -> Result<ModelFiles, SourceError> {
+    use crate::model::hub::HubId;
+
+    let text = revision.map_or_else(|| id.to_owned(), |revision| format!("{id}@{revision}"));
+    let hub_id = HubId::parse(&text).ok_or(SourceError::NotAHubId(text))?;
+    Ok(hub_id.fetch()?)
+}
+
+#[cfg(not(feature = "hub"))]
+fn hub(id: &str, revision: Option<&str>) -> Result<ModelFiles, SourceError> {
+    let revision = revision.map_or_else(String::new, |revision| format!(" --revision {revision}"));
+    Err(SourceError::NoHub { id: id.to_owned(), revision })
+}
+
+/// Where the model runs.
+pub fn device(choice: DeviceChoice) -> Result<Device, SourceError> {
+    match choice {
+        DeviceChoice::Auto | DeviceChoice::Cpu => Ok(Device::Cpu),
+        DeviceChoice::Cuda(n) => Err(SourceError::NoCuda(n)),
+    }
+}
+
+/// The number format of its weights: on a CPU, f32 is the fastest.
+pub fn dtype(choice: DtypeChoice) -> DType {
+    match choice {
+        DtypeChoice::Auto | DtypeChoice::F32 => DType::F32,
+        DtypeChoice::Bf16 => DType::BF16,
+        DtypeChoice::F16 => DType::F16,
+    }
+}

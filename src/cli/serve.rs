@@ -1,0 +1,252 @@
+//! `softserve serve`: load, listen, and stop in order.
+
+use std::{
+    io::Write as _,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, bail};
+use axum::serve::ListenerExt as _;
+use tokio::{net::TcpListener, sync::oneshot};
+
+use super::model_source;
+use crate::{
+    config::{Config, LogFormat, ModelSource, ServeArgs},
+    demo,
+    engine::{Engine, EngineConfig, EngineThread},
+    http::{App, AppState, router},
+    model::{Model, ModelInfo},
+    prompt::format::Fit,
+    registry::{Registry, RegistryConfig},
+    telemetry,
+    text::Text,
+};
+
+/// Connections get this long beyond the drain to send their last bytes.
+const LAST_BYTES: Duration = Duration::from_secs(2);
+
+pub fn run(args: ServeArgs) -> anyhow::Result<()> {
+    let config = args.check()?;
+    telemetry::init(&config.log).context("--log-level")?;
+    telemetry::metrics();
+    if let Some(threads) = config.threads {
+        rayon::ThreadPoolBuilder::new().num_threads(threads).build_global().context("--threads")?;
+    }
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    // Before the model is loaded: a busy port is then known at once.
+    let listener = runtime.block_on(bind(config.listen))?;
+    let Loaded { app, thread, root, _watcher } = load(&config)?;
+    let address = listener.local_addr()?;
+    announce(&config, &app, &root, address);
+    let stopped = runtime.block_on(serve(&config, listener, Arc::clone(&app), thread));
+    // Blocked threads of the runtime must not keep the process.
+    runtime.shutdown_timeout(LAST_BYTES);
+    stopped
+}
+
+/// Everything that is there before the first request.
+struct Loaded {
+    app: AppState,
+    thread: EngineThread,
+    root: PathBuf,
+    _watcher: crate::registry::Watcher,
+}
+
+fn load(config: &Config) -> anyhow::Result<Loaded> {
+    let files = model_source::files(&config.model)?;
+    let device = model_source::device(config.device)?;
+    tracing::info!(model = files.name(), from = files.location(), "loading the model");
+    let started = Instant::now();
+    let text = Text::load(&files)?;
+    let model = Model::load(&files, &device, model_source::dtype(config.dtype))?;
+    let info = model.info().clone();
+    let (engine, thread) = Engine::start(model, engine_config(config)).context("cannot start the model")?;
+    tracing::info!(seconds = started.elapsed().as_secs_f64(), parameters = info.num_parameters, "the model is loaded");
+    let root = prompts_root(config, &info)?;
+    let registry = open_registry(config, &info, root.clone())?;
+    let watcher = registry.watch().context("cannot watch the prompts folder")?;
+    let app = App::new(engine, registry, text, info, config.limits.clone(), config.access.clone());
+    Ok(Loaded { app, thread, root, _watcher: watcher })
+}
+
+fn engine_config(config: &Config) -> EngineConfig {
+    let batch = &config.batch;
+    EngineConfig {
+        max_waiting: batch.max_waiting,
+        max_batch: batch.max_requests,
+        max_step_tokens: batch.max_step_tokens,
+        kv_cache_bytes: batch.kv_cache,
+    }
+}
+
+/// The folder of the prompts; the demo's own are put there on the first start.
+fn prompts_root(config: &Config, info: &ModelInfo) -> anyhow::Result<PathBuf> {
+    if let Some(root) = &config.prompts {
+        std::fs::create_dir_all(root).with_context(|| format!("cannot make the prompts folder {}", root.display()))?;
+        return Ok(root.clone());
+    }
+    let data = directories::ProjectDirs::from("", "", "softserve")
+        .context("there is no data directory for this user: name a folder with --prompts")?;
+    let is_demo = config.model == ModelSource::Demo;
+    let name = if is_demo { "demo".to_owned() } else { folder_name(&info.name) };
+    let root = data.data_dir().join(format!("{name}-{}", info.fingerprint)).join("prompts");
+    let made = if is_demo { demo::seed_prompts(&root) } else { std::fs::create_dir_all(&root) };
+    made.with_context(|| format!("cannot make the prompts folder {}: name another with --prompts", root.display()))?;
+    Ok(root)
+}
+
+fn folder_name(model: &str) -> String {
+    model.chars().map(|c| if c.is_ascii_alphanumeric() || c == '-' || c == '.' { c } else { '_' }).collect()
+}
+
+fn open_registry(config: &Config, info: &ModelInfo, root: PathBuf) -> anyhow::Result<Arc<Registry>> {
+    let fit = Fit {
+        model_name: info.name.clone(),
+        fingerprint: info.fingerprint.clone(),
+        hidden_size: info.hidden_size,
+        context_length: info.context_length,
+        device: info.device.clone(),
+        dtype: info.dtype,
+    };
+    let shown = root.display().to_string();
+    let limits = &config.limits;
+    let registry =
+        RegistryConfig { root, fit, max_tasks: limits.max_tasks, max_versions_per_task: limits.max_versions };
+    Registry::open(registry).with_context(|| format!("cannot open the prompts folder {shown}"))
+}
+
+async fn bind(address: SocketAddr) -> anyhow::Result<TcpListener> {
+    TcpListener::bind(address).await.with_context(|| {
+        format!("cannot listen on {address}: use another with --listen, or port 0 for one that is free")
+    })
+}
+
+/// A few lines for the person who started us; a log line for programs.
+fn announce(config: &Config, app: &App, root: &Path, address: SocketAddr) {
+    let tasks: Vec<_> = app.registry.active().iter().map(|v| v.task.to_string()).collect();
+    let url = format!("http://{address}");
+    tracing::info!(url, tasks = tasks.len(), "listening");
+    if config.log.format == LogFormat::Json {
+        return;
+    }
+    let model = &app.model;
+    let shown = match tasks.len() {
+        0 => "none yet".to_owned(),
+        n if n > 8 => format!("{}, and {} more", tasks[..8].join(", "), n - 8),
+        _ => tasks.join(", "),
+    };
+    let millions = model.num_parameters as f64 / 1e6;
+    let dtype = model.dtype.as_str();
+    let lines = [
+        format!("softserve {}", env!("CARGO_PKG_VERSION")),
+        format!("  model    {} ({millions:.1} M parameters, {dtype}, context {})", model.name, model.context_length),
+        format!("  tasks    {shown}"),
+        format!("  prompts  {}", root.display()),
+        format!("  docs     {url}/docs"),
+        format!("  listen   {url}"),
+    ];
+    // Nobody may be reading; that is no reason to stop.
+    let _ = writeln!(std::io::stdout(), "{}", lines.join("\n"));
+}
+
+/// Answers until a signal or the engine's end, then drains.
+async fn serve(config: &Config, listener: TcpListener, app: AppState, thread: EngineThread) -> anyhow::Result<()> {
+    let mut signals = Signals::new()?;
+    let mut engine = joined(thread)?;
+    let (stop, stopped) = oneshot::channel::<()>();
+    let listener = listener.tap_io(|stream| {
+        if let Err(error) = stream.set_nodelay(true) {
+            tracing::debug!(%error, "cannot switch off Nagle's algorithm");
+        }
+    });
+    let server = axum::serve(listener, router(Arc::clone(&app))).with_graceful_shutdown(async {
+        // Dropped without a word is as good as said.
+        let _ = stopped.await;
+    });
+    let mut server = tokio::spawn(async move { server.await });
+
+    let failed = tokio::select! {
+        signal = signals.next() => {
+            tracing::info!(signal, drain_timeout = ?config.drain_timeout, "stopping: running requests may finish");
+            false
+        }
+        _ = &mut engine => true,
+    };
+    app.stop();
+    app.engine.drain(Instant::now() + config.drain_timeout);
+    let _ = stop.send(());
+    if failed {
+        // Waiting handlers see the engine's end and answer; they need no time.
+        let _ = tokio::time::timeout(LAST_BYTES, server).await;
+        bail!("the engine has failed; the log has the cause");
+    }
+    tokio::select! {
+        done = tokio::time::timeout(config.drain_timeout + LAST_BYTES, &mut server) => match done {
+            Ok(done) => done??,
+            Err(_) => tracing::warn!("some connections were still open when the drain time was over"),
+        },
+        signal = signals.next() => {
+            tracing::warn!(signal, "stopping at once: running requests are cancelled");
+            app.engine.drain(Instant::now());
+            let _ = tokio::time::timeout(LAST_BYTES, &mut server).await;
+        }
+    }
+    let sound = tokio::time::timeout(LAST_BYTES, engine).await;
+    match sound {
+        Ok(Ok(true)) => tracing::info!("stopped"),
+        Ok(_) => bail!("the engine failed while it was stopping; the log has the cause"),
+        Err(_) => bail!("the engine did not stop in time"),
+    }
+    Ok(())
+}
+
+/// Whether the engine's thread ended well, once it has ended.
+fn joined(thread: EngineThread) -> anyhow::Result<oneshot::Receiver<bool>> {
+    let (tell, ended) = oneshot::channel();
+    std::thread::Builder::new().name("engine-join".to_owned()).spawn(move || {
+        // Nobody listens any more when the process is about to end anyway.
+        let _ = tell.send(thread.join());
+    })?;
+    Ok(ended)
+}
+
+/// The signals that ask us to stop. Made once, so that none is lost between two of them.
+struct Signals {
+    #[cfg(unix)]
+    terminate: tokio::signal::unix::Signal,
+    #[cfg(unix)]
+    interrupt: tokio::signal::unix::Signal,
+}
+
+impl Signals {
+    #[cfg(unix)]
+    fn new() -> std::io::Result<Self> {
+        use tokio::signal::unix::{SignalKind, signal};
+        Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
+    }
+
+    #[cfg(not(unix))]
+    fn new() -> std::io::Result<Self> {
+        Ok(Self {})
+    }
+
+    /// Waits for one.
+    #[cfg(unix)]
+    async fn next(&mut self) -> &'static str {
+        tokio::select! {
+            _ = self.terminate.recv() => "SIGTERM",
+            _ = self.interrupt.recv() => "SIGINT",
+        }
+    }
+
+    #[cfg(not(unix))]
+    async fn next(&mut self) -> &'static str {
+        if let Err(error) = tokio::signal::ctrl_c().await {
+            tracing::error!(%error, "cannot wait for Ctrl-C");
+        }
+        "Ctrl-C"
+    }
+}

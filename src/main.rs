@@ -1,0 +1,7 @@
+//! The `softserve` program.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    softserve::cli::run()
+}
