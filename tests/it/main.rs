@@ -1,0 +1,20 @@
+//! Everything that is tested from outside, in one crate so that it links once.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod demo;
+mod engine;
+mod fixtures;
+mod hot_swap;
+mod http;
+#[cfg(feature = "hub")]
+mod hub;
+mod model;
+mod openapi;
+mod peft;
+mod problems;
+mod process;
+mod support;
+mod tidy;
+mod tiny_model;
+mod tune;
+mod tune_job;

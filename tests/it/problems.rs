@@ -1,0 +1,222 @@
+//! Every problem that a client can meet, provoked.
+
+use std::{collections::BTreeSet, fmt::Write as _};
+
+use axum::{
+    body::Body,
+    http::{Request, header},
+};
+use futures::stream;
+use serde_json::{Value, json};
+use softserve::http::problem::Code;
+
+use crate::support::{Answer, Options, Server, TASK, form, post, prompt_files, weights};
+
+/// What was provoked, as one line each, and the codes among it.
+struct Provoked {
+    spec: Value,
+    lines: String,
+    codes: BTreeSet<String>,
+}
+
+impl Provoked {
+    /// Checks what holds for every problem, and keeps its code and detail. `route` is the path in
+    /// the specification, which must list the code.
+    fn add(&mut self, route: &str, method: &str, answer: &Answer) {
+        let problem = answer.json();
+        let text = |name: &str| problem[name].as_str().unwrap_or_else(|| panic!("no {name}: {problem}")).to_owned();
+        let code = text("code");
+        assert_eq!(answer.header("content-type"), "application/problem+json");
+        assert_eq!(text("request_id"), answer.header("x-request-id"));
+        assert_eq!(text("type"), format!("urn:softserve:problem:{code}"));
+        assert_eq!(problem["status"], json!(answer.status.as_u16()));
+        let known = Code::ALL.iter().find(|c| c.as_str() == code).unwrap();
+        assert_eq!((known.status(), known.title()), (answer.status, text("title").as_str()));
+        let wait = matches!(answer.status.as_u16(), 429 | 503);
+        assert_eq!(answer.headers.contains_key("retry-after"), wait, "{code}");
+        if !route.is_empty() {
+            let listed = &self.spec["paths"][route][method]["responses"][answer.status.as_str()];
+            let examples = &listed["content"]["application/problem+json"]["examples"];
+            assert!(examples.get(&code).is_some(), "{method} {route} does not list {code}");
+        }
+        writeln!(self.lines, "{} {code}: {}", answer.status.as_u16(), text("detail")).unwrap();
+        self.codes.insert(code);
+    }
+}
+
+const GENERATE: &str = "/v1/tasks/{task}/generate";
+const VERSIONS: &str = "/v1/admin/tasks/{task}/versions";
+
+#[tokio::test]
+async fn every_problem_says_what_was_found_what_was_expected_and_what_to_do() {
+    let server = Server::start();
+    let spec = server.get("/openapi.json").await.ok();
+    let mut provoked = Provoked { spec, lines: String::new(), codes: BTreeSet::new() };
+    generating(&server, &mut provoked).await;
+    uploading(&server, &mut provoked).await;
+    versions(&server, &mut provoked).await;
+    access(&mut provoked).await;
+    limits(&mut provoked).await;
+    let all: BTreeSet<String> = Code::ALL.iter().map(|c| c.as_str().to_owned()).collect();
+    assert_eq!(provoked.codes, all, "each code of the table is provoked here");
+    insta::assert_snapshot!(without_ids(&provoked.lines));
+}
+
+/// Versions and fingerprints say nothing here: hexadecimal words of their lengths become dots.
+fn without_ids(text: &str) -> String {
+    let is_id = |word: &str| {
+        matches!(word.len(), 12 | 16)
+            && word.bytes().all(|b| b.is_ascii_hexdigit())
+            && word.bytes().any(|b| b.is_ascii_digit())
+    };
+    let words = text.split_inclusive(|c: char| !c.is_ascii_alphanumeric());
+    let plain = words.map(|word| {
+        let bare = word.trim_end_matches(|c: char| !c.is_ascii_alphanumeric());
+        if is_id(bare) { word.replace(bare, "…") } else { word.to_owned() }
+    });
+    plain.collect()
+}
+
+async fn generating(server: &Server, provoked: &mut Provoked) {
+    for body in [
+        json!({"inputt": "a"}),
+        json!({"max_tokens": 4}),
+        json!({"input": ""}),
+        json!({"input": null}),
+        json!({"input": ["a"]}),
+        json!({"input": {"other": "a"}}),
+        json!({"input": "a", "max_tokens": "ten"}),
+        json!({"input": "a", "max_tokens": 0}),
+        json!({"input": "a", "max_tokens": -1}),
+        json!({"input": "a", "temperature": -1}),
+        json!({"input": "a", "temperature": 3, "top_p": 0, "min_p": 2, "n": 0, "logprobs": 21, "timeout_ms": 0}),
+        json!({"input": "a", "repetition_penalty": 0, "frequency_penalty": 3, "presence_penalty": -3}),
+        json!({"input": "a", "stop": [""]}),
+        json!({"input": "a", "stop": vec!["x"; 17]}),
+        json!({"input": "the cat ".repeat(300)}),
+        json!({"input": "the cat ".repeat(4000)}),
+        json!({"input": "a", "version": "000000000000"}),
+        json!([]),
+    ] {
+        provoked.add(GENERATE, "post", &server.generate(&body).await);
+    }
+    let path = format!("/v1/tasks/{TASK}/generate");
+    for body in ["", "{", "{\"input\": \"a\"} and more", "{\n  \"input\": oops\n}", "\"\u{1}\""] {
+        provoked.add(GENERATE, "post", &server.call(post(&path, "application/json", body)).await);
+    }
+    provoked.add(GENERATE, "post", &server.call(post(&path, "text/plain", "{}")).await);
+    provoked.add(GENERATE, "post", &server.post("/v1/tasks/topik/generate", &json!({"input": "a"})).await);
+    provoked.add("/v1/tasks/{task}", "get", &server.get("/v1/tasks/%FF").await);
+    provoked.add("/v1/generate", "post", &server.post("/v1/generate", &json!({"requests": []})).await);
+    provoked.add("", "", &server.get("/v2/tasks").await);
+    let wrong_method = server.get(&path).await;
+    assert_eq!(wrong_method.header("allow"), "POST");
+    provoked.add("", "", &wrong_method);
+}
+
+async fn uploading(server: &Server, provoked: &mut Provoked) {
+    let (config, good) = prompt_files("prompt7");
+    let files = |config: &[u8], weights: &[u8], task: &str| {
+        let parts: [(&str, &[u8]); 3] =
+            [("adapter_config.json", config), ("adapter_model.safetensors", weights), ("task.json", task.as_bytes())];
+        form(&parts)
+    };
+    let lora = String::from_utf8(config.clone()).unwrap().replace("PROMPT_TUNING", "LORA");
+    let octets = "application/octet-stream";
+    for (content_type, body) in [
+        (octets, b"hello".to_vec()),
+        (octets, good[..good.len() - 10].to_vec()),
+        (octets, weights(4, 17, 0.5)),
+        (octets, weights(4, 32, f32::NAN)),
+        ("application/zip", b"hello".to_vec()),
+        ("application/json", b"{}".to_vec()),
+        ("multipart/form-data", b"no boundary".to_vec()),
+        form(&[("README.md", b"hello")]),
+        files(lora.as_bytes(), &good, "{}"),
+        files(&config, &good, "{\"colour\": \"red\"}"),
+        files(&config, &good, "{\"base_model\": {\"fingerprint\": \"0123456789abcdef\"}}"),
+        // Several faults at once: all are listed, the gravest gives the code.
+        files(&config, &weights(9, 17, f32::INFINITY), "{\"template\": \"{{ input\"}"),
+    ] {
+        let content_type = content_type.to_owned();
+        provoked.add(VERSIONS, "post", &server.upload("bad", &content_type, body).await);
+    }
+    provoked.add(VERSIONS, "post", &server.upload("Bad.Name", octets, good.clone()).await);
+    let query = post("/v1/admin/tasks/bad/versions?activate=perhaps", octets, good.clone());
+    provoked.add(VERSIONS, "post", &server.call(query).await);
+    let broken = stream::iter(vec![Ok(good[..10].to_vec()), Err(std::io::Error::other("gone"))]);
+    provoked.add(VERSIONS, "post", &server.upload("bad", octets, Body::from_stream(broken)).await);
+    assert_eq!(server.get("/v1/tasks/bad").await.json()["code"], "task_not_found");
+}
+
+async fn versions(server: &Server, provoked: &mut Provoked) {
+    let path = "/v1/admin/tasks/later/versions?activate=false";
+    let stored = server.call(post(path, "application/octet-stream", prompt_files("prompt7").1)).await;
+    let version = stored.ok()["version"].as_str().unwrap().to_owned();
+    provoked.add("/v1/tasks/{task}", "get", &server.get("/v1/tasks/later").await);
+    server.activate("later", &version, None).await.ok();
+    server.upload("later", "application/octet-stream", prompt_files("prompt33").1).await.ok();
+    server.activate("later", &version, None).await.ok();
+    let one = "/v1/admin/tasks/{task}/versions/{version}";
+    provoked.add(one, "delete", &server.delete(&format!("/v1/admin/tasks/later/versions/{version}")).await);
+    provoked.add(one, "get", &server.get("/v1/admin/tasks/later/versions/000000000000").await);
+    let active = "/v1/admin/tasks/{task}/active";
+    provoked.add(active, "put", &server.activate("later", &version, Some("\"999\"")).await);
+    provoked.add(active, "put", &server.activate("later", &version, Some("yesterday")).await);
+    provoked.add("/v1/admin/tasks/{task}", "delete", &server.delete("/v1/admin/tasks/nobody").await);
+}
+
+async fn access(provoked: &mut Provoked) {
+    let get = |path: &str, key: &str| {
+        let request = Request::get(path).header(header::AUTHORIZATION, key);
+        request.body(Body::empty()).unwrap()
+    };
+    let server = Options::with_keys(&["api-key-1"], &["admin-key-1"], false).start();
+    provoked.add("/v1/tasks", "get", &server.get("/v1/tasks").await);
+    provoked.add("/v1/tasks", "get", &server.call(get("/v1/tasks", "Basic YTpi")).await);
+    let stranger = server.call(get("/v1/tasks", "Bearer wrong-key")).await;
+    assert_eq!(stranger.header("www-authenticate"), "Bearer");
+    assert!(!stranger.text().contains("wrong-key"));
+    provoked.add("/v1/tasks", "get", &stranger);
+    provoked.add("/v1/admin/tasks", "get", &server.call(get("/v1/admin/tasks", "Bearer api-key-1")).await);
+    assert!(server.call(get("/v1/admin/tasks", "Bearer admin-key-1")).await.status.is_success());
+    assert!(server.call(get("/v1/tasks", "Bearer admin-key-1")).await.status.is_success());
+    let open = Options::with_keys(&[], &[], false).start();
+    provoked.add("/v1/admin/tasks", "get", &open.get("/v1/admin/tasks").await);
+}
+
+async fn limits(provoked: &mut Provoked) {
+    let input = json!({"input": "a", "max_tokens": 1});
+    let mut options = Options::default();
+    options.engine.max_waiting = 0;
+    options.limits.max_concurrent_uploads = 0;
+    options.limits.max_body = 64;
+    options.limits.body_idle_timeout = std::time::Duration::from_millis(1);
+    let small = options.start();
+    provoked.add(GENERATE, "post", &small.generate(&input).await);
+    provoked.add(VERSIONS, "post", &small.upload("one", "application/octet-stream", "x").await);
+    provoked.add(GENERATE, "post", &small.generate(&json!({"input": "a".repeat(100)})).await);
+    let path = format!("/v1/tasks/{TASK}/generate");
+    let never = Body::from_stream(stream::pending::<Result<Vec<u8>, std::io::Error>>());
+    provoked.add(GENERATE, "post", &small.call(post(&path, "application/json", never)).await);
+
+    let mut options = Options::default();
+    options.limits.max_tasks = 3;
+    options.limits.max_upload = 2048;
+    let full = options.start();
+    let octets = "application/octet-stream";
+    provoked.add(VERSIONS, "post", &full.upload("fourth", octets, prompt_files("prompt7").1).await);
+    provoked.add(VERSIONS, "post", &full.upload(TASK, octets, vec![0; 4096]).await);
+
+    let server = Server::start();
+    server.app.engine.drain(std::time::Instant::now());
+    provoked.add(GENERATE, "post", &server.generate(&input).await);
+    provoked.add("/health/ready", "get", &server.get("/health/ready").await);
+    // A disk that cannot be written to: where the folder was, there is a file.
+    std::fs::remove_dir_all(server.prompts.path()).unwrap();
+    std::fs::write(server.prompts.path(), "").unwrap();
+    let failed = server.upload("disk", octets, prompt_files("prompt7").1).await;
+    std::fs::remove_file(server.prompts.path()).unwrap();
+    assert!(!failed.text().contains(server.prompts.path().to_str().unwrap()), "{}", failed.text());
+    provoked.add(VERSIONS, "post", &failed);
+}
