@@ -103,14 +103,7 @@ fn folder_name(model: &str) -> String {
 }
 
 fn open_registry(config: &Config, info: &ModelInfo, root: PathBuf) -> anyhow::Result<Arc<Registry>> {
-    let fit = Fit {
-        model_name: info.name.clone(),
-        fingerprint: info.fingerprint.clone(),
-        hidden_size: info.hidden_size,
-        context_length: info.context_length,
-        device: info.device.clone(),
-        dtype: info.dtype,
-    };
+    let fit = Fit::from(info);
     let shown = root.display().to_string();
     let limits = &config.limits;
     let registry =

@@ -78,7 +78,7 @@ pub struct Uploaded {
 
 /// A multipart upload: the files of a PEFT directory.
 #[derive(Debug, ToSchema)]
-#[allow(dead_code)]
+#[allow(dead_code, reason = "it is there for its schema")]
 pub struct UploadForm {
     #[schema(rename = "adapter_config.json", content_media_type = "application/json")]
     #[serde(rename = "adapter_config.json")]
@@ -93,7 +93,7 @@ pub struct UploadForm {
 /// The bytes of a file.
 #[derive(Debug, ToSchema)]
 #[schema(value_type = String, format = Binary)]
-#[allow(dead_code)]
+#[allow(dead_code, reason = "it is there for its schema")]
 pub struct Binary(Vec<u8>);
 
 /// The version that answers from now on.

@@ -18,6 +18,7 @@ pub use super::{
     files::PromptFiles,
     peft::{PeftConfig, SERVED_TYPES, encode_prompt_tuning},
 };
+use crate::model::ModelInfo;
 
 /// What a prompt must fit: the facts of the model it is put in front of.
 #[derive(Debug, Clone)]
@@ -30,6 +31,19 @@ pub struct Fit {
     pub context_length: usize,
     pub device: Device,
     pub dtype: DType,
+}
+
+impl From<&ModelInfo> for Fit {
+    fn from(info: &ModelInfo) -> Self {
+        Self {
+            model_name: info.name.clone(),
+            fingerprint: info.fingerprint.clone(),
+            hidden_size: info.hidden_size,
+            context_length: info.context_length,
+            device: info.device.clone(),
+            dtype: info.dtype,
+        }
+    }
 }
 
 /// Something that is wrong with a prompt's files.

@@ -130,15 +130,7 @@ fn choose_rate(trainer: &Trainer<'_>, plan: &Plan, observer: &mut dyn Observer) 
 
 /// What a prompt of this model must fit.
 pub fn fit(model: &Model) -> Fit {
-    let info = model.info();
-    Fit {
-        model_name: info.name.clone(),
-        fingerprint: info.fingerprint.clone(),
-        hidden_size: info.hidden_size,
-        context_length: info.context_length,
-        device: info.device.clone(),
-        dtype: info.dtype,
-    }
+    model.info().into()
 }
 
 fn spec(model: &Model, plan: &Plan, settings: &Settings, state: &State, held: Held) -> TaskSpec {

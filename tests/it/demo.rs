@@ -33,14 +33,7 @@ impl Demo {
     fn start() -> Self {
         let model = Model::load(&demo::model(), &Device::Cpu, DType::F32).unwrap();
         let info = model.info().clone();
-        let fit = Fit {
-            model_name: info.name,
-            fingerprint: info.fingerprint,
-            hidden_size: info.hidden_size,
-            context_length: info.context_length,
-            device: Device::Cpu,
-            dtype: DType::F32,
-        };
+        let fit = Fit::from(&info);
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("prompts");
         let version = |task: &str| {
             let files = PromptFiles::read_dir(&folder.join(task)).unwrap();

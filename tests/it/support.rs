@@ -63,14 +63,7 @@ impl Options {
         let model = fixtures::load(MODEL, DType::F32);
         let info = model.info().clone();
         let (engine, _thread) = Engine::start(model, self.engine).unwrap();
-        let fit = Fit {
-            model_name: info.name.clone(),
-            fingerprint: info.fingerprint.clone(),
-            hidden_size: info.hidden_size,
-            context_length: info.context_length,
-            device: info.device.clone(),
-            dtype: info.dtype,
-        };
+        let fit = Fit::from(&info);
         let registry = Registry::open(RegistryConfig {
             root: prompts.path().to_owned(),
             fit,

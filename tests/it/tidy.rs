@@ -8,7 +8,8 @@ use std::{
 
 /// Each module, and the modules of this crate it may name.
 const ARROWS: [(&str, &[&str]); 12] = [
-    ("prompt", &[]),
+    // Only for the facts of the model that a prompt must fit.
+    ("prompt", &["model"]),
     ("kernels", &[]),
     ("model", &["kernels"]),
     ("text", &["model"]),
