@@ -127,12 +127,11 @@ pub unsafe fn block_1x2(a0: *const u32, b0: *const u32, b1: *const u32, tiles: u
     }
 }
 
-/// Scores of 16 queries against the 32 positions of a block: `out` (16 rows, `stride` values apart)
-/// `[16][32]`. `q` is `[dim_tiles][16][16 pairs]`, `k` `[dim_tiles * 16 pairs][32 positions]`.
+/// Scores of 16 queries against the 32 positions of a block: `out` is `[16][32]`. `q` is `[dim_tiles][16][16 pairs]`, `k` `[dim_tiles * 16 pairs][32 positions]`.
 ///
 /// # Safety
 /// The thread is [`configure`]d, and the pointers are valid for these shapes.
-pub unsafe fn scores(q: *const u32, k: *const u32, dim_tiles: usize, out: *mut f32, stride: usize) {
+pub unsafe fn scores(q: *const u32, k: *const u32, dim_tiles: usize, out: *mut f32) {
     // SAFETY: as `block_2x2`.
     unsafe {
         asm!(
@@ -145,10 +144,10 @@ pub unsafe fn scores(q: *const u32, k: *const u32, dim_tiles: usize, out: *mut f
             "tdpbf16ps tmm1, tmm4, tmm7",
             "add {q}, 1024", "add {k}, 2048",
             "dec {n}", "jnz 2b",
-            "tilestored [{o} + {r}], tmm0",
-            "tilestored [{o} + {r} + 64], tmm1",
+            "tilestored [{o} + {w}], tmm0",
+            "tilestored [{o} + {w} + 64], tmm1",
             q = inout(reg) q => _, k = inout(reg) k => _, n = inout(reg) dim_tiles => _,
-            s = in(reg) 64usize, w = in(reg) 128usize, o = in(reg) out, r = in(reg) stride * 4,
+            s = in(reg) 64usize, w = in(reg) 128usize, o = in(reg) out,
             options(nostack),
         );
     }
@@ -165,12 +164,12 @@ pub unsafe fn clear_values() {
     }
 }
 
-/// Adds the values of a block's 32 positions, weighted by 16 rows of `p` (`p_stride` bytes apart,
-/// `[16][16 pairs]`), to the sums of 64 dimensions. `v` is `[16 pairs of positions][dims]`, at the first of them.
+/// Adds the values of a block's 32 positions, weighted by 16 rows `p` `[16][16 pairs]`, to the sums of 64
+/// dimensions. `v` is `[16 pairs of positions][dims]`, at the first of these.
 ///
 /// # Safety
 /// The thread is [`configure`]d and has called [`clear_values`]; the pointers are valid for these shapes.
-pub unsafe fn add_values(p: *const u32, p_stride: usize, v: *const u32, dims: usize) {
+pub unsafe fn add_values(p: *const u32, v: *const u32, dims: usize) {
     // SAFETY: as the caller says.
     unsafe {
         asm!(
@@ -183,7 +182,7 @@ pub unsafe fn add_values(p: *const u32, p_stride: usize, v: *const u32, dims: us
             "tdpbf16ps tmm2, tmm4, tmm5",
             "tileloadd tmm6, [{v} + {vs} + 192]",
             "tdpbf16ps tmm3, tmm4, tmm6",
-            p = in(reg) p, ps = in(reg) p_stride, v = in(reg) v, vs = in(reg) dims * 4,
+            p = in(reg) p, ps = in(reg) 64usize, v = in(reg) v, vs = in(reg) dims * 4,
             options(nostack, preserves_flags),
         );
     }
@@ -193,7 +192,7 @@ pub unsafe fn add_values(p: *const u32, p_stride: usize, v: *const u32, dims: us
 ///
 /// # Safety
 /// As [`add_values`].
-pub unsafe fn add_values_32(p: *const u32, p_stride: usize, v: *const u32, dims: usize) {
+pub unsafe fn add_values_32(p: *const u32, v: *const u32, dims: usize) {
     // SAFETY: as the caller says.
     unsafe {
         asm!(
@@ -202,7 +201,7 @@ pub unsafe fn add_values_32(p: *const u32, p_stride: usize, v: *const u32, dims:
             "tdpbf16ps tmm0, tmm4, tmm5",
             "tileloadd tmm6, [{v} + {vs} + 64]",
             "tdpbf16ps tmm1, tmm4, tmm6",
-            p = in(reg) p, ps = in(reg) p_stride, v = in(reg) v, vs = in(reg) dims * 4,
+            p = in(reg) p, ps = in(reg) 64usize, v = in(reg) v, vs = in(reg) dims * 4,
             options(nostack, preserves_flags),
         );
     }
