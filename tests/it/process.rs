@@ -243,6 +243,8 @@ fn what_cannot_work_ends_with_one_line_that_says_why() {
         (vec!["--api-key", "short"], 2, vec!["--api-key", "5 bytes"]),
         (vec!["--device", "cuda"], 1, vec!["--device", "cpu"]),
         (vec!["--log-level", "a=b=c"], 1, vec!["--log-level"]),
+        (vec!["--random-weights", "gpt-9"], 1, vec!["gpt-9", "config.json", "smollm2-135m"]),
+        (vec!["--random-weights", "a.json", "--model", "b"], 2, vec!["--random-weights", "--model", "leave one out"]),
     ] {
         let mut command = softserve(home.path());
         command.arg("serve").args(&arguments);
