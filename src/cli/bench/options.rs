@@ -26,9 +26,9 @@ const DEFAULT_CONCURRENCY: usize = 16;
 /// the length that was asked for. Figures are medians over --repeat runs.
 #[derive(Debug, Clone, Args)]
 #[command(after_help = "Examples:\n  \
-    softserve bench --random-weights smollm2-135m --dtype bf16 --requests 32 --concurrency 32 --repeat 3\n  \
-    softserve bench --tasks 1000 --mix zipf --rate 5 --duration 1m -- --kv-cache 64MiB --max-batch 16\n  \
-    softserve bench --load name=light,rate=1,requests=50,alone --load name=heavy,concurrency=100,background\n  \
+    softserve bench --random-weights smollm2-135m --dtype bf16 --concurrency 32 --repeat 3\n  \
+    softserve bench --tasks 1000 --mix zipf --rate 5 --duration 1m -- --max-batch 16\n  \
+    softserve bench --load name=light,concurrency=1,alone --load concurrency=100,background\n  \
     softserve bench --url http://127.0.0.1:8080 --json figures.json\n  \
     softserve bench --random-weights qwen2.5-0.5b --save-model my-folder")]
 pub struct BenchArgs {
