@@ -14,6 +14,7 @@ mod openapi;
 mod peft;
 mod problems;
 mod process;
+mod soak;
 mod support;
 mod tidy;
 mod tiny_model;

@@ -124,12 +124,12 @@ fn arguments(args: &BenchArgs, loads: &[Load]) -> Vec<String> {
     add("--threads", args.threads.map(|n| n.to_string()));
     add("--kv-cache", args.kv_cache.map(|size| size.0.to_string()));
     add("--log-level", Some("warn".to_owned()));
-    // All the clients of a closed loop may wait.
+    // All the clients of a closed loop may wait, also if all ask one task.
     let clients = loads.iter().map(|load| match load.arrival {
         Arrival::Concurrency(n) => n,
         Arrival::Rate(_) => 0,
     });
-    add("--max-waiting", Some(clients.sum::<usize>().max(MAX_WAITING).to_string()));
+    add("--max-waiting", Some((2 * clients.sum::<usize>()).max(MAX_WAITING).to_string()));
     let tasks = args.num_tasks(loads);
     add("--max-tasks", (tasks > 10_000).then(|| tasks.to_string()));
     out
