@@ -1,6 +1,7 @@
 //! Everything that is tested from outside, in one crate so that it links once.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+mod bench;
 mod demo;
 mod engine;
 mod fixtures;
@@ -13,6 +14,7 @@ mod openapi;
 mod peft;
 mod problems;
 mod process;
+mod soak;
 mod support;
 mod tidy;
 mod tiny_model;
