@@ -79,6 +79,7 @@ fn engine_config(config: &Config) -> EngineConfig {
         max_batch: batch.max_requests,
         max_step_tokens: batch.max_step_tokens,
         kv_cache_bytes: batch.kv_cache,
+        ..EngineConfig::default()
     }
 }
 

@@ -68,6 +68,23 @@ impl KvCache {
         }
     }
 
+    /// Copies the first `slots` positions of a block, in every layer, into another block.
+    pub fn copy(&mut self, from: BlockId, to: BlockId, slots: usize) {
+        let (width, row) = (self.shape.head_dim, BLOCK_SIZE * self.shape.head_dim);
+        if from == to || self.blocks[from as usize].is_empty() {
+            return;
+        }
+        let mut target = std::mem::take(&mut self.blocks[to as usize]);
+        let source = &self.blocks[from as usize];
+        if target.is_empty() {
+            target = vec![0.0; source.len()].into_boxed_slice();
+        }
+        for (target, source) in target.chunks_exact_mut(row).zip(source.chunks_exact(row)) {
+            target[..slots * width].copy_from_slice(&source[..slots * width]);
+        }
+        self.blocks[to as usize] = target;
+    }
+
     /// The keys and the values of one head in a block, each `[BLOCK_SIZE, head_dim]`.
     pub fn head(&self, layer: usize, block: BlockId, head: usize) -> (&[f32], &[f32]) {
         let plane = self.shape.plane();
