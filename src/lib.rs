@@ -11,7 +11,7 @@
 //! - [`kernels`]: norm, rope and attention, differentiable or fast
 //! - [`tune`]: learns a prompt by differentiating the forward that serves
 //! - [`cli`], [`config`], [`telemetry`]: what the user typed and sees
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 pub mod cli;
 pub mod config;

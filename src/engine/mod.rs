@@ -210,7 +210,7 @@ impl Engine {
     /// # Errors
     /// The forward pass failed, or the cache's bytes do not hold one block.
     pub fn start(model: Model, config: EngineConfig) -> candle_core::Result<(Engine, EngineThread)> {
-        let block_bytes = Runner::kv_shape(&model).block_bytes();
+        let block_bytes = model.kv_shape().block_bytes();
         // More than every place in the batch at full length would never be used.
         let context = model.info().context_length;
         let useful = config.max_batch * context.div_ceil(crate::kernels::kv_cache::BLOCK_SIZE);
@@ -222,7 +222,7 @@ impl Engine {
             );
         }
         let max_sequence = context.min(num_blocks * crate::kernels::kv_cache::BLOCK_SIZE);
-        let mut runner = Runner::new(model, num_blocks);
+        let mut runner = Runner::new(model, num_blocks)?;
         worker::warm_up(&mut runner)?;
         let shared = Arc::new(Shared {
             max_sequence,

@@ -8,7 +8,7 @@ use candle_core::{Device, Result, Tensor, bail};
 use super::{cache::BlockCopy, request::InputToken};
 use crate::{
     kernels::{
-        kv_cache::{BlockId, KvCache, KvShape},
+        kv_cache::{BlockId, KvCache},
         paged::{PagedKernels, Segment},
     },
     model::Model,
@@ -36,15 +36,12 @@ pub struct Part<'a> {
 
 impl Runner {
     /// A runner with `num_blocks` blocks of cache.
-    pub fn new(model: Model, num_blocks: usize) -> Self {
-        let cache = KvCache::new(Self::kv_shape(&model), num_blocks);
-        Self { model, cache }
-    }
-
-    /// The shape of a model's keys and values.
-    pub fn kv_shape(model: &Model) -> KvShape {
-        let c = model.config();
-        KvShape { num_layers: c.num_layers, num_kv_heads: c.num_kv_heads, head_dim: c.head_dim }
+    ///
+    /// # Errors
+    /// The system does not give the memory.
+    pub fn new(model: Model, num_blocks: usize) -> Result<Self> {
+        let cache = KvCache::new(model.kv_shape(), num_blocks)?;
+        Ok(Self { model, cache })
     }
 
     /// The model.
@@ -102,7 +99,12 @@ impl Runner {
                         let Some(LearnedPrompt::Embeddings(prompt)) = part.prompt.map(Arc::as_ref) else {
                             bail!("a sequence has virtual tokens but no prompt")
                         };
-                        rows.push(prompt.rows.narrow(0, first as usize, run.len())?);
+                        rows.push(
+                            prompt
+                                .rows
+                                .narrow(0, first as usize, run.len())?
+                                .to_dtype(self.model.activation_dtype())?,
+                        );
                     }
                     (InputToken::Vocab(_), Some(words)) => {
                         rows.push(words.narrow(0, taken, run.len())?);

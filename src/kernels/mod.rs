@@ -1,6 +1,7 @@
 //! Norm, rope and attention: what serving and tuning do differently. The decoder is given one of
 //! these and knows nothing else of where it runs.
 
+pub mod cpu;
 pub mod dense;
 pub mod fused;
 pub mod kv_cache;

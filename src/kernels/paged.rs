@@ -1,14 +1,14 @@
-//! Serving kernels: candle's fused norm and rope, and attention over the blocks of a [`KvCache`].
+//! Serving kernels for a CPU, over the blocks of a [`KvCache`].
 //!
 //! Every row is computed by itself, in one order, so its result does not depend on which other
 //! rows are in the step.
 
-use candle_core::{DType, Device, Result, Tensor};
-use rayon::prelude::*;
+use candle_core::{Device, Result, Tensor};
 
 use super::{
-    Kernels, dot,
-    kv_cache::{BLOCK_SIZE, BlockId, KvCache},
+    Kernels,
+    cpu::{Isa, attention, pool, rows, tensors::with_values},
+    kv_cache::{BlockId, KvCache},
 };
 
 /// Consecutive packed rows that belong to one sequence.
@@ -22,121 +22,75 @@ pub struct Segment {
     pub blocks: Vec<BlockId>,
 }
 
-/// The kernels of one step.
+/// The kernels of one step. Tensors are f32, whatever the precision of weights and cache.
 #[derive(Debug)]
 pub struct PagedKernels<'a> {
     cache: &'a mut KvCache,
     segments: &'a [Segment],
-    /// For each packed row: its segment, and its position.
-    rows: Vec<(usize, usize)>,
+    isa: Isa,
 }
 
 impl<'a> PagedKernels<'a> {
     /// Kernels for packed rows that lie as `segments` says, in that order.
     pub fn new(cache: &'a mut KvCache, segments: &'a [Segment]) -> Self {
-        let rows = segments.iter().enumerate().flat_map(|(i, s)| (0..s.rows).map(move |j| (i, s.start + j))).collect();
-        Self { cache, segments, rows }
+        Self::with_isa(cache, segments, Isa::best())
     }
 
-    /// One row's attention: `q` and `out` are `[heads, head_dim]`.
-    fn attend(&self, layer: usize, row: usize, q: &[f32], groups: usize, out: &mut [f32], scores: &mut Vec<f32>) {
-        let (segment, position) = self.rows[row];
-        let blocks = &self.segments[segment].blocks;
-        let head_dim = self.cache_head_dim();
-        let scale = (head_dim as f32).powf(-0.5);
-        for (head, (q, out)) in q.chunks_exact(head_dim).zip(out.chunks_exact_mut(head_dim)).enumerate() {
-            scores.clear();
-            let mut max = f32::NEG_INFINITY;
-            for_each_block(blocks, position, |block, used| {
-                let (keys, _) = self.cache.head(layer, block, head / groups);
-                for key in keys.chunks_exact(head_dim).take(used) {
-                    let score = dot(q, key) * scale;
-                    max = max.max(score);
-                    scores.push(score);
-                }
-            });
-            let mut sum = 0.0;
-            for score in scores.iter_mut() {
-                *score = (*score - max).exp();
-                sum += *score;
-            }
-            out.fill(0.0);
-            let mut weights = scores.iter();
-            for_each_block(blocks, position, |block, used| {
-                let (_, values) = self.cache.head(layer, block, head / groups);
-                for (value, weight) in values.chunks_exact(head_dim).take(used).zip(weights.by_ref().take(used)) {
-                    for (o, v) in out.iter_mut().zip(value) {
-                        *o += weight * v;
-                    }
-                }
-            });
-            out.iter_mut().for_each(|o| *o /= sum);
-        }
-    }
-
-    fn cache_head_dim(&self) -> usize {
-        self.cache.shape().head_dim
+    /// As [`new`](Self::new), with other instructions than the best.
+    pub fn with_isa(cache: &'a mut KvCache, segments: &'a [Segment], isa: Isa) -> Self {
+        Self { cache, segments, isa }
     }
 }
 
 impl Kernels for PagedKernels<'_> {
     fn rms_norm(&mut self, x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
-        candle_nn::ops::rms_norm(&x.contiguous()?, weight, eps as f32)
+        let y = with_values(weight, |weight| {
+            with_values(x, |x| Ok(rows::rms_norm(self.isa, pool::global(), x, weight, eps as f32)))
+        })?;
+        Tensor::from_vec(y, x.shape(), &Device::Cpu)
     }
 
     fn rope(&mut self, x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
-        candle_nn::rotary_emb::rope_thd(&x.unsqueeze(0)?.contiguous()?, cos, sin)?.squeeze(0)
+        let (_, _, head_dim) = x.dims3()?;
+        let y = with_values(cos, |cos| {
+            with_values(sin, |sin| with_values(x, |x| Ok(rows::rope(self.isa, pool::global(), x, head_dim, cos, sin))))
+        })?;
+        Tensor::from_vec(y, x.shape(), &Device::Cpu)
     }
 
     fn attention(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
         let (t, heads, head_dim) = q.dims3()?;
-        let kv_heads = k.dim(1)?;
-        if t != self.rows.len() {
-            candle_core::bail!("attention was given {t} rows for a step of {}", self.rows.len());
+        let rows: usize = self.segments.iter().map(|s| s.rows).sum();
+        let shape = self.cache.shape();
+        if t != rows || k.dims() != [t, shape.num_kv_heads, shape.head_dim] || head_dim != shape.head_dim {
+            candle_core::bail!(
+                "attention was given {:?} and {:?} for a step of {rows} rows and {shape:?}",
+                q.dims(),
+                k.dims()
+            );
         }
-        let (keys, values) = (host(k)?, host(v)?);
-        let width = kv_heads * head_dim;
-        for (row, (key, value)) in keys.chunks_exact(width).zip(values.chunks_exact(width)).enumerate() {
-            let (segment, position) = self.rows[row];
-            let block = self.segments[segment].blocks[position / BLOCK_SIZE];
-            self.cache.write(layer, block, position % BLOCK_SIZE, key, value);
-        }
-        let queries = host(q)?;
-        let mut out = vec![0f32; t * heads * head_dim];
-        let this = &*self;
-        out.par_chunks_exact_mut(heads * head_dim)
-            .zip(queries.par_chunks_exact(heads * head_dim))
-            .enumerate()
-            .for_each_init(Vec::new, |scores, (row, (out, q))| {
-                this.attend(layer, row, q, heads / kv_heads, out, scores);
-            });
-        Tensor::from_vec(out, (t, heads * head_dim), &Device::Cpu)?.to_device(q.device())?.to_dtype(q.dtype())
+        let y = with_values(q, |q| {
+            with_values(k, |k| {
+                with_values(v, |v| {
+                    let rows = attention::Rows { q, k, v, heads };
+                    Ok(attention::attend(self.isa, pool::global(), self.cache, layer, self.segments, rows))
+                })
+            })
+        })?;
+        Tensor::from_vec(y, (t, heads * head_dim), &Device::Cpu)
     }
-}
-
-/// Calls `f` with each block that holds positions 0…=`last`, and how many of them it holds.
-fn for_each_block(blocks: &[BlockId], last: usize, mut f: impl FnMut(BlockId, usize)) {
-    let mut left = last + 1;
-    for &block in blocks {
-        if left == 0 {
-            break;
-        }
-        let used = left.min(BLOCK_SIZE);
-        f(block, used);
-        left -= used;
-    }
-}
-
-fn host(x: &Tensor) -> Result<Vec<f32>> {
-    x.to_dtype(DType::F32)?.to_device(&Device::Cpu)?.flatten_all()?.to_vec1()
 }
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use candle_core::D;
 
-    use crate::kernels::{dense::DenseKernels, kv_cache::KvShape};
+    use super::*;
+    use crate::kernels::{
+        cpu::Precision,
+        dense::DenseKernels,
+        kv_cache::{BLOCK_SIZE, KvShape},
+    };
 
     fn random(shape: (usize, usize, usize)) -> Tensor {
         Tensor::randn(0f32, 1.0, shape, &Device::Cpu).unwrap()
@@ -146,33 +100,53 @@ mod tests {
         (a - b).unwrap().abs().unwrap().flatten_all().unwrap().max(D::Minus1).unwrap().to_scalar().unwrap()
     }
 
-    #[test]
-    fn paged_attention_equals_dense_attention_over_odd_lengths_in_any_chunks() {
-        let (heads, kv_heads, dim) = (6, 2, 20);
-        let shape = KvShape { num_layers: 2, num_kv_heads: kv_heads, head_dim: dim };
-        let lengths = [1, 31, 32, 33, 70];
-        let total: usize = lengths.iter().sum();
-        let (q, k, v) = (random((total, heads, dim)), random((total, kv_heads, dim)), random((total, kv_heads, dim)));
-        let expected = DenseKernels::new(&lengths, &Device::Cpu).unwrap().attention(1, &q, &k, &v).unwrap();
-        for chunk in [1, 7, 32, 100] {
-            let mut cache = KvCache::new(shape, 32);
+    fn bits(x: &Tensor) -> Vec<u32> {
+        x.flatten_all().unwrap().to_vec1::<f32>().unwrap().into_iter().map(f32::to_bits).collect()
+    }
+
+    /// Lengths of sequences, and what is attended of them.
+    struct Case {
+        lengths: Vec<usize>,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+    }
+
+    impl Case {
+        fn new(lengths: &[usize], heads: usize, kv_heads: usize, dim: usize) -> Self {
+            let total = lengths.iter().sum();
+            Self {
+                lengths: lengths.to_vec(),
+                q: random((total, heads, dim)),
+                k: random((total, kv_heads, dim)),
+                v: random((total, kv_heads, dim)),
+            }
+        }
+
+        /// All of it, `chunk` rows of each sequence at a time, over blocks that lie scattered and
+        /// hold what is no number (but in the padding, which nothing ever writes).
+        fn paged(&self, isa: Isa, precision: Precision, chunk: usize) -> Tensor {
+            let (_, num_kv_heads, head_dim) = self.k.dims3().unwrap();
+            let shape = KvShape { num_layers: 2, num_kv_heads, head_dim, precision };
+            let mut cache = KvCache::new(shape, 32).unwrap();
+            if head_dim == shape.padded_dim() {
+                cache.words_mut().fill(f32::NAN.to_bits());
+            }
             let mut tables = Vec::new();
             let mut next = 0;
-            for length in lengths {
+            for length in &self.lengths {
                 let blocks = length.div_ceil(BLOCK_SIZE) as u32;
-                // Scattered on purpose: neighbours in a sequence are not neighbours in the cache.
+                // Neighbours in a sequence are not neighbours in the cache.
                 tables.push((next..next + blocks).map(|b| (b * 13) % 32).collect::<Vec<_>>());
                 next += blocks;
             }
-            let starts: Vec<usize> = lengths.iter().scan(0, |s, l| Some(std::mem::replace(s, *s + l))).collect();
-            let mut done = vec![0; lengths.len()];
-            let mut outputs: Vec<Vec<Tensor>> = vec![Vec::new(); lengths.len()];
-            while done != lengths {
-                let mut segments = Vec::new();
-                let mut index = Vec::new();
-                let mut owners = Vec::new();
-                for i in 0..lengths.len() {
-                    let rows = chunk.min(lengths[i] - done[i]);
+            let starts: Vec<usize> = self.lengths.iter().scan(0, |s, l| Some(std::mem::replace(s, *s + l))).collect();
+            let mut done = vec![0; self.lengths.len()];
+            let mut outputs: Vec<Vec<Tensor>> = vec![Vec::new(); self.lengths.len()];
+            while done != self.lengths {
+                let (mut segments, mut index, mut owners) = (Vec::new(), Vec::new(), Vec::new());
+                for i in 0..self.lengths.len() {
+                    let rows = chunk.min(self.lengths[i] - done[i]);
                     if rows > 0 {
                         segments.push(Segment { rows, start: done[i], blocks: tables[i].clone() });
                         index.extend((0..rows).map(|j| (starts[i] + done[i] + j) as u32));
@@ -182,30 +156,81 @@ mod tests {
                 }
                 let index = Tensor::new(index, &Device::Cpu).unwrap();
                 let pick = |x: &Tensor| x.index_select(&index, 0).unwrap();
-                let mut kernels = PagedKernels::new(&mut cache, &segments);
-                let out = kernels.attention(1, &pick(&q), &pick(&k), &pick(&v)).unwrap();
+                let mut kernels = PagedKernels::with_isa(&mut cache, &segments, isa);
+                let out = kernels.attention(1, &pick(&self.q), &pick(&self.k), &pick(&self.v)).unwrap();
                 let mut at = 0;
                 for (i, rows) in owners {
                     outputs[i].push(out.narrow(0, at, rows).unwrap());
                     at += rows;
                 }
             }
-            let got = Tensor::cat(&outputs.concat(), 0).unwrap();
-            assert!(largest_difference(&got, &expected) < 1e-5, "chunks of {chunk}");
+            Tensor::cat(&outputs.concat(), 0).unwrap()
         }
     }
 
     #[test]
-    fn fused_norm_and_rope_equal_the_plain_ones() {
-        let mut cache = KvCache::new(KvShape { num_layers: 1, num_kv_heads: 1, head_dim: 8 }, 1);
-        let mut fused = PagedKernels::new(&mut cache, &[]);
-        let mut plain = DenseKernels::new(&[5], &Device::Cpu).unwrap();
-        let x = random((5, 3, 8));
-        let (cos, sin) = (random((1, 5, 4)).squeeze(0).unwrap(), random((1, 5, 4)).squeeze(0).unwrap());
-        let (a, b) = (fused.rope(&x, &cos, &sin).unwrap(), plain.rope(&x, &cos, &sin).unwrap());
-        assert!(largest_difference(&a, &b) < 1e-6);
-        let (x, w) = (random((1, 5, 24)).squeeze(0).unwrap(), random((1, 1, 24)).flatten_all().unwrap());
-        let (a, b) = (fused.rms_norm(&x, &w, 1e-5).unwrap(), plain.rms_norm(&x, &w, 1e-5).unwrap());
-        assert!(largest_difference(&a, &b) < 1e-5);
+    fn paged_attention_equals_dense_attention_on_odd_shapes_and_any_chunks_are_equal_bit_for_bit() {
+        for (heads, kv_heads, dim) in [(6, 2, 20), (9, 3, 64), (2, 2, 128), (7, 1, 96), (4, 4, 16)] {
+            let case = Case::new(&[1, 31, 32, 33, 70], heads, kv_heads, dim);
+            let mut dense = DenseKernels::new(&case.lengths, &Device::Cpu).unwrap();
+            let expected = dense.attention(1, &case.q, &case.k, &case.v).unwrap();
+            for isa in Isa::available() {
+                for (precision, tolerance) in [(Precision::F32, 1e-5), (Precision::Bf16, 5e-2)] {
+                    let whole = case.paged(isa, precision, 100);
+                    let difference = largest_difference(&whole, &expected);
+                    assert!(difference < tolerance, "{isa:?} {precision:?} {dim}: {difference}");
+                    for chunk in [1, 7, 32] {
+                        let chunked = case.paged(isa, precision, chunk);
+                        assert!(bits(&chunked) == bits(&whole), "{isa:?} {precision:?} {dim}, chunks of {chunk}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_copied_block_continues_as_the_original_does() {
+        let (heads, kv_heads, dim) = (4, 2, 32);
+        let case = Case::new(&[40], heads, kv_heads, dim);
+        for isa in Isa::available() {
+            for precision in [Precision::F32, Precision::Bf16] {
+                let expected = case.paged(isa, precision, 100);
+                for shared in [1, 8, 13, 31] {
+                    let shape = KvShape { num_layers: 2, num_kv_heads: kv_heads, head_dim: dim, precision };
+                    let mut cache = KvCache::new(shape, 4).unwrap();
+                    cache.words_mut().fill(f32::NAN.to_bits());
+                    let attend = |cache: &mut KvCache, start: usize, rows: usize, blocks: &[BlockId]| {
+                        let part = |x: &Tensor| x.narrow(0, start, rows).unwrap();
+                        let segment = [Segment { rows, start, blocks: blocks.to_vec() }];
+                        let mut kernels = PagedKernels::with_isa(cache, &segment, isa);
+                        kernels.attention(1, &part(&case.q), &part(&case.k), &part(&case.v)).unwrap()
+                    };
+                    attend(&mut cache, 0, 32, &[0]);
+                    cache.copy(0, 2, shared);
+                    let rest = attend(&mut cache, shared, 40 - shared, &[2, 3]);
+                    let expected = expected.narrow(0, shared, 40 - shared).unwrap();
+                    assert!(bits(&rest) == bits(&expected), "{isa:?} {precision:?}, {shared} shared");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn norm_and_rope_equal_the_plain_ones() {
+        for isa in Isa::available() {
+            let shape = KvShape { num_layers: 1, num_kv_heads: 1, head_dim: 8, precision: Precision::F32 };
+            let mut cache = KvCache::new(shape, 1).unwrap();
+            let mut fast = PagedKernels::with_isa(&mut cache, &[], isa);
+            let mut plain = DenseKernels::new(&[5], &Device::Cpu).unwrap();
+            for (rows, heads, dim) in [(5, 3, 8), (1, 1, 64), (700, 2, 40)] {
+                let matrix = |n: usize| random((1, rows, n)).squeeze(0).unwrap();
+                let (x, cos, sin) = (random((rows, heads, dim)), matrix(dim / 2), matrix(dim / 2));
+                let (a, b) = (fast.rope(&x, &cos, &sin).unwrap(), plain.rope(&x, &cos, &sin).unwrap());
+                assert!(largest_difference(&a, &b) < 1e-5, "{isa:?}");
+                let (x, w) = (matrix(dim), random((1, 1, dim)).flatten_all().unwrap());
+                let (a, b) = (fast.rms_norm(&x, &w, 1e-5).unwrap(), plain.rms_norm(&x, &w, 1e-5).unwrap());
+                assert!(largest_difference(&a, &b) < 1e-4, "{isa:?}");
+            }
+        }
     }
 }

@@ -3,13 +3,17 @@
 
 use candle_core::{DType, Result, Tensor};
 
-use super::{ModelConfig, ModelError, linear::Linear, weights::Weights};
+use super::{
+    ModelConfig, ModelError,
+    linear::{Linear, Weight},
+    weights::Weights,
+};
 use crate::kernels::Kernels;
 
 /// The layers of a decoder and the tables around them.
 #[derive(Debug)]
 pub struct Decoder {
-    embeddings: Tensor,
+    embeddings: Weight,
     layers: Vec<Layer>,
     final_norm: Tensor,
     head: Linear,
@@ -38,15 +42,19 @@ struct Layer {
 impl Decoder {
     /// Takes the decoder's tensors out of `weights`, under the names Hugging Face gives them.
     pub fn load(config: &ModelConfig, weights: &mut Weights) -> std::result::Result<Self, ModelError> {
-        let embeddings = weights.take("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))?;
+        let table = |weights: &mut Weights, name| {
+            let table = weights.take(name, (config.vocab_size, config.hidden_size))?;
+            Ok::<_, ModelError>(Weight::new(table)?)
+        };
+        let embeddings = table(weights, "model.embed_tokens.weight")?;
         let layers =
             (0..config.num_layers).map(|i| Layer::load(config, i, weights)).collect::<std::result::Result<_, _>>()?;
-        let final_norm = weights.take("model.norm.weight", config.hidden_size)?;
+        let final_norm = activations(weights.take("model.norm.weight", config.hidden_size)?)?;
         let head = match config.tie_word_embeddings {
             true => embeddings.clone(),
-            false => weights.take("lm_head.weight", (config.vocab_size, config.hidden_size))?,
+            false => table(weights, "lm_head.weight")?,
         };
-        let (cos, sin) = rope_tables(config, &embeddings)?;
+        let (cos, sin) = rope_tables(config, &final_norm)?;
         Ok(Self {
             embeddings,
             layers,
@@ -63,12 +71,17 @@ impl Decoder {
 
     /// `[t]` ids to `[t, hidden]`.
     pub fn embed(&self, ids: &Tensor) -> Result<Tensor> {
-        self.embeddings.index_select(ids, 0)
+        self.embeddings.rows(ids)
+    }
+
+    /// The type of hidden states.
+    pub fn activation_dtype(&self) -> DType {
+        self.final_norm.dtype()
     }
 
     /// `[vocab, hidden]`.
-    pub fn embedding_table(&self) -> &Tensor {
-        &self.embeddings
+    pub fn embedding_table(&self) -> Result<Tensor> {
+        self.embeddings.to_tensor()
     }
 
     /// See [`Model::forward`](super::Model::forward).
@@ -79,14 +92,14 @@ impl Decoder {
         for (i, layer) in self.layers.iter().enumerate() {
             let h = kernels.rms_norm(&x, &layer.attention_norm, self.eps)?;
             let heads = |y: Tensor, n: usize| y.reshape((y.dims()[0], n, self.head_dim));
-            let q = kernels.rope(&heads(layer.q.forward(&h)?, self.num_heads)?, &cos, &sin)?;
-            let k = kernels.rope(&heads(layer.k.forward(&h)?, self.num_kv_heads)?, &cos, &sin)?;
-            let v = heads(layer.v.forward(&h)?, self.num_kv_heads)?;
-            let attended = kernels.attention(i, &q, &k, &v)?;
-            x = (x + layer.o.forward(&attended)?)?;
+            let [q, k, v] = Linear::forward_all([&layer.q, &layer.k, &layer.v], &h)?;
+            let q = kernels.rope(&heads(q, self.num_heads)?, &cos, &sin)?;
+            let k = kernels.rope(&heads(k, self.num_kv_heads)?, &cos, &sin)?;
+            let attended = kernels.attention(i, &q, &k, &heads(v, self.num_kv_heads)?)?;
+            x = layer.o.forward_add(&attended, &x)?;
             let h = kernels.rms_norm(&x, &layer.mlp_norm, self.eps)?;
-            let gated = kernels.gated(&layer.gate.forward(&h)?, &layer.up.forward(&h)?)?;
-            x = (x + layer.down.forward(&gated)?)?;
+            let gated = Linear::forward_gated(&layer.gate, &layer.up, &h, kernels)?;
+            x = layer.down.forward_add(&gated, &x)?;
         }
         kernels.rms_norm(&x, &self.final_norm, self.eps)
     }
@@ -100,13 +113,29 @@ impl Decoder {
         }
     }
 
-    /// Every weight, in a fixed order.
-    pub fn tensors(&self) -> Vec<&Tensor> {
+    /// Every weight, in a fixed order, one at a time.
+    pub fn tensors(&self) -> impl Iterator<Item = Result<Tensor>> {
         let layers = self.layers.iter().flat_map(|layer| {
             let linear = [&layer.q, &layer.k, &layer.v, &layer.o, &layer.gate, &layer.up, &layer.down];
-            [&layer.attention_norm, &layer.mlp_norm].into_iter().chain(linear.into_iter().flat_map(Linear::tensors))
+            let norms = [&layer.attention_norm, &layer.mlp_norm].map(|norm| Ok(norm.clone()));
+            norms.into_iter().chain(linear.into_iter().flat_map(all))
         });
-        [&self.embeddings, &self.final_norm].into_iter().chain(self.head.tensors()).chain(layers).collect()
+        [self.embeddings.to_tensor(), Ok(self.final_norm.clone())].into_iter().chain(all(&self.head)).chain(layers)
+    }
+}
+
+fn all(linear: &Linear) -> Vec<Result<Tensor>> {
+    match linear.tensors() {
+        Ok(tensors) => tensors.into_iter().map(Ok).collect(),
+        Err(error) => vec![Err(error)],
+    }
+}
+
+/// A vector in the type of activations, which are never less than f32 on a CPU.
+fn activations(x: Tensor) -> Result<Tensor> {
+    match x.dtype() {
+        DType::BF16 | DType::F16 if x.device().is_cpu() => x.to_dtype(DType::F32),
+        _ => Ok(x),
     }
 }
 
@@ -115,8 +144,8 @@ impl Layer {
         let mut linear = |name: &str, outer: usize, inner: usize, bias: bool| {
             let path = format!("model.layers.{index}.{name}");
             let weight = weights.take(&format!("{path}.weight"), (outer, inner))?;
-            let bias = if bias { Some(weights.take(&format!("{path}.bias"), outer)?) } else { None };
-            Ok::<_, ModelError>(Linear::new(weight, bias))
+            let bias = if bias { Some(activations(weights.take(&format!("{path}.bias"), outer)?)?) } else { None };
+            Ok::<_, ModelError>(Linear::new(Weight::new(weight)?, bias))
         };
         let (hidden, inner) = (config.hidden_size, config.intermediate_size);
         let (q_dim, kv_dim) = (config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim);
@@ -127,8 +156,10 @@ impl Layer {
         let gate = linear("mlp.gate_proj", inner, hidden, config.mlp_bias)?;
         let up = linear("mlp.up_proj", inner, hidden, config.mlp_bias)?;
         let down = linear("mlp.down_proj", hidden, inner, config.mlp_bias)?;
-        let attention_norm = weights.take(&format!("model.layers.{index}.input_layernorm.weight"), hidden)?;
-        let mlp_norm = weights.take(&format!("model.layers.{index}.post_attention_layernorm.weight"), hidden)?;
+        let mut norm = |name: &str| {
+            Ok::<_, ModelError>(activations(weights.take(&format!("model.layers.{index}.{name}.weight"), hidden)?)?)
+        };
+        let (attention_norm, mlp_norm) = (norm("input_layernorm")?, norm("post_attention_layernorm")?);
         Ok(Self { attention_norm, q, k, v, o, mlp_norm, gate, up, down })
     }
 }

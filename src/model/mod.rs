@@ -14,7 +14,7 @@ use sha2::{Digest as _, Sha256};
 pub use config::ModelConfig;
 pub use files::{ModelError, ModelFiles};
 
-use crate::kernels::Kernels;
+use crate::kernels::{Kernels, cpu::Precision, kv_cache::KvShape};
 use decoder::Decoder;
 
 /// A loaded model: weights that nothing changes.
@@ -77,13 +77,28 @@ impl Model {
         &self.config
     }
 
+    /// The shape of its keys and values, which are kept in bf16 where the weights are.
+    pub fn kv_shape(&self) -> KvShape {
+        let c = &self.config;
+        let precision = match self.info.dtype {
+            DType::BF16 => Precision::Bf16,
+            _ => Precision::F32,
+        };
+        KvShape { num_layers: c.num_layers, num_kv_heads: c.num_kv_heads, head_dim: c.head_dim, precision }
+    }
+
+    /// The type of hidden states: on a CPU never less than f32, whatever the weights are.
+    pub fn activation_dtype(&self) -> DType {
+        self.decoder.activation_dtype()
+    }
+
     /// Token embeddings: `[t]` u32 ids to `[t, hidden]`.
     pub fn embed(&self, ids: &Tensor) -> Result<Tensor> {
         self.decoder.embed(ids)
     }
 
     /// The token embedding table, `[vocab, hidden]`.
-    pub fn embedding_table(&self) -> &Tensor {
+    pub fn embedding_table(&self) -> Result<Tensor> {
         self.decoder.embedding_table()
     }
 
@@ -105,7 +120,7 @@ impl Model {
         let mut hash = Sha256::new();
         for tensor in self.decoder.tensors() {
             // bf16 to f32 and f32 to f64 are exact, so this hashes the very bits.
-            let values = tensor.to_device(&Device::Cpu)?.flatten_all()?.to_dtype(DType::F64)?.to_vec1::<f64>()?;
+            let values = tensor?.to_device(&Device::Cpu)?.flatten_all()?.to_dtype(DType::F64)?.to_vec1::<f64>()?;
             values.iter().for_each(|x| hash.update(x.to_bits().to_le_bytes()));
         }
         Ok(hash.finalize().into())

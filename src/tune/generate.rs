@@ -4,7 +4,7 @@ use candle_core::{D, Result, Tensor};
 
 use crate::{
     kernels::{
-        kv_cache::{BLOCK_SIZE, BlockId, KvCache, KvShape},
+        kv_cache::{BLOCK_SIZE, BlockId, KvCache},
         paged::{PagedKernels, Segment},
     },
     model::Model,
@@ -49,13 +49,12 @@ fn batch(
     max_tokens: usize,
     outputs: &mut [Vec<u32>],
 ) -> Result<()> {
-    let (info, config) = (model.info(), model.config());
+    let info = model.info();
     let prompt = match prompt {
-        Some(rows) => Some(rows.to_device(&info.device)?.to_dtype(info.dtype)?),
+        Some(rows) => Some(rows.to_device(&info.device)?.to_dtype(info.dtype)?.to_dtype(model.activation_dtype())?),
         None => None,
     };
     let n = prompt.as_ref().map_or(Ok(0), |p| p.dim(0))?;
-    let shape = KvShape { num_layers: config.num_layers, num_kv_heads: config.num_kv_heads, head_dim: config.head_dim };
     let mut blocks = 0;
     let mut running: Vec<Running> = Vec::new();
     for (index, input) in inputs.iter().enumerate().filter(|(_, input)| n + input.len() > 0) {
@@ -64,7 +63,7 @@ fn batch(
         running.push(Running { index, next: input.clone(), computed: 0, blocks: (blocks..blocks + own).collect() });
         blocks += own;
     }
-    let mut cache = KvCache::new(shape, blocks as usize);
+    let mut cache = KvCache::new(model.kv_shape(), blocks as usize)?;
     while !running.is_empty() {
         let chosen = step(model, prompt.as_ref(), n, &running, &mut cache)?;
         running = running

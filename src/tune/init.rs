@@ -89,6 +89,6 @@ fn rows_of(model: &Model, ids: Vec<u32>) -> Result<Vec<f32>> {
 /// and so of its learning rate. Models differ in it by a factor of a hundred.
 pub fn embedding_scale(model: &Model) -> Result<f64> {
     // Rows past the tokenizer's vocabulary are often zero, but few.
-    let mean_square = model.embedding_table().to_dtype(DType::F32)?.sqr()?.mean_all()?;
+    let mean_square = model.embedding_table()?.to_dtype(DType::F32)?.sqr()?.mean_all()?;
     Ok(f64::from(mean_square.to_scalar::<f32>()?).sqrt())
 }

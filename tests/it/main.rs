@@ -13,6 +13,7 @@ mod openapi;
 mod peft;
 mod problems;
 mod process;
+mod sharing;
 mod support;
 mod tidy;
 mod tiny_model;

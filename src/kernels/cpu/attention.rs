@@ -1,0 +1,518 @@
+//! Attention over the blocks of a [`KvCache`]: of each sequence's new rows against all its
+//! positions, a tile of 16 queries of one key head at a time.
+//!
+//! Scores, then the softmax, then the values: two passes over the blocks. A query's numbers do not
+//! depend on the other queries of its tile, which positions it must not see add nothing but zeros.
+
+use std::cell::RefCell;
+
+#[cfg(target_arch = "x86_64")]
+use super::amx;
+use super::{
+    Isa, Precision, dispatch,
+    pool::Pool,
+    simd::{LANES, Simd},
+    tensors::written,
+};
+use crate::kernels::{
+    kv_cache::{BLOCK_SIZE, KvCache},
+    paged::Segment,
+};
+
+/// Queries of a tile.
+const TILE_ROWS: usize = 16;
+/// Pairs in a row of a tile.
+const TILE_PAIRS: usize = 16;
+
+/// What attention is computed of, rows packed as the segments say.
+#[derive(Debug, Clone, Copy)]
+pub struct Rows<'a> {
+    /// `[t, heads, head_dim]`
+    pub q: &'a [f32],
+    /// `[t, kv_heads, head_dim]`
+    pub k: &'a [f32],
+    /// As `k`.
+    pub v: &'a [f32],
+    pub heads: usize,
+}
+
+/// Writes the rows' keys and values to the cache, then attends: `[t, heads * head_dim]`.
+///
+/// # Panics
+/// If a shape does not fit, or a segment has too few blocks or one that does not exist.
+pub fn attend(isa: Isa, pool: &Pool, cache: &mut KvCache, layer: usize, segments: &[Segment], rows: Rows) -> Vec<f32> {
+    let shape = cache.shape();
+    let t: usize = segments.iter().map(|s| s.rows).sum();
+    assert!(layer < shape.num_layers && rows.heads.is_multiple_of(shape.num_kv_heads));
+    assert!(rows.q.len() == t * rows.heads * shape.head_dim);
+    assert!(rows.k.len() == t * shape.num_kv_heads * shape.head_dim && rows.v.len() == rows.k.len());
+    for s in segments {
+        assert!(s.rows > 0 && s.start + s.rows <= s.blocks.len() * BLOCK_SIZE, "{s:?} has too few blocks");
+        assert!(s.blocks.iter().all(|&b| (b as usize) < cache.num_blocks()), "{s:?} has no such block");
+    }
+    let offset = |block, head| cache.offset(layer, block, head);
+    // One plan for all heads: where each segment's rows begin, and its tiles.
+    let groups = rows.heads / shape.num_kv_heads;
+    let mut first = 0;
+    let mut tiles = Vec::new();
+    let mut starts = Vec::with_capacity(segments.len());
+    for (index, s) in segments.iter().enumerate() {
+        starts.push(first);
+        first += s.rows;
+        tiles.extend((0..(s.rows * groups).div_ceil(TILE_ROWS)).map(|tile| (index, tile)));
+    }
+    // Offsets of every segment's blocks for head 0; a head is two planes further.
+    let planes: Vec<Vec<usize>> = segments.iter().map(|s| s.blocks.iter().map(|&b| offset(b, 0)).collect()).collect();
+    let mut step = Step {
+        isa,
+        segments,
+        planes: &planes,
+        starts: &starts,
+        rows,
+        groups,
+        kv_heads: shape.num_kv_heads,
+        head_dim: shape.head_dim,
+        dim: shape.padded_dim(),
+        plane: shape.plane(),
+        precision: shape.precision,
+        words: cache.words_mut().as_mut_ptr(),
+        out: std::ptr::null_mut(),
+    };
+    // A few sequences a task: one decode's write is too short to be handed out.
+    let per_task = segments.len().div_ceil(pool.threads() * 4).max(1);
+    let chunks = segments.len().div_ceil(per_task);
+    pool.run(chunks * step.kv_heads, &|task| {
+        let (chunk, head) = (task % chunks, task / chunks);
+        for index in chunk * per_task..segments.len().min((chunk + 1) * per_task) {
+            let step = &step;
+            // SAFETY: shapes are checked above; blocks that are written belong to one segment, and
+            // this task alone has its rows of this head.
+            dispatch!(step.isa, write(step: &Step, index: usize, head: usize));
+        }
+    });
+    let fill = |out: *mut f32| {
+        step.out = out;
+        pool.run(tiles.len() * step.kv_heads, &|task| {
+            // The last tiles of a long segment see the most positions: they go first.
+            let (index, tile) = tiles[tiles.len() - 1 - task % tiles.len()];
+            let (step, head) = (&step, task / tiles.len());
+            // SAFETY: shapes are checked above; all keys and values have been written; this task
+            // alone has its rows of the output.
+            dispatch!(step.isa, attend_tile(step: &Step, index: usize, head: usize, tile: usize));
+        });
+    };
+    // SAFETY: the tiles of all heads are all of the rows.
+    unsafe { written(rows.q.len(), fill) }
+}
+
+/// One layer of a step.
+struct Step<'a> {
+    isa: Isa,
+    segments: &'a [Segment],
+    /// For each segment, where each of its blocks begins.
+    planes: &'a [Vec<usize>],
+    /// The first packed row of each segment.
+    starts: &'a [usize],
+    rows: Rows<'a>,
+    /// Query heads of a key head.
+    groups: usize,
+    kv_heads: usize,
+    head_dim: usize,
+    /// `head_dim`, padded.
+    dim: usize,
+    plane: usize,
+    precision: Precision,
+    words: *mut u32,
+    out: *mut f32,
+}
+
+// SAFETY: threads write disjoint positions of the cache in the first pass and disjoint rows of the
+// output in the second, and only read everything else.
+unsafe impl Sync for Step<'_> {}
+
+impl Step<'_> {
+    /// A head's keys in a block of a segment; its values come `plane` later.
+    fn keys(&self, index: usize, block: usize, head: usize) -> *mut u32 {
+        // SAFETY: the offset is that of a block of the cache.
+        unsafe { self.words.add(self.planes[index][block] + head * 2 * self.plane) }
+    }
+}
+
+/// Writes one head's keys and values of a segment's rows.
+///
+/// # Safety
+/// The step's pointers are valid for its shapes, and no other thread has this head of this segment.
+#[inline(always)]
+unsafe fn write<S: Simd>(step: &Step, index: usize, head: usize) {
+    let segment = &step.segments[index];
+    let (dim, width) = (step.head_dim, step.kv_heads * step.head_dim);
+    for row in 0..segment.rows {
+        let (position, at) = (segment.start + row, (step.starts[index] + row) * width + head * dim);
+        let slot = position % BLOCK_SIZE;
+        let (k, v) = (&step.rows.k[at..][..dim], &step.rows.v[at..][..dim]);
+        // SAFETY: the keys and values of a block are `plane` words each, which hold 32 positions of
+        // `step.dim` dimensions.
+        unsafe {
+            let keys = step.keys(index, position / BLOCK_SIZE, head);
+            let values = keys.add(step.plane);
+            if slot == 0 {
+                // Whatever was there before must be finite: it is weighed with zero.
+                std::ptr::write_bytes(values, 0, step.plane);
+            }
+            match step.precision {
+                Precision::F32 => {
+                    let (keys, values) = (keys.cast::<f32>(), values.cast::<f32>());
+                    for (d, k) in k.iter().enumerate() {
+                        *keys.add(d * BLOCK_SIZE + slot) = *k;
+                    }
+                    std::ptr::copy_nonoverlapping(v.as_ptr(), values.add(slot * step.dim), dim);
+                }
+                Precision::Bf16 => {
+                    for (pair, k) in k.chunks(2).enumerate() {
+                        let second = k.get(1).map_or(0, |k| super::simd::bf16(*k));
+                        *keys.add(pair * BLOCK_SIZE + slot) =
+                            u32::from(super::simd::bf16(k[0])) | u32::from(second) << 16;
+                    }
+                    let values = values.cast::<u16>().add(slot / 2 * step.dim * 2 + slot % 2);
+                    let mut rounded = [0u16; LANES];
+                    for d in (0..dim).step_by(LANES) {
+                        if d + LANES <= dim {
+                            S::store_bf16(rounded.as_mut_ptr(), S::load(v.as_ptr().add(d)));
+                        } else {
+                            rounded.iter_mut().zip(&v[d..]).for_each(|(to, v)| *to = super::simd::bf16(*v));
+                        }
+                        for (i, v) in rounded.iter().enumerate().take(dim - d) {
+                            *values.add((d + i) * 2) = *v;
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// A thread's memory for one tile; it grows with the longest sequence seen.
+#[derive(Default)]
+struct Scratch {
+    /// f32 `[16][dim]`, or bf16 `[dim / 32][16][16 pairs]`.
+    queries: Vec<u32>,
+    /// `[16][positions]`: scores, then weights.
+    scores: Vec<f32>,
+    /// `[16][positions / 2]` pairs of weights in bf16.
+    weights: Vec<u32>,
+    /// `[16][dim]`
+    sums: Vec<f32>,
+}
+
+fn room<T: Copy + Default>(memory: &mut Vec<T>, len: usize) -> *mut T {
+    if memory.len() < len {
+        memory.resize(len, T::default());
+    }
+    memory.as_mut_ptr()
+}
+
+/// 16 queries of one key head. Query `i` of a segment is head `i % groups` of row `i / groups`.
+///
+/// # Safety
+/// The step's pointers are valid for its shapes, and no other thread has this tile.
+#[inline(always)]
+unsafe fn attend_tile<S: Simd>(step: &Step, index: usize, head: usize, tile: usize) {
+    thread_local!(static SCRATCH: RefCell<Scratch> = RefCell::default());
+    SCRATCH.with_borrow_mut(|scratch| {
+        let segment = &step.segments[index];
+        let first = tile * TILE_ROWS;
+        let count = (segment.rows * step.groups - first).min(TILE_ROWS);
+        let position = |i: usize| segment.start + (first + i) / step.groups;
+        let blocks = position(count - 1) / BLOCK_SIZE + 1;
+        let len = blocks * BLOCK_SIZE;
+        let queries = room(&mut scratch.queries, TILE_ROWS * step.dim);
+        let scores = room(&mut scratch.scores, TILE_ROWS * len);
+        let weights = room(&mut scratch.weights, TILE_ROWS * len / 2);
+        let sums = room(&mut scratch.sums, TILE_ROWS * step.dim.max(64));
+        // Where a query, and its result, lies in the packed rows.
+        let at = |i: usize| {
+            let (row, group) = ((first + i) / step.groups, (first + i) % step.groups);
+            ((step.starts[index] + row) * step.rows.heads + head * step.groups + group) * step.head_dim
+        };
+        // SAFETY: the scratch is as large as the shapes below; every block is one of the segment's.
+        unsafe {
+            load_queries::<S>(step, count, at, queries);
+            for block in 0..blocks {
+                block_scores::<S>(
+                    step,
+                    queries,
+                    step.keys(index, block, head),
+                    count,
+                    scores.add(block * BLOCK_SIZE),
+                    len,
+                );
+            }
+            let mut scales = [0f32; TILE_ROWS];
+            for (i, scale) in scales.iter_mut().enumerate().take(count) {
+                let weights =
+                    if step.precision == Precision::Bf16 { weights.add(i * len / 2) } else { std::ptr::null_mut() };
+                *scale = softmax::<S>(scores.add(i * len), position(i) + 1, len, step.head_dim, weights.cast());
+            }
+            weigh_values::<S>(step, index, head, blocks, count, scores, weights, len, sums);
+            for (i, scale) in scales.iter().enumerate().take(count) {
+                let (from, to) = (sums.add(i * step.dim), step.out.add(at(i)));
+                let whole = step.head_dim / LANES * LANES;
+                for d in (0..whole).step_by(LANES) {
+                    S::store(to.add(d), S::mul(S::load(from.add(d)), S::splat(*scale)));
+                }
+                for d in whole..step.head_dim {
+                    *to.add(d) = *from.add(d) * scale;
+                }
+            }
+        }
+    });
+}
+
+/// # Safety
+/// `to` is valid for a tile of queries; `at` gives places in the packed rows.
+#[inline(always)]
+unsafe fn load_queries<S: Simd>(step: &Step, count: usize, at: impl Fn(usize) -> usize, to: *mut u32) {
+    for i in 0..TILE_ROWS {
+        let q = if i < count { &step.rows.q[at(i)..][..step.head_dim] } else { &[] };
+        match step.precision {
+            Precision::F32 => {
+                // SAFETY: row `i` of `[16][dim]`.
+                let to = unsafe { std::slice::from_raw_parts_mut(to.cast::<f32>().add(i * step.dim), step.dim) };
+                to[..q.len()].copy_from_slice(q);
+                to[q.len()..].fill(0.0);
+            }
+            Precision::Bf16 => {
+                for pair in (0..step.dim / 2).step_by(LANES / 2) {
+                    let mut values = [0f32; LANES];
+                    let left = q.len().saturating_sub(pair * 2).min(LANES);
+                    values[..left].copy_from_slice(&q[q.len().min(pair * 2)..][..left]);
+                    // SAFETY: eight pairs of row `i` of the tile that holds them.
+                    unsafe {
+                        let tile = to.add(pair / TILE_PAIRS * TILE_ROWS * TILE_PAIRS);
+                        S::store_bf16(tile.add(i * TILE_PAIRS + pair % TILE_PAIRS).cast(), S::load(values.as_ptr()));
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Scores of a tile's queries against a block's keys, unscaled; rows of `out` are `stride` apart.
+///
+/// # Safety
+/// The pointers are valid for the step's shapes and 16 rows of scores.
+#[inline(always)]
+unsafe fn block_scores<S: Simd>(step: &Step, q: *const u32, k: *const u32, count: usize, out: *mut f32, stride: usize) {
+    #[cfg(target_arch = "x86_64")]
+    if step.isa == Isa::Amx && step.precision == Precision::Bf16 {
+        amx::configure();
+        // SAFETY: as the caller says.
+        unsafe { amx::scores(q, k, step.dim / (2 * TILE_PAIRS), out, stride) };
+        return;
+    }
+    let mut i = 0;
+    // SAFETY: `i` plus the rows of each call never exceeds 16.
+    unsafe {
+        while i < count {
+            let out = out.add(i * stride);
+            i += match count - i {
+                left if left >= 4 && S::REGISTERS >= 32 => rows_scores::<S, 4>(step, q, i, k, out, stride),
+                left if left >= 2 => rows_scores::<S, 2>(step, q, i, k, out, stride),
+                _ => rows_scores::<S, 1>(step, q, i, k, out, stride),
+            };
+        }
+    }
+}
+
+/// # Safety
+/// As [`block_scores`], for queries `first..first + R`.
+#[inline(always)]
+unsafe fn rows_scores<S: Simd, const R: usize>(
+    step: &Step,
+    q: *const u32,
+    first: usize,
+    k: *const u32,
+    out: *mut f32,
+    stride: usize,
+) -> usize {
+    // SAFETY: as the caller says.
+    unsafe {
+        let mut acc = [[S::splat(0.0); 2]; R];
+        match step.precision {
+            Precision::F32 => {
+                let (q, k) = (q.cast::<f32>().add(first * step.dim), k.cast::<f32>());
+                for d in 0..step.head_dim {
+                    let keys = [S::load(k.add(d * BLOCK_SIZE)), S::load(k.add(d * BLOCK_SIZE + LANES))];
+                    for (r, acc) in acc.iter_mut().enumerate() {
+                        let q = S::splat(*q.add(r * step.dim + d));
+                        acc[0] = S::fma(keys[0], q, acc[0]);
+                        acc[1] = S::fma(keys[1], q, acc[1]);
+                    }
+                }
+            }
+            Precision::Bf16 => {
+                for pair in 0..step.head_dim.div_ceil(2) {
+                    let tile = q.add(pair / TILE_PAIRS * TILE_ROWS * TILE_PAIRS + pair % TILE_PAIRS);
+                    let keys =
+                        [S::load_pairs(k.add(pair * BLOCK_SIZE)), S::load_pairs(k.add(pair * BLOCK_SIZE + LANES))];
+                    for (r, acc) in acc.iter_mut().enumerate() {
+                        let q = *tile.add((first + r) * TILE_PAIRS);
+                        acc[0] = S::dot(acc[0], keys[0], q);
+                        acc[1] = S::dot(acc[1], keys[1], q);
+                    }
+                }
+            }
+        }
+        for (r, acc) in acc.iter().enumerate() {
+            S::store(out.add(r * stride), acc[0]);
+            S::store(out.add(r * stride + LANES), acc[1]);
+        }
+    }
+    R
+}
+
+/// Turns `n` scores of a query into weights that are yet to be divided by their sum, in place and, if
+/// `rounded` is not null, in bf16; the other positions up to `len` get none. Returns one over the sum.
+///
+/// # Safety
+/// `scores` is valid for `len` values, a multiple of 32, and so is `rounded` if it is not null.
+#[inline(always)]
+unsafe fn softmax<S: Simd>(scores: *mut f32, n: usize, len: usize, head_dim: usize, rounded: *mut u16) -> f32 {
+    // SAFETY: every index is below `len`.
+    unsafe {
+        for i in n..len {
+            *scores.add(i) = f32::NEG_INFINITY;
+        }
+        let mut largest = S::splat(f32::NEG_INFINITY);
+        for i in (0..len).step_by(LANES) {
+            largest = S::max(largest, S::load(scores.add(i)));
+        }
+        let scale = S::splat((head_dim as f32).powf(-0.5));
+        let largest = S::splat(S::largest(largest));
+        for i in (0..len).step_by(LANES) {
+            let below = S::sub(S::load(scores.add(i)), largest);
+            S::store(scores.add(i), S::exp(S::mul(below, scale)));
+        }
+        for i in n..len {
+            *scores.add(i) = 0.0;
+        }
+        let mut sum = S::splat(0.0);
+        for i in (0..len).step_by(LANES) {
+            let weight = S::load(scores.add(i));
+            sum = S::add(sum, weight);
+            if !rounded.is_null() {
+                S::store_bf16(rounded.add(i), weight);
+            }
+        }
+        S::sum(sum).recip()
+    }
+}
+
+/// The values of all blocks, weighted: `sums` `[16][dim]`.
+///
+/// # Safety
+/// The pointers are valid for the step's shapes, `blocks` blocks and 16 rows.
+#[inline(always)]
+#[expect(clippy::too_many_arguments, reason = "a kernel's inner part")]
+unsafe fn weigh_values<S: Simd>(
+    step: &Step,
+    index: usize,
+    head: usize,
+    blocks: usize,
+    count: usize,
+    scores: *const f32,
+    weights: *const u32,
+    len: usize,
+    sums: *mut f32,
+) {
+    #[cfg(target_arch = "x86_64")]
+    if step.isa == Isa::Amx && step.precision == Precision::Bf16 {
+        let mut tile = [0f32; TILE_ROWS * 64];
+        for d in (0..step.dim).step_by(64) {
+            // SAFETY: as the caller says; 64 or, at the end, 32 dimensions are left.
+            unsafe {
+                amx::configure();
+                amx::clear_values();
+                for block in 0..blocks {
+                    let values = step.keys(index, block, head).add(step.plane + d);
+                    let weights = weights.add(block * BLOCK_SIZE / 2);
+                    match step.dim - d >= 64 {
+                        true => amx::add_values(weights, len * 2, values, step.dim),
+                        false => amx::add_values_32(weights, len * 2, values, step.dim),
+                    }
+                }
+                amx::store_values(tile.as_mut_ptr());
+                let n = (step.dim - d).min(64);
+                for (i, row) in tile.chunks_exact(64).enumerate().take(count) {
+                    std::ptr::copy_nonoverlapping(row.as_ptr(), sums.add(i * step.dim + d), n);
+                }
+            }
+        }
+        return;
+    }
+    for i in 0..count {
+        let mut d = 0;
+        while d < step.dim {
+            // SAFETY: as the caller says.
+            unsafe {
+                let (scores, weights, sums) =
+                    (scores.add(i * len), weights.add(i * len / 2), sums.add(i * step.dim + d));
+                d += match step.dim - d {
+                    left if left >= 4 * LANES => {
+                        row_values::<S, 4>(step, index, head, blocks, scores, weights, d, sums)
+                    }
+                    _ => row_values::<S, 1>(step, index, head, blocks, scores, weights, d, sums),
+                };
+            }
+        }
+    }
+}
+
+/// One query's `C` vectors of dimensions from `d` on.
+///
+/// # Safety
+/// As [`weigh_values`].
+#[inline(always)]
+#[expect(clippy::too_many_arguments, reason = "a kernel's inner part")]
+unsafe fn row_values<S: Simd, const C: usize>(
+    step: &Step,
+    index: usize,
+    head: usize,
+    blocks: usize,
+    scores: *const f32,
+    weights: *const u32,
+    d: usize,
+    sums: *mut f32,
+) -> usize {
+    // SAFETY: as the caller says.
+    unsafe {
+        let mut acc = [S::splat(0.0); C];
+        for block in 0..blocks {
+            let values = step.keys(index, block, head).add(step.plane + d);
+            match step.precision {
+                Precision::F32 => {
+                    for position in 0..BLOCK_SIZE {
+                        let weight = S::splat(*scores.add(block * BLOCK_SIZE + position));
+                        let values = values.cast::<f32>().add(position * step.dim);
+                        for (c, acc) in acc.iter_mut().enumerate() {
+                            *acc = S::fma(S::load(values.add(c * LANES)), weight, *acc);
+                        }
+                    }
+                }
+                Precision::Bf16 => {
+                    for pair in 0..BLOCK_SIZE / 2 {
+                        let weight = *weights.add(block * BLOCK_SIZE / 2 + pair);
+                        let values = values.add(pair * step.dim);
+                        for (c, acc) in acc.iter_mut().enumerate() {
+                            *acc = S::dot(*acc, S::load_pairs(values.add(c * LANES)), weight);
+                        }
+                    }
+                }
+            }
+        }
+        for (c, acc) in acc.iter().enumerate() {
+            S::store(sums.add(c * LANES), *acc);
+        }
+    }
+    C * LANES
+}

@@ -1,0 +1,583 @@
+//! Products with packed matrices: `y = x Wᵀ`, with a bias, a residual or a gate added on the way out.
+//!
+//! A product is cut into blocks of 32 rows by two panels. Each block runs over all of `k` in one
+//! order, so a row's result is the same whichever rows it shares a block with.
+
+use std::{cell::RefCell, ops::Range};
+
+#[cfg(target_arch = "x86_64")]
+use super::amx;
+use super::{
+    Isa, dispatch,
+    packed::{Data, PANEL, PackedMatrix, Precision, TILE, TILE_K},
+    pool::Pool,
+    simd::{LANES, Simd},
+    tensors::written,
+};
+
+/// Rows of a block.
+const BLOCK_ROWS: usize = 32;
+/// Rows of a tile.
+const TILE_ROWS: usize = 16;
+/// Columns of a block.
+const BLOCK_COLUMNS: usize = 2 * PANEL;
+/// Bytes of `x` that a task works through again and again, to stay in the second cache.
+const LEFT_BYTES: usize = 768 << 10;
+
+/// One product of several with the same `x`.
+#[derive(Debug, Clone, Copy)]
+pub struct Product<'a> {
+    pub weight: &'a PackedMatrix,
+    /// `[n]`
+    pub bias: Option<&'a [f32]>,
+    /// `[rows, n]`, added to the result.
+    pub residual: Option<&'a [f32]>,
+}
+
+/// Multiplies `x` `[rows, k]` with each matrix: `[rows, n]` each.
+///
+/// # Panics
+/// If a shape does not fit, or the matrices have different precisions.
+pub fn multiply(isa: Isa, pool: &Pool, x: &[f32], rows: usize, products: &[Product]) -> Vec<Vec<f32>> {
+    let Some(first) = products.first() else { return Vec::new() };
+    let (k, precision) = (first.weight.k(), first.weight.precision());
+    let mut outs: Vec<Vec<f32>> = products.iter().map(|p| Vec::with_capacity(rows * p.weight.n())).collect();
+    let mut targets = Vec::with_capacity(products.len());
+    for (p, out) in products.iter().zip(&mut outs) {
+        let n = p.weight.n();
+        assert!(p.weight.k() == k && p.weight.precision() == precision, "matrices of one kind");
+        assert!(p.bias.is_none_or(|b| b.len() == n) && p.residual.is_none_or(|r| r.len() == rows * n));
+        targets.push(Target {
+            units: p.weight.panels().div_ceil(2),
+            n,
+            panels: [Panels::new(p.weight, 0), Panels::new(p.weight, 1)],
+            step: 2,
+            bias: p.bias,
+            residual: p.residual,
+            out: out.as_mut_ptr(),
+        });
+    }
+    run(isa, pool, x, rows, k, precision, &targets, Finish::Store);
+    for (out, p) in outs.iter_mut().zip(products) {
+        // SAFETY: the capacity is at least this, and the units of a target are all of its columns.
+        unsafe { out.set_len(rows * p.weight.n()) };
+    }
+    outs
+}
+
+/// `silu(x gateᵀ) * (x upᵀ)`, `[rows, n]`.
+///
+/// # Panics
+/// As [`multiply`].
+pub fn multiply_gated(
+    isa: Isa,
+    pool: &Pool,
+    x: &[f32],
+    rows: usize,
+    gate: &PackedMatrix,
+    up: &PackedMatrix,
+) -> Vec<f32> {
+    let (n, k) = (gate.n(), gate.k());
+    assert!(up.n() == n && up.k() == k && up.precision() == gate.precision(), "matrices of one kind");
+    let fill = |out| {
+        let target = Target {
+            units: gate.panels(),
+            n,
+            panels: [Panels::new(gate, 0), Panels::new(up, 0)],
+            step: 1,
+            bias: None,
+            residual: None,
+            out,
+        };
+        run(isa, pool, x, rows, k, gate.precision(), &[target], Finish::Gate);
+    };
+    // SAFETY: the units are all columns.
+    unsafe { written(rows * n, fill) }
+}
+
+/// What happens to a block's sums.
+#[derive(Debug, Clone, Copy)]
+enum Finish {
+    /// 32 columns, each with its bias and residual.
+    Store,
+    /// 16 columns, each of a gate and what it lets through.
+    Gate,
+}
+
+/// Every `step`th panel of a matrix, from some panel on.
+#[derive(Debug, Clone, Copy)]
+struct Panels {
+    first: *const u32,
+    /// Values of four bytes in a panel.
+    size: usize,
+    from: usize,
+    last: usize,
+}
+
+impl Panels {
+    fn new(weight: &PackedMatrix, from: usize) -> Self {
+        let (first, size) = match &weight.data {
+            Data::F32(data) => (data.as_slice().as_ptr().cast(), PANEL * weight.k()),
+            Data::Bf16(data) => (data.as_slice().as_ptr(), weight.tiles() * TILE),
+        };
+        Self { first, size, from, last: weight.panels() - 1 }
+    }
+
+    /// The panel of a unit; the last one in place of one that is not there, whose result nobody
+    /// keeps.
+    fn get(&self, unit: usize, step: usize) -> *const u32 {
+        // SAFETY: the index is of a panel of the matrix.
+        unsafe { self.first.add((self.from + unit * step).min(self.last) * self.size) }
+    }
+}
+
+/// One matrix's part of the work, in units of two panels.
+struct Target<'a> {
+    units: usize,
+    n: usize,
+    panels: [Panels; 2],
+    step: usize,
+    bias: Option<&'a [f32]>,
+    residual: Option<&'a [f32]>,
+    out: *mut f32,
+}
+
+/// The left side as the kernels read it.
+#[derive(Clone, Copy)]
+enum Left {
+    /// `[rows, k]`
+    F32(*const f32),
+    /// `[row tiles][k / 32][16][16 pairs]`
+    Bf16(*const u32),
+}
+
+struct Job<'a> {
+    isa: Isa,
+    left: Left,
+    rows: usize,
+    k: usize,
+    targets: &'a [Target<'a>],
+    finish: Finish,
+}
+
+// SAFETY: threads write disjoint blocks of the outputs and only read everything else.
+unsafe impl Sync for Job<'_> {}
+
+#[expect(clippy::too_many_arguments, reason = "the private end of two functions")]
+fn run(
+    isa: Isa,
+    pool: &Pool,
+    x: &[f32],
+    rows: usize,
+    k: usize,
+    precision: Precision,
+    targets: &[Target],
+    finish: Finish,
+) {
+    assert_eq!(x.len(), rows * k);
+    if rows == 0 {
+        return;
+    }
+    thread_local!(static TILES: RefCell<Vec<u32>> = const { RefCell::new(Vec::new()) });
+    TILES.with_borrow_mut(|tiles| {
+        let left = match precision {
+            Precision::F32 => Left::F32(x.as_ptr()),
+            Precision::Bf16 => Left::Bf16(pack_left(isa, pool, x, rows, k, tiles)),
+        };
+        let job = Job { isa, left, rows, k, targets, finish };
+        let units: usize = targets.iter().map(|t| t.units).sum();
+        let blocks = rows.div_ceil(BLOCK_ROWS);
+        let bytes = BLOCK_ROWS * k * if matches!(left, Left::Bf16(_)) { 2 } else { 4 };
+        let blocks_per_task = (LEFT_BYTES / bytes.max(1)).clamp(1, blocks);
+        let row_tasks = blocks.div_ceil(blocks_per_task);
+        let blocks_per_task = blocks.div_ceil(row_tasks);
+        // Small enough that the threads end together, large enough that handing out costs nothing.
+        let units_per_task = units.div_ceil(pool.threads() * 8).max(1);
+        let unit_tasks = units.div_ceil(units_per_task);
+        pool.run(row_tasks * unit_tasks, &|task| {
+            let (row_task, unit_task) = (task / unit_tasks, task % unit_tasks);
+            let first = unit_task * units_per_task;
+            let units = first..units.min(first + units_per_task);
+            let first = row_task * blocks_per_task;
+            let blocks = first..blocks.min(first + blocks_per_task);
+            let job = &job;
+            // SAFETY: the job's pointers are valid for its shapes, which `multiply` has checked, and
+            // every task has its own units and blocks.
+            dispatch!(job.isa, work(job: &Job, units: Range<usize>, blocks: Range<usize>));
+        });
+    });
+}
+
+/// Rounds `x` to bf16 and lays it out in tiles; rows and columns that are missing of a tile are zero.
+fn pack_left(isa: Isa, pool: &Pool, x: &[f32], rows: usize, k: usize, tiles: &mut Vec<u32>) -> *const u32 {
+    let row_tiles = rows.div_ceil(BLOCK_ROWS) * (BLOCK_ROWS / TILE_ROWS);
+    let size = k.div_ceil(TILE_K) * TILE;
+    if tiles.len() < row_tiles * size {
+        tiles.resize(row_tiles * size, 0);
+    }
+    struct Out(*mut u32);
+    // SAFETY: each task writes its own tiles.
+    unsafe impl Sync for Out {}
+    let out = Out(tiles.as_mut_ptr());
+    // A decode step's few rows are not worth handing out.
+    let per_task = if rows <= 2 * BLOCK_ROWS { row_tiles } else { 4 };
+    pool.run(row_tiles.div_ceil(per_task), &|task| {
+        for tile in task * per_task..row_tiles.min((task + 1) * per_task) {
+            let out = &out;
+            // SAFETY: `tile` is one of `row_tiles`, each of `size` values.
+            let to = unsafe { out.0.add(tile * size) };
+            let rows = tile * TILE_ROWS..rows.min((tile + 1) * TILE_ROWS).max(tile * TILE_ROWS);
+            let from = &x[(rows.start * k).min(x.len())..(rows.end * k).min(x.len())];
+            // SAFETY: `to` is a row of tiles for `k` columns, and `from` at most 16 rows of them.
+            dispatch!(isa, pack_tile(from: &[f32], k: usize, to: *mut u32));
+        }
+    });
+    tiles.as_ptr()
+}
+
+/// # Safety
+/// `to` is valid for the tiles of 16 rows of `k` values; `from` has at most 16 rows.
+#[inline(always)]
+unsafe fn pack_tile<S: Simd>(from: &[f32], k: usize, to: *mut u32) {
+    let tiles = k.div_ceil(TILE_K);
+    let rows = if k == 0 { 0 } else { from.len() / k };
+    // SAFETY: every pointer stays within the 16 rows and `tiles` tiles.
+    unsafe {
+        if rows < TILE_ROWS || k % TILE_K != 0 {
+            std::ptr::write_bytes(to, 0, tiles * TILE);
+        }
+        for row in 0..rows {
+            let x = from.as_ptr().add(row * k);
+            for t in 0..tiles {
+                let to = to.add(t * TILE + row * (TILE_K / 2)).cast::<u16>();
+                let left = (k - t * TILE_K).min(TILE_K);
+                if left == TILE_K {
+                    S::store_bf16(to, S::load(x.add(t * TILE_K)));
+                    S::store_bf16(to.add(LANES), S::load(x.add(t * TILE_K + LANES)));
+                } else {
+                    let mut last = [0f32; TILE_K];
+                    std::ptr::copy_nonoverlapping(x.add(t * TILE_K), last.as_mut_ptr(), left);
+                    S::store_bf16(to, S::load(last.as_ptr()));
+                    S::store_bf16(to.add(LANES), S::load(last.as_ptr().add(LANES)));
+                }
+            }
+        }
+    }
+}
+
+#[repr(align(64))]
+struct Sums([f32; BLOCK_ROWS * BLOCK_COLUMNS]);
+
+/// The blocks of some units (columns) and row blocks.
+///
+/// # Safety
+/// The job's pointers are valid for its shapes, and no other thread has these blocks.
+#[inline(always)]
+unsafe fn work<S: Simd>(job: &Job, units: Range<usize>, blocks: Range<usize>) {
+    let mut sums = Sums([0.0; BLOCK_ROWS * BLOCK_COLUMNS]);
+    let sums = sums.0.as_mut_ptr();
+    let mut passed = 0;
+    for target in job.targets {
+        let own = units.start.max(passed) - passed..units.end.min(passed + target.units).max(passed) - passed;
+        passed += target.units;
+        for unit in own {
+            let b0 = target.panels[0].get(unit, target.step);
+            let b1 = target.panels[1].get(unit, target.step);
+            for block in blocks.clone() {
+                let first = block * BLOCK_ROWS;
+                let rows = (job.rows - first).min(BLOCK_ROWS);
+                // SAFETY: the block's rows and the panels are within the job's shapes.
+                unsafe {
+                    match job.left {
+                        Left::F32(x) => {
+                            block_f32::<S>(x.add(first * job.k), rows, job.k, b0.cast(), b1.cast(), sums);
+                        }
+                        Left::Bf16(tiles) => {
+                            let k_tiles = job.k.div_ceil(TILE_K);
+                            let a = tiles.add(first / TILE_ROWS * k_tiles * TILE);
+                            block_bf16::<S>(job.isa, a, rows, k_tiles, b0, b1, sums);
+                        }
+                    }
+                    match job.finish {
+                        Finish::Store => store::<S>(target, unit, first, rows, sums),
+                        Finish::Gate => gate::<S>(target, unit, first, rows, sums),
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// # Safety
+/// `x` is valid for `rows` rows of `k`, `b0` and `b1` for a panel of `k`, `sums` for a block.
+#[inline(always)]
+unsafe fn block_f32<S: Simd>(x: *const f32, rows: usize, k: usize, b0: *const f32, b1: *const f32, sums: *mut f32) {
+    let mut row = 0;
+    // SAFETY: `row` plus the rows of each call never exceeds `rows`.
+    unsafe {
+        while row < rows {
+            let (x, sums) = (x.add(row * k), sums.add(row * BLOCK_COLUMNS));
+            row += match rows - row {
+                left if left >= 8 && S::REGISTERS >= 32 => rows_f32::<S, 8>(x, k, b0, b1, sums),
+                left if left >= 4 => rows_f32::<S, 4>(x, k, b0, b1, sums),
+                left if left >= 2 => rows_f32::<S, 2>(x, k, b0, b1, sums),
+                _ => rows_f32::<S, 1>(x, k, b0, b1, sums),
+            };
+        }
+    }
+}
+
+/// `R` rows by two panels.
+///
+/// # Safety
+/// As [`block_f32`], for `R` rows.
+#[inline(always)]
+unsafe fn rows_f32<S: Simd, const R: usize>(
+    x: *const f32,
+    k: usize,
+    b0: *const f32,
+    b1: *const f32,
+    sums: *mut f32,
+) -> usize {
+    // SAFETY: `i` stays below `k` and `r` below `R`.
+    unsafe {
+        let mut acc = [[S::splat(0.0); 2]; R];
+        for i in 0..k {
+            let w = [S::load(b0.add(i * PANEL)), S::load(b1.add(i * PANEL))];
+            for (r, acc) in acc.iter_mut().enumerate() {
+                let x = S::splat(*x.add(r * k + i));
+                acc[0] = S::fma(w[0], x, acc[0]);
+                acc[1] = S::fma(w[1], x, acc[1]);
+            }
+        }
+        for (r, acc) in acc.iter().enumerate() {
+            S::store(sums.add(r * BLOCK_COLUMNS), acc[0]);
+            S::store(sums.add(r * BLOCK_COLUMNS + PANEL), acc[1]);
+        }
+    }
+    R
+}
+
+/// # Safety
+/// `a` is valid for two row tiles of `tiles` tiles, `b0` and `b1` for a panel of them, `sums` for a block.
+#[inline(always)]
+unsafe fn block_bf16<S: Simd>(
+    isa: Isa,
+    a: *const u32,
+    rows: usize,
+    tiles: usize,
+    b0: *const u32,
+    b1: *const u32,
+    sums: *mut f32,
+) {
+    #[cfg(target_arch = "x86_64")]
+    if isa == Isa::Amx {
+        amx::configure();
+        // SAFETY: as the caller says.
+        unsafe {
+            match rows > TILE_ROWS {
+                true => amx::block_2x2(a, a.add(tiles * TILE), b0, b1, tiles, sums),
+                false => amx::block_1x2(a, b0, b1, tiles, sums),
+            }
+        }
+        return;
+    }
+    let _ = isa;
+    let mut row = 0;
+    // SAFETY: rows of one call lie in one row tile, as their number divides 16.
+    unsafe {
+        while row < rows {
+            let a = a.add(row / TILE_ROWS * tiles * TILE + row % TILE_ROWS * (TILE_K / 2));
+            let sums = sums.add(row * BLOCK_COLUMNS);
+            row += match rows - row {
+                left if left >= 8 && S::REGISTERS >= 32 => rows_bf16::<S, 8>(a, tiles, b0, b1, sums),
+                left if left >= 4 => rows_bf16::<S, 4>(a, tiles, b0, b1, sums),
+                left if left >= 2 => rows_bf16::<S, 2>(a, tiles, b0, b1, sums),
+                _ => rows_bf16::<S, 1>(a, tiles, b0, b1, sums),
+            };
+        }
+    }
+}
+
+/// `R` rows of one row tile by two panels.
+///
+/// # Safety
+/// As [`block_bf16`], for `R` rows that start at `a`.
+#[inline(always)]
+unsafe fn rows_bf16<S: Simd, const R: usize>(
+    a: *const u32,
+    tiles: usize,
+    b0: *const u32,
+    b1: *const u32,
+    sums: *mut f32,
+) -> usize {
+    // SAFETY: every index stays within its tile.
+    unsafe {
+        let mut acc = [[S::splat(0.0); 2]; R];
+        for t in 0..tiles {
+            for pair in 0..TILE_K / 2 {
+                let at = t * TILE + pair * PANEL;
+                let w = [S::load_pairs(b0.add(at)), S::load_pairs(b1.add(at))];
+                for (r, acc) in acc.iter_mut().enumerate() {
+                    let x = *a.add(t * TILE + r * (TILE_K / 2) + pair);
+                    acc[0] = S::dot(acc[0], w[0], x);
+                    acc[1] = S::dot(acc[1], w[1], x);
+                }
+            }
+        }
+        for (r, acc) in acc.iter().enumerate() {
+            S::store(sums.add(r * BLOCK_COLUMNS), acc[0]);
+            S::store(sums.add(r * BLOCK_COLUMNS + PANEL), acc[1]);
+        }
+    }
+    R
+}
+
+/// Writes a block's columns with bias and residual.
+///
+/// # Safety
+/// The target's pointers are valid for rows `first..first + rows`, `sums` for a block.
+#[inline(always)]
+unsafe fn store<S: Simd>(target: &Target, unit: usize, first: usize, rows: usize, sums: *const f32) {
+    let column = unit * BLOCK_COLUMNS;
+    let columns = (target.n - column).min(BLOCK_COLUMNS);
+    for row in 0..rows {
+        let at = (first + row) * target.n + column;
+        // SAFETY: `at..at + columns` is within `[rows, n]`.
+        unsafe {
+            let (sums, out) = (sums.add(row * BLOCK_COLUMNS), target.out.add(at));
+            let whole = columns / LANES * LANES;
+            for i in (0..whole).step_by(LANES) {
+                let mut y = S::load(sums.add(i));
+                if let Some(bias) = target.bias {
+                    y = S::add(y, S::load(bias.as_ptr().add(column + i)));
+                }
+                if let Some(residual) = target.residual {
+                    y = S::add(y, S::load(residual.as_ptr().add(at + i)));
+                }
+                S::store(out.add(i), y);
+            }
+            for i in whole..columns {
+                let mut y = *sums.add(i);
+                if let Some(bias) = target.bias {
+                    y += bias[column + i];
+                }
+                if let Some(residual) = target.residual {
+                    y += residual[at + i];
+                }
+                *out.add(i) = y;
+            }
+        }
+    }
+}
+
+/// Writes `silu` of a block's first panel times its second.
+///
+/// # Safety
+/// As [`store`].
+#[inline(always)]
+unsafe fn gate<S: Simd>(target: &Target, unit: usize, first: usize, rows: usize, sums: *const f32) {
+    let column = unit * PANEL;
+    let columns = (target.n - column).min(PANEL);
+    for row in 0..rows {
+        // SAFETY: the columns are within `[rows, n]`.
+        unsafe {
+            let (sums, out) = (sums.add(row * BLOCK_COLUMNS), target.out.add((first + row) * target.n + column));
+            let y = super::rows::silu_times::<S>(S::load(sums), S::load(sums.add(PANEL)));
+            if columns == PANEL {
+                S::store(out, y);
+            } else {
+                let mut all = [0f32; PANEL];
+                S::store(all.as_mut_ptr(), y);
+                std::ptr::copy_nonoverlapping(all.as_ptr(), out, columns);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use half::bf16;
+    use rand::{Rng, SeedableRng, rngs::StdRng};
+
+    use super::*;
+
+    fn random(n: usize, seed: u64) -> Vec<f32> {
+        let mut rng = StdRng::seed_from_u64(seed);
+        (0..n).map(|_| rng.random_range(-1.0..1.0)).collect()
+    }
+
+    fn rounded(x: &[f32]) -> Vec<f32> {
+        x.iter().map(|x| bf16::from_f32(*x).to_f32()).collect()
+    }
+
+    /// `x Wᵀ`, in f64.
+    fn plain(x: &[f32], w: &[f32], rows: usize, n: usize, k: usize) -> Vec<f64> {
+        let dot = |r: usize, c: usize| (0..k).map(|i| f64::from(x[r * k + i]) * f64::from(w[c * k + i])).sum();
+        (0..rows * n).map(|i| dot(i / n, i % n)).collect()
+    }
+
+    fn check(what: &str, ours: &[f32], plain: impl Iterator<Item = f64>) {
+        for (i, (a, b)) in ours.iter().zip(plain).enumerate() {
+            assert!((f64::from(*a) - b).abs() < 2e-4 * (1.0 + b.abs()), "{what}: {a} and {b} at {i}");
+        }
+    }
+
+    const SHAPES: [(usize, usize, usize); 7] =
+        [(1, 1, 1), (3, 17, 33), (16, 32, 64), (33, 50, 31), (40, 96, 70), (65, 5, 128), (100, 33, 95)];
+
+    #[test]
+    fn products_equal_plain_ones_on_odd_shapes() {
+        let pool = Pool::new(3);
+        for (rows, n, k) in SHAPES {
+            let (x, w) = (random(rows * k, 1), random(n * k, 2));
+            let (bias, residual) = (random(n, 3), random(rows * n, 4));
+            for isa in Isa::available() {
+                for precision in [Precision::F32, Precision::Bf16] {
+                    let what = format!("{isa:?} {precision:?} {rows} {n} {k}");
+                    let (weight, exact) = match precision {
+                        Precision::F32 => (PackedMatrix::from_f32(&w, n, k).unwrap(), plain(&x, &w, rows, n, k)),
+                        Precision::Bf16 => {
+                            let exact = plain(&rounded(&x), &rounded(&w), rows, n, k);
+                            (PackedMatrix::from_f32_rounded(&w, n, k).unwrap(), exact)
+                        }
+                    };
+                    let bare = Product { weight: &weight, bias: None, residual: None };
+                    let full = Product { bias: Some(&bias), residual: Some(&residual), ..bare };
+                    let results = multiply(isa, &pool, &x, rows, &[bare, full]);
+                    check(&what, &results[0], exact.iter().copied());
+                    let added = |(i, y): (usize, &f64)| y + f64::from(bias[i % n]) + f64::from(residual[i]);
+                    check(&what, &results[1], exact.iter().enumerate().map(added));
+                    let gated = multiply_gated(isa, &pool, &x, rows, &weight, &weight);
+                    check(&what, &gated, exact.iter().map(|y| y / (1.0 + (-y).exp()) * y));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_row_is_the_same_bit_for_bit_alone_and_among_others() {
+        let pool = Pool::new(2);
+        for (rows, n, k) in SHAPES {
+            let (x, w) = (random(rows * k, 5), random(n * k, 6));
+            for isa in Isa::available() {
+                for weight in
+                    [PackedMatrix::from_f32(&w, n, k).unwrap(), PackedMatrix::from_f32_rounded(&w, n, k).unwrap()]
+                {
+                    let product = Product { weight: &weight, bias: None, residual: None };
+                    let all = &multiply(isa, &pool, &x, rows, &[product])[0];
+                    let gated = multiply_gated(isa, &pool, &x, rows, &weight, &weight);
+                    let bits = |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+                    for row in 0..rows {
+                        let x = &x[row * k..][..k];
+                        let what = format!("{isa:?} {:?} {rows} {n} {k}, row {row}", weight.precision());
+                        let alone = &multiply(isa, &pool, x, 1, &[product])[0];
+                        assert!(bits(alone) == bits(&all[row * n..][..n]), "{what}");
+                        let alone = multiply_gated(isa, &pool, x, 1, &weight, &weight);
+                        assert!(bits(&alone) == bits(&gated[row * n..][..n]), "{what}, gated");
+                    }
+                }
+            }
+        }
+    }
+}

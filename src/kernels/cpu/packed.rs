@@ -1,0 +1,190 @@
+//! A frozen matrix in the order in which the kernels read it, packed once.
+
+use half::bf16;
+use rayon::prelude::*;
+
+use super::{
+    buffer::Buffer,
+    simd::{LANES, bf16 as round},
+};
+
+/// Rows of a matrix (columns of the product) in one panel.
+pub(super) const PANEL: usize = LANES;
+/// Inner values in one tile of bf16.
+pub(super) const TILE_K: usize = 32;
+/// Pairs in a tile of bf16: 16 pairs of inner values by 16 columns. One tile is 1 KiB.
+pub(super) const TILE: usize = TILE_K / 2 * PANEL;
+
+/// The number format that a matrix is kept in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Precision {
+    F32,
+    /// Weights and activations are rounded to bf16 and their products added in f32.
+    Bf16,
+}
+
+/// `W` `[n, k]`, to be multiplied as `x Wᵀ`. Panels of 16 rows of `W` lie one after another; in a
+/// panel, f32 values are `[k][16]`, and bf16 values `[k / 32][16 pairs][16][2]`, which is both a
+/// tile of AMX and what `vdpbf16ps` reads. What is missing of a panel or tile is zero.
+#[derive(Debug)]
+pub struct PackedMatrix {
+    n: usize,
+    k: usize,
+    pub(super) data: Data,
+}
+
+#[derive(Debug)]
+pub(super) enum Data {
+    F32(Buffer<f32>),
+    Bf16(Buffer<u32>),
+}
+
+impl PackedMatrix {
+    /// Packs `[n, k]` row-major values as f32.
+    ///
+    /// # Errors
+    /// There is no memory.
+    ///
+    /// # Panics
+    /// If there are not `n * k` values.
+    pub fn from_f32(values: &[f32], n: usize, k: usize) -> std::io::Result<Self> {
+        assert_eq!(values.len(), n * k);
+        let mut data = Buffer::zeroed(n.div_ceil(PANEL) * PANEL * k)?;
+        if k > 0 {
+            data.as_mut_slice().par_chunks_exact_mut(PANEL * k).enumerate().for_each(
+                |(panel, out): (_, &mut [f32])| {
+                    for (i, row) in values[panel * PANEL * k..].chunks_exact(k).take(PANEL).enumerate() {
+                        for (out, x) in out[i..].iter_mut().step_by(PANEL).zip(row) {
+                            *out = *x;
+                        }
+                    }
+                },
+            );
+        }
+        Ok(Self { n, k, data: Data::F32(data) })
+    }
+
+    /// Packs `[n, k]` row-major values as bf16.
+    ///
+    /// # Errors
+    /// There is no memory.
+    ///
+    /// # Panics
+    /// If there are not `n * k` values.
+    pub fn from_bf16(values: &[bf16], n: usize, k: usize) -> std::io::Result<Self> {
+        Self::pack_bf16(values, n, k, |x| x.to_bits())
+    }
+
+    /// As [`from_bf16`](Self::from_bf16), from values that are yet to be rounded.
+    ///
+    /// # Errors
+    /// There is no memory.
+    ///
+    /// # Panics
+    /// If there are not `n * k` values.
+    pub fn from_f32_rounded(values: &[f32], n: usize, k: usize) -> std::io::Result<Self> {
+        Self::pack_bf16(values, n, k, |x| round(*x))
+    }
+
+    fn pack_bf16<T: Sync>(values: &[T], n: usize, k: usize, bits: impl Fn(&T) -> u16 + Sync) -> std::io::Result<Self> {
+        assert_eq!(values.len(), n * k);
+        let tiles = k.div_ceil(TILE_K);
+        let mut data = Buffer::zeroed(n.div_ceil(PANEL) * tiles * TILE)?;
+        if k > 0 {
+            data.as_mut_slice().par_chunks_exact_mut(tiles * TILE).enumerate().for_each(
+                |(panel, out): (_, &mut [u32])| {
+                    for (i, row) in values[panel * PANEL * k..].chunks_exact(k).take(PANEL).enumerate() {
+                        for (out, pair) in out[i..].iter_mut().step_by(PANEL).zip(row.chunks(2)) {
+                            *out = u32::from(bits(&pair[0])) | pair.get(1).map_or(0, |x| u32::from(bits(x)) << 16);
+                        }
+                    }
+                },
+            );
+        }
+        Ok(Self { n, k, data: Data::Bf16(data) })
+    }
+
+    /// Rows of the matrix: the width of the product.
+    pub fn n(&self) -> usize {
+        self.n
+    }
+
+    /// Columns of the matrix: the width of what it is multiplied with.
+    pub fn k(&self) -> usize {
+        self.k
+    }
+
+    /// The format of its values.
+    pub fn precision(&self) -> Precision {
+        match self.data {
+            Data::F32(_) => Precision::F32,
+            Data::Bf16(_) => Precision::Bf16,
+        }
+    }
+
+    /// Bytes that a product reads.
+    pub fn num_bytes(&self) -> usize {
+        match &self.data {
+            Data::F32(data) => size_of_val(data.as_slice()),
+            Data::Bf16(data) => size_of_val(data.as_slice()),
+        }
+    }
+
+    /// Writes row `i`, `[k]`, to `out`: an embedding, where the matrix is also the table.
+    ///
+    /// # Panics
+    /// If there is no such row or `out` has another length.
+    pub fn row(&self, i: usize, out: &mut [f32]) {
+        assert!(i < self.n && out.len() == self.k, "row {i} of {} x {} into {}", self.n, self.k, out.len());
+        let (panel, lane) = (i / PANEL, i % PANEL);
+        match &self.data {
+            Data::F32(data) => {
+                let from = data.as_slice()[panel * PANEL * self.k + lane..].iter().step_by(PANEL);
+                out.iter_mut().zip(from).for_each(|(out, x)| *out = *x);
+            }
+            Data::Bf16(data) => {
+                let from = data.as_slice()[panel * self.tiles() * TILE + lane..].iter().step_by(PANEL);
+                for (out, pair) in out.chunks_mut(2).zip(from) {
+                    out[0] = f32::from_bits(pair << 16);
+                    if let Some(second) = out.get_mut(1) {
+                        *second = f32::from_bits(pair & 0xffff_0000);
+                    }
+                }
+            }
+        }
+    }
+
+    pub(super) fn panels(&self) -> usize {
+        self.n.div_ceil(PANEL)
+    }
+
+    /// Tiles of bf16 along `k`.
+    pub(super) fn tiles(&self) -> usize {
+        self.k.div_ceil(TILE_K)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_come_back_as_they_were_packed() {
+        for (n, k) in [(1, 1), (16, 32), (17, 33), (5, 64), (40, 7)] {
+            let values: Vec<f32> = (0..n * k).map(|i| i as f32 * 0.37 - 3.0).collect();
+            let rounded: Vec<bf16> = values.iter().map(|x| bf16::from_f32(*x)).collect();
+            let exact = PackedMatrix::from_f32(&values, n, k).unwrap();
+            let packed = PackedMatrix::from_bf16(&rounded, n, k).unwrap();
+            let rounding = PackedMatrix::from_f32_rounded(&values, n, k).unwrap();
+            let mut row = vec![0.0; k];
+            for i in 0..n {
+                exact.row(i, &mut row);
+                assert_eq!(row, values[i * k..][..k]);
+                for matrix in [&packed, &rounding] {
+                    matrix.row(i, &mut row);
+                    assert!(row.iter().zip(&rounded[i * k..]).all(|(a, b)| *a == b.to_f32()));
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,173 @@
+//! What is done to rows one by one: norm, rotation, gate.
+
+use super::{
+    Isa, dispatch,
+    pool::Pool,
+    simd::{LANES, Simd},
+    tensors::written,
+};
+
+/// Values that are worth a task of their own.
+const TASK_VALUES: usize = 16 * 1024;
+
+/// Calls `f` with ranges of rows that together are `0..rows`, on all threads if there is enough to do.
+fn split(pool: &Pool, rows: usize, width: usize, f: &(dyn Fn(std::ops::Range<usize>) + Sync)) {
+    let per_task = (TASK_VALUES / width.max(1)).max(1);
+    pool.run(rows.div_ceil(per_task), &|task| f(task * per_task..rows.min((task + 1) * per_task)));
+}
+
+/// A pointer that threads write disjoint rows behind.
+struct Out(*mut f32);
+
+// SAFETY: see above; `split` gives every row to one task.
+unsafe impl Sync for Out {}
+
+/// Root-mean-square norm of each row of `x` `[rows, weight.len()]`.
+///
+/// # Panics
+/// If a length does not fit.
+pub fn rms_norm(isa: Isa, pool: &Pool, x: &[f32], weight: &[f32], eps: f32) -> Vec<f32> {
+    let width = weight.len();
+    assert!(x.is_empty() || x.len().is_multiple_of(width));
+    let fill = |out: *mut f32| {
+        let out = Out(out);
+        split(pool, x.len() / width.max(1), width, &|rows| {
+            let out = &out;
+            for row in rows {
+                let x = &x[row * width..][..width];
+                // SAFETY: the row is within `out`, which is as long as `x`.
+                let to = unsafe { out.0.add(row * width) };
+                // SAFETY: `x`, `weight` and `to` are of one length.
+                dispatch!(isa, norm_row(x: &[f32], weight: &[f32], eps: f32, to: *mut f32));
+            }
+        });
+    };
+    // SAFETY: the rows are all of `x`, and each is written whole.
+    unsafe { written(x.len(), fill) }
+}
+
+/// # Safety
+/// `weight` and `to` are as long as `x`.
+#[inline(always)]
+unsafe fn norm_row<S: Simd>(x: &[f32], weight: &[f32], eps: f32, to: *mut f32) {
+    let (n, whole) = (x.len(), x.len() / LANES * LANES);
+    let (x, weight) = (x.as_ptr(), weight.as_ptr());
+    // SAFETY: every index is below `n`.
+    unsafe {
+        let mut acc = S::splat(0.0);
+        for i in (0..whole).step_by(LANES) {
+            let v = S::load(x.add(i));
+            acc = S::fma(v, v, acc);
+        }
+        let mut squares = S::sum(acc);
+        for i in whole..n {
+            squares += *x.add(i) * *x.add(i);
+        }
+        let scale = (squares / n as f32 + eps).sqrt().recip();
+        let scales = S::splat(scale);
+        for i in (0..whole).step_by(LANES) {
+            S::store(to.add(i), S::mul(S::mul(S::load(x.add(i)), scales), S::load(weight.add(i))));
+        }
+        for i in whole..n {
+            *to.add(i) = *x.add(i) * scale * *weight.add(i);
+        }
+    }
+}
+
+/// Half-split rotation of each head of `x` `[rows, heads, head_dim]` by its row's `cos` and `sin`
+/// `[rows, head_dim / 2]`.
+///
+/// # Panics
+/// If a length does not fit.
+pub fn rope(isa: Isa, pool: &Pool, x: &[f32], head_dim: usize, cos: &[f32], sin: &[f32]) -> Vec<f32> {
+    let half = head_dim / 2;
+    let rows = if half == 0 { 0 } else { cos.len() / half };
+    let width = if rows == 0 { 0 } else { x.len() / rows };
+    assert!(cos.len() == sin.len() && cos.len() == rows * half && x.len() == rows * width);
+    assert!(head_dim.is_multiple_of(2) && (rows == 0 || width.is_multiple_of(head_dim)));
+    let fill = |out: *mut f32| {
+        let out = Out(out);
+        split(pool, rows, width, &|rows| {
+            let out = &out;
+            for row in rows {
+                let (cos, sin) = (&cos[row * half..][..half], &sin[row * half..][..half]);
+                for (head, x) in x[row * width..][..width].chunks_exact(head_dim).enumerate() {
+                    // SAFETY: the head is within `out`, which is as long as `x`.
+                    let to = unsafe { out.0.add(row * width + head * head_dim) };
+                    // SAFETY: `x` and `to` hold one head, `cos` and `sin` half as much.
+                    dispatch!(isa, rope_head(x: &[f32], cos: &[f32], sin: &[f32], to: *mut f32));
+                }
+            }
+        });
+    };
+    // SAFETY: the rows' heads are all of `x`, and each is written whole.
+    unsafe { written(x.len(), fill) }
+}
+
+/// # Safety
+/// `x` and `to` are twice as long as `cos` and `sin`.
+#[inline(always)]
+unsafe fn rope_head<S: Simd>(x: &[f32], cos: &[f32], sin: &[f32], to: *mut f32) {
+    let half = cos.len();
+    let whole = half / LANES * LANES;
+    let (x, cos, sin) = (x.as_ptr(), cos.as_ptr(), sin.as_ptr());
+    // SAFETY: every index is below `half`.
+    unsafe {
+        for i in (0..whole).step_by(LANES) {
+            let (a, b) = (S::load(x.add(i)), S::load(x.add(half + i)));
+            let (c, s) = (S::load(cos.add(i)), S::load(sin.add(i)));
+            S::store(to.add(i), S::sub(S::mul(a, c), S::mul(b, s)));
+            S::store(to.add(half + i), S::fma(b, c, S::mul(a, s)));
+        }
+        for i in whole..half {
+            let (a, b, c, s) = (*x.add(i), *x.add(half + i), *cos.add(i), *sin.add(i));
+            *to.add(i) = a * c - b * s;
+            *to.add(half + i) = b * c + a * s;
+        }
+    }
+}
+
+/// `silu(gate) * up`
+///
+/// # Safety
+/// As the methods of [`Simd`].
+#[inline(always)]
+pub(super) unsafe fn silu_times<S: Simd>(gate: S::V, up: S::V) -> S::V {
+    // SAFETY: as the caller says.
+    unsafe {
+        let below = S::add(S::splat(1.0), S::exp(S::sub(S::splat(0.0), gate)));
+        S::mul(S::div(gate, below), up)
+    }
+}
+
+/// The index of the largest value, the first of equals; 0 if there is none. NaN is never larger.
+pub fn argmax(isa: Isa, x: &[f32]) -> usize {
+    let mut best = f32::NEG_INFINITY;
+    let to = &raw mut best;
+    // SAFETY: `to` is valid for one value.
+    dispatch!(isa, largest(x: &[f32], to: *mut f32));
+    x.iter().position(|x| *x == best).unwrap_or(0)
+}
+
+/// # Safety
+/// `to` is valid for one value.
+#[inline(always)]
+unsafe fn largest<S: Simd>(x: &[f32], to: *mut f32) {
+    let (n, whole) = (x.len(), x.len() / (4 * LANES) * (4 * LANES));
+    let x = x.as_ptr();
+    // SAFETY: every index is below `n`.
+    unsafe {
+        let mut acc = [S::splat(f32::NEG_INFINITY); 4];
+        for i in (0..whole).step_by(4 * LANES) {
+            for (j, acc) in acc.iter_mut().enumerate() {
+                // The second operand stays where the first is no number.
+                *acc = S::max(S::load(x.add(i + j * LANES)), *acc);
+            }
+        }
+        let mut best = S::largest(S::max(S::max(acc[0], acc[1]), S::max(acc[2], acc[3])));
+        for i in whole..n {
+            best = best.max(*x.add(i));
+        }
+        *to = best;
+    }
+}
