@@ -4,6 +4,7 @@
 
 mod keys;
 mod units;
+mod weights;
 
 use std::{
     net::{IpAddr, SocketAddr, ToSocketAddrs as _},
@@ -21,6 +22,7 @@ use serde::{Deserialize, Serialize};
 
 pub use keys::Keys;
 pub use units::{ByteSize, Time};
+pub use weights::{TaskWeight, TaskWeights};
 
 /// The options of `softserve serve` as typed: nothing is required, nothing is checked against
 /// anything else. The same names are the keys of the configuration file.
@@ -78,6 +80,24 @@ pub struct ServeArgs {
     /// quarter of the free memory, 4GiB at most]
     #[arg(long, value_name = "SIZE", env = "SOFTSERVE_KV_CACHE")]
     pub kv_cache: Option<ByteSize>,
+
+    /// Whether the keys and values of learned prompts and of texts that begin alike are computed
+    /// once and shared: on or off; answers are the same [default: on]
+    #[arg(long, value_name = "on|off", env = "SOFTSERVE_PREFIX_SHARING")]
+    pub prefix_sharing: Option<Switch>,
+
+    /// How much of the model's time a task gets while several want it, beside 1 for each other
+    /// task; repeated or separated by commas, as in sentiment=2,story=0.5. A table or a list in
+    /// the file
+    #[arg(long, value_name = "TASK=WEIGHT", env = "SOFTSERVE_TASK_WEIGHT", value_delimiter = ',')]
+    #[serde(default, deserialize_with = "weights::list_or_table")]
+    pub task_weight: Option<Vec<TaskWeight>>,
+
+    /// While several tasks have requests, the tokens that each may always have computed in one step
+    /// of the model; less keeps light tasks quick beside a busy one, more gives the busy one more
+    /// throughput [default: 32]
+    #[arg(long, value_name = "N", env = "SOFTSERVE_FAIR_STEP_TOKENS")]
+    pub fair_step_tokens: Option<usize>,
 
     /// Processor threads for the model [default: one for each core]
     #[arg(long, value_name = "N", env = "SOFTSERVE_THREADS")]
@@ -165,8 +185,12 @@ pub struct Batch {
     pub max_requests: usize,
     /// Positions computed in one step.
     pub max_step_tokens: usize,
+    /// Positions that each task may always take of a step that several share.
+    pub fair_step_tokens: usize,
     /// Bytes for keys and values.
     pub kv_cache: usize,
+    /// Whether keys and values are shared.
+    pub prefix_sharing: bool,
 }
 
 /// Bounds on what a client may send.
@@ -186,6 +210,8 @@ pub struct Limits {
     pub max_request_timeout: Duration,
     /// The longest pause between two pieces of a body.
     pub body_idle_timeout: Duration,
+    /// How the engine is shared out while several tasks want it.
+    pub task_weights: TaskWeights,
 }
 
 /// Who may call.
@@ -242,6 +268,14 @@ pub enum DtypeChoice {
     F16,
 }
 
+/// On or off.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Switch {
+    On,
+    Off,
+}
+
 /// How log lines look.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -283,6 +317,7 @@ impl ServeArgs {
             request_timeout: time(args.request_timeout, 120),
             max_request_timeout: time(args.max_request_timeout, 600),
             body_idle_timeout: BODY_IDLE_TIMEOUT,
+            task_weights: TaskWeights::new(args.task_weight.unwrap_or_default()),
         };
         if limits.request_timeout > limits.max_request_timeout {
             let reason = format!(
@@ -306,6 +341,8 @@ impl ServeArgs {
                 max_waiting: at_least("max-waiting", args.max_waiting.unwrap_or(256), 1)?,
                 max_requests: at_least("max-batch", args.max_batch.unwrap_or(64), 1)?,
                 max_step_tokens: at_least("max-step-tokens", args.max_step_tokens.unwrap_or(2048), 32)?,
+                fair_step_tokens: at_least("fair-step-tokens", args.fair_step_tokens.unwrap_or(32), 1)?,
+                prefix_sharing: args.prefix_sharing != Some(Switch::Off),
                 kv_cache: usize::try_from(at_least("kv-cache", kv_cache, 1 << 20)?).unwrap_or(usize::MAX),
             },
             threads: args.threads.map(|n| at_least("threads", n, 1)).transpose()?,
@@ -483,6 +520,30 @@ mod tests {
         assert_eq!((config.batch.max_requests, config.batch.max_waiting), (7, 5));
         assert_eq!((config.batch.kv_cache, config.device), (8 << 20, DeviceChoice::Cpu));
         assert_eq!(config.drain_timeout, Duration::from_secs(5));
+        Ok(())
+    }
+
+    #[test]
+    fn task_weights_are_a_list_or_a_table_of_the_file() -> Result<(), String> {
+        for file in ["task_weight = [\"a=2\", \"b=0.5\"]", "[task_weight]\na = 2\nb = 0.5"] {
+            let weights = from_toml(file, ServeArgs::default())?.limits.task_weights;
+            assert_eq!((weights.of("a"), weights.of("b"), weights.of("c")), (2.0, 0.5, 1.0), "{file}");
+        }
+        let typed = ServeArgs { task_weight: Some(vec!["a=3".parse()?]), ..Default::default() };
+        let weights = from_toml("task_weight = [\"a=2\"]", typed)?.limits.task_weights;
+        assert_eq!(weights.of("a"), 3.0);
+        for bad in ["task_weight = [\"a\"]", "task_weight = { a = 0 }", "task_weight = 1"] {
+            let error = from_toml(bad, ServeArgs::default()).expect_err("refused");
+            assert!(error.contains("task_weight"), "{error}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn sharing_is_on_unless_it_is_switched_off() -> Result<(), String> {
+        let sharing = |file: &str| Ok::<_, String>(from_toml(file, ServeArgs::default())?.batch.prefix_sharing);
+        assert_eq!((sharing("")?, sharing("prefix_sharing = \"off\"")?), (true, false));
+        assert!(sharing("prefix_sharing = \"maybe\"").is_err_and(|e| e.contains("prefix_sharing")));
         Ok(())
     }
 

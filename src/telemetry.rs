@@ -31,10 +31,20 @@ pub const RUNNING: &str = "softserve_engine_running_requests";
 pub const KV_BLOCKS_USED: &str = "softserve_engine_kv_blocks_used";
 /// Blocks of keys and values there are.
 pub const KV_BLOCKS: &str = "softserve_engine_kv_blocks";
+/// Blocks that nobody holds and whose content may be found again.
+pub const KV_BLOCKS_CACHED: &str = "softserve_engine_kv_blocks_cached";
+/// Blocks whose content had to make room for other content.
+pub const KV_EVICTIONS: &str = "softserve_engine_kv_evictions_total";
+/// Learned prompts whose keys and values are all in the cache.
+pub const CACHED_PROMPTS: &str = "softserve_engine_cached_prompts";
+/// Running requests put back in the queue to make room for others.
+pub const PREEMPTIONS: &str = "softserve_engine_preemptions_total";
 /// Forward passes.
 pub const STEPS: &str = "softserve_engine_steps_total";
 /// Input positions computed, virtual tokens included.
 pub const PROMPT_TOKENS: &str = "softserve_engine_prompt_tokens_total";
+/// Input positions found in the cache, virtual tokens included.
+pub const CACHED_TOKENS: &str = "softserve_engine_cached_tokens_total";
 /// Tokens generated.
 pub const GENERATED_TOKENS: &str = "softserve_engine_generated_tokens_total";
 /// Tasks with an active version.
@@ -90,8 +100,13 @@ fn describe() {
     describe_gauge!(RUNNING, "Requests in the batch");
     describe_gauge!(KV_BLOCKS_USED, "Blocks of keys and values in use");
     describe_gauge!(KV_BLOCKS, "Blocks of keys and values there are");
+    describe_gauge!(KV_BLOCKS_CACHED, "Blocks that nobody holds and whose content may be found again");
+    describe_counter!(KV_EVICTIONS, "Blocks whose content had to make room for other content");
+    describe_gauge!(CACHED_PROMPTS, "Learned prompts whose keys and values are all in the cache");
+    describe_counter!(PREEMPTIONS, "Running requests put back in the queue to make room for others");
     describe_counter!(STEPS, "Forward passes");
     describe_counter!(PROMPT_TOKENS, "Input positions computed, virtual tokens included");
+    describe_counter!(CACHED_TOKENS, "Input positions found in the cache, virtual tokens included");
     describe_counter!(GENERATED_TOKENS, "Tokens generated");
     describe_gauge!(TASKS, "Tasks with an active version");
 }

@@ -4,6 +4,13 @@
 //! and never waited on; the events out can never fill, so a slow reader cannot hold the batch up.
 
 pub mod block_manager;
+pub mod cache;
+pub mod fairness;
+mod places;
+pub mod prefix;
+pub mod prompts;
+pub mod queue;
+pub mod quota;
 pub mod request;
 pub mod runner;
 pub mod sampler;
@@ -12,8 +19,9 @@ pub mod sequence;
 mod worker;
 
 use std::{
+    collections::HashSet,
     sync::{
-        Arc, Mutex,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed},
     },
     thread::JoinHandle,
@@ -22,8 +30,9 @@ use std::{
 
 use tokio::sync::mpsc::{self, error::TrySendError};
 
-use crate::model::Model;
-use request::{Event, Request};
+use crate::{model::Model, prompt::LearnedPrompt};
+use places::{Place, Places};
+use request::{CacheRoot, Event, Request};
 use runner::Runner;
 
 /// Bounds of the engine.
@@ -35,13 +44,28 @@ pub struct EngineConfig {
     pub max_batch: usize,
     /// Positions computed in one step.
     pub max_step_tokens: usize,
+    /// Positions that each account may always take of a step that several share. Less keeps light
+    /// accounts quick beside busy ones, more gives busy ones more throughput.
+    pub fair_step_tokens: usize,
     /// Bytes for keys and values.
     pub kv_cache_bytes: usize,
+    /// Whether keys and values are shared among sequences of one root.
+    pub prefix_sharing: bool,
 }
+
+/// Learned prompts that may wait to be warmed; more are computed at their first use.
+const MAX_WARM_UPS: usize = 1024;
 
 impl Default for EngineConfig {
     fn default() -> Self {
-        Self { max_waiting: 256, max_batch: 64, max_step_tokens: 2048, kv_cache_bytes: 512 << 20 }
+        Self {
+            max_waiting: 256,
+            max_batch: 64,
+            max_step_tokens: 2048,
+            fair_step_tokens: 32,
+            kv_cache_bytes: 512 << 20,
+            prefix_sharing: true,
+        }
     }
 }
 
@@ -63,6 +87,7 @@ pub struct EngineThread {
 #[derive(Debug)]
 enum Mail {
     Job(Job),
+    WarmUp(WarmUp),
     /// Nothing but a reason to look at [`Shared`] again.
     Wake,
 }
@@ -72,27 +97,16 @@ enum Mail {
 struct Job {
     request: Request,
     events: mpsc::Sender<Event>,
+    cached_tokens: Arc<AtomicUsize>,
     place: Place,
 }
 
-/// One of the places for waiting requests, free again when dropped.
+/// A learned prompt to compute ahead of its first request.
 #[derive(Debug)]
-struct Place(Arc<Shared>);
-
-impl Place {
-    fn take(shared: &Arc<Shared>) -> Result<Self, SubmitError> {
-        let place = Self(shared.clone());
-        match shared.waiting.fetch_add(1, Relaxed) < shared.max_waiting {
-            true => Ok(place),
-            false => Err(SubmitError::Full { limit: shared.max_waiting }),
-        }
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        self.0.waiting.fetch_sub(1, Relaxed);
-    }
+struct WarmUp {
+    prompt: Arc<LearnedPrompt>,
+    root: CacheRoot,
+    _place: Place,
 }
 
 /// What handles and the thread both see.
@@ -101,17 +115,22 @@ struct Shared {
     /// The longest sequence, new tokens included: the context, or what the cache can hold.
     max_sequence: usize,
     /// Requests submitted and not yet in the batch.
-    waiting: AtomicUsize,
-    max_waiting: usize,
+    waiting: Arc<Places>,
+    warm_ups: Arc<Places>,
+    /// The learned prompts whose keys and values are in the cache as a whole.
+    cached_prompts: Mutex<HashSet<CacheRoot>>,
     ready: AtomicBool,
     /// Set once, by [`Engine::drain`]. Read at each step, so a lock is cheap enough.
     drain_by: Mutex<Option<Instant>>,
     draining: AtomicBool,
     running: AtomicUsize,
     kv_blocks_used: AtomicUsize,
+    kv_blocks_cached: AtomicUsize,
     kv_blocks_total: usize,
     steps: AtomicU64,
     prompt_tokens: AtomicU64,
+    cached_tokens: AtomicU64,
+    evictions: AtomicU64,
     generated_tokens: AtomicU64,
     preemptions: AtomicU64,
 }
@@ -119,8 +138,8 @@ struct Shared {
 /// Why a request was not taken.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum SubmitError {
-    /// The queue is full: try again later.
-    #[error("the queue is full: {limit} requests are waiting")]
+    /// The queue is full, or the account has its part of it: try again later.
+    #[error("the queue is full: {limit} requests are waiting, which is as many as may")]
     Full { limit: usize },
     /// The engine is stopping or has failed.
     #[error("the engine takes no more requests")]
@@ -137,9 +156,16 @@ pub enum SubmitError {
 #[derive(Debug)]
 pub struct EventStream {
     events: mpsc::Receiver<Event>,
+    cached_tokens: Arc<AtomicUsize>,
 }
 
 impl EventStream {
+    /// Positions of the input whose keys and values were found in the cache: known with the first
+    /// event, 0 before.
+    pub fn cached_tokens(&self) -> usize {
+        self.cached_tokens.load(Relaxed)
+    }
+
     /// The next event; `None` after the last one, or when the engine's thread died.
     pub async fn next(&mut self) -> Option<Event> {
         self.events.recv().await
@@ -158,14 +184,23 @@ pub struct EngineStats {
     pub ready: bool,
     pub waiting: usize,
     pub running: usize,
+    /// Blocks held by sequences.
     pub kv_blocks_used: usize,
+    /// Blocks that nobody holds and whose content may be found again.
+    pub kv_blocks_cached: usize,
     pub kv_blocks_total: usize,
+    /// Learned prompts whose keys and values are in the cache as a whole.
+    pub cached_prompts: usize,
     /// Forward passes since the start.
     pub steps: u64,
     /// Input positions computed, virtual tokens included.
     pub prompt_tokens: u64,
+    /// Input positions found in the cache, virtual tokens included.
+    pub cached_tokens: u64,
     pub generated_tokens: u64,
-    /// Sequences put back in the queue for want of cache.
+    /// Blocks whose content had to make room for other content.
+    pub evictions: u64,
+    /// Running sequences put back in the queue to make room for others.
     pub preemptions: u64,
 }
 
@@ -191,20 +226,25 @@ impl Engine {
         worker::warm_up(&mut runner)?;
         let shared = Arc::new(Shared {
             max_sequence,
-            waiting: AtomicUsize::new(0),
-            max_waiting: config.max_waiting,
+            waiting: Places::for_requests(config.max_waiting),
+            warm_ups: Places::new(MAX_WARM_UPS, MAX_WARM_UPS),
+            cached_prompts: Mutex::new(HashSet::new()),
             ready: AtomicBool::new(true),
             drain_by: Mutex::new(None),
             draining: AtomicBool::new(false),
             running: AtomicUsize::new(0),
             kv_blocks_used: AtomicUsize::new(0),
+            kv_blocks_cached: AtomicUsize::new(0),
             kv_blocks_total: num_blocks,
             steps: AtomicU64::new(0),
             prompt_tokens: AtomicU64::new(0),
+            cached_tokens: AtomicU64::new(0),
+            evictions: AtomicU64::new(0),
             generated_tokens: AtomicU64::new(0),
             preemptions: AtomicU64::new(0),
         });
-        let (mail, inbox) = mpsc::channel(config.max_waiting.max(1));
+        // A letter for each place, and one to wake the thread.
+        let (mail, inbox) = mpsc::channel(config.max_waiting + MAX_WARM_UPS + 1);
         let worker = worker::Worker::new(runner, &config, num_blocks, inbox, shared.clone());
         let thread = std::thread::Builder::new()
             .name("engine".to_owned())
@@ -227,14 +267,34 @@ impl Engine {
         if shared.draining.load(Relaxed) {
             return Err(SubmitError::Closed);
         }
-        let place = Place::take(shared)?;
+        let place = Places::take(&shared.waiting, request.account.key).map_err(|limit| SubmitError::Full { limit })?;
         // One event a token and one at the end: sending never has to wait.
         let (events, stream) = mpsc::channel(request.sampling.max_tokens + 1);
-        self.mail.try_send(Mail::Job(Job { request, events, place })).map_err(|e| match e {
-            TrySendError::Full(_) => SubmitError::Full { limit: shared.max_waiting },
+        let cached_tokens = Arc::new(AtomicUsize::new(0));
+        let job = Job { request, events, cached_tokens: Arc::clone(&cached_tokens), place };
+        self.mail.try_send(Mail::Job(job)).map_err(|e| match e {
+            TrySendError::Full(_) => SubmitError::Full { limit: shared.waiting.limit() },
             TrySendError::Closed(_) => SubmitError::Closed,
         })?;
-        Ok(EventStream { events: stream })
+        Ok(EventStream { events: stream, cached_tokens })
+    }
+
+    /// Asks for a learned prompt's keys and values to be computed when there is time and room, so
+    /// that its first request finds them. `root` is the digest of its content, as in
+    /// [`Request::root`]. Never waits; what cannot be done now is left to the first request.
+    pub fn warm_up(&self, prompt: Arc<LearnedPrompt>, root: CacheRoot) {
+        if self.is_cached(root) || self.shared.draining.load(Relaxed) {
+            return;
+        }
+        if let Ok(place) = Places::take(&self.shared.warm_ups, 0) {
+            // If the thread is gone, so is the cache.
+            let _ = self.mail.try_send(Mail::WarmUp(WarmUp { prompt, root, _place: place }));
+        }
+    }
+
+    /// Whether all keys and values of the learned prompt with this root are in the cache.
+    pub fn is_cached(&self, root: CacheRoot) -> bool {
+        self.shared.cached_prompts.lock().unwrap_or_else(PoisonError::into_inner).contains(&root)
     }
 
     /// The longest sequence that is taken, its new tokens included.
@@ -247,13 +307,17 @@ impl Engine {
         let s = &self.shared;
         EngineStats {
             ready: s.ready.load(Relaxed) && !s.draining.load(Relaxed) && !self.mail.is_closed(),
-            waiting: s.waiting.load(Relaxed),
+            waiting: s.waiting.taken(),
             running: s.running.load(Relaxed),
             kv_blocks_used: s.kv_blocks_used.load(Relaxed),
+            kv_blocks_cached: s.kv_blocks_cached.load(Relaxed),
             kv_blocks_total: s.kv_blocks_total,
+            cached_prompts: s.cached_prompts.lock().unwrap_or_else(PoisonError::into_inner).len(),
             steps: s.steps.load(Relaxed),
             prompt_tokens: s.prompt_tokens.load(Relaxed),
+            cached_tokens: s.cached_tokens.load(Relaxed),
             generated_tokens: s.generated_tokens.load(Relaxed),
+            evictions: s.evictions.load(Relaxed),
             preemptions: s.preemptions.load(Relaxed),
         }
     }
@@ -261,7 +325,7 @@ impl Engine {
     /// Refuses new requests, lets taken ones finish, and cancels those that have not by
     /// `deadline`. Returns at once; [`EngineThread::join`] waits.
     pub fn drain(&self, deadline: Instant) {
-        *self.shared.drain_by.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(deadline);
+        *self.shared.drain_by.lock().unwrap_or_else(PoisonError::into_inner) = Some(deadline);
         self.shared.draining.store(true, Relaxed);
         // A full inbox means that the thread is awake.
         let _ = self.mail.try_send(Mail::Wake);

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use candle_core::{Device, Result, Tensor, bail};
 
-use super::request::InputToken;
+use super::{cache::BlockCopy, request::InputToken};
 use crate::{
     kernels::{
         kv_cache::{BlockId, KvCache},
@@ -47,6 +47,13 @@ impl Runner {
     /// The model.
     pub fn model(&self) -> &Model {
         &self.model
+    }
+
+    /// Copies beginnings of blocks, in order.
+    pub fn copy(&mut self, copies: &[BlockCopy]) {
+        for copy in copies {
+            self.cache.copy(copy.from, copy.to, copy.slots);
+        }
     }
 
     /// Computes all parts in one forward pass. Returns the logits `[vocab]` of those that sample,

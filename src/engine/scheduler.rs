@@ -3,15 +3,32 @@
 //! There is no prefill phase and no decode phase. A sequence has tokens and a count of computed
 //! ones, and every step lets the count catch up: a new request by a chunk of its input, a running
 //! one by the token it just got.
+//!
+//! A step is made in order: running sequences get the blocks they need (whoever ranks last gives
+//! way), waiting ones join, then each takes positions: those that wait for one token only, then
+//! inputs, then prompts to be warmed. The rank is the priority, then the account's counter
+//! ([`fairness`](super::fairness)), then age.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 
+pub use super::cache::BlockCopy;
 use super::{
-    block_manager::BlockManager,
-    request::InputToken,
+    cache::Cache,
+    fairness::{INPUT_COST, Ledger, OUTPUT_COST},
+    queue::Queue,
+    quota::Quota,
+    request::{CacheRoot, InputToken},
     sequence::{Sequence, SequenceId},
 };
 use crate::kernels::kv_cache::BLOCK_SIZE;
+
+/// A waiting request takes the place of a running one whose account has this many times its own
+/// account's places.
+const FAR_MORE_PLACES: f64 = 4.0;
+
+/// Positions of a prompt that are warmed in one step while nothing else runs: a request that comes
+/// in the meantime waits for no more than that.
+const WARM_UP_TOKENS: usize = 256;
 
 /// Bounds of a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -20,13 +37,18 @@ pub struct Limits {
     pub max_batch: usize,
     /// Positions computed in one step.
     pub max_step_tokens: usize,
+    /// Positions that each account may always take of a step that several share; see [`Quota`].
+    pub fair_step_tokens: usize,
     /// Blocks in the cache.
     pub num_blocks: usize,
+    /// Whether sequences of one root share what is equal.
+    pub prefix_sharing: bool,
 }
 
-/// One step's work: for each sequence, the positions to compute.
+/// One step's work: first the copies, in order, then for each sequence the positions to compute.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Step {
+    pub copies: Vec<BlockCopy>,
     pub chunks: Vec<Chunk>,
 }
 
@@ -44,11 +66,19 @@ pub struct Chunk {
 #[derive(Debug)]
 pub struct Scheduler {
     limits: Limits,
-    blocks: BlockManager,
+    cache: Cache,
+    ledger: Ledger,
     sequences: HashMap<SequenceId, Sequence>,
-    waiting: VecDeque<SequenceId>,
-    /// Oldest first: the youngest gives way when blocks run out.
+    queue: Queue,
     running: Vec<SequenceId>,
+    /// Learned prompts to compute when there is nothing better to do.
+    warm_ups: VecDeque<SequenceId>,
+    /// The one that has blocks.
+    warming: Option<SequenceId>,
+    /// Counts steps.
+    now: u64,
+    /// Counts chunks.
+    turns: u64,
     preemptions: u64,
 }
 
@@ -57,10 +87,15 @@ impl Scheduler {
     pub fn new(limits: Limits) -> Self {
         Self {
             limits,
-            blocks: BlockManager::new(limits.num_blocks),
+            cache: Cache::new(limits.num_blocks, limits.prefix_sharing),
+            ledger: Ledger::default(),
             sequences: HashMap::new(),
-            waiting: VecDeque::new(),
+            queue: Queue::default(),
             running: Vec::new(),
+            warm_ups: VecDeque::new(),
+            warming: None,
+            now: 0,
+            turns: 0,
             preemptions: 0,
         }
     }
@@ -70,11 +105,31 @@ impl Scheduler {
         self.limits.num_blocks * BLOCK_SIZE
     }
 
-    /// Puts a sequence at the end of the queue. The caller keeps it within
-    /// [`max_sequence`](Self::max_sequence), its new tokens included.
+    /// Lets a sequence wait for its turn. The caller keeps it within
+    /// [`max_sequence`](Self::max_sequence), its new tokens included, and not empty.
     pub fn add(&mut self, id: SequenceId, sequence: Sequence) {
-        self.waiting.push_back(id);
+        self.ledger.enter(sequence.account);
+        self.queue.push_back(sequence.priority, sequence.account.key, id);
         self.sequences.insert(id, sequence);
+    }
+
+    /// Lets a learned prompt, and nothing after it, be computed when there is time and room. It
+    /// removes itself when that is done or cannot be; false if it never can.
+    pub fn add_warm_up(&mut self, id: SequenceId, sequence: Sequence) -> bool {
+        let possible = (1..=self.max_sequence()).contains(&sequence.tokens.len());
+        if possible {
+            self.warm_ups.push_back(id);
+            self.sequences.insert(id, sequence);
+        }
+        possible
+    }
+
+    /// Drops the prompts that were to be warmed.
+    pub fn cancel_warm_ups(&mut self) {
+        self.stop_warming();
+        for id in self.warm_ups.drain(..) {
+            self.sequences.remove(&id);
+        }
     }
 
     /// A sequence that has been added and not removed.
@@ -82,66 +137,70 @@ impl Scheduler {
         self.sequences.get(&id)
     }
 
-    /// Takes a sequence out, waiting or running, and frees its blocks.
+    /// Takes a sequence out, waiting or running, and gives its blocks back. What it has computed
+    /// stays known for as long as there is room.
     pub fn remove(&mut self, id: SequenceId) -> Option<Sequence> {
-        let mut sequence = self.sequences.remove(&id)?;
-        self.blocks.release(&mut sequence.blocks);
-        self.waiting.retain(|&w| w != id);
-        self.running.retain(|&r| r != id);
+        let mut sequence = self.take_out(id)?;
+        self.cache.release(&mut sequence);
         Some(sequence)
     }
 
-    /// Chooses the next step and gives its positions their blocks. Running sequences go first,
-    /// oldest first; when blocks run out the youngest is put back in the queue, to be computed
-    /// anew from its own prompt and tokens. Then waiting ones join, in order.
-    pub fn schedule(&mut self) -> Step {
-        let mut step = Step::default();
-        let mut budget = self.limits.max_step_tokens;
-        let mut next = 0;
-        let preemptions = self.preemptions;
-        while next < self.running.len() && budget > 0 {
-            let id = self.running[next];
-            match self.chunk(id, budget) {
-                Some(chunk) => {
-                    budget -= chunk.len;
-                    step.chunks.push(chunk);
-                    next += 1;
-                }
-                // The youngest may be this very one; then the loop ends.
-                None => self.preempt_youngest(),
+    /// Takes the sequences of a step out that could not be computed, and returns their names. Of
+    /// what the step was to compute or copy, nothing is relied upon.
+    pub fn abort(&mut self, step: &Step) -> Vec<SequenceId> {
+        let copied = |s: &Sequence| step.copies.iter().any(|copy| s.blocks.contains(&copy.to));
+        let mut failed: Vec<_> = step.chunks.iter().map(|chunk| chunk.id).collect();
+        failed.extend(self.sequences.iter().filter(|(_, s)| copied(s)).map(|(&id, _)| id));
+        failed.sort_unstable();
+        failed.dedup();
+        for &id in &failed {
+            if let Some(mut sequence) = self.take_out(id) {
+                self.cache.discard(&mut sequence);
             }
         }
+        self.cache.end_copies();
+        failed
+    }
+
+    /// Chooses the next step and gives its positions their blocks.
+    pub fn schedule(&mut self) -> Step {
+        self.now += 1;
+        self.cache.end_copies();
+        let mut step = Step::default();
+        let mut quota = self.quota();
         // A sequence that just gave up its blocks must not come straight back for what is left of
         // them: it would only be put off again.
-        let may_join = self.preemptions == preemptions;
-        while may_join && budget > 0 && self.running.len() < self.limits.max_batch {
-            let Some(&id) = self.waiting.front() else { break };
-            let Some(chunk) = self.chunk(id, budget) else { break };
-            self.waiting.pop_front();
-            self.running.push(id);
-            budget -= chunk.len;
-            step.chunks.push(chunk);
+        if self.extend_running() {
+            self.admit(&quota, &mut step);
         }
+        self.fill(&mut quota, &mut step);
+        self.warm_up(&quota, &mut step);
         step
     }
 
     /// Records that a step was computed and which token each sampling chunk got.
     pub fn commit(&mut self, step: &Step, tokens: &[(SequenceId, u32)]) {
+        self.cache.end_copies();
         for chunk in &step.chunks {
             if let Some(sequence) = self.sequences.get_mut(&chunk.id) {
                 sequence.num_computed = chunk.start + chunk.len;
+                self.cache.learn(sequence);
             }
         }
         for (id, token) in tokens {
             if let Some(sequence) = self.sequences.get_mut(id) {
                 sequence.tokens.push(InputToken::Vocab(*token));
+                self.ledger.charge(sequence.account.key, OUTPUT_COST);
             }
+        }
+        if let Some(id) = self.warming.filter(|id| self.sequences.get(id).is_none_or(|s| s.num_pending() == 0)) {
+            self.remove(id);
         }
     }
 
-    /// Every sequence, waiting or running.
+    /// Every sequence that waits or runs.
     pub fn ids(&self) -> Vec<SequenceId> {
-        self.running.iter().chain(&self.waiting).copied().collect()
+        self.running.iter().copied().chain(self.queue.iter()).collect()
     }
 
     /// Whether nothing is left to do.
@@ -150,162 +209,246 @@ impl Scheduler {
     }
 
     pub fn num_waiting(&self) -> usize {
-        self.waiting.len()
+        self.queue.len()
     }
 
     pub fn num_running(&self) -> usize {
         self.running.len()
     }
 
-    /// Blocks held by sequences.
-    pub fn blocks_used(&self) -> usize {
-        self.blocks.total() - self.blocks.num_free()
+    /// The blocks, and what is known of them.
+    pub fn cache(&self) -> &Cache {
+        &self.cache
     }
 
-    /// How often a sequence was put back for want of blocks.
+    /// The learned prompts that came into the cache as a whole (true) or are so no longer, since
+    /// the last call.
+    pub fn take_prompt_changes(&mut self) -> Vec<(CacheRoot, bool)> {
+        self.cache.take_prompt_changes()
+    }
+
+    /// How often a running sequence was put back in the queue.
     pub fn preemptions(&self) -> u64 {
         self.preemptions
     }
 
-    /// The next positions of a sequence, with blocks for them; `None` if there are too few.
-    fn chunk(&mut self, id: SequenceId, budget: usize) -> Option<Chunk> {
-        let sequence = self.sequences.get_mut(&id)?;
-        let start = sequence.num_computed;
-        let len = sequence.num_pending().min(budget);
-        if !self.blocks.grow(&mut sequence.blocks, start + len) {
-            return None;
+    /// What each account may take of the next step.
+    fn quota(&self) -> Quota {
+        let mut wanted: HashMap<u64, usize> = HashMap::new();
+        for sequence in self.running.iter().copied().chain(self.queue.iter()).filter_map(|id| self.sequences.get(&id)) {
+            *wanted.entry(sequence.account.key).or_default() += sequence.num_pending();
         }
-        Some(Chunk { id, start, len, samples: start + len == sequence.tokens.len() })
+        let tokens = self.limits.max_step_tokens;
+        let accounts = self.ledger.busy();
+        let accounts: Vec<_> =
+            accounts.map(|(key, counter)| (key, counter, wanted.get(&key).map_or(0, |&n| n.min(tokens)))).collect();
+        Quota::new(tokens, self.limits.fair_step_tokens, &accounts)
     }
 
-    fn preempt_youngest(&mut self) {
-        let Some(id) = self.running.pop() else { return };
-        if let Some(sequence) = self.sequences.get_mut(&id) {
-            self.blocks.release(&mut sequence.blocks);
-            sequence.num_computed = 0;
+    /// Gives every running sequence blocks for all its tokens. When there are too few, whoever
+    /// ranks last goes back to the queue; false if that happened.
+    fn extend_running(&mut self) -> bool {
+        let before = self.preemptions;
+        loop {
+            let running = self.running.iter().filter_map(|id| self.sequences.get(id));
+            if running.map(Cache::missing).sum::<usize>() <= self.cache.num_available() {
+                break;
+            }
+            if !self.stop_warming() {
+                let Some(last) = self.last_of(|_| true) else { break };
+                self.preempt(last);
+            }
         }
-        self.waiting.push_front(id);
-        self.preemptions += 1;
+        for id in &self.running {
+            if let Some(sequence) = self.sequences.get_mut(id) {
+                self.cache.grow(sequence);
+            }
+        }
+        self.preemptions == before
+    }
+
+    /// Lets waiting sequences join while there are places, blocks and positions for them.
+    fn admit(&mut self, quota: &Quota, step: &mut Step) {
+        // What each account will take of the step, by what it wants and may.
+        let mut planned: HashMap<u64, usize> = HashMap::new();
+        for sequence in self.running.iter().filter_map(|id| self.sequences.get(id)) {
+            *planned.entry(sequence.account.key).or_default() += sequence.num_pending();
+        }
+        planned.iter_mut().for_each(|(&account, tokens)| *tokens = (*tokens).min(quota.left(account)));
+        let mut served = HashSet::new();
+        while planned.values().sum::<usize>() < self.limits.max_step_tokens {
+            let rank = |account| (!served.contains(&account)).then(|| self.ledger.counter(account));
+            let Some(id) = self.queue.next(rank) else { break };
+            let Some(account) = self.sequences.get(&id).map(|s| s.account.key) else { break };
+            let tokens = planned.entry(account).or_default();
+            if *tokens >= quota.left(account) {
+                served.insert(account);
+                continue;
+            }
+            if !self.join(id, step) {
+                break;
+            }
+            let pending = self.sequences.get(&id).map_or(0, Sequence::num_pending);
+            *tokens = (*tokens + pending).min(quota.left(account));
+        }
+    }
+
+    /// Moves a waiting sequence to the running ones, in place of others if it must and may.
+    fn join(&mut self, id: SequenceId, step: &mut Step) -> bool {
+        loop {
+            // Each running sequence may soon want one more block.
+            let spare = self.running.len().min(self.limits.num_blocks / 16);
+            let Some(sequence) = self.sequences.get_mut(&id) else { return false };
+            let has_place = self.running.len() < self.limits.max_batch;
+            if has_place && let Some(copy) = self.cache.join(sequence, spare) {
+                step.copies.extend(copy);
+                sequence.joined = self.now;
+                let (priority, account) = (sequence.priority, sequence.account.key);
+                if sequence.cached_tokens.is_none() {
+                    let cached = sequence.num_computed.min(sequence.num_input);
+                    sequence.cached_tokens = Some(cached);
+                    self.ledger.charge(account, (sequence.num_input - cached) as f64 * INPUT_COST);
+                }
+                self.queue.remove(priority, account, id);
+                self.running.push(id);
+                return true;
+            }
+            if has_place && self.stop_warming() {
+                continue;
+            }
+            let Some(victim) = self.victim_for(id) else { return false };
+            self.preempt(victim);
+        }
+    }
+
+    /// A running sequence that is to give way to a waiting one: of a lower priority, or of an
+    /// account that has far more than its share of places.
+    fn victim_for(&self, id: SequenceId) -> Option<SequenceId> {
+        let waiting = self.sequences.get(&id)?;
+        // Those that joined in this very step may have copies to come.
+        let settled = |s: &Sequence| s.joined < self.now;
+        if let Some(last) = self.last_of(|s| settled(s) && s.priority > waiting.priority) {
+            return Some(last);
+        }
+        let mut places: HashMap<u64, f64> = HashMap::new();
+        for sequence in self.running.iter().filter_map(|id| self.sequences.get(id)) {
+            *places.entry(sequence.account.key).or_default() += 1.0;
+        }
+        let own = waiting.account.key;
+        let share = |account: u64, places: f64| places / self.ledger.weight(account);
+        let after = share(own, places.get(&own).copied().unwrap_or(0.0) + 1.0);
+        let others = places.iter().filter(|(account, _)| **account != own);
+        let (&most, &count) =
+            others.max_by(|a, b| share(*a.0, *a.1).total_cmp(&share(*b.0, *b.1)).then(a.0.cmp(b.0)))?;
+        if share(most, count) < after * FAR_MORE_PLACES {
+            return None;
+        }
+        self.last_of(|s| settled(s) && s.account.key == most && s.priority >= waiting.priority)
+    }
+
+    /// Of the running sequences that `may` allows, the one that ranks last: lowest priority, then
+    /// the account with the most service, then the youngest.
+    fn last_of(&self, may: impl Fn(&Sequence) -> bool) -> Option<SequenceId> {
+        let candidates = self.running.iter().filter_map(|&id| Some((id, self.sequences.get(&id)?)));
+        let ranked =
+            candidates.filter(|(_, s)| may(s)).map(|(id, s)| (s.priority, self.ledger.counter(s.account.key), id));
+        ranked.max_by(|a, b| a.0.cmp(&b.0).then(a.1.total_cmp(&b.1)).then(a.2.cmp(&b.2))).map(|(_, _, id)| id)
+    }
+
+    /// Puts a running sequence back in the queue, to be computed anew from its own prompt and
+    /// tokens, or found in the cache if it is still there by then.
+    fn preempt(&mut self, id: SequenceId) {
+        self.running.retain(|&running| running != id);
+        if let Some(sequence) = self.sequences.get_mut(&id) {
+            self.cache.release(sequence);
+            self.queue.push_front(sequence.priority, sequence.account.key, id);
+            self.preemptions += 1;
+        }
+    }
+
+    /// Gives running sequences their positions of this step.
+    fn fill(&mut self, quota: &mut Quota, step: &mut Step) {
+        let ranked = self.running.iter().filter_map(|&id| {
+            let s = self.sequences.get(&id)?;
+            let is_input = s.num_pending() > 1;
+            // Where not all can have their token, they take turns; inputs are finished one by one.
+            let turn = if is_input { 0 } else { s.last_turn };
+            Some((is_input, s.priority, self.ledger.counter(s.account.key), turn, id))
+        });
+        let mut order: Vec<_> = ranked.collect();
+        order.sort_by(|a, b| (a.0, a.1).cmp(&(b.0, b.1)).then(a.2.total_cmp(&b.2)).then((a.3, a.4).cmp(&(b.3, b.4))));
+        for (.., id) in order {
+            let Some(sequence) = self.sequences.get_mut(&id) else { continue };
+            let len = quota.take(sequence.account.key, sequence.num_pending());
+            if len > 0 {
+                let start = sequence.num_computed;
+                self.turns += 1;
+                sequence.last_turn = self.turns;
+                step.chunks.push(Chunk { id, start, len, samples: start + len == sequence.tokens.len() });
+            }
+        }
+    }
+
+    /// Adds some of a prompt to be warmed, if nobody waits.
+    fn warm_up(&mut self, quota: &Quota, step: &mut Step) {
+        if !self.queue.is_empty() {
+            return;
+        }
+        while self.warming.is_none() {
+            let Some(id) = self.warm_ups.pop_front() else { return };
+            let Some(sequence) = self.sequences.get_mut(&id) else { continue };
+            let is_new = sequence.root.is_some_and(|root| !self.cache.contains_prompt(root));
+            let has_room = is_new && self.cache.has_room_for_prompt(sequence.tokens.len());
+            if let Some(copy) = has_room.then(|| self.cache.join(sequence, 0)).flatten() {
+                step.copies.extend(copy);
+                self.warming = Some(id);
+            } else if is_new && !step.chunks.is_empty() {
+                // There may be room when those that run now are done.
+                self.warm_ups.push_front(id);
+                return;
+            } else {
+                self.sequences.remove(&id);
+            }
+        }
+        let most = if step.chunks.is_empty() { WARM_UP_TOKENS } else { self.limits.fair_step_tokens };
+        if let Some((id, sequence)) = self.warming.and_then(|id| Some((id, self.sequences.get(&id)?))) {
+            let len = sequence.num_pending().min(quota.remaining()).min(most);
+            if len > 0 {
+                step.chunks.push(Chunk { id, start: sequence.num_computed, len, samples: false });
+            }
+        }
+    }
+
+    /// Takes the blocks of the prompt that is being warmed, if there is one.
+    fn stop_warming(&mut self) -> bool {
+        let Some(id) = self.warming.take() else { return false };
+        if let Some(sequence) = self.sequences.get_mut(&id) {
+            self.cache.release(sequence);
+            self.warm_ups.push_front(id);
+        }
+        true
+    }
+
+    fn take_out(&mut self, id: SequenceId) -> Option<Sequence> {
+        let sequence = self.sequences.remove(&id)?;
+        if self.warming == Some(id) {
+            self.warming = None;
+            return Some(sequence);
+        }
+        let account = sequence.account.key;
+        let running = self.running.len();
+        self.running.retain(|&r| r != id);
+        let was_live = self.running.len() < running || self.queue.remove(sequence.priority, account, id);
+        if was_live {
+            self.ledger.leave(account);
+        } else {
+            self.warm_ups.retain(|&w| w != id);
+        }
+        Some(sequence)
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use std::collections::{BTreeMap, HashSet};
-
-    use proptest::prelude::*;
-
-    use super::*;
-
-    fn input(n: usize) -> Sequence {
-        Sequence::new(vec![InputToken::Vocab(0); n])
-    }
-
-    #[test]
-    fn a_long_input_is_computed_in_chunks_beside_a_running_one() {
-        let mut s = Scheduler::new(Limits { max_batch: 4, max_step_tokens: 10, num_blocks: 8 });
-        s.add(SequenceId(1), input(3));
-        let step = s.schedule();
-        assert_eq!(step.chunks, [Chunk { id: SequenceId(1), start: 0, len: 3, samples: true }]);
-        s.commit(&step, &[(SequenceId(1), 7)]);
-        s.add(SequenceId(2), input(12));
-        let step = s.schedule();
-        assert_eq!(step.chunks[0], Chunk { id: SequenceId(1), start: 3, len: 1, samples: true });
-        assert_eq!(step.chunks[1], Chunk { id: SequenceId(2), start: 0, len: 9, samples: false });
-        s.commit(&step, &[(SequenceId(1), 8)]);
-        assert_eq!(s.schedule().chunks[1], Chunk { id: SequenceId(2), start: 9, len: 3, samples: true });
-    }
-
-    #[test]
-    fn the_youngest_gives_way_when_blocks_run_out_and_comes_back() {
-        let mut s = Scheduler::new(Limits { max_batch: 4, max_step_tokens: 256, num_blocks: 3 });
-        s.add(SequenceId(1), input(32));
-        s.add(SequenceId(2), input(40));
-        let step = s.schedule();
-        assert_eq!(step.chunks.len(), 2);
-        s.commit(&step, &[(SequenceId(1), 0), (SequenceId(2), 0)]);
-        let step = s.schedule();
-        assert_eq!(step.chunks, [Chunk { id: SequenceId(1), start: 32, len: 1, samples: true }]);
-        assert_eq!((s.num_waiting(), s.preemptions()), (1, 1));
-        s.commit(&step, &[(SequenceId(1), 0)]);
-        s.remove(SequenceId(1));
-        // All 41 tokens anew: the one it was given before is kept.
-        assert_eq!(s.schedule().chunks, [Chunk { id: SequenceId(2), start: 0, len: 41, samples: true }]);
-    }
-
-    /// What happens to one request in the simulation below.
-    #[derive(Debug, Clone)]
-    struct Arrival {
-        at: usize,
-        input: usize,
-        new: usize,
-        cancel_after: Option<usize>,
-    }
-
-    fn arrivals() -> impl Strategy<Value = Vec<Arrival>> {
-        let one = (0usize..40, 1usize..90, 1usize..40, prop::option::weighted(0.2, 0usize..30))
-            .prop_map(|(at, input, new, cancel_after)| Arrival { at, input, new, cancel_after });
-        prop::collection::vec(one, 1..24)
-    }
-
-    proptest! {
-        /// Random arrivals, lengths and cancels over a small cache: every request ends, in bounded
-        /// time, with exactly its tokens; no block is leaked or in two tables; steps keep their bounds.
-        #[test]
-        fn every_request_ends_and_no_block_is_lost_or_shared(
-            arrivals in arrivals(),
-            max_batch in 1usize..6,
-            max_step_tokens in 1usize..80,
-            spare_blocks in 0usize..6,
-        ) {
-            // The largest possible request, 90 + 40 positions, just fits.
-            let limits = Limits { max_batch, max_step_tokens, num_blocks: 5 + spare_blocks };
-            let mut s = Scheduler::new(limits);
-            let mut given: BTreeMap<SequenceId, usize> = BTreeMap::new();
-            let work: usize = arrivals.iter().map(|a| a.input + a.new).sum();
-            let mut clock = 0;
-            let mut ended = HashSet::new();
-            while ended.len() < arrivals.len() {
-                for (i, a) in arrivals.iter().enumerate().filter(|(_, a)| a.at == clock) {
-                    s.add(SequenceId(i as u64), input(a.input));
-                }
-                for (i, a) in arrivals.iter().enumerate() {
-                    let id = SequenceId(i as u64);
-                    if a.cancel_after.is_some_and(|n| a.at + n == clock) && s.remove(id).is_some() {
-                        ended.insert(id);
-                    }
-                }
-                let step = s.schedule();
-                prop_assert!(step.chunks.iter().map(|c| c.len).sum::<usize>() <= max_step_tokens);
-                prop_assert!(step.chunks.len() <= max_batch);
-                prop_assert_eq!(step.chunks.iter().map(|c| c.id).collect::<HashSet<_>>().len(), step.chunks.len());
-                let tables: Vec<_> = s.sequences.values().flat_map(|q| &q.blocks).collect();
-                prop_assert_eq!(tables.iter().collect::<HashSet<_>>().len(), tables.len());
-                prop_assert_eq!(tables.len(), s.blocks_used());
-                for c in &step.chunks {
-                    let q = s.get(c.id).unwrap();
-                    prop_assert_eq!(c.start, q.num_computed);
-                    prop_assert!(c.len > 0 && c.start + c.len <= q.blocks.len() * BLOCK_SIZE);
-                    prop_assert_eq!(c.samples, c.start + c.len == q.tokens.len());
-                }
-                let tokens: Vec<_> = step.chunks.iter().filter(|c| c.samples).map(|c| (c.id, 0)).collect();
-                s.commit(&step, &tokens);
-                for (id, _) in tokens {
-                    let n = given.entry(id).or_default();
-                    *n += 1;
-                    let a = &arrivals[id.0 as usize];
-                    if *n == a.new {
-                        let done = s.remove(id).unwrap();
-                        prop_assert_eq!(done.tokens.len(), a.input + a.new);
-                        ended.insert(id);
-                    }
-                }
-                clock += 1;
-                // Recomputing after preemption costs steps, but never without end.
-                prop_assert!(clock < 100 + work * (arrivals.len() + 1), "starved");
-            }
-            prop_assert!(s.is_empty());
-            prop_assert_eq!(s.blocks_used(), 0);
-        }
-    }
-}
+mod simulation;
+#[cfg(test)]
+mod tests;

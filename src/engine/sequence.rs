@@ -1,6 +1,9 @@
 //! One request as the scheduler sees it: its tokens, and how many of them are computed.
 
-use super::request::InputToken;
+use super::{
+    prefix::ChainHash,
+    request::{Account, CacheRoot, InputToken},
+};
 use crate::kernels::kv_cache::BlockId;
 
 /// Names a sequence for as long as the engine runs.
@@ -14,16 +17,45 @@ pub struct Sequence {
     pub tokens: Vec<InputToken>,
     /// How many of them were input.
     pub num_input: usize,
+    /// How many of them, at the beginning, are rows of a learned prompt.
+    pub num_virtual: usize,
     /// Positions whose keys and values are in `blocks`; it catches up with `tokens`.
     pub num_computed: usize,
     /// The block table: position p is in block p / BLOCK_SIZE.
     pub blocks: Vec<BlockId>,
+    /// Whose cached blocks it shares; `None` shares nothing.
+    pub root: Option<CacheRoot>,
+    pub account: Account,
+    /// Lower is sooner.
+    pub priority: i32,
+    /// Positions of the input that were in the cache when it first joined the batch.
+    pub cached_tokens: Option<usize>,
+    /// The name of each whole block that is in the index, in order.
+    pub(super) chain: Vec<ChainHash>,
+    /// The step in which it joined the batch.
+    pub(super) joined: u64,
+    /// The number of its last chunk.
+    pub(super) last_turn: u64,
 }
 
 impl Sequence {
-    /// A sequence of which nothing is computed.
+    /// A sequence of which nothing is computed, and that shares nothing.
     pub fn new(tokens: Vec<InputToken>) -> Self {
-        Self { num_input: tokens.len(), tokens, num_computed: 0, blocks: Vec::new() }
+        let num_virtual = tokens.iter().take_while(|t| matches!(t, InputToken::Virtual(_))).count();
+        Self {
+            num_input: tokens.len(),
+            num_virtual,
+            tokens,
+            num_computed: 0,
+            blocks: Vec::new(),
+            root: None,
+            account: Account::default(),
+            priority: 0,
+            cached_tokens: None,
+            chain: Vec::new(),
+            joined: 0,
+            last_turn: 0,
+        }
     }
 
     /// Positions still to compute before a token can be chosen.

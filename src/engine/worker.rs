@@ -2,15 +2,18 @@
 
 use std::{
     collections::HashMap,
-    sync::{Arc, atomic::Ordering::Relaxed},
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
     time::Instant,
 };
 
 use tokio::sync::mpsc::{self, error::TryRecvError};
 
 use super::{
-    EngineConfig, Job, Mail, Place, Shared,
-    request::{Event, FinishReason, InputToken},
+    EngineConfig, Job, Mail, Place, Shared, WarmUp,
+    request::{Event, FinishReason, InputToken, Request},
     runner::{Part, Runner},
     sampler::Sampler,
     scheduler::{Limits, Scheduler, Step},
@@ -23,6 +26,8 @@ pub(super) struct Worker {
     runner: Runner,
     scheduler: Scheduler,
     jobs: HashMap<SequenceId, Running>,
+    /// The prompts that the scheduler is to warm.
+    warm_ups: HashMap<SequenceId, WarmUp>,
     inbox: mpsc::Receiver<Mail>,
     shared: Arc<Shared>,
     next_id: u64,
@@ -36,6 +41,8 @@ struct Running {
     remaining: usize,
     deadline: Option<Instant>,
     events: mpsc::Sender<Event>,
+    /// For the reader of the events: [`EventStream::cached_tokens`](super::EventStream::cached_tokens).
+    cached_tokens: Arc<AtomicUsize>,
     /// Given up when the sequence joins the batch.
     place: Option<Place>,
 }
@@ -59,9 +66,15 @@ impl Worker {
         inbox: mpsc::Receiver<Mail>,
         shared: Arc<Shared>,
     ) -> Self {
-        let limits =
-            Limits { max_batch: config.max_batch.max(1), max_step_tokens: config.max_step_tokens.max(1), num_blocks };
-        Self { runner, scheduler: Scheduler::new(limits), jobs: HashMap::new(), inbox, shared, next_id: 0 }
+        let limits = Limits {
+            max_batch: config.max_batch.max(1),
+            max_step_tokens: config.max_step_tokens.max(1),
+            fair_step_tokens: config.fair_step_tokens.max(1),
+            num_blocks,
+            prefix_sharing: config.prefix_sharing,
+        };
+        let scheduler = Scheduler::new(limits);
+        Self { runner, scheduler, jobs: HashMap::new(), warm_ups: HashMap::new(), inbox, shared, next_id: 0 }
     }
 
     /// Runs until drained, or until every handle is dropped and nothing is left to do.
@@ -71,12 +84,15 @@ impl Worker {
         loop {
             let open = self.take_mail();
             self.retire();
+            if !open {
+                self.scheduler.cancel_warm_ups();
+            }
             if !self.scheduler.is_empty() {
                 self.step();
             } else if !open {
                 return;
-            } else if let Some(Mail::Job(job)) = self.inbox.blocking_recv() {
-                self.accept(job);
+            } else if let Some(mail) = self.inbox.blocking_recv() {
+                self.open(mail);
             }
         }
     }
@@ -89,17 +105,36 @@ impl Worker {
         }
         loop {
             match self.inbox.try_recv() {
-                Ok(Mail::Job(job)) => self.accept(job),
-                Ok(Mail::Wake) => {}
+                Ok(mail) => self.open(mail),
                 Err(TryRecvError::Empty) => return true,
                 Err(TryRecvError::Disconnected) => return false,
             }
         }
     }
 
-    fn accept(&mut self, Job { request, events, place }: Job) {
-        let id = SequenceId(self.next_id);
+    fn open(&mut self, mail: Mail) {
+        match mail {
+            Mail::Job(job) => self.accept(job),
+            Mail::WarmUp(warm_up) => {
+                let id = self.new_id();
+                let rows = warm_up.prompt.num_virtual_tokens() as u32;
+                let mut sequence = Sequence::new((0..rows).map(InputToken::Virtual).collect());
+                sequence.root = Some(warm_up.root);
+                if self.scheduler.add_warm_up(id, sequence) {
+                    self.warm_ups.insert(id, warm_up);
+                }
+            }
+            Mail::Wake => {}
+        }
+    }
+
+    fn new_id(&mut self) -> SequenceId {
         self.next_id += 1;
+        SequenceId(self.next_id)
+    }
+
+    fn accept(&mut self, Job { request, events, cached_tokens, place }: Job) {
+        let id = self.new_id();
         let text = request.tokens.iter().filter_map(|t| match t {
             InputToken::Vocab(id) => Some(*id),
             InputToken::Virtual(_) => None,
@@ -111,10 +146,12 @@ impl Worker {
             remaining: request.sampling.max_tokens,
             deadline: request.deadline,
             events,
+            cached_tokens,
             place: Some(place),
         };
         self.jobs.insert(id, running);
-        self.scheduler.add(id, Sequence::new(request.tokens));
+        let Request { root, account, priority, .. } = request;
+        self.scheduler.add(id, Sequence { root, account, priority, ..Sequence::new(request.tokens) });
     }
 
     /// Ends sequences whose reader went away, whose deadline passed, or that the drain's end cuts.
@@ -131,46 +168,60 @@ impl Worker {
             } else {
                 continue;
             };
-            self.end(id, Event::Finished { reason, cached_tokens: 0 });
+            let finished = self.finished(id, reason);
+            self.end(id, finished);
         }
     }
 
     fn step(&mut self) {
         let step = self.scheduler.schedule();
         for chunk in &step.chunks {
-            if let Some(job) = self.jobs.get_mut(&chunk.id) {
+            if let Some(job) = self.jobs.get_mut(&chunk.id).filter(|job| job.place.is_some()) {
                 job.place = None;
+                let cached = self.scheduler.get(chunk.id).and_then(|s| s.cached_tokens).unwrap_or(0);
+                job.cached_tokens.store(cached, Relaxed);
+                self.shared.cached_tokens.fetch_add(cached as u64, Relaxed);
             }
         }
-        let result = self.compute(&step);
-        self.shared.steps.fetch_add(1, Relaxed);
-        match result {
-            Ok(logits) => self.deliver(&step, logits),
-            Err(error) => {
-                tracing::error!(%error, sequences = step.chunks.len(), "a forward pass failed");
-                for chunk in &step.chunks {
-                    self.end(chunk.id, Event::Failed);
-                }
+        self.runner.copy(&step.copies);
+        if !step.chunks.is_empty() {
+            let result = self.compute(&step);
+            self.shared.steps.fetch_add(1, Relaxed);
+            match result {
+                Ok(logits) => self.deliver(&step, logits),
+                Err(error) => self.fail(&step, &error),
             }
         }
+        self.warm_ups.retain(|&id, _| self.scheduler.get(id).is_some());
         self.publish();
     }
 
     fn compute(&mut self, step: &Step) -> candle_core::Result<Vec<Vec<f32>>> {
         let mut parts = Vec::with_capacity(step.chunks.len());
         for chunk in &step.chunks {
-            let (Some(sequence), Some(job)) = (self.scheduler.get(chunk.id), self.jobs.get(&chunk.id)) else {
+            let prompt = match (self.jobs.get(&chunk.id), self.warm_ups.get(&chunk.id)) {
+                (Some(job), _) => job.prompt.as_ref(),
+                (None, warm_up) => warm_up.map(|warm_up| &warm_up.prompt),
+            };
+            let Some(sequence) = self.scheduler.get(chunk.id) else {
                 candle_core::bail!("sequence {:?} was scheduled but is not known", chunk.id)
             };
             parts.push(Part {
                 tokens: &sequence.tokens[chunk.start..chunk.start + chunk.len],
                 start: chunk.start,
                 blocks: &sequence.blocks,
-                prompt: job.prompt.as_ref(),
+                prompt,
                 samples: chunk.samples,
             });
         }
         self.runner.run(&parts)
+    }
+
+    fn fail(&mut self, step: &Step, error: &candle_core::Error) {
+        tracing::error!(%error, sequences = step.chunks.len(), "a forward pass failed");
+        for id in self.scheduler.abort(step) {
+            self.end(id, Event::Failed);
+        }
     }
 
     /// Chooses each sampling sequence's token and sends it out.
@@ -184,13 +235,12 @@ impl Worker {
                 Ok(token) => token,
                 Err(error) => {
                     tracing::error!(%error, "a token could not be drawn");
-                    ended.push((chunk.id, Event::Failed));
+                    ended.push((chunk.id, None));
                     continue;
                 }
             };
-            let finished = |reason| Event::Finished { reason, cached_tokens: 0 };
             if job.stop_tokens.contains(&token.id) {
-                ended.push((chunk.id, finished(FinishReason::Stop)));
+                ended.push((chunk.id, Some(FinishReason::Stop)));
                 continue;
             }
             chosen.push((chunk.id, token.id));
@@ -198,18 +248,24 @@ impl Worker {
             let _ = job.events.try_send(Event::Token(token));
             job.remaining -= 1;
             if job.remaining == 0 {
-                ended.push((chunk.id, finished(FinishReason::Length)));
+                ended.push((chunk.id, Some(FinishReason::Length)));
             }
         }
-        self.scheduler.commit(step, &chosen);
         let input = |id| self.scheduler.get(id).map_or(0, |s| s.num_input);
         let computed: usize =
             step.chunks.iter().map(|c| (c.start + c.len).min(input(c.id)).saturating_sub(c.start)).sum();
+        self.scheduler.commit(step, &chosen);
         self.shared.prompt_tokens.fetch_add(computed as u64, Relaxed);
         self.shared.generated_tokens.fetch_add(chosen.len() as u64, Relaxed);
-        for (id, event) in ended {
+        for (id, reason) in ended {
+            let event = reason.map_or(Event::Failed, |reason| self.finished(id, reason));
             self.end(id, event);
         }
+    }
+
+    fn finished(&self, id: SequenceId, reason: FinishReason) -> Event {
+        let cached_tokens = self.scheduler.get(id).and_then(|s| s.cached_tokens).unwrap_or(0);
+        Event::Finished { reason, cached_tokens }
     }
 
     fn end(&mut self, id: SequenceId, event: Event) {
@@ -222,11 +278,24 @@ impl Worker {
         }
     }
 
-    fn publish(&self) {
-        let s = &self.shared;
+    fn publish(&mut self) {
+        let changes = self.scheduler.take_prompt_changes();
+        let (s, cache) = (&self.shared, self.scheduler.cache());
         s.running.store(self.scheduler.num_running(), Relaxed);
-        s.kv_blocks_used.store(self.scheduler.blocks_used(), Relaxed);
+        s.kv_blocks_used.store(cache.num_held(), Relaxed);
+        s.kv_blocks_cached.store(cache.num_kept(), Relaxed);
+        s.evictions.store(cache.evictions(), Relaxed);
         s.preemptions.store(self.scheduler.preemptions(), Relaxed);
+        if !changes.is_empty() {
+            let mut prompts = s.cached_prompts.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            for (root, came) in changes {
+                if came {
+                    prompts.insert(root)
+                } else {
+                    prompts.remove(&root)
+                };
+            }
+        }
     }
 }
 

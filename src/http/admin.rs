@@ -22,6 +22,7 @@ use super::{
     types::VersionMeta,
 };
 use crate::{
+    engine::request::CacheRoot,
     prompt::{TaskName, format::PromptFiles},
     registry::{
         TaskEntry,
@@ -110,7 +111,7 @@ pub struct ActiveVersion {
     "version": "3f9a0c1b2d4e", "kind": "embeddings", "virtual_tokens": 20,
     "template": "{{ input }}", "labels": {}, "defaults": {"max_tokens": 4}, "limits": {},
     "metrics": {"accuracy": 0.94}, "warnings": [],
-    "active": true, "stored_at": 1_795_414_325, "residency": {"device": "cpu", "bytes": 10240}}]}))]
+    "active": true, "stored_at": 1_795_414_325, "residency": {"device": "cpu", "bytes": 10240, "cache": "resident"}}]}))]
 pub struct AdminTask {
     #[schema(value_type = String, example = "sentiment")]
     pub task: TaskName,
@@ -133,7 +134,7 @@ pub struct AdminTaskList {
 #[schema(example = json!({"version": "3f9a0c1b2d4e", "kind": "embeddings", "virtual_tokens": 20,
     "template": "{{ input }}", "labels": {}, "defaults": {"max_tokens": 4}, "limits": {},
     "metrics": {"accuracy": 0.94}, "warnings": [],
-    "active": true, "stored_at": 1_795_414_325, "residency": {"device": "cpu", "bytes": 10240}}))]
+    "active": true, "stored_at": 1_795_414_325, "residency": {"device": "cpu", "bytes": 10240, "cache": "resident"}}))]
 pub struct AdminVersion {
     #[serde(flatten)]
     pub meta: VersionMeta,
@@ -151,6 +152,18 @@ pub struct Residency {
     pub device: String,
     /// How much of its memory they take.
     pub bytes: usize,
+    /// Whether the keys and values of all its virtual tokens are in the cache.
+    pub cache: CacheState,
+}
+
+/// Where the keys and values of a learned prompt are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum CacheState {
+    /// In the cache: a request computes its text only.
+    Resident,
+    /// Not in the cache, or not all of them: the next request computes them.
+    Cold,
 }
 
 /// Upload a version
@@ -430,7 +443,14 @@ impl AdminTask {
             meta: (&*entry.version).into(),
             active: entry.active,
             stored_at: entry.stored_at.duration_since(std::time::UNIX_EPOCH).map_or(0, |t| t.as_secs()),
-            residency: Residency { device: device.to_owned(), bytes: entry.version.prompt.num_bytes() },
+            residency: Residency {
+                device: device.to_owned(),
+                bytes: entry.version.prompt.num_bytes(),
+                cache: match app.engine.is_cached(CacheRoot(entry.version.digest.0)) {
+                    true => CacheState::Resident,
+                    false => CacheState::Cold,
+                },
+            },
         };
         Self {
             task: entry.task,

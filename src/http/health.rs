@@ -63,8 +63,13 @@ fn record_engine(stats: &EngineStats, tasks: usize) {
     gauge!(telemetry::RUNNING).set(stats.running as f64);
     gauge!(telemetry::KV_BLOCKS_USED).set(stats.kv_blocks_used as f64);
     gauge!(telemetry::KV_BLOCKS).set(stats.kv_blocks_total as f64);
+    gauge!(telemetry::KV_BLOCKS_CACHED).set(stats.kv_blocks_cached as f64);
+    gauge!(telemetry::CACHED_PROMPTS).set(stats.cached_prompts as f64);
     gauge!(telemetry::TASKS).set(tasks as f64);
     counter!(telemetry::STEPS).absolute(stats.steps);
+    counter!(telemetry::KV_EVICTIONS).absolute(stats.evictions);
+    counter!(telemetry::PREEMPTIONS).absolute(stats.preemptions);
     counter!(telemetry::PROMPT_TOKENS).absolute(stats.prompt_tokens);
+    counter!(telemetry::CACHED_TOKENS).absolute(stats.cached_tokens);
     counter!(telemetry::GENERATED_TOKENS).absolute(stats.generated_tokens);
 }

@@ -34,7 +34,7 @@ use utoipa_swagger_ui::SwaggerUi;
 
 use crate::{
     config::{Access, Limits},
-    engine::Engine,
+    engine::{Engine, request::CacheRoot},
     model::ModelInfo,
     registry::Registry,
     text::Text,
@@ -59,6 +59,7 @@ pub struct App {
 pub type AppState = Arc<App>;
 
 impl App {
+    /// Also has the engine warm each learned prompt that answers, or begins to.
     pub fn new(
         engine: Engine,
         registry: Arc<Registry>,
@@ -68,6 +69,8 @@ impl App {
         access: Access,
     ) -> AppState {
         let uploads = Semaphore::new(limits.max_concurrent_uploads);
+        let warm = engine.clone();
+        registry.on_active(move |version| warm.warm_up(Arc::clone(&version.prompt), CacheRoot(version.digest.0)));
         Arc::new(Self { engine, registry, text, model, limits, access, uploads, stopping: AtomicBool::new(false) })
     }
 

@@ -2,6 +2,7 @@
 //! range, render, tokenize, and see that it fits the context.
 
 use std::{
+    hash::{DefaultHasher, Hash as _, Hasher as _},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -12,8 +13,8 @@ use super::{
     types::GenerateRequest,
 };
 use crate::{
-    engine::request::{Request, SamplingParams},
-    prompt::{Version, template::Input},
+    engine::request::{Account, CacheRoot, Request, SamplingParams},
+    prompt::{TaskName, Version, template::Input},
 };
 
 /// What the server uses where neither request nor task says anything.
@@ -23,6 +24,7 @@ const MAX_CHOICES: usize = 16;
 const MAX_LOGPROBS: usize = 20;
 const MAX_STOPS: usize = 16;
 const MAX_STOP_BYTES: usize = 256;
+const MAX_PRIORITY: i32 = 1000;
 /// Texts longer than this are tokenized off the async threads.
 const LONG_TEXT: usize = 16 * 1024;
 
@@ -50,12 +52,19 @@ pub async fn prepare(app: &App, task: &str, request: GenerateRequest) -> Result<
     let virtual_tokens = version.prompt.num_virtual_tokens();
     let room = room_for_answer(app, &version, ids.len())?;
     settings.sampling.max_tokens = settings.sampling.max_tokens.min(room);
+    let account = account(app, &version.task);
     let requests = (0..settings.choices)
         .map(|i| {
             let seed = settings.sampling.seed.wrapping_add(i as u64);
             let sampling = SamplingParams { seed, ..settings.sampling.clone() };
             let deadline = Some(started + settings.timeout);
-            Request { deadline, ..Request::new(Some(Arc::clone(&version.prompt)), &ids, sampling) }
+            Request {
+                deadline,
+                root: Some(CacheRoot(version.digest.0)),
+                account,
+                priority: settings.priority,
+                ..Request::new(Some(Arc::clone(&version.prompt)), &ids, sampling)
+            }
         })
         .collect();
     Ok(Prepared {
@@ -67,6 +76,13 @@ pub async fn prepare(app: &App, task: &str, request: GenerateRequest) -> Result<
         virtual_tokens,
         prompt_tokens: ids.len(),
     })
+}
+
+/// Whom the engine counts a task's requests for. It needs to tell tasks apart, not to know them.
+fn account(app: &App, task: &TaskName) -> Account {
+    let mut hash = DefaultHasher::new();
+    task.hash(&mut hash);
+    Account { key: hash.finish(), weight: app.limits.task_weights.of(task.as_str()) }
 }
 
 /// Renders the input by the task's template and turns it into token ids.
@@ -108,6 +124,7 @@ struct Settings {
     stop: Vec<String>,
     choices: usize,
     timeout: Duration,
+    priority: i32,
 }
 
 impl Settings {
@@ -132,6 +149,8 @@ impl Settings {
         }
         let choices = request.n.unwrap_or(1);
         ranges.check("n", choices, 1, MAX_CHOICES);
+        let priority = request.priority.unwrap_or(0);
+        ranges.check("priority", priority, -MAX_PRIORITY, MAX_PRIORITY);
         let max_tokens = ranges.max_tokens(request, version);
         let stop = request.stop.clone().or_else(|| defaults.stop.clone()).unwrap_or_default();
         ranges.stop(&stop);
@@ -157,7 +176,7 @@ impl Settings {
             logprobs: request.logprobs,
             stop_tokens: if request.ignore_eos { Vec::new() } else { app.model.eos_token_ids.clone() },
         };
-        Ok(Self { sampling, stop, choices, timeout })
+        Ok(Self { sampling, stop, choices, timeout, priority })
     }
 }
 

@@ -130,7 +130,7 @@ impl Running {
         self.completion_tokens += 1;
         let delta = self.detokenizer.push(token.id)?;
         if delta.stopped {
-            return Ok(Some(self.end(delta.text, Finish::Stop, 0)));
+            return Ok(Some(self.end(delta.text, Finish::Stop, self.events.cached_tokens())));
         }
         let tokens = self.logprobs.then(|| vec![self.describe(&token)]);
         let silent = delta.text.is_empty() && tokens.is_none();

@@ -70,6 +70,10 @@ pub struct GenerateRequest {
     pub ignore_eos: bool,
     /// A version of the task other than the active one.
     pub version: Option<String>,
+    /// Lower is sooner: requests of a lower number go before all others, whatever their task has had
+    /// already. Server default: 0.
+    #[schema(minimum = -1000, maximum = 1000)]
+    pub priority: Option<i32>,
     /// Give up after this time, with what there is by then and the finish reason `timeout`.
     #[schema(minimum = 1)]
     pub timeout_ms: Option<u64>,

@@ -6,8 +6,9 @@ mod store;
 mod watch;
 
 use std::{
+    fmt,
     path::PathBuf,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
     time::SystemTime,
 };
 
@@ -49,6 +50,19 @@ pub struct Registry {
     /// One mutex for all writers: publishing is rare and waits for the disk anyway, and one order
     /// of changes for memory and disk is easy to be sure of. Holds what the last scan has seen.
     writer: Mutex<Scan>,
+    /// Told of each version that becomes the one that answers.
+    listener: OnceLock<Listener>,
+}
+
+/// What [`Registry::on_active`] was given.
+struct Listener(Box<OnActive>);
+
+type OnActive = dyn Fn(&Arc<Version>) + Send + Sync;
+
+impl fmt::Debug for Listener {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Listener")
+    }
 }
 
 /// A task at one moment; replaced as a whole.
@@ -127,7 +141,8 @@ impl Registry {
     /// keep the others from being served.
     pub fn open(config: RegistryConfig) -> Result<Arc<Self>, RegistryError> {
         let store = Store::open(&config.root)?;
-        let registry = Self { config, store, tasks: DashMap::new(), writer: Mutex::new(Scan::default()) };
+        let (writer, listener) = (Mutex::new(Scan::default()), OnceLock::new());
+        let registry = Self { config, store, tasks: DashMap::new(), writer, listener };
         registry.scan_all(&mut registry.writer())?;
         Ok(Arc::new(registry))
     }
@@ -250,6 +265,16 @@ impl Registry {
         Ok(Watcher::start(self, self.store.root())?)
     }
 
+    /// Calls `listener` with the version of each task that answers now, and from then on with each
+    /// that begins to, however that comes about. It is called while a writer holds the registry, so
+    /// it must not wait. Only the first listener is heard.
+    pub fn on_active(&self, listener: impl Fn(&Arc<Version>) + Send + Sync + 'static) {
+        let _order = self.writer();
+        if self.listener.set(Listener(Box::new(listener))).is_ok() {
+            self.active().iter().for_each(|version| self.tell(version));
+        }
+    }
+
     /// Looks for changes on the disk now. Blocks on the disk.
     pub fn rescan(&self) -> Result<(), RegistryError> {
         Ok(self.scan_all(&mut self.writer())?)
@@ -283,8 +308,18 @@ impl Registry {
 
     fn show(&self, task: &TaskName, state: TaskState) -> Arc<TaskState> {
         let state = Arc::new(state);
-        self.tasks.insert(task.clone(), state.clone());
+        let old = self.tasks.insert(task.clone(), state.clone());
+        let before = old.and_then(|old| old.active.as_ref().map(|version| version.digest));
+        if let Some(version) = state.active.as_ref().filter(|version| before != Some(version.digest)) {
+            self.tell(version);
+        }
         state
+    }
+
+    fn tell(&self, version: &Arc<Version>) {
+        if let Some(Listener(listener)) = self.listener.get() {
+            listener(version);
+        }
     }
 
     fn publish_again(

@@ -54,15 +54,25 @@ fn every_answer_is_that_of_peft_alone_and_in_a_mixed_batch() {
 #[test]
 fn answers_stay_the_same_in_small_chunks_and_when_sequences_are_preempted() {
     let model = "llama-scaled";
-    let block_bytes = 2 * 2 * 2 * 32 * 12 * 4;
+    let block_bytes = fixtures::load(model, DType::F32).kv_shape().block_bytes();
     let cases = fixtures::cases(model);
-    for (max_step_tokens, blocks) in [(5, 64), (64, 6)] {
+    // Far enough for every sequence to need one more block than its input.
+    let longer = |case| {
+        let mut request = request(model, case);
+        request.sampling.max_tokens = 40;
+        request
+    };
+    let (engine, _thread) = start(model, EngineConfig::default());
+    let alone: Vec<_> = cases.iter().map(|case| collect(engine.submit(longer(case)).unwrap()).0).collect();
+    for (max_step_tokens, blocks) in [(5, 256), (64, 6)] {
         let config = EngineConfig { max_step_tokens, kv_cache_bytes: blocks * block_bytes, ..Default::default() };
         let (engine, _thread) = start(model, config);
-        let submit = |case| (case, engine.submit(request(model, case)).unwrap());
-        let streams: Vec<_> = cases.iter().cycle().take(36).map(submit).collect();
-        for (case, stream) in streams {
-            assert_eq!(collect(stream).0, case.greedy_ids, "{}", case.prompt);
+        let submit = |(i, case)| (i, engine.submit(longer(case)).unwrap());
+        let streams: Vec<_> = cases.iter().enumerate().cycle().take(36).map(submit).collect();
+        for (i, stream) in streams {
+            let (ids, _) = collect(stream);
+            assert_eq!(ids, alone[i], "{}", cases[i].prompt);
+            assert!(ids.starts_with(&cases[i].greedy_ids));
         }
         let stats = engine.stats();
         assert_eq!(stats.preemptions > 0, blocks == 6, "{stats:?}");

@@ -282,6 +282,7 @@ async fn versions_are_stored_activated_and_deleted_under_their_etag() {
 #[tokio::test]
 async fn the_lists_show_every_task_and_version() {
     let server = Server::start();
+    server.generate(&json!({"input": "a", "max_tokens": 1})).await.ok();
     let tasks = server.get("/v1/tasks").await.ok();
     let names: Vec<_> = tasks["tasks"].as_array().unwrap().iter().map(|t| t["task"].as_str().unwrap()).collect();
     assert_eq!(names, ["prompt33", "prompt7", "ptuning5"]);
@@ -290,7 +291,10 @@ async fn the_lists_show_every_task_and_version() {
     assert_eq!((&one["fields"], &one["virtual_tokens"]), (&json!(["input"]), &json!(7)));
     assert_eq!(one["limits"], json!({"max_input_tokens": 504, "max_tokens": 505}));
     let all = server.get("/v1/admin/tasks").await.ok();
-    assert_eq!(all["tasks"][1]["versions"][0]["residency"], json!({"device": "cpu", "bytes": 896}));
+    assert_eq!(
+        all["tasks"][1]["versions"][0]["residency"],
+        json!({"device": "cpu", "bytes": 896, "cache": "resident"})
+    );
 }
 
 #[tokio::test]
@@ -350,6 +354,10 @@ async fn metrics_count_requests_by_route_and_never_by_path() {
         "{text}"
     );
     assert!(text.contains("softserve_engine_kv_blocks ") && text.contains("softserve_ready 1"), "{text}");
+    for name in ["cached_tokens_total", "kv_blocks_cached", "kv_evictions_total", "preemptions_total", "cached_prompts"]
+    {
+        assert!(text.contains(&format!("softserve_engine_{name} ")), "{name}: {text}");
+    }
     assert!(!text.contains("who-is-this"), "{text}");
 }
 

@@ -14,6 +14,7 @@ mod openapi;
 mod peft;
 mod problems;
 mod process;
+mod sharing;
 mod soak;
 mod support;
 mod tidy;

@@ -1,0 +1,292 @@
+//! The key-value cache as sequences use it: they take blocks, find what was computed before, and
+//! leave what they computed to those who come after.
+//!
+//! A whole block of equal content is shared. Where a text leaves the known path within a block, the
+//! part it has in common is copied into a block of its own, so a prompt of any length is shared in
+//! full. Blocks are known only once their positions have been computed, and nobody writes into a
+//! block that two sequences hold.
+
+use super::{
+    block_manager::BlockManager,
+    prefix::{ChainHash, PrefixIndex},
+    prompts::Prompts,
+    request::CacheRoot,
+    sequence::Sequence,
+};
+use crate::kernels::kv_cache::{BLOCK_SIZE, BlockId};
+
+/// The first `slots` positions of block `from`, to be copied into block `to`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BlockCopy {
+    pub from: BlockId,
+    pub to: BlockId,
+    pub slots: usize,
+}
+
+/// All blocks, and what is known of their content.
+#[derive(Debug)]
+pub struct Cache {
+    blocks: BlockManager,
+    /// `None` when nothing is shared.
+    index: Option<PrefixIndex>,
+    prompts: Prompts,
+    /// Sources of copies that have not been done yet; held, so that they stay as they are.
+    sources: Vec<BlockId>,
+    evictions: u64,
+}
+
+impl Cache {
+    /// An empty cache of `num_blocks` blocks.
+    pub fn new(num_blocks: usize, sharing: bool) -> Self {
+        Self {
+            blocks: BlockManager::new(num_blocks),
+            index: sharing.then(PrefixIndex::default),
+            prompts: Prompts::new(num_blocks / 2),
+            sources: Vec::new(),
+            evictions: 0,
+        }
+    }
+
+    /// Gives a sequence that has nothing blocks for all its tokens: shared ones for what is known,
+    /// its own for the rest. At least `spare` blocks stay available. `None`, and nothing changed,
+    /// if there are too few; else the copy to make before its first chunk, if any.
+    pub fn join(&mut self, sequence: &mut Sequence, spare: usize) -> Option<Option<BlockCopy>> {
+        let (shared, mut partial) = self.find(sequence);
+        for &block in &shared {
+            self.blocks.hold(block);
+        }
+        let wanted = sequence.tokens.len().div_ceil(BLOCK_SIZE) - shared.len();
+        if let Some((from, _)) = partial {
+            self.blocks.hold(from);
+            if self.blocks.num_available() < wanted + spare {
+                // Its source may be the one block that is missing.
+                self.blocks.release(from);
+                partial = None;
+            }
+        }
+        if self.blocks.num_available() < wanted + spare {
+            shared.iter().rev().for_each(|&block| self.blocks.release(block));
+            return None;
+        }
+        sequence.num_computed = shared.len() * BLOCK_SIZE;
+        sequence.chain = shared.iter().filter_map(|&block| self.index.as_ref()?.chain(block)).collect();
+        sequence.blocks = shared;
+        let grown = self.grow(sequence);
+        debug_assert!(grown, "blocks were counted and are not there");
+        if let Some(root) = sequence.root {
+            self.prompts.touch(root);
+        }
+        let copy = partial.and_then(|(from, slots)| {
+            self.sources.push(from);
+            let to = *sequence.blocks.get(sequence.num_computed / BLOCK_SIZE)?;
+            sequence.num_computed += slots;
+            Some(BlockCopy { from, to, slots })
+        });
+        Some(copy)
+    }
+
+    /// Lengthens a sequence's table so that it holds all its tokens. False, and nothing changed, if
+    /// there are too few blocks.
+    pub fn grow(&mut self, sequence: &mut Sequence) -> bool {
+        let wanted = Self::missing(sequence);
+        if wanted > self.blocks.num_available() {
+            return false;
+        }
+        for _ in 0..wanted {
+            let Some(block) = self.take() else { return false };
+            sequence.blocks.push(block);
+        }
+        true
+    }
+
+    /// How many blocks a sequence's tokens need beyond those in its table.
+    pub fn missing(sequence: &Sequence) -> usize {
+        sequence.tokens.len().div_ceil(BLOCK_SIZE).saturating_sub(sequence.blocks.len())
+    }
+
+    /// Makes what a sequence has computed known to others, after `num_computed` went up.
+    pub fn learn(&mut self, sequence: &mut Sequence) {
+        let Some(root) = sequence.root.filter(|_| self.index.is_some()) else { return };
+        self.learn_whole_blocks(sequence, root);
+        let prompt_done = sequence.num_virtual > 0 && sequence.num_computed >= sequence.num_virtual;
+        if prompt_done && !self.prompts.contains(root) {
+            self.learn_prompt(sequence, root);
+        }
+        if sequence.num_computed == sequence.num_input {
+            self.learn_tail(sequence, root);
+        }
+    }
+
+    /// Takes a sequence's blocks back and keeps what others may want.
+    pub fn release(&mut self, sequence: &mut Sequence) {
+        if let Some(root) = sequence.root.filter(|_| self.index.is_some()) {
+            self.learn_tail(sequence, root);
+        }
+        self.drop_table(sequence);
+    }
+
+    /// Takes a sequence's blocks back without relying on what was to be computed last.
+    pub fn discard(&mut self, sequence: &mut Sequence) {
+        self.drop_table(sequence);
+    }
+
+    /// Says that all copies were made, or never will be.
+    pub fn end_copies(&mut self) {
+        for block in std::mem::take(&mut self.sources) {
+            self.blocks.release(block);
+        }
+    }
+
+    /// Whether a learned prompt of this length could be computed and kept without anything of value
+    /// having to go.
+    pub fn has_room_for_prompt(&self, positions: usize) -> bool {
+        let blocks = positions.div_ceil(BLOCK_SIZE);
+        // One more for the copy of a tail.
+        self.index.is_some()
+            && self.prompts.has_room(blocks)
+            && blocks < self.blocks.num_free() + self.blocks.num_idle()
+    }
+
+    /// Whether all of a learned prompt's positions are here.
+    pub fn contains_prompt(&self, root: CacheRoot) -> bool {
+        self.prompts.contains(root)
+    }
+
+    /// The prompts that came (true) and went since the last call.
+    pub fn take_prompt_changes(&mut self) -> Vec<(CacheRoot, bool)> {
+        self.prompts.take_changes()
+    }
+
+    /// Blocks that could be handed out now.
+    pub fn num_available(&self) -> usize {
+        self.blocks.num_available()
+    }
+
+    /// Blocks held by sequences.
+    pub fn num_held(&self) -> usize {
+        self.blocks.num_held()
+    }
+
+    /// Blocks that nobody holds and that are kept.
+    pub fn num_kept(&self) -> usize {
+        self.blocks.num_kept()
+    }
+
+    /// How many there are in all.
+    pub fn num_blocks(&self) -> usize {
+        self.blocks.total()
+    }
+
+    /// How often kept content had to go.
+    pub fn evictions(&self) -> u64 {
+        self.evictions
+    }
+
+    /// The whole blocks that hold a sequence's beginning, and the block that holds some of what
+    /// follows, with how much. The last token is never among them: its logits are wanted.
+    fn find(&self, sequence: &Sequence) -> (Vec<BlockId>, Option<(BlockId, usize)>) {
+        let mut shared = Vec::new();
+        let (Some(index), Some(root)) = (&self.index, sequence.root) else { return (shared, None) };
+        let known = &sequence.tokens[..sequence.tokens.len().saturating_sub(1)];
+        let mut parent = ChainHash::root(root);
+        for tokens in known.chunks(BLOCK_SIZE) {
+            match index.find(parent, tokens) {
+                Some(found) if found.common == BLOCK_SIZE => {
+                    let Some(chain) = index.chain(found.block) else { break };
+                    parent = chain;
+                    shared.push(found.block);
+                }
+                Some(found) => return (shared, Some((found.block, found.common))),
+                None => break,
+            }
+        }
+        (shared, None)
+    }
+
+    /// A block for new content, held once: a free one, else the least valuable.
+    fn take(&mut self) -> Option<BlockId> {
+        loop {
+            if let Some(block) = self.blocks.take() {
+                return Some(block);
+            }
+            if let Some(block) = self.blocks.evict() {
+                self.evictions += 1;
+                self.prompts.lose(block);
+                if let Some(index) = &mut self.index {
+                    index.remove(block);
+                }
+            } else if !self.prompts.give_up_one(&mut self.blocks) {
+                return None;
+            }
+        }
+    }
+
+    fn learn_whole_blocks(&mut self, sequence: &mut Sequence, root: CacheRoot) {
+        let Some(index) = &mut self.index else { return };
+        while (sequence.chain.len() + 1) * BLOCK_SIZE <= sequence.num_computed {
+            let i = sequence.chain.len();
+            let parent = sequence.chain.last().copied().unwrap_or(ChainHash::root(root));
+            let tokens = &sequence.tokens[i * BLOCK_SIZE..][..BLOCK_SIZE];
+            let block = sequence.blocks[i];
+            match index.insert(parent, tokens, block) {
+                Ok(chain) => {
+                    self.blocks.keep(block, true);
+                    sequence.chain.push(chain);
+                }
+                Err(other) => {
+                    // Somebody computed the same at the same time. One copy is enough, unless this
+                    // one is known as the end of a prompt.
+                    if !self.prompts.owns(block) {
+                        index.remove(block);
+                        self.blocks.keep(block, false);
+                        self.blocks.hold(other);
+                        self.blocks.release(block);
+                        sequence.blocks[i] = other;
+                    }
+                    sequence.chain.push(parent.next(tokens));
+                }
+            }
+        }
+    }
+
+    /// Makes the last, partly filled block known. Returns a block that holds its content, this or
+    /// another, or `None` if there is no such content.
+    fn learn_tail(&mut self, sequence: &Sequence, root: CacheRoot) -> Option<BlockId> {
+        let index = self.index.as_mut()?;
+        let start = sequence.chain.len() * BLOCK_SIZE;
+        let tokens = sequence.tokens.get(start..sequence.num_computed).filter(|tokens| !tokens.is_empty())?;
+        let parent = sequence.chain.last().copied().unwrap_or(ChainHash::root(root));
+        if let Some(found) = index.find(parent, tokens).filter(|found| found.common == tokens.len()) {
+            return Some(found.block);
+        }
+        let block = *sequence.blocks.get(sequence.chain.len())?;
+        index.insert(parent, tokens, block).ok()?;
+        self.blocks.keep(block, true);
+        Some(block)
+    }
+
+    fn learn_prompt(&mut self, sequence: &Sequence, root: CacheRoot) {
+        let whole = sequence.chain.len().min(sequence.num_virtual.div_ceil(BLOCK_SIZE));
+        let mut blocks = sequence.blocks[..whole].to_vec();
+        if whole * BLOCK_SIZE < sequence.num_virtual {
+            let Some(tail) = self.learn_tail(sequence, root) else { return };
+            blocks.push(tail);
+        }
+        self.prompts.add(root, blocks, &mut self.blocks);
+    }
+
+    /// The last block first: a beginning is of use without its end, so it should outlive it.
+    fn drop_table(&mut self, sequence: &mut Sequence) {
+        for block in sequence.blocks.drain(..).rev() {
+            self.blocks.release(block);
+        }
+        sequence.chain.clear();
+        sequence.num_computed = 0;
+    }
+
+    /// How often each block is held, for tests of who holds what.
+    #[cfg(test)]
+    pub(super) fn holders(&self, block: BlockId) -> u32 {
+        self.blocks.holders(block)
+    }
+}

@@ -1,0 +1,105 @@
+//! Who waits, in which order: by priority, then the account that is owed most, then first come.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use super::sequence::SequenceId;
+
+/// Waiting sequences. Holds no lines that are empty.
+#[derive(Debug, Default)]
+pub struct Queue {
+    levels: BTreeMap<i32, Level>,
+    len: usize,
+}
+
+/// The lines of one priority, by account.
+type Level = BTreeMap<u64, VecDeque<SequenceId>>;
+
+impl Queue {
+    /// Puts a sequence at the end of its line.
+    pub fn push_back(&mut self, priority: i32, account: u64, id: SequenceId) {
+        self.line(priority, account).push_back(id);
+        self.len += 1;
+    }
+
+    /// Puts a sequence that has waited before at the head of its line.
+    pub fn push_front(&mut self, priority: i32, account: u64, id: SequenceId) {
+        self.line(priority, account).push_front(id);
+        self.len += 1;
+    }
+
+    /// Takes a sequence out, wherever it stands. False if it is not there.
+    pub fn remove(&mut self, priority: i32, account: u64, id: SequenceId) -> bool {
+        let Some(level) = self.levels.get_mut(&priority) else { return false };
+        let Some(line) = level.get_mut(&account) else { return false };
+        let Some(at) = line.iter().position(|&waiting| waiting == id) else { return false };
+        line.remove(at);
+        self.len -= 1;
+        if line.is_empty() {
+            level.remove(&account);
+        }
+        if level.is_empty() {
+            self.levels.remove(&priority);
+        }
+        true
+    }
+
+    /// Who is next: of the lowest priority number that has an account in the running, the head of
+    /// the line of the account that ranks lowest. `rank` is `None` for those out of the running.
+    pub fn next(&self, rank: impl Fn(u64) -> Option<f64>) -> Option<SequenceId> {
+        self.levels.values().find_map(|level| {
+            let heads = level.iter().filter_map(|(&account, line)| Some((rank(account)?, *line.front()?)));
+            heads.min_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1))).map(|(_, id)| id)
+        })
+    }
+
+    /// All of them, in no order that means anything.
+    pub fn iter(&self) -> impl Iterator<Item = SequenceId> + '_ {
+        self.levels.values().flat_map(BTreeMap::values).flatten().copied()
+    }
+
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    fn line(&mut self, priority: i32, account: u64) -> &mut VecDeque<SequenceId> {
+        self.levels.entry(priority).or_default().entry(account).or_default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn priority_goes_first_then_the_account_owed_most_then_who_came_first() {
+        let mut queue = Queue::default();
+        for (id, priority, account) in [(1, 0, 7), (2, 0, 8), (3, 0, 8), (4, -1, 7), (5, 5, 9)] {
+            queue.push_back(priority, account, SequenceId(id));
+        }
+        // Account 8 was served least.
+        let rank = |account| Some(if account == 8 { 1.0 } else { 2.0 });
+        let mut order = Vec::new();
+        while let Some(id) = queue.next(rank) {
+            order.push(id.0);
+            assert!((-1..6).any(|p| (7..10).any(|a| queue.remove(p, a, id))));
+        }
+        assert_eq!(order, [4, 2, 3, 1, 5]);
+        assert!(queue.is_empty() && queue.levels.is_empty());
+    }
+
+    #[test]
+    fn accounts_out_of_the_running_are_passed_over_and_whoever_comes_back_is_at_the_head() {
+        let mut queue = Queue::default();
+        queue.push_back(0, 1, SequenceId(1));
+        queue.push_back(3, 2, SequenceId(2));
+        queue.push_front(3, 2, SequenceId(0));
+        assert_eq!(queue.next(|account| (account != 1).then_some(0.0)), Some(SequenceId(0)));
+        assert_eq!(queue.next(|_| None), None);
+        assert_eq!(queue.iter().count(), queue.len());
+        assert!(!queue.remove(0, 2, SequenceId(2)));
+    }
+}

@@ -1,0 +1,100 @@
+//! How many positions of a step each account may take, so that none stretches the steps of the
+//! others.
+//!
+//! While only one account has work, it may take the whole step. Otherwise the account with the
+//! least service takes what it wants, and each other as much as that one or a fixed number,
+//! whichever is more. So what a busy account adds to a light one's step is bounded by what the
+//! light one asks for itself, and two that ask for much do not hold each other back.
+
+use std::collections::HashMap;
+
+/// What is left of a step.
+#[derive(Debug)]
+pub struct Quota {
+    /// Positions left in the step.
+    left: usize,
+    /// The account with the least service, if there are others beside it.
+    first: Option<u64>,
+    /// What each of the others may take.
+    each: usize,
+    /// Positions left for the others together: half of the step is always the first's, if it wants it.
+    others_left: usize,
+    taken: HashMap<u64, usize>,
+}
+
+impl Quota {
+    /// A step of `tokens` positions for accounts given as (key, counter, wanted positions); with
+    /// several, each may take `fair` in any case.
+    pub fn new(tokens: usize, fair: usize, accounts: &[(u64, f64, usize)]) -> Self {
+        let least = accounts.iter().min_by(|a, b| a.1.total_cmp(&b.1).then(a.2.cmp(&b.2)).then(a.0.cmp(&b.0)));
+        let quota = Self { left: tokens, first: None, each: tokens, others_left: tokens, taken: HashMap::new() };
+        match least {
+            Some(&(first, _, wanted)) if accounts.len() > 1 => Self {
+                first: Some(first),
+                each: wanted.max(fair),
+                others_left: tokens - wanted.min(tokens / 2),
+                ..quota
+            },
+            _ => quota,
+        }
+    }
+
+    /// How many more positions an account may take.
+    pub fn left(&self, account: u64) -> usize {
+        match self.first {
+            Some(first) if first != account => {
+                let taken = self.taken.get(&account).copied().unwrap_or(0);
+                self.left.min(self.others_left).min(self.each.saturating_sub(taken))
+            }
+            _ => self.left,
+        }
+    }
+
+    /// Takes up to `wanted` positions for an account; returns how many.
+    pub fn take(&mut self, account: u64, wanted: usize) -> usize {
+        let granted = wanted.min(self.left(account));
+        self.left -= granted;
+        if self.first.is_some_and(|first| first != account) {
+            self.others_left -= granted;
+            *self.taken.entry(account).or_default() += granted;
+        }
+        granted
+    }
+
+    /// Positions left in the step.
+    pub fn remaining(&self) -> usize {
+        self.left
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lone_account_takes_the_whole_step() {
+        let mut quota = Quota::new(100, 8, &[(1, 5.0, 500)]);
+        assert_eq!((quota.take(1, 70), quota.take(1, 70), quota.remaining()), (70, 30, 0));
+    }
+
+    #[test]
+    fn a_busy_account_takes_no_more_than_its_part_beside_a_light_one() {
+        let accounts = [(1, 900.0, 64), (2, 3.0, 1)];
+        let mut quota = Quota::new(100, 8, &accounts);
+        assert_eq!((quota.take(1, 64), quota.take(2, 1), quota.take(1, 1)), (8, 1, 0));
+    }
+
+    #[test]
+    fn accounts_that_want_much_do_not_hold_each_other_back() {
+        let accounts = [(1, 1.0, 400), (2, 3.0, 300)];
+        let mut quota = Quota::new(1000, 8, &accounts);
+        assert_eq!((quota.take(2, 300), quota.take(1, 400)), (300, 400));
+    }
+
+    #[test]
+    fn half_of_a_small_step_is_left_for_the_account_with_the_least_service() {
+        let accounts = [(1, 9.0, 64), (2, 3.0, 500), (3, 9.0, 64)];
+        let mut quota = Quota::new(32, 32, &accounts);
+        assert_eq!((quota.take(1, 12), quota.take(3, 64), quota.take(2, 500)), (12, 4, 16));
+    }
+}
