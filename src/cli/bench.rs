@@ -149,13 +149,10 @@ impl Session<'_> {
                 let measured = self.phase(repeat, self.next_run(), std::slice::from_ref(*assigned)).await;
                 figures.extend(measured.iter().map(Figures::of));
             }
-            let at_once = if self.args.in_turn { 1 } else { loads.len() };
-            // In turn they are sent the same texts, to tasks of their own.
-            let run = self.next_run();
-            let mut measured = Vec::with_capacity(loads.len());
-            for loads in loads.chunks(at_once) {
-                measured.extend(self.phase(repeat, run, loads).await);
-            }
+            let measured = match self.args.in_turn {
+                true => self.in_turn(repeat, loads).await,
+                false => self.phase(repeat, self.next_run(), loads).await,
+            };
             for (measured, figures) in measured.iter().zip(&mut figures) {
                 figures.push(Figures::of(measured));
             }
@@ -168,6 +165,25 @@ impl Session<'_> {
             reports.push(LoadReport::new("all loads together", false, all_figures));
         }
         Ok(reports)
+    }
+
+    /// One after another. They are sent the same texts, to tasks of their own, and every other time the last goes first,
+    /// so that a machine that becomes slower favours none.
+    async fn in_turn(&self, repeat: usize, loads: &[Assigned]) -> Vec<Measured> {
+        let run = self.next_run();
+        let backwards = repeat.is_multiple_of(2);
+        let mut order: Vec<_> = loads.iter().collect();
+        if backwards {
+            order.reverse();
+        }
+        let mut measured = Vec::with_capacity(loads.len());
+        for assigned in order {
+            measured.extend(self.phase(repeat, run, std::slice::from_ref(assigned)).await);
+        }
+        if backwards {
+            measured.reverse();
+        }
+        measured
     }
 
     async fn phase(&self, repeat: usize, run: Run<'_>, loads: &[Assigned]) -> Vec<Measured> {
