@@ -59,153 +59,194 @@ pub fn configure() {
 
 /// Bytes of a tile in memory.
 const TILE_BYTES: usize = 1024;
-/// How far ahead weights are asked for, in bytes: the processor by itself looks no further than the
-/// end of a page.
-const AHEAD: usize = 4 * TILE_BYTES;
+/// Lines of a tile.
+const TILE_LINES: usize = 16;
+/// Tiles of each panel that are asked for ahead of their use, when they come from memory.
+const AHEAD: usize = 2;
 
-/// Asks for the lines of the tile that is [`AHEAD`] of the one at register `$b`.
-macro_rules! prefetch_tile {
-    ($b:literal) => {
+/// Asks for some lines from the address in a register on.
+macro_rules! prefetch {
+    (0, $p:literal) => {
+        ""
+    };
+    (2, $p:literal) => {
+        concat!("prefetcht0 [{", $p, "}]\n prefetcht0 [{", $p, "} + 64]")
+    };
+    (4, $p:literal) => {
+        concat!(prefetch!(2, $p), "\n prefetcht0 [{", $p, "} + 128]\n prefetcht0 [{", $p, "} + 192]")
+    };
+    (8, $p:literal) => {
         concat!(
-            "prefetcht0 [{",
-            $b,
-            "} + {d}]\n",
-            "prefetcht0 [{",
-            $b,
-            "} + {d} + 64]\n",
-            "prefetcht0 [{",
-            $b,
-            "} + {d} + 128]\n",
-            "prefetcht0 [{",
-            $b,
-            "} + {d} + 192]\n",
-            "prefetcht0 [{",
-            $b,
-            "} + {d} + 256]\n",
-            "prefetcht0 [{",
-            $b,
-            "} + {d} + 320]\n",
-            "prefetcht0 [{",
-            $b,
-            "} + {d} + 384]\n",
-            "prefetcht0 [{",
-            $b,
-            "} + {d} + 448]\n",
-            "prefetcht0 [{",
-            $b,
-            "} + {d} + 512]\n",
-            "prefetcht0 [{",
-            $b,
-            "} + {d} + 576]\n",
-            "prefetcht0 [{",
-            $b,
-            "} + {d} + 640]\n",
-            "prefetcht0 [{",
-            $b,
-            "} + {d} + 704]\n",
-            "prefetcht0 [{",
-            $b,
-            "} + {d} + 768]\n",
-            "prefetcht0 [{",
-            $b,
-            "} + {d} + 832]\n",
-            "prefetcht0 [{",
-            $b,
-            "} + {d} + 896]\n",
-            "prefetcht0 [{",
-            $b,
-            "} + {d} + 960]",
+            prefetch!(4, $p),
+            "\n prefetcht0 [{",
+            $p,
+            "} + 256]\n prefetcht0 [{",
+            $p,
+            "} + 320]",
+            "\n prefetcht0 [{",
+            $p,
+            "} + 384]\n prefetcht0 [{",
+            $p,
+            "} + 448]"
+        )
+    };
+    (16, $p:literal) => {
+        concat!(
+            prefetch!(8, $p),
+            "\n prefetcht0 [{",
+            $p,
+            "} + 512]\n prefetcht0 [{",
+            $p,
+            "} + 576]",
+            "\n prefetcht0 [{",
+            $p,
+            "} + 640]\n prefetcht0 [{",
+            $p,
+            "} + 704]",
+            "\n prefetcht0 [{",
+            $p,
+            "} + 768]\n prefetcht0 [{",
+            $p,
+            "} + 832]",
+            "\n prefetcht0 [{",
+            $p,
+            "} + 896]\n prefetcht0 [{",
+            $p,
+            "} + 960]"
         )
     };
 }
 
-/// The loop of [`block_2x2`], with what is to be done for each tile of `b0` and `b1` besides.
-macro_rules! loop_2x2 {
-    ($a0:ident, $a1:ident, $b0:ident, $b1:ident, $tiles:ident, $out:ident, $for_b0:expr, $for_b1:expr) => {
-        asm!(
-            "tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3",
-            "test {n}, {n}", "jz 3f",
-            "2:",
-            "tileloadd tmm6, [{b0} + {s}]",
-            "tileloadd tmm4, [{a0} + {s}]",
-            $for_b0,
-            "tdpbf16ps tmm0, tmm4, tmm6",
-            "tileloadd tmm5, [{a1} + {s}]",
-            "tdpbf16ps tmm2, tmm5, tmm6",
-            "tileloadd tmm7, [{b1} + {s}]",
-            $for_b1,
-            "tdpbf16ps tmm1, tmm4, tmm7",
-            "tdpbf16ps tmm3, tmm5, tmm7",
-            "add {a0}, {t}", "add {a1}, {t}", "add {b0}, {t}", "add {b1}, {t}",
-            "dec {n}", "jnz 2b",
-            "3:",
-            "tilestored [{o} + {w}], tmm0",
-            "tilestored [{o} + {w} + 64], tmm1",
-            "tilestored [{o} + {w} + 2048], tmm2",
-            "tilestored [{o} + {w} + 2112], tmm3",
-            "/* {d} */",
-            a0 = inout(reg) $a0 => _, a1 = inout(reg) $a1 => _,
-            b0 = inout(reg) $b0 => _, b1 = inout(reg) $b1 => _,
-            n = inout(reg) $tiles => _,
-            s = in(reg) 64usize, t = const TILE_BYTES, d = const AHEAD, w = in(reg) 128usize, o = in(reg) $out,
-            options(nostack),
-        )
-    };
+/// Adds `n` tiles of two rows of A by two panels of B to the sums in tiles 0 to 3, and asks for so
+/// many lines of what comes next each time.
+macro_rules! add_2x2 {
+    ($lines:tt, $n:expr, $a:expr, $b:expr, $ahead:expr) => {{
+        let (n, a, b, ahead) = ($n, $a, $b, $ahead);
+        if n > 0 {
+            asm!(
+                "2:",
+                "tileloadd tmm6, [{b0} + {s}]",
+                "tileloadd tmm4, [{a0} + {s}]",
+                prefetch!($lines, "p0"),
+                "tdpbf16ps tmm0, tmm4, tmm6",
+                "tileloadd tmm5, [{a1} + {s}]",
+                "tdpbf16ps tmm2, tmm5, tmm6",
+                "tileloadd tmm7, [{b1} + {s}]",
+                prefetch!($lines, "p1"),
+                "tdpbf16ps tmm1, tmm4, tmm7",
+                "tdpbf16ps tmm3, tmm5, tmm7",
+                "add {a0}, {t}", "add {a1}, {t}", "add {b0}, {t}", "add {b1}, {t}", "add {p0}, {l}", "add {p1}, {l}",
+                "dec {n}", "jnz 2b",
+                a0 = inout(reg) a[0] => _, a1 = inout(reg) a[1] => _,
+                b0 = inout(reg) b[0] => _, b1 = inout(reg) b[1] => _,
+                p0 = inout(reg) ahead[0] => _, p1 = inout(reg) ahead[1] => _,
+                n = inout(reg) n => _, s = in(reg) 64usize, t = const TILE_BYTES, l = const $lines * 64,
+                options(nostack),
+            );
+        }
+    }};
 }
 
-/// `out` `[32][32]` = A (two row tiles) by B (two panels): `a0`, `a1`, `b0`, `b1` are each `tiles` tiles
-/// one after another. `cold` says that B comes from memory.
+/// As [`add_2x2`], for one row tile and the sums in tiles 0 and 1.
+macro_rules! add_1x2 {
+    ($lines:tt, $n:expr, $a:expr, $b:expr, $ahead:expr) => {{
+        let (n, a, b, ahead) = ($n, $a, $b, $ahead);
+        if n > 0 {
+            asm!(
+                "2:",
+                "tileloadd tmm4, [{a0} + {s}]",
+                "tileloadd tmm6, [{b0} + {s}]",
+                prefetch!($lines, "p0"),
+                "tdpbf16ps tmm0, tmm4, tmm6",
+                "tileloadd tmm7, [{b1} + {s}]",
+                prefetch!($lines, "p1"),
+                "tdpbf16ps tmm1, tmm4, tmm7",
+                "add {a0}, {t}", "add {b0}, {t}", "add {b1}, {t}", "add {p0}, {l}", "add {p1}, {l}",
+                "dec {n}", "jnz 2b",
+                a0 = inout(reg) a => _,
+                b0 = inout(reg) b[0] => _, b1 = inout(reg) b[1] => _,
+                p0 = inout(reg) ahead[0] => _, p1 = inout(reg) ahead[1] => _,
+                n = inout(reg) n => _, s = in(reg) 64usize, t = const TILE_BYTES, l = const $lines * 64,
+                options(nostack),
+            );
+        }
+    }};
+}
+
+/// What is asked of memory beside a block's own work.
+#[derive(Debug, Clone, Copy)]
+pub enum Ahead {
+    /// The block's own panels, which come from memory, and the beginnings of these, which are next.
+    Near([*const u32; 2]),
+    /// The panels that are next, in so many parts, of which this block asks for one.
+    Far { next: [*const u32; 2], part: usize, parts: usize },
+}
+
+/// `bytes` further.
+fn further(p: [*const u32; 2], bytes: usize) -> [*const u32; 2] {
+    p.map(|p| p.wrapping_byte_add(bytes))
+}
+
+/// `out` `[32][32]` = A (two row tiles) by B (two panels): all four are `tiles` tiles, one after
+/// another.
 ///
 /// # Safety
 /// The thread is [`configure`]d; the pointers are valid for that many tiles, and `out` for 1024
 /// values.
-pub unsafe fn block_2x2(
-    a0: *const u32,
-    a1: *const u32,
-    b0: *const u32,
-    b1: *const u32,
-    tiles: usize,
-    out: *mut f32,
-    cold: bool,
-) {
-    // SAFETY: all that is read and written lies where the caller says (a prefetch is no access). The
-    // loop ends with `tiles` at zero, and is not entered with it.
+pub unsafe fn block_2x2(a: [*const u32; 2], b: [*const u32; 2], tiles: usize, out: *mut f32, ahead: Ahead) {
+    // SAFETY: all that is read and written lies where the caller says; a prefetch is no access. The
+    // loops end with their count at zero, and are not entered with it.
     unsafe {
-        if cold {
-            loop_2x2!(a0, a1, b0, b1, tiles, out, prefetch_tile!("b0"), prefetch_tile!("b1"));
-        } else {
-            loop_2x2!(a0, a1, b0, b1, tiles, out, "", "");
+        asm!("tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3", options(nostack, preserves_flags));
+        match ahead {
+            Ahead::Near(next) => {
+                let last = AHEAD.min(tiles);
+                let first = tiles - last;
+                add_2x2!(16, first, a, b, further(b, last * TILE_BYTES));
+                let (a, b) = (further(a, first * TILE_BYTES), further(b, first * TILE_BYTES));
+                add_2x2!(16, last, a, b, next);
+            }
+            Ahead::Far { next, part, parts } => {
+                let lines = TILE_LINES.div_ceil(parts).next_power_of_two();
+                match lines {
+                    _ if part * lines >= TILE_LINES => add_2x2!(0, tiles, a, b, next),
+                    1 | 2 => add_2x2!(2, tiles, a, b, further(next, part * tiles * 2 * 64)),
+                    4 => add_2x2!(4, tiles, a, b, further(next, part * tiles * 4 * 64)),
+                    8 => add_2x2!(8, tiles, a, b, further(next, part * tiles * 8 * 64)),
+                    _ => add_2x2!(16, tiles, a, b, next),
+                }
+            }
         }
+        asm!(
+            "tilestored [{o} + {w}], tmm0",
+            "tilestored [{o} + {w} + 64], tmm1",
+            "tilestored [{o} + {w} + 2048], tmm2",
+            "tilestored [{o} + {w} + 2112], tmm3",
+            w = in(reg) 128usize, o = in(reg) out,
+            options(nostack, preserves_flags),
+        );
     }
 }
 
-/// The first 16 rows of `out` `[32][32]` = A (one row tile) by B (two panels).
+/// The first 16 rows of `out` `[32][32]` = A (one row tile) by B (two panels); `next` is what comes from
+/// memory after B.
 ///
 /// # Safety
 /// As [`block_2x2`].
-pub unsafe fn block_1x2(a0: *const u32, b0: *const u32, b1: *const u32, tiles: usize, out: *mut f32) {
+pub unsafe fn block_1x2(a: *const u32, b: [*const u32; 2], tiles: usize, out: *mut f32, next: [*const u32; 2]) {
     // SAFETY: as `block_2x2`.
     unsafe {
+        asm!("tilezero tmm0", "tilezero tmm1", options(nostack, preserves_flags));
+        let last = AHEAD.min(tiles);
+        let first = tiles - last;
+        add_1x2!(16, first, a, b, further(b, last * TILE_BYTES));
+        let (a, b) = (a.wrapping_byte_add(first * TILE_BYTES), further(b, first * TILE_BYTES));
+        add_1x2!(16, last, a, b, next);
         asm!(
-            "tilezero tmm0", "tilezero tmm1",
-            "test {n}, {n}", "jz 3f",
-            "2:",
-            "tileloadd tmm4, [{a0} + {s}]",
-            "tileloadd tmm6, [{b0} + {s}]",
-            prefetch_tile!("b0"),
-            "tdpbf16ps tmm0, tmm4, tmm6",
-            "tileloadd tmm7, [{b1} + {s}]",
-            prefetch_tile!("b1"),
-            "tdpbf16ps tmm1, tmm4, tmm7",
-            "add {a0}, {t}", "add {b0}, {t}", "add {b1}, {t}",
-            "dec {n}", "jnz 2b",
-            "3:",
             "tilestored [{o} + {w}], tmm0",
             "tilestored [{o} + {w} + 64], tmm1",
-            a0 = inout(reg) a0 => _, b0 = inout(reg) b0 => _, b1 = inout(reg) b1 => _,
-            n = inout(reg) tiles => _,
-            s = in(reg) 64usize, t = const TILE_BYTES, d = const AHEAD, w = in(reg) 128usize, o = in(reg) out,
-            options(nostack),
+            w = in(reg) 128usize, o = in(reg) out,
+            options(nostack, preserves_flags),
         );
     }
 }

@@ -9,7 +9,7 @@ use std::cell::Cell;
 #[cfg(target_arch = "x86_64")]
 use super::amx;
 use super::{
-    Isa, Precision, dispatch,
+    Buffer, Isa, Precision, dispatch,
     pool::Pool,
     simd::{LANES, Simd},
     tensors::written,
@@ -204,23 +204,26 @@ unsafe fn write<S: Simd>(step: &Step, index: usize, head: usize) {
 }
 
 /// A thread's memory for one tile; it grows with the longest sequence seen.
-#[derive(Default)]
 struct Scratch {
     /// f32 `[16][dim]`, or bf16 `[dim / 32][16][16 pairs]`.
-    queries: Vec<u32>,
+    queries: Buffer<u32>,
     /// `[blocks][16][32]`: scores, then weights.
-    scores: Vec<f32>,
+    scores: Buffer<f32>,
     /// `[blocks][16][16]` pairs of weights in bf16.
-    weights: Vec<u32>,
+    weights: Buffer<u32>,
     /// `[16][dim]`
-    sums: Vec<f32>,
+    sums: Buffer<f32>,
 }
 
-fn room<T: Copy + Default>(memory: &mut Vec<T>, len: usize) -> *mut T {
-    if memory.len() < len {
-        memory.resize(len, T::default());
+impl Scratch {
+    const fn new() -> Self {
+        Self { queries: Buffer::empty(), scores: Buffer::empty(), weights: Buffer::empty(), sums: Buffer::empty() }
     }
-    memory.as_mut_ptr()
+}
+
+fn room<T: bytemuck::Pod>(memory: &mut Buffer<T>, len: usize) -> *mut T {
+    memory.make_room(len);
+    memory.as_mut_slice().as_mut_ptr()
 }
 
 /// 16 queries of one key head. Query `i` of a segment is head `i % groups` of row `i / groups`.
@@ -229,9 +232,9 @@ fn room<T: Copy + Default>(memory: &mut Vec<T>, len: usize) -> *mut T {
 /// The step's pointers are valid for its shapes, and no other thread has this tile.
 #[inline(always)]
 unsafe fn attend_tile<S: Simd>(step: &Step, index: usize, head: usize, tile: usize) {
-    thread_local!(static SCRATCH: Cell<Scratch> = Cell::default());
+    thread_local!(static SCRATCH: Cell<Scratch> = const { Cell::new(Scratch::new()) });
     // Taken out and put back: a closure would be compiled without the instructions of `S`.
-    let mut scratch = SCRATCH.take();
+    let mut scratch = SCRATCH.replace(Scratch::new());
     let segment = &step.segments[index];
     let first = tile * TILE_ROWS;
     let count = (segment.rows * step.groups - first).min(TILE_ROWS);
@@ -438,6 +441,9 @@ unsafe fn softmax<S: Simd>(scores: *mut f32, n: usize, blocks: usize, head_dim: 
     }
 }
 
+#[repr(align(64))]
+struct Tile([f32; TILE_ROWS * 64]);
+
 /// The values of all blocks, weighted: `sums` `[16][dim]`.
 ///
 /// # Safety
@@ -456,7 +462,8 @@ unsafe fn weigh_values<S: Simd>(
 ) {
     #[cfg(target_arch = "x86_64")]
     if step.isa == Isa::Amx && step.precision == Precision::Bf16 {
-        let mut tile = [0f32; TILE_ROWS * 64];
+        let mut tile = Tile([0f32; TILE_ROWS * 64]);
+        let tile = &mut tile.0;
         for d in (0..step.dim).step_by(64) {
             // SAFETY: as the caller says; 64 or, at the end, 32 dimensions are left.
             unsafe {

@@ -8,7 +8,7 @@ use std::{cell::RefCell, ops::Range};
 #[cfg(target_arch = "x86_64")]
 use super::amx;
 use super::{
-    Isa, dispatch,
+    Buffer, Isa, dispatch,
     packed::{Data, PANEL, PackedMatrix, Precision, TILE, TILE_K},
     pool::Pool,
     simd::{LANES, Simd},
@@ -178,7 +178,7 @@ fn run(
     if rows == 0 {
         return;
     }
-    thread_local!(static TILES: RefCell<Vec<u32>> = const { RefCell::new(Vec::new()) });
+    thread_local!(static TILES: RefCell<Buffer<u32>> = const { RefCell::new(Buffer::empty()) });
     TILES.with_borrow_mut(|tiles| {
         let left = match precision {
             Precision::F32 => Left::F32(x.as_ptr()),
@@ -192,7 +192,7 @@ fn run(
         let row_tasks = blocks.div_ceil(blocks_per_task);
         let blocks_per_task = blocks.div_ceil(row_tasks);
         // Small enough that the threads end together, large enough that handing out costs nothing.
-        let units_per_task = units.div_ceil(pool.threads() * 8).max(1);
+        let units_per_task = units.div_ceil(pool.threads() * if blocks > 1 { 4 } else { 8 }).max(1);
         let unit_tasks = units.div_ceil(units_per_task);
         pool.run(row_tasks * unit_tasks, &|task| {
             let (row_task, unit_task) = (task / unit_tasks, task % unit_tasks);
@@ -209,16 +209,14 @@ fn run(
 }
 
 /// Rounds `x` to bf16 and lays it out in tiles; rows and columns that are missing of a tile are zero.
-fn pack_left(isa: Isa, pool: &Pool, x: &[f32], rows: usize, k: usize, tiles: &mut Vec<u32>) -> *const u32 {
+fn pack_left(isa: Isa, pool: &Pool, x: &[f32], rows: usize, k: usize, tiles: &mut Buffer<u32>) -> *const u32 {
     let row_tiles = rows.div_ceil(BLOCK_ROWS) * (BLOCK_ROWS / TILE_ROWS);
     let size = k.div_ceil(TILE_K) * TILE;
-    if tiles.len() < row_tiles * size {
-        tiles.resize(row_tiles * size, 0);
-    }
+    tiles.make_room(row_tiles * size);
     struct Out(*mut u32);
     // SAFETY: each task writes its own tiles.
     unsafe impl Sync for Out {}
-    let out = Out(tiles.as_mut_ptr());
+    let out = Out(tiles.as_mut_slice().as_mut_ptr());
     // A decode step's few rows are not worth handing out.
     let per_task = if rows <= 2 * BLOCK_ROWS { row_tiles } else { 4 };
     pool.run(row_tiles.div_ceil(per_task), &|task| {
@@ -232,7 +230,7 @@ fn pack_left(isa: Isa, pool: &Pool, x: &[f32], rows: usize, k: usize, tiles: &mu
             dispatch!(isa, pack_tile(from: &[f32], k: usize, to: *mut u32));
         }
     });
-    tiles.as_ptr()
+    tiles.as_slice().as_ptr()
 }
 
 /// # Safety
@@ -265,6 +263,18 @@ unsafe fn pack_tile<S: Simd>(from: &[f32], k: usize, to: *mut u32) {
     }
 }
 
+/// What a block may ask of memory while it computes.
+#[derive(Clone, Copy)]
+struct Ahead {
+    /// The next unit's panels.
+    next: [*const u32; 2],
+    /// Which of how many blocks of this unit it is.
+    part: usize,
+    parts: usize,
+    /// Nobody has asked for this unit's own panels.
+    cold: bool,
+}
+
 #[repr(align(64))]
 struct Sums([f32; BLOCK_ROWS * BLOCK_COLUMNS]);
 
@@ -276,14 +286,18 @@ struct Sums([f32; BLOCK_ROWS * BLOCK_COLUMNS]);
 unsafe fn work<S: Simd>(job: &Job, units: Range<usize>, blocks: Range<usize>) {
     let mut sums = Sums([0.0; BLOCK_ROWS * BLOCK_COLUMNS]);
     let sums = sums.0.as_mut_ptr();
-    let mut passed = 0;
+    let (mut passed, mut cold) = (0, true);
     for target in job.targets {
         let own = units.start.max(passed) - passed..units.end.min(passed + target.units).max(passed) - passed;
         passed += target.units;
         for unit in own {
-            let b0 = target.panels[0].get(unit, target.step);
-            let b1 = target.panels[1].get(unit, target.step);
+            let [b0, b1] = target.panels.map(|p| p.get(unit, target.step));
+            // Past the last unit this is the last one again, which costs nothing.
+            let next = target.panels.map(|p| p.get((unit + 1).min(target.units - 1), target.step));
             for block in blocks.clone() {
+                let part = block - blocks.start;
+                let ahead = Ahead { next, part, parts: blocks.len(), cold };
+                cold = false;
                 let first = block * BLOCK_ROWS;
                 let rows = (job.rows - first).min(BLOCK_ROWS);
                 // SAFETY: the block's rows and the panels are within the job's shapes.
@@ -295,7 +309,7 @@ unsafe fn work<S: Simd>(job: &Job, units: Range<usize>, blocks: Range<usize>) {
                         Left::Bf16(tiles) => {
                             let k_tiles = job.k.div_ceil(TILE_K);
                             let a = tiles.add(first / TILE_ROWS * k_tiles * TILE);
-                            block_bf16::<S>(job.isa, a, rows, k_tiles, [b0, b1], sums, block == blocks.start);
+                            block_bf16::<S>(job.isa, a, rows, k_tiles, [b0, b1], sums, ahead);
                         }
                     }
                     match job.finish {
@@ -368,21 +382,28 @@ unsafe fn block_bf16<S: Simd>(
     tiles: usize,
     [b0, b1]: [*const u32; 2],
     sums: *mut f32,
-    cold: bool,
+    ahead: Ahead,
 ) {
     #[cfg(target_arch = "x86_64")]
     if isa == Isa::Amx {
         amx::configure();
         // SAFETY: as the caller says.
         unsafe {
+            let Ahead { next, part, parts, cold } = ahead;
             match rows > TILE_ROWS {
-                true => amx::block_2x2(a, a.add(tiles * TILE), b0, b1, tiles, sums, cold),
-                false => amx::block_1x2(a, b0, b1, tiles, sums),
+                true if cold || parts == 1 => {
+                    amx::block_2x2([a, a.add(tiles * TILE)], [b0, b1], tiles, sums, amx::Ahead::Near(next));
+                }
+                true => {
+                    let ahead = amx::Ahead::Far { next, part, parts };
+                    amx::block_2x2([a, a.add(tiles * TILE)], [b0, b1], tiles, sums, ahead);
+                }
+                false => amx::block_1x2(a, [b0, b1], tiles, sums, next),
             }
         }
         return;
     }
-    let _ = (isa, cold);
+    let _ = (isa, ahead);
     let mut row = 0;
     // SAFETY: rows of one call lie in one row tile, as their number divides 16.
     unsafe {
