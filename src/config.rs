@@ -40,6 +40,11 @@ pub struct ServeArgs {
     #[arg(long, value_name = "DIR|HUB_ID", env = "SOFTSERVE_MODEL")]
     pub model: Option<String>,
 
+    /// Random weights in place of a model, to measure speed: a config.json, or one of the shapes
+    /// smollm2-135m and qwen2.5-0.5b
+    #[arg(long, value_name = "CONFIG", env = "SOFTSERVE_RANDOM_WEIGHTS")]
+    pub random_weights: Option<String>,
+
     /// The folder that keeps the tasks' learned prompts; made if it is not there [default: a
     /// folder for this model in your data directory]
     #[arg(long, value_name = "DIR", env = "SOFTSERVE_PROMPTS")]
@@ -237,6 +242,8 @@ pub enum ModelSource {
         id: String,
         revision: Option<String>,
     },
+    /// Random weights: a preset's name or the path of a `config.json`.
+    Random(String),
 }
 
 /// Where the model runs.
@@ -325,7 +332,7 @@ impl ServeArgs {
         };
         let kv_cache = args.kv_cache.map_or_else(default_kv_cache, |b| b.0);
         Ok(Config {
-            model: args.model.as_deref().map_or(ModelSource::Demo, ModelSource::parse),
+            model: ModelSource::chosen(args.model.as_deref(), args.random_weights.as_deref())?,
             prompts: args.prompts,
             listen,
             device: args.device.unwrap_or_default(),
@@ -411,6 +418,20 @@ fn default_kv_cache() -> u64 {
 }
 
 impl ModelSource {
+    /// The one of two options that was given; the demo model if none was.
+    pub fn chosen(model: Option<&str>, random_weights: Option<&str>) -> Result<Self, ConfigError> {
+        match (model, random_weights) {
+            (None, None) => Ok(Self::Demo),
+            (Some(model), None) => Ok(Self::parse(model)),
+            (None, Some(shape)) => Ok(Self::Random(shape.to_owned())),
+            (Some(model), Some(shape)) => {
+                let reason =
+                    format!("found {shape:?} beside --model {model:?}, expected one of the two: leave one out");
+                Err(ConfigError::Option { option: "random-weights", reason })
+            }
+        }
+    }
+
     /// A folder if there is one of that name, else a hub id if it looks like one.
     pub fn parse(text: &str) -> Self {
         let path = Path::new(text);

@@ -13,6 +13,7 @@
 //! - [`cli`], [`config`], [`telemetry`]: what the user typed and sees
 #![deny(unsafe_code)]
 
+pub mod bench;
 pub mod cli;
 pub mod config;
 pub mod demo;

@@ -1,5 +1,6 @@
 //! What the user typed: one file a sub-command.
 
+mod bench;
 pub mod client;
 mod eval;
 mod health;
@@ -38,6 +39,7 @@ enum Command {
     Tune(Box<tune::TuneArgs>),
     Eval(eval::EvalArgs),
     Push(push::PushArgs),
+    Bench(Box<bench::BenchArgs>),
     Health(health::HealthArgs),
     /// Print the OpenAPI specification that the server serves at /openapi.json
     Openapi,
@@ -52,6 +54,7 @@ pub fn run() -> ExitCode {
         Cli { command: Some(Command::Tune(args)), .. } => tune::run(&args, &mut std::io::stdout()),
         Cli { command: Some(Command::Eval(args)), .. } => eval::run(&args, &mut std::io::stdout()),
         Cli { command: Some(Command::Push(args)), .. } => push::run(&args),
+        Cli { command: Some(Command::Bench(args)), .. } => bench::run(&args),
         Cli { command: Some(Command::Health(args)), .. } => health::run(&args),
         Cli { command: Some(Command::Openapi), .. } => openapi::run(),
     };

@@ -4,7 +4,7 @@ use clap::Args;
 
 use super::model_source;
 use crate::{
-    config::{DeviceChoice, DtypeChoice, ModelSource},
+    config::{ConfigError, DeviceChoice, DtypeChoice, ModelSource},
     model::Model,
     text::Text,
 };
@@ -17,6 +17,11 @@ pub struct ModelArgs {
     #[arg(long, value_name = "DIR|HUB_ID", env = "SOFTSERVE_MODEL")]
     pub model: Option<String>,
 
+    /// Random weights in place of a model, to measure speed: a config.json, or one of the shapes
+    /// smollm2-135m and qwen2.5-0.5b
+    #[arg(long, value_name = "CONFIG", env = "SOFTSERVE_RANDOM_WEIGHTS")]
+    pub random_weights: Option<String>,
+
     /// Where the model runs: auto, cpu, cuda or cuda:N [default: auto]
     #[arg(long, env = "SOFTSERVE_DEVICE")]
     pub device: Option<DeviceChoice>,
@@ -27,10 +32,14 @@ pub struct ModelArgs {
 }
 
 impl ModelArgs {
+    /// Which model was asked for.
+    pub fn source(&self) -> Result<ModelSource, ConfigError> {
+        ModelSource::chosen(self.model.as_deref(), self.random_weights.as_deref())
+    }
+
     /// Reads the model and its tokenizer.
     pub fn load(&self) -> anyhow::Result<(Model, Text)> {
-        let source = self.model.as_deref().map_or(ModelSource::Demo, ModelSource::parse);
-        let files = model_source::files(&source)?;
+        let files = model_source::files(&self.source()?)?;
         let device = model_source::device(self.device.unwrap_or_default())?;
         let text = Text::load(&files)?;
         let model = Model::load(&files, &device, model_source::dtype(self.dtype.unwrap_or_default()))?;

@@ -5,7 +5,7 @@ use candle_core::{DType, Device};
 use crate::{
     config::{DeviceChoice, DtypeChoice, ModelSource},
     demo,
-    model::{ModelError, ModelFiles},
+    model::{ModelError, ModelFiles, random::RandomModel},
 };
 
 /// Why there is no model to run.
@@ -32,6 +32,7 @@ pub fn files(source: &ModelSource) -> Result<ModelFiles, SourceError> {
         ModelSource::Demo => Ok(demo::model()),
         ModelSource::Dir(path) => Ok(ModelFiles::dir(path)?),
         ModelSource::Hub { id, revision } => hub(id, revision.as_deref()),
+        ModelSource::Random(shape) => Ok(ModelFiles::random(RandomModel::open(shape)?)),
     }
 }
 

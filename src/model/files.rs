@@ -1,15 +1,16 @@
-//! Where a model's files are: a Hugging Face directory, or bytes in the binary.
+//! Where a model's files are: a Hugging Face directory, bytes in the binary, or made at random.
 
 use std::{
     borrow::Cow,
     collections::BTreeSet,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use serde::Deserialize;
 use sha2::{Digest as _, Sha256};
 
-use super::config::ModelConfig;
+use super::{config::ModelConfig, random::RandomModel};
 
 /// The files of one model. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -22,6 +23,7 @@ pub struct ModelFiles {
 enum Source {
     Dir(PathBuf),
     Embedded(&'static include_dir::Dir<'static>),
+    Random(Arc<RandomModel>),
 }
 
 /// Why a model cannot be loaded.
@@ -63,6 +65,11 @@ impl ModelFiles {
         Self { name: name.to_owned(), source: Source::Embedded(dir) }
     }
 
+    /// A model whose weights are made when they are read.
+    pub fn random(model: RandomModel) -> Self {
+        Self { name: model.name().to_owned(), source: Source::Random(Arc::new(model)) }
+    }
+
     /// The same files under another name, such as the hub id they were fetched by.
     pub fn named(mut self, name: &str) -> Self {
         name.clone_into(&mut self.name);
@@ -79,6 +86,7 @@ impl ModelFiles {
         match &self.source {
             Source::Dir(path) => path.display().to_string(),
             Source::Embedded(_) => "embedded in the binary".to_owned(),
+            Source::Random(_) => "random weights".to_owned(),
         }
     }
 
@@ -92,6 +100,10 @@ impl ModelFiles {
                 .get_file(file)
                 .map(|f| Cow::Borrowed(f.contents()))
                 .ok_or_else(|| self.file_error(file, "it is not part of the binary".to_owned())),
+            Source::Random(model) => match model.read(file) {
+                Some(made) => made.map(Cow::Owned).map_err(|e| self.file_error(file, e.to_string())),
+                None => Err(self.file_error(file, "a random model has none".to_owned())),
+            },
         }
     }
 
@@ -99,6 +111,7 @@ impl ModelFiles {
         match &self.source {
             Source::Dir(dir) => dir.join(file).is_file(),
             Source::Embedded(dir) => dir.get_file(file).is_some(),
+            Source::Random(_) => RandomModel::has(file),
         }
     }
 
@@ -154,7 +167,12 @@ impl ModelFiles {
     /// The first 16 hex digits of a SHA-256 over every weights file's header (names, shapes,
     /// dtypes) and 64 windows of 64 KiB spread evenly over its data. A fine-tune changes nearly
     /// every weight, so samples tell models apart without reading all of a large one.
+    ///
+    /// Random weights are told apart by what they are made from.
     pub fn fingerprint(&self) -> Result<String, ModelError> {
+        if let Source::Random(model) = &self.source {
+            return Ok(model.fingerprint());
+        }
         let mut hash = Sha256::new();
         for file in self.weight_files()? {
             let bytes = WeightBytes::open(self, &file)?;
@@ -182,7 +200,7 @@ impl ModelFiles {
 /// Random access to one weights file.
 enum WeightBytes {
     File(std::fs::File, u64),
-    Static(&'static [u8]),
+    Memory(Cow<'static, [u8]>),
 }
 
 impl WeightBytes {
@@ -191,17 +209,14 @@ impl WeightBytes {
             Source::Dir(dir) => std::fs::File::open(dir.join(file))
                 .and_then(|f| f.metadata().map(|m| Self::File(f, m.len())))
                 .map_err(|e| files.file_error(file, e.to_string())),
-            Source::Embedded(dir) => dir
-                .get_file(file)
-                .map(|f| Self::Static(f.contents()))
-                .ok_or_else(|| files.file_error(file, "it is not part of the binary".to_owned())),
+            Source::Embedded(_) | Source::Random(_) => files.read(file).map(Self::Memory),
         }
     }
 
     fn len(&self) -> u64 {
         match self {
             Self::File(_, len) => *len,
-            Self::Static(bytes) => bytes.len() as u64,
+            Self::Memory(bytes) => bytes.len() as u64,
         }
     }
 
@@ -215,7 +230,7 @@ impl WeightBytes {
                 file.read_exact(&mut out)?;
                 Ok(out)
             }
-            Self::Static(bytes) => bytes
+            Self::Memory(bytes) => bytes
                 .get(offset as usize..offset as usize + n)
                 .map(<[u8]>::to_vec)
                 .ok_or_else(|| Error::from(ErrorKind::UnexpectedEof)),

@@ -6,6 +6,7 @@ pub mod files;
 #[cfg(feature = "hub")]
 pub mod hub;
 pub mod linear;
+pub mod random;
 pub mod weights;
 
 use candle_core::{DType, Device, Result, Tensor};

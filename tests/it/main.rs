@@ -1,6 +1,7 @@
 //! Everything that is tested from outside, in one crate so that it links once.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+mod bench;
 mod demo;
 mod engine;
 mod fixtures;
@@ -14,6 +15,7 @@ mod peft;
 mod problems;
 mod process;
 mod sharing;
+mod soak;
 mod support;
 mod tidy;
 mod tiny_model;

@@ -80,6 +80,13 @@ impl Process {
         read(agent().post(self.at(&format!("/v1/tasks/{task}/generate"))).send_json(body))
     }
 
+    /// The memory it holds, in bytes, where the system tells.
+    pub fn resident_bytes(&self) -> Option<u64> {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).ok()?;
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+        line.trim().trim_end_matches(" kB").parse::<u64>().ok().map(|kib| kib * 1024)
+    }
+
     pub fn signal(&self, name: &str) {
         let status = Command::new("kill").arg(format!("-{name}")).arg(self.child.id().to_string()).status().unwrap();
         assert!(status.success());
@@ -243,6 +250,8 @@ fn what_cannot_work_ends_with_one_line_that_says_why() {
         (vec!["--api-key", "short"], 2, vec!["--api-key", "5 bytes"]),
         (vec!["--device", "cuda"], 1, vec!["--device", "cpu"]),
         (vec!["--log-level", "a=b=c"], 1, vec!["--log-level"]),
+        (vec!["--random-weights", "gpt-9"], 1, vec!["gpt-9", "config.json", "smollm2-135m"]),
+        (vec!["--random-weights", "a.json", "--model", "b"], 2, vec!["--random-weights", "--model", "leave one out"]),
     ] {
         let mut command = softserve(home.path());
         command.arg("serve").args(&arguments);

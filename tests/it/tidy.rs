@@ -7,7 +7,7 @@ use std::{
 };
 
 /// Each module, and the modules of this crate it may name.
-const ARROWS: [(&str, &[&str]); 12] = [
+const ARROWS: [(&str, &[&str]); 13] = [
     // Only for the facts of the model that a prompt must fit.
     ("prompt", &["model"]),
     ("kernels", &[]),
@@ -17,13 +17,28 @@ const ARROWS: [(&str, &[&str]); 12] = [
     ("registry", &["prompt"]),
     ("demo", &["model"]),
     ("tune", &["prompt", "text", "model", "kernels"]),
+    // It measures from outside.
+    ("bench", &[]),
     ("telemetry", &["config"]),
     ("config", &["model"]),
     ("http", &["config", "engine", "model", "prompt", "registry", "telemetry", "text"]),
     // The command line puts everything together.
     (
         "cli",
-        &["config", "demo", "engine", "http", "model", "prompt", "registry", "telemetry", "text", "tune", "kernels"],
+        &[
+            "bench",
+            "config",
+            "demo",
+            "engine",
+            "http",
+            "model",
+            "prompt",
+            "registry",
+            "telemetry",
+            "text",
+            "tune",
+            "kernels",
+        ],
     ),
 ];
 

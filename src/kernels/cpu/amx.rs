@@ -59,27 +59,81 @@ pub fn configure() {
 
 /// Bytes of a tile in memory.
 const TILE_BYTES: usize = 1024;
+/// How far ahead weights are asked for, in bytes: the processor by itself looks no further than the
+/// end of a page.
+const AHEAD: usize = 4 * TILE_BYTES;
 
-/// `out` `[32][32]` = A (two row tiles) by B (two panels): `a0`, `a1`, `b0`, `b1` are each `tiles` tiles
-/// one after another.
-///
-/// # Safety
-/// The thread is [`configure`]d; the pointers are valid for that many tiles, and `out` for 1024
-/// values.
-pub unsafe fn block_2x2(a0: *const u32, a1: *const u32, b0: *const u32, b1: *const u32, tiles: usize, out: *mut f32) {
-    // SAFETY: all that is read and written lies where the caller says. The loop ends with `tiles`
-    // at zero, and is not entered with it.
-    unsafe {
+/// Asks for the lines of the tile that is [`AHEAD`] of the one at register `$b`.
+macro_rules! prefetch_tile {
+    ($b:literal) => {
+        concat!(
+            "prefetcht0 [{",
+            $b,
+            "} + {d}]\n",
+            "prefetcht0 [{",
+            $b,
+            "} + {d} + 64]\n",
+            "prefetcht0 [{",
+            $b,
+            "} + {d} + 128]\n",
+            "prefetcht0 [{",
+            $b,
+            "} + {d} + 192]\n",
+            "prefetcht0 [{",
+            $b,
+            "} + {d} + 256]\n",
+            "prefetcht0 [{",
+            $b,
+            "} + {d} + 320]\n",
+            "prefetcht0 [{",
+            $b,
+            "} + {d} + 384]\n",
+            "prefetcht0 [{",
+            $b,
+            "} + {d} + 448]\n",
+            "prefetcht0 [{",
+            $b,
+            "} + {d} + 512]\n",
+            "prefetcht0 [{",
+            $b,
+            "} + {d} + 576]\n",
+            "prefetcht0 [{",
+            $b,
+            "} + {d} + 640]\n",
+            "prefetcht0 [{",
+            $b,
+            "} + {d} + 704]\n",
+            "prefetcht0 [{",
+            $b,
+            "} + {d} + 768]\n",
+            "prefetcht0 [{",
+            $b,
+            "} + {d} + 832]\n",
+            "prefetcht0 [{",
+            $b,
+            "} + {d} + 896]\n",
+            "prefetcht0 [{",
+            $b,
+            "} + {d} + 960]",
+        )
+    };
+}
+
+/// The loop of [`block_2x2`], with what is to be done for each tile of `b0` and `b1` besides.
+macro_rules! loop_2x2 {
+    ($a0:ident, $a1:ident, $b0:ident, $b1:ident, $tiles:ident, $out:ident, $for_b0:expr, $for_b1:expr) => {
         asm!(
             "tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3",
             "test {n}, {n}", "jz 3f",
             "2:",
             "tileloadd tmm6, [{b0} + {s}]",
             "tileloadd tmm4, [{a0} + {s}]",
+            $for_b0,
             "tdpbf16ps tmm0, tmm4, tmm6",
             "tileloadd tmm5, [{a1} + {s}]",
             "tdpbf16ps tmm2, tmm5, tmm6",
             "tileloadd tmm7, [{b1} + {s}]",
+            $for_b1,
             "tdpbf16ps tmm1, tmm4, tmm7",
             "tdpbf16ps tmm3, tmm5, tmm7",
             "add {a0}, {t}", "add {a1}, {t}", "add {b0}, {t}", "add {b1}, {t}",
@@ -89,12 +143,39 @@ pub unsafe fn block_2x2(a0: *const u32, a1: *const u32, b0: *const u32, b1: *con
             "tilestored [{o} + {w} + 64], tmm1",
             "tilestored [{o} + {w} + 2048], tmm2",
             "tilestored [{o} + {w} + 2112], tmm3",
-            a0 = inout(reg) a0 => _, a1 = inout(reg) a1 => _,
-            b0 = inout(reg) b0 => _, b1 = inout(reg) b1 => _,
-            n = inout(reg) tiles => _,
-            s = in(reg) 64usize, t = const TILE_BYTES, w = in(reg) 128usize, o = in(reg) out,
+            "/* {d} */",
+            a0 = inout(reg) $a0 => _, a1 = inout(reg) $a1 => _,
+            b0 = inout(reg) $b0 => _, b1 = inout(reg) $b1 => _,
+            n = inout(reg) $tiles => _,
+            s = in(reg) 64usize, t = const TILE_BYTES, d = const AHEAD, w = in(reg) 128usize, o = in(reg) $out,
             options(nostack),
-        );
+        )
+    };
+}
+
+/// `out` `[32][32]` = A (two row tiles) by B (two panels): `a0`, `a1`, `b0`, `b1` are each `tiles` tiles
+/// one after another. `cold` says that B comes from memory.
+///
+/// # Safety
+/// The thread is [`configure`]d; the pointers are valid for that many tiles, and `out` for 1024
+/// values.
+pub unsafe fn block_2x2(
+    a0: *const u32,
+    a1: *const u32,
+    b0: *const u32,
+    b1: *const u32,
+    tiles: usize,
+    out: *mut f32,
+    cold: bool,
+) {
+    // SAFETY: all that is read and written lies where the caller says (a prefetch is no access). The
+    // loop ends with `tiles` at zero, and is not entered with it.
+    unsafe {
+        if cold {
+            loop_2x2!(a0, a1, b0, b1, tiles, out, prefetch_tile!("b0"), prefetch_tile!("b1"));
+        } else {
+            loop_2x2!(a0, a1, b0, b1, tiles, out, "", "");
+        }
     }
 }
 
@@ -111,8 +192,10 @@ pub unsafe fn block_1x2(a0: *const u32, b0: *const u32, b1: *const u32, tiles: u
             "2:",
             "tileloadd tmm4, [{a0} + {s}]",
             "tileloadd tmm6, [{b0} + {s}]",
+            prefetch_tile!("b0"),
             "tdpbf16ps tmm0, tmm4, tmm6",
             "tileloadd tmm7, [{b1} + {s}]",
+            prefetch_tile!("b1"),
             "tdpbf16ps tmm1, tmm4, tmm7",
             "add {a0}, {t}", "add {b0}, {t}", "add {b1}, {t}",
             "dec {n}", "jnz 2b",
@@ -121,18 +204,17 @@ pub unsafe fn block_1x2(a0: *const u32, b0: *const u32, b1: *const u32, tiles: u
             "tilestored [{o} + {w} + 64], tmm1",
             a0 = inout(reg) a0 => _, b0 = inout(reg) b0 => _, b1 = inout(reg) b1 => _,
             n = inout(reg) tiles => _,
-            s = in(reg) 64usize, t = const TILE_BYTES, w = in(reg) 128usize, o = in(reg) out,
+            s = in(reg) 64usize, t = const TILE_BYTES, d = const AHEAD, w = in(reg) 128usize, o = in(reg) out,
             options(nostack),
         );
     }
 }
 
-/// Scores of 16 queries against the 32 positions of a block: `out` (16 rows, `stride` values apart)
-/// `[16][32]`. `q` is `[dim_tiles][16][16 pairs]`, `k` `[dim_tiles * 16 pairs][32 positions]`.
+/// Scores of 16 queries against the 32 positions of a block: `out` is `[16][32]`. `q` is `[dim_tiles][16][16 pairs]`, `k` `[dim_tiles * 16 pairs][32 positions]`.
 ///
 /// # Safety
 /// The thread is [`configure`]d, and the pointers are valid for these shapes.
-pub unsafe fn scores(q: *const u32, k: *const u32, dim_tiles: usize, out: *mut f32, stride: usize) {
+pub unsafe fn scores(q: *const u32, k: *const u32, dim_tiles: usize, out: *mut f32) {
     // SAFETY: as `block_2x2`.
     unsafe {
         asm!(
@@ -145,10 +227,10 @@ pub unsafe fn scores(q: *const u32, k: *const u32, dim_tiles: usize, out: *mut f
             "tdpbf16ps tmm1, tmm4, tmm7",
             "add {q}, 1024", "add {k}, 2048",
             "dec {n}", "jnz 2b",
-            "tilestored [{o} + {r}], tmm0",
-            "tilestored [{o} + {r} + 64], tmm1",
+            "tilestored [{o} + {w}], tmm0",
+            "tilestored [{o} + {w} + 64], tmm1",
             q = inout(reg) q => _, k = inout(reg) k => _, n = inout(reg) dim_tiles => _,
-            s = in(reg) 64usize, w = in(reg) 128usize, o = in(reg) out, r = in(reg) stride * 4,
+            s = in(reg) 64usize, w = in(reg) 128usize, o = in(reg) out,
             options(nostack),
         );
     }
@@ -165,12 +247,12 @@ pub unsafe fn clear_values() {
     }
 }
 
-/// Adds the values of a block's 32 positions, weighted by 16 rows of `p` (`p_stride` bytes apart,
-/// `[16][16 pairs]`), to the sums of 64 dimensions. `v` is `[16 pairs of positions][dims]`, at the first of them.
+/// Adds the values of a block's 32 positions, weighted by 16 rows `p` `[16][16 pairs]`, to the sums of 64
+/// dimensions. `v` is `[16 pairs of positions][dims]`, at the first of these.
 ///
 /// # Safety
 /// The thread is [`configure`]d and has called [`clear_values`]; the pointers are valid for these shapes.
-pub unsafe fn add_values(p: *const u32, p_stride: usize, v: *const u32, dims: usize) {
+pub unsafe fn add_values(p: *const u32, v: *const u32, dims: usize) {
     // SAFETY: as the caller says.
     unsafe {
         asm!(
@@ -183,7 +265,7 @@ pub unsafe fn add_values(p: *const u32, p_stride: usize, v: *const u32, dims: us
             "tdpbf16ps tmm2, tmm4, tmm5",
             "tileloadd tmm6, [{v} + {vs} + 192]",
             "tdpbf16ps tmm3, tmm4, tmm6",
-            p = in(reg) p, ps = in(reg) p_stride, v = in(reg) v, vs = in(reg) dims * 4,
+            p = in(reg) p, ps = in(reg) 64usize, v = in(reg) v, vs = in(reg) dims * 4,
             options(nostack, preserves_flags),
         );
     }
@@ -193,7 +275,7 @@ pub unsafe fn add_values(p: *const u32, p_stride: usize, v: *const u32, dims: us
 ///
 /// # Safety
 /// As [`add_values`].
-pub unsafe fn add_values_32(p: *const u32, p_stride: usize, v: *const u32, dims: usize) {
+pub unsafe fn add_values_32(p: *const u32, v: *const u32, dims: usize) {
     // SAFETY: as the caller says.
     unsafe {
         asm!(
@@ -202,7 +284,7 @@ pub unsafe fn add_values_32(p: *const u32, p_stride: usize, v: *const u32, dims:
             "tdpbf16ps tmm0, tmm4, tmm5",
             "tileloadd tmm6, [{v} + {vs} + 64]",
             "tdpbf16ps tmm1, tmm4, tmm6",
-            p = in(reg) p, ps = in(reg) p_stride, v = in(reg) v, vs = in(reg) dims * 4,
+            p = in(reg) p, ps = in(reg) 64usize, v = in(reg) v, vs = in(reg) dims * 4,
             options(nostack, preserves_flags),
         );
     }

@@ -4,7 +4,7 @@
 //! Scores, then the softmax, then the values: two passes over the blocks. A query's numbers do not
 //! depend on the other queries of its tile, which positions it must not see add nothing but zeros.
 
-use std::cell::RefCell;
+use std::cell::Cell;
 
 #[cfg(target_arch = "x86_64")]
 use super::amx;
@@ -21,6 +21,8 @@ use crate::kernels::{
 
 /// Queries of a tile.
 const TILE_ROWS: usize = 16;
+/// Scores of a tile against a block, and what they become: 16 rows of 32.
+const BLOCK_SCORES: usize = TILE_ROWS * BLOCK_SIZE;
 /// Pairs in a row of a tile.
 const TILE_PAIRS: usize = 16;
 
@@ -92,13 +94,19 @@ pub fn attend(isa: Isa, pool: &Pool, cache: &mut KvCache, layer: usize, segments
     });
     let fill = |out: *mut f32| {
         step.out = out;
-        pool.run(tiles.len() * step.kv_heads, &|task| {
+        // A sequence's heads lie side by side in memory; they are parted only where there is too
+        // little to do otherwise.
+        let parts = if tiles.len() >= 4 * pool.threads() { 1 } else { step.kv_heads };
+        let heads_per_task = step.kv_heads / parts;
+        pool.run(tiles.len() * parts, &|task| {
             // The last tiles of a long segment see the most positions: they go first.
-            let (index, tile) = tiles[tiles.len() - 1 - task % tiles.len()];
-            let (step, head) = (&step, task / tiles.len());
-            // SAFETY: shapes are checked above; all keys and values have been written; this task
-            // alone has its rows of the output.
-            dispatch!(step.isa, attend_tile(step: &Step, index: usize, head: usize, tile: usize));
+            let (index, tile) = tiles[tiles.len() - 1 - task / parts];
+            for head in (0..heads_per_task).map(|h| task % parts * heads_per_task + h) {
+                let step = &step;
+                // SAFETY: shapes are checked above; all keys and values have been written; this
+                // task alone has its rows of the output.
+                dispatch!(step.isa, attend_tile(step: &Step, index: usize, head: usize, tile: usize));
+            }
         });
     };
     // SAFETY: the tiles of all heads are all of the rows.
@@ -168,20 +176,24 @@ unsafe fn write<S: Simd>(step: &Step, index: usize, head: usize) {
                     std::ptr::copy_nonoverlapping(v.as_ptr(), values.add(slot * step.dim), dim);
                 }
                 Precision::Bf16 => {
-                    for (pair, k) in k.chunks(2).enumerate() {
-                        let second = k.get(1).map_or(0, |k| super::simd::bf16(*k));
-                        *keys.add(pair * BLOCK_SIZE + slot) =
-                            u32::from(super::simd::bf16(k[0])) | u32::from(second) << 16;
-                    }
                     let values = values.cast::<u16>().add(slot / 2 * step.dim * 2 + slot % 2);
-                    let mut rounded = [0u16; LANES];
                     for d in (0..dim).step_by(LANES) {
-                        if d + LANES <= dim {
-                            S::store_bf16(rounded.as_mut_ptr(), S::load(v.as_ptr().add(d)));
+                        let n = (dim - d).min(LANES);
+                        let mut last = [[0f32; LANES]; 2];
+                        let [k, v] = if n == LANES {
+                            [k.as_ptr().add(d), v.as_ptr().add(d)]
                         } else {
-                            rounded.iter_mut().zip(&v[d..]).for_each(|(to, v)| *to = super::simd::bf16(*v));
+                            last[0][..n].copy_from_slice(&k[d..]);
+                            last[1][..n].copy_from_slice(&v[d..]);
+                            [last[0].as_ptr(), last[1].as_ptr()]
+                        };
+                        let mut rounded = [0u16; LANES];
+                        S::store_bf16(rounded.as_mut_ptr(), S::load(k));
+                        for (i, pair) in rounded.chunks_exact(2).enumerate().take(n.div_ceil(2)) {
+                            *keys.add((d / 2 + i) * BLOCK_SIZE + slot) = u32::from(pair[0]) | u32::from(pair[1]) << 16;
                         }
-                        for (i, v) in rounded.iter().enumerate().take(dim - d) {
+                        S::store_bf16(rounded.as_mut_ptr(), S::load(v));
+                        for (i, v) in rounded.iter().enumerate().take(n) {
                             *values.add((d + i) * 2) = *v;
                         }
                     }
@@ -196,9 +208,9 @@ unsafe fn write<S: Simd>(step: &Step, index: usize, head: usize) {
 struct Scratch {
     /// f32 `[16][dim]`, or bf16 `[dim / 32][16][16 pairs]`.
     queries: Vec<u32>,
-    /// `[16][positions]`: scores, then weights.
+    /// `[blocks][16][32]`: scores, then weights.
     scores: Vec<f32>,
-    /// `[16][positions / 2]` pairs of weights in bf16.
+    /// `[blocks][16][16]` pairs of weights in bf16.
     weights: Vec<u32>,
     /// `[16][dim]`
     sums: Vec<f32>,
@@ -217,55 +229,68 @@ fn room<T: Copy + Default>(memory: &mut Vec<T>, len: usize) -> *mut T {
 /// The step's pointers are valid for its shapes, and no other thread has this tile.
 #[inline(always)]
 unsafe fn attend_tile<S: Simd>(step: &Step, index: usize, head: usize, tile: usize) {
-    thread_local!(static SCRATCH: RefCell<Scratch> = RefCell::default());
-    SCRATCH.with_borrow_mut(|scratch| {
-        let segment = &step.segments[index];
-        let first = tile * TILE_ROWS;
-        let count = (segment.rows * step.groups - first).min(TILE_ROWS);
-        let position = |i: usize| segment.start + (first + i) / step.groups;
-        let blocks = position(count - 1) / BLOCK_SIZE + 1;
-        let len = blocks * BLOCK_SIZE;
-        let queries = room(&mut scratch.queries, TILE_ROWS * step.dim);
-        let scores = room(&mut scratch.scores, TILE_ROWS * len);
-        let weights = room(&mut scratch.weights, TILE_ROWS * len / 2);
-        let sums = room(&mut scratch.sums, TILE_ROWS * step.dim.max(64));
-        // Where a query, and its result, lies in the packed rows.
-        let at = |i: usize| {
-            let (row, group) = ((first + i) / step.groups, (first + i) % step.groups);
-            ((step.starts[index] + row) * step.rows.heads + head * step.groups + group) * step.head_dim
-        };
-        // SAFETY: the scratch is as large as the shapes below; every block is one of the segment's.
-        unsafe {
-            load_queries::<S>(step, count, at, queries);
-            for block in 0..blocks {
-                block_scores::<S>(
-                    step,
-                    queries,
-                    step.keys(index, block, head),
-                    count,
-                    scores.add(block * BLOCK_SIZE),
-                    len,
-                );
+    thread_local!(static SCRATCH: Cell<Scratch> = Cell::default());
+    // Taken out and put back: a closure would be compiled without the instructions of `S`.
+    let mut scratch = SCRATCH.take();
+    let segment = &step.segments[index];
+    let first = tile * TILE_ROWS;
+    let count = (segment.rows * step.groups - first).min(TILE_ROWS);
+    let position = |i: usize| segment.start + (first + i) / step.groups;
+    let blocks = position(count - 1) / BLOCK_SIZE + 1;
+    let queries = room(&mut scratch.queries, TILE_ROWS * step.dim);
+    let scores = room(&mut scratch.scores, blocks * BLOCK_SCORES);
+    let weights = room(&mut scratch.weights, blocks * BLOCK_SCORES / 2);
+    let sums = room(&mut scratch.sums, TILE_ROWS * step.dim.max(64));
+    // Where a query, and its result, lies in the packed rows.
+    let at = |i: usize| {
+        let (row, group) = ((first + i) / step.groups, (first + i) % step.groups);
+        ((step.starts[index] + row) * step.rows.heads + head * step.groups + group) * step.head_dim
+    };
+    // SAFETY: the scratch is as large as the shapes below; every block is one of the segment's.
+    unsafe {
+        load_queries::<S>(step, count, at, queries);
+        for block in 0..blocks {
+            let keys = step.keys(index, block, head);
+            if block + 1 < blocks {
+                prefetch(step.keys(index, block + 1, head), step.plane);
             }
-            let mut scales = [0f32; TILE_ROWS];
-            for (i, scale) in scales.iter_mut().enumerate().take(count) {
-                let weights =
-                    if step.precision == Precision::Bf16 { weights.add(i * len / 2) } else { std::ptr::null_mut() };
-                *scale = softmax::<S>(scores.add(i * len), position(i) + 1, len, step.head_dim, weights.cast());
+            block_scores::<S>(step, queries, keys, count, scores.add(block * BLOCK_SCORES));
+        }
+        let mut scales = [0f32; TILE_ROWS];
+        for (i, scale) in scales.iter_mut().enumerate().take(count) {
+            let weights = match step.precision {
+                Precision::Bf16 => weights.add(i * BLOCK_SIZE / 2),
+                Precision::F32 => std::ptr::null_mut(),
+            };
+            *scale = softmax::<S>(scores.add(i * BLOCK_SIZE), position(i) + 1, blocks, step.head_dim, weights.cast());
+        }
+        weigh_values::<S>(step, index, head, blocks, count, scores, weights, sums);
+        for (i, scale) in scales.iter().enumerate().take(count) {
+            let (from, to) = (sums.add(i * step.dim), step.out.add(at(i)));
+            let whole = step.head_dim / LANES * LANES;
+            for d in (0..whole).step_by(LANES) {
+                S::store(to.add(d), S::mul(S::load(from.add(d)), S::splat(*scale)));
             }
-            weigh_values::<S>(step, index, head, blocks, count, scores, weights, len, sums);
-            for (i, scale) in scales.iter().enumerate().take(count) {
-                let (from, to) = (sums.add(i * step.dim), step.out.add(at(i)));
-                let whole = step.head_dim / LANES * LANES;
-                for d in (0..whole).step_by(LANES) {
-                    S::store(to.add(d), S::mul(S::load(from.add(d)), S::splat(*scale)));
-                }
-                for d in whole..step.head_dim {
-                    *to.add(d) = *from.add(d) * scale;
-                }
+            for d in whole..step.head_dim {
+                *to.add(d) = *from.add(d) * scale;
             }
         }
-    });
+    }
+    SCRATCH.set(scratch);
+}
+
+/// Asks for a head's keys and values before they are needed: they are two short runs in a large
+/// memory, which the processor does not foresee.
+#[inline(always)]
+fn prefetch(keys: *const u32, plane: usize) {
+    #[cfg(target_arch = "x86_64")]
+    for line in (0..2 * plane).step_by(16) {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: a prefetch is no access; it may name any address.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(keys.wrapping_add(line).cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (keys, plane);
 }
 
 /// # Safety
@@ -297,28 +322,28 @@ unsafe fn load_queries<S: Simd>(step: &Step, count: usize, at: impl Fn(usize) ->
     }
 }
 
-/// Scores of a tile's queries against a block's keys, unscaled; rows of `out` are `stride` apart.
+/// Scores of a tile's queries against a block's keys, unscaled: `out` is `[16][32]`.
 ///
 /// # Safety
 /// The pointers are valid for the step's shapes and 16 rows of scores.
 #[inline(always)]
-unsafe fn block_scores<S: Simd>(step: &Step, q: *const u32, k: *const u32, count: usize, out: *mut f32, stride: usize) {
+unsafe fn block_scores<S: Simd>(step: &Step, q: *const u32, k: *const u32, count: usize, out: *mut f32) {
     #[cfg(target_arch = "x86_64")]
     if step.isa == Isa::Amx && step.precision == Precision::Bf16 {
         amx::configure();
         // SAFETY: as the caller says.
-        unsafe { amx::scores(q, k, step.dim / (2 * TILE_PAIRS), out, stride) };
+        unsafe { amx::scores(q, k, step.dim / (2 * TILE_PAIRS), out) };
         return;
     }
     let mut i = 0;
     // SAFETY: `i` plus the rows of each call never exceeds 16.
     unsafe {
         while i < count {
-            let out = out.add(i * stride);
+            let out = out.add(i * BLOCK_SIZE);
             i += match count - i {
-                left if left >= 4 && S::REGISTERS >= 32 => rows_scores::<S, 4>(step, q, i, k, out, stride),
-                left if left >= 2 => rows_scores::<S, 2>(step, q, i, k, out, stride),
-                _ => rows_scores::<S, 1>(step, q, i, k, out, stride),
+                left if left >= 4 && S::REGISTERS >= 32 => rows_scores::<S, 4>(step, q, i, k, out),
+                left if left >= 2 => rows_scores::<S, 2>(step, q, i, k, out),
+                _ => rows_scores::<S, 1>(step, q, i, k, out),
             };
         }
     }
@@ -333,7 +358,6 @@ unsafe fn rows_scores<S: Simd, const R: usize>(
     first: usize,
     k: *const u32,
     out: *mut f32,
-    stride: usize,
 ) -> usize {
     // SAFETY: as the caller says.
     unsafe {
@@ -364,47 +388,53 @@ unsafe fn rows_scores<S: Simd, const R: usize>(
             }
         }
         for (r, acc) in acc.iter().enumerate() {
-            S::store(out.add(r * stride), acc[0]);
-            S::store(out.add(r * stride + LANES), acc[1]);
+            S::store(out.add(r * BLOCK_SIZE), acc[0]);
+            S::store(out.add(r * BLOCK_SIZE + LANES), acc[1]);
         }
     }
     R
 }
 
 /// Turns `n` scores of a query into weights that are yet to be divided by their sum, in place and, if
-/// `rounded` is not null, in bf16; the other positions up to `len` get none. Returns one over the sum.
+/// `rounded` is not null, in bf16; the other positions of its blocks get none. Returns one over the sum.
 ///
 /// # Safety
-/// `scores` is valid for `len` values, a multiple of 32, and so is `rounded` if it is not null.
+/// `scores` is the query's row of the first of `blocks` blocks, and so is `rounded` if it is not null.
 #[inline(always)]
-unsafe fn softmax<S: Simd>(scores: *mut f32, n: usize, len: usize, head_dim: usize, rounded: *mut u16) -> f32 {
-    // SAFETY: every index is below `len`.
+unsafe fn softmax<S: Simd>(scores: *mut f32, n: usize, blocks: usize, head_dim: usize, rounded: *mut u16) -> f32 {
+    // SAFETY: every index is within the query's row of a block.
     unsafe {
-        for i in n..len {
-            *scores.add(i) = f32::NEG_INFINITY;
-        }
+        let row = |block: usize| scores.add(block * BLOCK_SCORES);
+        let fill = |value: f32| {
+            for i in n..blocks * BLOCK_SIZE {
+                *row(i / BLOCK_SIZE).add(i % BLOCK_SIZE) = value;
+            }
+        };
+        fill(f32::NEG_INFINITY);
         let mut largest = S::splat(f32::NEG_INFINITY);
-        for i in (0..len).step_by(LANES) {
-            largest = S::max(largest, S::load(scores.add(i)));
+        for block in 0..blocks {
+            let (a, b) = (S::load(row(block)), S::load(row(block).add(LANES)));
+            largest = S::max(largest, S::max(a, b));
         }
         let scale = S::splat((head_dim as f32).powf(-0.5));
         let largest = S::splat(S::largest(largest));
-        for i in (0..len).step_by(LANES) {
-            let below = S::sub(S::load(scores.add(i)), largest);
-            S::store(scores.add(i), S::exp(S::mul(below, scale)));
-        }
-        for i in n..len {
-            *scores.add(i) = 0.0;
-        }
-        let mut sum = S::splat(0.0);
-        for i in (0..len).step_by(LANES) {
-            let weight = S::load(scores.add(i));
-            sum = S::add(sum, weight);
-            if !rounded.is_null() {
-                S::store_bf16(rounded.add(i), weight);
+        for block in 0..blocks {
+            for at in [row(block), row(block).add(LANES)] {
+                S::store(at, S::exp(S::mul(S::sub(S::load(at), largest), scale)));
             }
         }
-        S::sum(sum).recip()
+        fill(0.0);
+        let mut sums = [S::splat(0.0); 2];
+        for block in 0..blocks {
+            let weights = [S::load(row(block)), S::load(row(block).add(LANES))];
+            sums = [S::add(sums[0], weights[0]), S::add(sums[1], weights[1])];
+            if !rounded.is_null() {
+                let rounded = rounded.add(block * BLOCK_SCORES);
+                S::store_bf16(rounded, weights[0]);
+                S::store_bf16(rounded.add(LANES), weights[1]);
+            }
+        }
+        S::sum(S::add(sums[0], sums[1])).recip()
     }
 }
 
@@ -422,7 +452,6 @@ unsafe fn weigh_values<S: Simd>(
     count: usize,
     scores: *const f32,
     weights: *const u32,
-    len: usize,
     sums: *mut f32,
 ) {
     #[cfg(target_arch = "x86_64")]
@@ -435,10 +464,10 @@ unsafe fn weigh_values<S: Simd>(
                 amx::clear_values();
                 for block in 0..blocks {
                     let values = step.keys(index, block, head).add(step.plane + d);
-                    let weights = weights.add(block * BLOCK_SIZE / 2);
+                    let weights = weights.add(block * BLOCK_SCORES / 2);
                     match step.dim - d >= 64 {
-                        true => amx::add_values(weights, len * 2, values, step.dim),
-                        false => amx::add_values_32(weights, len * 2, values, step.dim),
+                        true => amx::add_values(weights, values, step.dim),
+                        false => amx::add_values_32(weights, values, step.dim),
                     }
                 }
                 amx::store_values(tile.as_mut_ptr());
@@ -456,7 +485,7 @@ unsafe fn weigh_values<S: Simd>(
             // SAFETY: as the caller says.
             unsafe {
                 let (scores, weights, sums) =
-                    (scores.add(i * len), weights.add(i * len / 2), sums.add(i * step.dim + d));
+                    (scores.add(i * BLOCK_SIZE), weights.add(i * BLOCK_SIZE / 2), sums.add(i * step.dim + d));
                 d += match step.dim - d {
                     left if left >= 4 * LANES => {
                         row_values::<S, 4>(step, index, head, blocks, scores, weights, d, sums)
@@ -492,7 +521,7 @@ unsafe fn row_values<S: Simd, const C: usize>(
             match step.precision {
                 Precision::F32 => {
                     for position in 0..BLOCK_SIZE {
-                        let weight = S::splat(*scores.add(block * BLOCK_SIZE + position));
+                        let weight = S::splat(*scores.add(block * BLOCK_SCORES + position));
                         let values = values.cast::<f32>().add(position * step.dim);
                         for (c, acc) in acc.iter_mut().enumerate() {
                             *acc = S::fma(S::load(values.add(c * LANES)), weight, *acc);
@@ -501,7 +530,7 @@ unsafe fn row_values<S: Simd, const C: usize>(
                 }
                 Precision::Bf16 => {
                     for pair in 0..BLOCK_SIZE / 2 {
-                        let weight = *weights.add(block * BLOCK_SIZE / 2 + pair);
+                        let weight = *weights.add(block * BLOCK_SCORES / 2 + pair);
                         let values = values.add(pair * step.dim);
                         for (c, acc) in acc.iter_mut().enumerate() {
                             *acc = S::dot(*acc, S::load_pairs(values.add(c * LANES)), weight);

@@ -295,7 +295,7 @@ unsafe fn work<S: Simd>(job: &Job, units: Range<usize>, blocks: Range<usize>) {
                         Left::Bf16(tiles) => {
                             let k_tiles = job.k.div_ceil(TILE_K);
                             let a = tiles.add(first / TILE_ROWS * k_tiles * TILE);
-                            block_bf16::<S>(job.isa, a, rows, k_tiles, b0, b1, sums);
+                            block_bf16::<S>(job.isa, a, rows, k_tiles, [b0, b1], sums, block == blocks.start);
                         }
                     }
                     match job.finish {
@@ -366,9 +366,9 @@ unsafe fn block_bf16<S: Simd>(
     a: *const u32,
     rows: usize,
     tiles: usize,
-    b0: *const u32,
-    b1: *const u32,
+    [b0, b1]: [*const u32; 2],
     sums: *mut f32,
+    cold: bool,
 ) {
     #[cfg(target_arch = "x86_64")]
     if isa == Isa::Amx {
@@ -376,13 +376,13 @@ unsafe fn block_bf16<S: Simd>(
         // SAFETY: as the caller says.
         unsafe {
             match rows > TILE_ROWS {
-                true => amx::block_2x2(a, a.add(tiles * TILE), b0, b1, tiles, sums),
+                true => amx::block_2x2(a, a.add(tiles * TILE), b0, b1, tiles, sums, cold),
                 false => amx::block_1x2(a, b0, b1, tiles, sums),
             }
         }
         return;
     }
-    let _ = isa;
+    let _ = (isa, cold);
     let mut row = 0;
     // SAFETY: rows of one call lie in one row tile, as their number divides 16.
     unsafe {

@@ -1,0 +1,167 @@
+//! The options of `softserve bench`.
+
+use std::path::PathBuf;
+
+use anyhow::{Result, bail};
+use clap::Args;
+
+use crate::{
+    bench::{
+        distribution::{Lengths, Mix},
+        load::{self, Arrival, Load, LoadSpec},
+    },
+    cli::{model::ModelArgs, model_source},
+    config::{ByteSize, Time},
+    model::ModelConfig,
+};
+
+const DEFAULT_TASKS: usize = 8;
+const DEFAULT_REQUESTS: usize = 128;
+const DEFAULT_CONCURRENCY: usize = 16;
+
+/// Measure throughput and latency under a load of many tasks.
+///
+/// Without --url it starts a server of its own on a free port, with learned prompts made at random;
+/// with --url it asks the tasks of a server that is running. Answers are streamed and always have
+/// the length that was asked for. Figures are medians over --repeat runs.
+#[derive(Debug, Clone, Args)]
+#[command(after_help = "Examples:\n  \
+    softserve bench --random-weights smollm2-135m --dtype bf16 --concurrency 32 --repeat 3\n  \
+    softserve bench --tasks 1000 --mix zipf --rate 5 --duration 1m -- --max-batch 16\n  \
+    softserve bench --load name=light,concurrency=1,alone --load concurrency=100,background\n  \
+    softserve bench --url http://127.0.0.1:8080 --json figures.json\n  \
+    softserve bench --random-weights qwen2.5-0.5b --save-model my-folder")]
+pub struct BenchArgs {
+    /// A server that is running; what the next options say of model and server is then its own
+    /// business
+    #[arg(long, env = "SOFTSERVE_URL", value_name = "URL")]
+    pub url: Option<String>,
+    /// A key of that server
+    #[arg(long, env = "SOFTSERVE_API_KEY", hide_env_values = true, value_name = "KEY")]
+    api_key: Option<String>,
+    /// An admin key of that server, for --upload
+    #[arg(long, env = "SOFTSERVE_ADMIN_KEY", hide_env_values = true, value_name = "KEY")]
+    admin_key: Option<String>,
+
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Processor threads for the model [default: one for each core]
+    #[arg(long, value_name = "N", env = "SOFTSERVE_THREADS")]
+    pub threads: Option<usize>,
+    /// Memory for keys and values, such as 512MiB [default: as for serve]
+    #[arg(long, value_name = "SIZE", env = "SOFTSERVE_KV_CACHE")]
+    pub kv_cache: Option<ByteSize>,
+    /// Any other options of `softserve serve`
+    #[arg(last = true, value_name = "SERVE OPTIONS")]
+    pub serve: Vec<String>,
+
+    /// How many tasks are asked [default: 8; with --url, all that the server has]
+    #[arg(long, value_name = "N", value_parser = load::count)]
+    pub tasks: Option<usize>,
+    /// The length of the learned prompts that are made
+    #[arg(long, value_name = "N", default_value = "32", value_parser = load::count)]
+    pub virtual_tokens: usize,
+    /// With --url: upload learned prompts made at random, ask them, and delete them at the end
+    #[arg(long, requires = "url")]
+    pub upload: bool,
+    /// With --upload: the hidden size of that server's model
+    #[arg(long, requires = "upload", value_name = "N", value_parser = load::count)]
+    pub hidden_size: Option<usize>,
+    /// Make inputs of the words w0 to w(N-1), which are a token each for a model with random
+    /// weights [default: so for --random-weights, else common English words]
+    #[arg(long, value_name = "N", value_parser = load::count)]
+    pub vocabulary: Option<usize>,
+
+    /// How many requests are sent [default: 128; with --duration, as many as there is time for]
+    #[arg(long, value_name = "N", value_parser = load::count)]
+    requests: Option<usize>,
+    /// Requests at once: a closed loop, the next is sent when one is answered [default: 16]
+    #[arg(long, value_name = "N", conflicts_with = "rate", value_parser = load::count)]
+    concurrency: Option<usize>,
+    /// Requests a second: an open loop, sent at random times whatever the server does
+    #[arg(long, value_name = "RATE", value_parser = load::rate)]
+    rate: Option<f64>,
+    /// How requests spread over the tasks: uniform, zipf or zipf:EXPONENT
+    #[arg(long, default_value = "uniform")]
+    mix: Mix,
+    /// Words of each input: 32, 16-64, normal:MEAN:DEVIATION or lognormal:MEAN:DEVIATION
+    #[arg(long, value_name = "LENGTHS", default_value = "16-64")]
+    input_tokens: Lengths,
+    /// Tokens of each answer, in the same forms
+    #[arg(long, value_name = "LENGTHS", default_value = "32")]
+    output_tokens: Lengths,
+    /// Several loads side by side, each with tasks of its own: some of name=, tasks=, requests=,
+    /// concurrency=, rate=, mix=, input-tokens=, output-tokens=, background (goes on until the others
+    /// are done) and alone (run without the others first, to compare); the rest is as above, but
+    /// tasks, which is 1
+    #[arg(long, value_name = "KEY=VALUE,…")]
+    pub load: Vec<LoadSpec>,
+    /// Send nothing new after this time
+    #[arg(long, value_name = "TIME")]
+    pub duration: Option<Time>,
+    /// Requests sent before each load that do not count [default: one a task, 256 at most]
+    #[arg(long, value_name = "N")]
+    pub warmup: Option<usize>,
+    /// Runs, of which the medians are reported
+    #[arg(long, value_name = "N", default_value = "1", value_parser = load::count)]
+    pub repeat: usize,
+    /// The same seed sends the same requests
+    #[arg(long, value_name = "N", default_value = "0")]
+    pub seed: u64,
+
+    /// Write every figure of every run to a file, or with - to standard output in place of the table
+    #[arg(long, value_name = "FILE|-")]
+    pub json: Option<PathBuf>,
+    /// Measure nothing: write the model of --random-weights as a Hugging Face folder
+    #[arg(long, value_name = "DIR", conflicts_with = "url")]
+    pub save_model: Option<PathBuf>,
+}
+
+impl BenchArgs {
+    /// What is run: the loads that were typed, or the one that the plain options describe.
+    pub fn loads(&self) -> Result<Vec<Load>> {
+        let concurrency = Arrival::Concurrency(self.concurrency.unwrap_or(DEFAULT_CONCURRENCY));
+        let base = Load {
+            name: "load".to_owned(),
+            tasks: self.tasks.unwrap_or(DEFAULT_TASKS),
+            requests: self.requests.or(self.duration.is_none().then_some(DEFAULT_REQUESTS)),
+            arrival: self.rate.map_or(concurrency, Arrival::Rate),
+            mix: self.mix,
+            input_tokens: self.input_tokens,
+            output_tokens: self.output_tokens,
+            background: false,
+            alone: false,
+        };
+        if self.load.is_empty() {
+            return Ok(vec![base]);
+        }
+        let loads: Vec<_> = self.load.iter().cloned().enumerate().map(|(i, spec)| spec.over(&base, i)).collect();
+        if loads.iter().all(|load| load.background) {
+            bail!("every --load is in the background, expected one or more that say when all is done");
+        }
+        Ok(loads)
+    }
+
+    /// How many tasks have to be there.
+    pub fn num_tasks(&self, loads: &[Load]) -> usize {
+        loads.iter().map(|load| load.tasks).sum::<usize>().max(self.tasks.unwrap_or(1))
+    }
+
+    /// The shape of the model that the server inside is given.
+    pub fn model_config(&self) -> Result<ModelConfig> {
+        Ok(model_source::files(&self.model.source()?)?.config()?)
+    }
+
+    pub fn api_key(&self) -> Option<&str> {
+        first(self.api_key.as_deref())
+    }
+
+    pub fn admin_key(&self) -> Option<&str> {
+        first(self.admin_key.as_deref())
+    }
+}
+
+/// A server takes several keys, separated by commas.
+fn first(keys: Option<&str>) -> Option<&str> {
+    keys.and_then(|keys| keys.split(',').map(str::trim).find(|key| !key.is_empty()))
+}

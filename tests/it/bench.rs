@@ -1,0 +1,121 @@
+//! `softserve bench` as it is typed, against the demo model and against a server that is running.
+
+use serde_json::{Value, json};
+
+use crate::process::{Process, output, read, softserve, with_fixture};
+
+#[test]
+fn a_benchmark_of_a_server_inside_reports_every_load() {
+    let home = tempfile::tempdir().unwrap();
+    let mut command = softserve(home.path());
+    command.args(["bench", "--json=-", "--repeat=2", "--threads=1", "--virtual-tokens=5", "--output-tokens=4"]);
+    command.args(["--input-tokens=3-6", "--warmup=1", "--requests=6"]);
+    command.args(["--load=name=light,concurrency=2,alone,tasks=2", "--load=name=heavy,rate=200,background"]);
+    command.args(["--", "--max-batch=3", "--kv-cache=8MiB"]);
+    let (code, stdout, stderr) = output(command);
+    assert_eq!(code, Some(0), "{stderr}");
+    let report: Value = serde_json::from_str(&stdout).unwrap();
+    let results = report["results"].as_array().unwrap();
+    let name = |r: &Value| (r["name"].as_str().unwrap().to_owned(), r["alone"].as_bool().unwrap());
+    let expected = [("light", true), ("light", false), ("heavy", false), ("all loads together", false)];
+    assert_eq!(results.iter().map(name).collect::<Vec<_>>(), expected.map(|(n, alone)| (n.to_owned(), alone)));
+    for light in &results[..2] {
+        let median = &light["median"];
+        assert_eq!((&median["answered"], &median["errors"]), (&json!(6.0), &json!({})), "{light}");
+        assert_eq!((&median["generated_tokens"], &median["virtual_tokens"]), (&json!(24.0), &json!(30.0)), "{light}");
+        assert!(median["generated_tokens_per_second"].as_f64().unwrap() > 0.0);
+        let (first, end) = (&median["time_to_first_token"]["p50"], &median["latency"]["p50"]);
+        assert!(0.0 < first.as_f64().unwrap() && first.as_f64() < end.as_f64(), "{light}");
+        assert_eq!(light["repeats"].as_array().unwrap().len(), 2);
+    }
+    assert!(report["server"]["model"].as_str().unwrap().contains("softserve-demo"), "{report}");
+    if cfg!(target_os = "linux") {
+        assert!(report["memory"]["peak_bytes"].as_u64() >= report["memory"]["resident_bytes"].as_u64());
+    }
+}
+
+#[test]
+fn a_server_with_random_weights_is_measured_at_the_lengths_that_were_asked_for() {
+    let home = tempfile::tempdir().unwrap();
+    let config = json!({"model_type": "qwen2", "vocab_size": 700, "hidden_size": 32, "intermediate_size": 64,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_act": "silu",
+        "max_position_embeddings": 256, "tie_word_embeddings": true, "eos_token_id": 699});
+    std::fs::write(home.path().join("tiny.json"), config.to_string()).unwrap();
+    for dtype in ["f32", "bf16"] {
+        let mut command = softserve(home.path());
+        command.args(["bench", "--random-weights=tiny.json", "--requests=9", "--concurrency=3", "--tasks=2"]);
+        command.args(["--input-tokens=11", "--output-tokens=3", "--json=figures.json", "--dtype", dtype]);
+        let (code, stdout, stderr) = output(command);
+        assert_eq!(code, Some(0), "{stderr}");
+        for words in ["generated tokens/s", "inter-token latency", "random-tiny", dtype, "p99"] {
+            assert!(stdout.contains(words), "{words}: {stdout}");
+        }
+        let report = std::fs::read(home.path().join("figures.json")).unwrap();
+        let report: Value = serde_json::from_slice(&report).unwrap();
+        let figures = &report["results"][0]["median"];
+        // A word is a token.
+        assert_eq!((&figures["input_tokens"], &figures["generated_tokens"]), (&json!(99.0), &json!(27.0)), "{report}");
+    }
+}
+
+#[test]
+fn a_running_server_is_measured_with_its_own_tasks_or_with_some_that_go_again() {
+    let home = tempfile::tempdir().unwrap();
+    let mut command = with_fixture(home.path());
+    command.arg("--prompts=prompts");
+    let server = Process::start(command);
+    let tasks = |server: &Process| server.get("/v1/tasks").1["tasks"].as_array().unwrap().len();
+    let own = tasks(&server);
+    let bench = |more: &[&str]| {
+        let mut command = softserve(home.path());
+        command.args(["bench", "--requests=8", "--concurrency=4", "--input-tokens=2", "--output-tokens=3", "--json=-"]);
+        command.arg("--url").arg(&server.url).args(more);
+        let (code, stdout, stderr) = output(command);
+        assert_eq!(code, Some(0), "{stderr}");
+        serde_json::from_str::<Value>(&stdout).unwrap()
+    };
+    let report = bench(&[]);
+    assert_eq!(report["loads"][0]["tasks"], json!(own));
+    assert_eq!(report["results"][0]["median"]["answered"], json!(8.0), "{report}");
+    let uploaded = bench(&["--upload", "--hidden-size=32", "--tasks=3", "--virtual-tokens=7", "--vocabulary=9"]);
+    assert_eq!(uploaded["results"][0]["median"]["virtual_tokens"], json!(56.0), "{uploaded}");
+    assert_eq!(tasks(&server), own);
+}
+
+#[test]
+fn a_random_model_is_written_as_a_folder_that_serve_takes() {
+    let home = tempfile::tempdir().unwrap();
+    let config = json!({"model_type": "llama", "vocab_size": 100, "hidden_size": 16, "intermediate_size": 32,
+        "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 64, "hidden_act": "silu"});
+    std::fs::write(home.path().join("tiny.json"), config.to_string()).unwrap();
+    let mut command = softserve(home.path());
+    command.args(["bench", "--random-weights=tiny.json", "--save-model=saved"]);
+    let (code, _, stderr) = output(command);
+    assert_eq!(code, Some(0), "{stderr}");
+    let mut command = softserve(home.path());
+    command.args(["--model=saved", "--listen=127.0.0.1:0", "--prompts=prompts", "--kv-cache=1MiB"]);
+    let server = Process::start(command);
+    assert!(server.summary.contains("saved"), "{}", server.summary);
+    assert_eq!(read(crate::process::agent().get(server.at("/health/ready")).call()).0, 200);
+}
+
+#[test]
+fn what_cannot_be_measured_is_said() {
+    let home = tempfile::tempdir().unwrap();
+    for (arguments, code, words) in [
+        (vec!["--url=https://localhost:1"], 1, vec!["cannot reach"]),
+        (vec!["--load=background"], 1, vec!["background"]),
+        (vec!["--save-model=x"], 1, vec!["--random-weights"]),
+        (vec!["--input-tokens=none"], 2, vec!["none", "16-64"]),
+        (vec!["--rate=1", "--concurrency=2"], 2, vec!["--rate"]),
+        (vec!["--model=no/such/folder"], 1, vec!["no/such/folder"]),
+        (vec!["--", "--max-batch=0"], 1, vec!["--max-batch", "did not start"]),
+    ] {
+        let mut command = softserve(home.path());
+        command.arg("bench").args(&arguments);
+        let (found, stdout, stderr) = output(command);
+        assert_eq!((found, stdout.as_str()), (Some(code), ""), "{arguments:?}: {stderr}");
+        assert!(words.iter().all(|word| stderr.contains(word)), "{arguments:?}: {stderr}");
+        assert!(!stderr.contains("panic"), "{stderr}");
+    }
+}
