@@ -44,6 +44,9 @@ pub struct EngineConfig {
     pub max_batch: usize,
     /// Positions computed in one step.
     pub max_step_tokens: usize,
+    /// Positions of inputs computed in a step in which other sequences get their next token: what a
+    /// long input may delay them by.
+    pub max_prefill_tokens: usize,
     /// Positions that each account may always take of a step that several share. Less keeps light
     /// accounts quick beside busy ones, more gives busy ones more throughput.
     pub fair_step_tokens: usize,
@@ -62,6 +65,7 @@ impl Default for EngineConfig {
             max_waiting: 256,
             max_batch: 64,
             max_step_tokens: 2048,
+            max_prefill_tokens: 512,
             fair_step_tokens: 32,
             kv_cache_bytes: 512 << 20,
             prefix_sharing: true,

@@ -37,6 +37,8 @@ pub struct Limits {
     pub max_batch: usize,
     /// Positions computed in one step.
     pub max_step_tokens: usize,
+    /// Positions of inputs computed in a step in which other sequences get their next token.
+    pub max_prefill_tokens: usize,
     /// Positions that each account may always take of a step that several share; see [`Quota`].
     pub fair_step_tokens: usize,
     /// Blocks in the cache.
@@ -236,7 +238,10 @@ impl Scheduler {
     fn quota(&self) -> Quota {
         let mut wanted: HashMap<u64, usize> = HashMap::new();
         for sequence in self.running.iter().copied().chain(self.queue.iter()).filter_map(|id| self.sequences.get(&id)) {
-            *wanted.entry(sequence.account.key).or_default() += sequence.num_pending();
+            // Of what a waiting one will find, its prompt is known at once.
+            let is_found = sequence.root.is_some_and(|root| self.cache.contains_prompt(root));
+            let found = if is_found { sequence.num_virtual.saturating_sub(sequence.num_computed) } else { 0 };
+            *wanted.entry(sequence.account.key).or_default() += sequence.num_pending() - found;
         }
         let tokens = self.limits.max_step_tokens;
         let accounts = self.ledger.busy();
@@ -275,8 +280,13 @@ impl Scheduler {
             *planned.entry(sequence.account.key).or_default() += sequence.num_pending();
         }
         planned.iter_mut().for_each(|(&account, tokens)| *tokens = (*tokens).min(quota.left(account)));
+        let running = self.running.iter().filter_map(|id| self.sequences.get(id));
+        let most = match running.filter(|s| s.num_pending() == 1).count() {
+            0 => self.limits.max_step_tokens,
+            tokens => self.limits.max_step_tokens.min(tokens + self.limits.max_prefill_tokens),
+        };
         let mut served = HashSet::new();
-        while planned.values().sum::<usize>() < self.limits.max_step_tokens {
+        while planned.values().sum::<usize>() < most {
             let rank = |account| (!served.contains(&account)).then(|| self.ledger.counter(account));
             let Some(id) = self.queue.next(rank) else { break };
             let Some(account) = self.sequences.get(&id).map(|s| s.account.key) else { break };
@@ -377,9 +387,16 @@ impl Scheduler {
         });
         let mut order: Vec<_> = ranked.collect();
         order.sort_by(|a, b| (a.0, a.1).cmp(&(b.0, b.1)).then(a.2.total_cmp(&b.2)).then((a.3, a.4).cmp(&(b.3, b.4))));
-        for (.., id) in order {
+        let mut inputs_left = self.limits.max_step_tokens;
+        for (is_input, .., id) in order {
             let Some(sequence) = self.sequences.get_mut(&id) else { continue };
-            let len = quota.take(sequence.account.key, sequence.num_pending());
+            let wanted = if is_input { sequence.num_pending().min(inputs_left) } else { 1 };
+            let len = quota.take(sequence.account.key, wanted);
+            if is_input {
+                inputs_left -= len;
+            } else if len > 0 {
+                inputs_left = self.limits.max_prefill_tokens;
+            }
             if len > 0 {
                 let start = sequence.num_computed;
                 self.turns += 1;

@@ -69,6 +69,7 @@ impl Worker {
         let limits = Limits {
             max_batch: config.max_batch.max(1),
             max_step_tokens: config.max_step_tokens.max(1),
+            max_prefill_tokens: config.max_prefill_tokens.max(1),
             fair_step_tokens: config.fair_step_tokens.max(1),
             num_blocks,
             prefix_sharing: config.prefix_sharing,
