@@ -250,9 +250,13 @@ fn a_light_account_joins_a_full_batch_at_once_and_its_steps_stay_small() {
     }
     assert_eq!(steps, 30);
     s.remove(id(1000));
-    // Alone again, the busy one takes all it can.
+    // It may come back: for a while the busy one keeps to its part, then it takes all it can again.
+    for _ in 0..LINGER - 1 {
+        assert!(turn(&mut s).chunks.iter().map(|c| c.len).sum::<usize>() <= 32);
+    }
     turn(&mut s);
-    assert_eq!(turn(&mut s).chunks.len(), 64);
+    turn(&mut s);
+    assert!(turn(&mut s).chunks.len() > 60);
 }
 
 #[test]
