@@ -1,9 +1,10 @@
-//! The engine on the demo model, without HTTP. Each group answers one question; items are
+//! The engine without HTTP, on the demo model and on the shape of SmolLM2-135M with random weights. Each group answers one question; items are
 //! generated tokens, so the figures to compare are tokens a second.
 //!
 //! - `batch`: what does batching buy? The same requests, one after another and together.
 //! - `mixed_tasks`: what does a batch of many prompts cost against a batch of one?
 //! - `virtual_tokens`: what does the length of a prompt cost?
+//! - `decode`: what does a step cost that computes one token for each of so many requests?
 //!
 //! `cargo bench --bench engine`
 
@@ -19,7 +20,7 @@ use softserve::{
         Engine, EngineConfig, EngineThread,
         request::{Event, Request, SamplingParams},
     },
-    model::Model,
+    model::{Model, ModelFiles, random::RandomModel},
     prompt::{LearnedPrompt, learned::Embeddings},
 };
 
@@ -37,7 +38,11 @@ struct Load {
 }
 
 fn load() -> Load {
-    let model = Model::load(&demo::model(), &Device::Cpu, DType::F32).expect("the demo model");
+    start(&demo::model(), DType::F32)
+}
+
+fn start(files: &ModelFiles, dtype: DType) -> Load {
+    let model = Model::load(files, &Device::Cpu, dtype).expect("a model");
     let hidden_size = model.info().hidden_size;
     let (engine, thread) = Engine::start(model, EngineConfig::default()).expect("an engine");
     Load { engine, _thread: thread, hidden_size }
@@ -92,4 +97,35 @@ fn virtual_tokens(bencher: Bencher, virtual_tokens: usize) {
     let load = load();
     let prompts = load.prompts(1, virtual_tokens);
     bencher.counter(tokens(32)).bench(|| load.run(&prompts, 32, 32));
+}
+
+/// 64 steps after the first, which also computes the inputs.
+fn decode(bencher: Bencher, dtype: DType, requests: usize) {
+    const STEPS: usize = 64;
+    let files = ModelFiles::random(RandomModel::open("smollm2-135m").expect("a shape that ships"));
+    let load = start(&files, dtype);
+    let prompts = load.prompts(8, 32);
+    let sampling = SamplingParams { max_tokens: STEPS + 1, ..Default::default() };
+    let ids: Vec<u32> = (300..300 + TEXT_TOKENS).collect();
+    bencher.counter(ItemsCount::new(requests * STEPS)).bench_local(|| {
+        let mut streams: Vec<_> = (0..requests)
+            .map(|i| {
+                let prompt = prompts[i % prompts.len()].clone();
+                load.engine.submit(Request::new(prompt, &ids, sampling.clone())).expect("a place")
+            })
+            .collect();
+        for stream in &mut streams {
+            while matches!(stream.blocking_next(), Some(Event::Token(_))) {}
+        }
+    });
+}
+
+#[divan::bench(args = [1, 8, 32], sample_count = 3)]
+fn decode_bf16(bencher: Bencher, requests: usize) {
+    decode(bencher, DType::BF16, requests);
+}
+
+#[divan::bench(args = [1, 8, 32], sample_count = 3)]
+fn decode_f32(bencher: Bencher, requests: usize) {
+    decode(bencher, DType::F32, requests);
 }

@@ -12,6 +12,8 @@ pub struct Load {
     pub name: String,
     /// How many tasks it asks; no other load asks them.
     pub tasks: usize,
+    /// The length of their learned prompts, where those are made for the benchmark.
+    pub virtual_tokens: usize,
     /// `None` goes on until the time is over, or until the other loads are done.
     pub requests: Option<usize>,
     pub arrival: Arrival,
@@ -46,6 +48,7 @@ fn shown<S: Serializer>(value: &impl ToString, serializer: S) -> Result<S::Ok, S
 pub struct LoadSpec {
     name: Option<String>,
     tasks: Option<usize>,
+    virtual_tokens: Option<usize>,
     requests: Option<usize>,
     arrival: Option<Arrival>,
     mix: Option<Mix>,
@@ -63,6 +66,7 @@ impl LoadSpec {
         Load {
             name: self.name.unwrap_or_else(|| format!("load {}", index + 1)),
             tasks: self.tasks.unwrap_or(1),
+            virtual_tokens: self.virtual_tokens.unwrap_or(base.virtual_tokens),
             requests,
             arrival: self.arrival.unwrap_or(base.arrival),
             mix: self.mix.unwrap_or(base.mix),
@@ -74,8 +78,7 @@ impl LoadSpec {
     }
 }
 
-const KEYS: &str =
-    "name=, tasks=, requests=, concurrency=, rate=, mix=, input-tokens=, output-tokens=, background, alone";
+const KEYS: &str = "name=, tasks=, virtual-tokens=, requests=, concurrency=, rate=, mix=, input-tokens=, output-tokens=, background, alone";
 
 impl FromStr for LoadSpec {
     type Err = String;
@@ -87,6 +90,7 @@ impl FromStr for LoadSpec {
             match key {
                 "name" if !value.is_empty() => spec.name = Some(value.to_owned()),
                 "tasks" => spec.tasks = Some(count(value)?),
+                "virtual-tokens" => spec.virtual_tokens = Some(count(value)?),
                 "requests" => spec.requests = Some(count(value)?),
                 "concurrency" | "rate" if spec.arrival.is_some() => {
                     return Err("a load has either concurrency= or rate=".to_owned());
@@ -128,6 +132,7 @@ mod tests {
         Load {
             name: "all".to_owned(),
             tasks: 8,
+            virtual_tokens: 32,
             requests: Some(100),
             arrival: Arrival::Concurrency(8),
             mix: Mix::Uniform,

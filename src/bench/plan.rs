@@ -144,6 +144,7 @@ mod tests {
         Load {
             name: "all".to_owned(),
             tasks: 2,
+            virtual_tokens: 5,
             requests: Some(50),
             arrival: Arrival::Concurrency(1),
             mix: Mix::Uniform,

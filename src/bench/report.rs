@@ -159,16 +159,23 @@ impl LoadReport {
 
 /// The table for people.
 #[derive(Debug)]
-pub struct Table<'a>(pub &'a [LoadReport]);
+pub struct Table<'a> {
+    pub loads: &'a [LoadReport],
+    /// They ran one after another, to be compared with the first.
+    pub in_turn: bool,
+}
 
 impl fmt::Display for Table<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for report in self.0 {
+        for report in self.loads {
             let alone = if report.alone { ", alone" } else { "" };
             writeln!(f, "\n{}{alone}", report.name)?;
             load(f, &report.median)?;
-            if let Some(alone) = report.alone_of(self.0) {
-                against(f, &report.median, &alone.median)?;
+            if let Some(alone) = report.alone_of(self.loads) {
+                p99_against(f, &report.median, &alone.median)?;
+            }
+            if let (true, Some(first)) = (self.in_turn, self.loads.first().filter(|first| first.name != report.name)) {
+                against_first(f, &report.median, first)?;
             }
         }
         Ok(())
@@ -202,12 +209,20 @@ fn load(f: &mut fmt::Formatter<'_>, figures: &Figures) -> fmt::Result {
     Ok(())
 }
 
-fn against(f: &mut fmt::Formatter<'_>, together: &Figures, alone: &Figures) -> fmt::Result {
+fn p99_against(f: &mut fmt::Formatter<'_>, together: &Figures, alone: &Figures) -> fmt::Result {
     let ratio = |value: fn(&Figures) -> Option<Latency>| Some(value(together)?.p99 / value(alone)?.p99);
     if let (Some(first), Some(end)) = (ratio(|f| f.time_to_first_token), ratio(|f| f.latency)) {
         writeln!(f, "  p99 against alone         {first:.2} x to the first token, {end:.2} x end to end")?;
     }
     Ok(())
+}
+
+fn against_first(f: &mut fmt::Formatter<'_>, figures: &Figures, first: &LoadReport) -> fmt::Result {
+    let middle = |figures: &Figures| figures.time_to_first_token.map(|latency| latency.p50);
+    let throughput = figures.generated_tokens_per_second / first.median.generated_tokens_per_second;
+    let Some((this, other)) = middle(figures).zip(middle(&first.median)) else { return Ok(()) };
+    let name = format!("against {}", first.name);
+    writeln!(f, "  {name:<26}{throughput:.3} x tokens/s, {:.3} x to the first token (p50)", this / other)
 }
 
 #[cfg(test)]
@@ -266,12 +281,23 @@ mod tests {
     }
 
     #[test]
+    fn loads_in_turn_are_compared_with_the_first() {
+        let first = Figures::of(&measured());
+        let mut half = first.clone();
+        half.generated_tokens_per_second /= 2.0;
+        let reports = [LoadReport::new("one", false, vec![first]), LoadReport::new("two", false, vec![half])];
+        let table = Table { loads: &reports, in_turn: true }.to_string();
+        assert_eq!(table.matches("against one").count(), 1, "{table}");
+        assert!(table.contains("0.500 x tokens/s, 1.000 x to the first token"), "{table}");
+    }
+
+    #[test]
     fn the_table_compares_a_load_with_itself_alone() {
         let figures = Figures::of(&measured());
         let mut slower = figures.clone();
         slower.latency = figures.latency.map(|l| Latency { p99: 2.0 * l.p99, ..l });
         let reports = [LoadReport::new("light", true, vec![figures]), LoadReport::new("light", false, vec![slower])];
-        let table = Table(&reports).to_string();
+        let table = Table { loads: &reports, in_turn: false }.to_string();
         for words in ["light, alone", "1 overloaded", "50 % of them cached", "2.00 x end to end"] {
             assert!(table.contains(words), "{words}: {table}");
         }

@@ -38,7 +38,7 @@ pub fn run(args: &BenchArgs) -> Result<()> {
             let admin = Admin::new(url, args.api_key(), args.admin_key());
             let prefix = format!("bench-{}", std::process::id());
             let uploaded = match (args.upload, args.hidden_size) {
-                (true, Some(hidden)) => Some(admin.upload(args, args.num_tasks(&loads), hidden, &prefix)?),
+                (true, Some(hidden)) => Some(admin.upload(&args.prompt_lengths(&loads), hidden, &prefix, args.seed)?),
                 (true, None) => bail!("--upload to a server that is there already needs --hidden-size of its model"),
                 (false, _) => None,
             };
@@ -56,7 +56,7 @@ pub fn run(args: &BenchArgs) -> Result<()> {
             let config = args.model_config()?;
             let server = ServerInside::start(args, &loads)?;
             let admin = Admin::new(server.url(), args.api_key(), args.admin_key());
-            let targets = admin.upload(args, args.num_tasks(&loads), config.hidden_size, "bench")?;
+            let targets = admin.upload(&args.prompt_lengths(&loads), config.hidden_size, "bench", args.seed)?;
             let done = measure(args, server.url(), loads, &targets, words(args, &config))?;
             report(args, server.describe(), server.memory(), done)
         }
@@ -146,10 +146,13 @@ impl Session<'_> {
         let mut all_figures = Vec::new();
         for repeat in 1..=self.args.repeat {
             for (assigned, figures) in alone.iter().zip(&mut alone_figures) {
-                let measured = self.phase(repeat, std::slice::from_ref(*assigned)).await;
+                let measured = self.phase(repeat, self.next_run(), std::slice::from_ref(*assigned)).await;
                 figures.extend(measured.iter().map(Figures::of));
             }
-            let measured = self.phase(repeat, loads).await;
+            let measured = match self.args.in_turn {
+                true => self.in_turn(repeat, loads).await,
+                false => self.phase(repeat, self.next_run(), loads).await,
+            };
             for (measured, figures) in measured.iter().zip(&mut figures) {
                 figures.push(Figures::of(measured));
             }
@@ -158,18 +161,37 @@ impl Session<'_> {
         let alone = alone.iter().zip(alone_figures).map(|(a, figures)| LoadReport::new(&a.load.name, true, figures));
         let each = loads.iter().zip(figures).map(|(a, figures)| LoadReport::new(&a.load.name, false, figures));
         let mut reports: Vec<_> = alone.chain(each).collect();
-        if loads.len() > 1 {
+        if loads.len() > 1 && !self.args.in_turn {
             reports.push(LoadReport::new("all loads together", false, all_figures));
         }
         Ok(reports)
     }
 
-    async fn phase(&self, repeat: usize, loads: &[Assigned]) -> Vec<Measured> {
+    /// One after another. They are sent the same texts, to tasks of their own, and every other time the last goes first,
+    /// so that a machine that becomes slower favours none.
+    async fn in_turn(&self, repeat: usize, loads: &[Assigned]) -> Vec<Measured> {
+        let run = self.next_run();
+        let backwards = repeat.is_multiple_of(2);
+        let mut order: Vec<_> = loads.iter().collect();
+        if backwards {
+            order.reverse();
+        }
+        let mut measured = Vec::with_capacity(loads.len());
+        for assigned in order {
+            measured.extend(self.phase(repeat, run, std::slice::from_ref(assigned)).await);
+        }
+        if backwards {
+            measured.reverse();
+        }
+        measured
+    }
+
+    async fn phase(&self, repeat: usize, run: Run<'_>, loads: &[Assigned]) -> Vec<Measured> {
         let names: Vec<_> = loads.iter().map(|a| a.load.name.as_str()).collect();
         let title = format!("run {repeat} of {}: {}", self.args.repeat, names.join(", "));
         let requests = loads.iter().map(|a| a.load.requests).sum();
         let bar = progress(&title, requests, self.args.duration.map(|time| time.0));
-        let measured = self.next_run().together(loads, &|| bar.inc(1)).await;
+        let measured = run.together(loads, &|| bar.inc(1)).await;
         bar.finish_and_clear();
         measured
     }
@@ -223,7 +245,7 @@ fn report(args: &BenchArgs, server: Value, memory: Option<Value>, done: Done) ->
         "server": server,
         "seed": args.seed,
         "repeat": args.repeat,
-        "virtual_tokens": args.virtual_tokens,
+        "in_turn": args.in_turn,
         "loads": done.loads,
         "results": done.reports,
         "memory": memory,
@@ -238,7 +260,7 @@ fn report(args: &BenchArgs, server: Value, memory: Option<Value>, done: Done) ->
     if args.json.as_deref() != Some(Path::new("-")) {
         let named = ["model", "url"].iter().find_map(|key| everything["server"][key].as_str()).unwrap_or_default();
         writeln!(out, "{named}\n{}", describe(args, &done.loads).join("\n"))?;
-        write!(out, "{}", Table(&done.reports))?;
+        write!(out, "{}", Table { loads: &done.reports, in_turn: args.in_turn })?;
         if let Some(peak) = everything["memory"]["peak_bytes"].as_u64() {
             writeln!(out, "\nmemory of the server: {:.0} MiB at most", peak as f64 / f64::from(1 << 20))?;
         }
@@ -253,6 +275,9 @@ fn report(args: &BenchArgs, server: Value, memory: Option<Value>, done: Done) ->
 fn describe(args: &BenchArgs, loads: &[Load]) -> Vec<String> {
     use crate::bench::load::Arrival;
 
+    let made = args.url.is_none() || args.upload;
+    let virtual_tokens =
+        |load: &Load| if made { format!(", {} virtual tokens", load.virtual_tokens) } else { String::new() };
     let line = |load: &Load| {
         let requests = load.requests.map_or_else(String::new, |n| format!("{n} requests, "));
         let arrival = match load.arrival {
@@ -260,8 +285,14 @@ fn describe(args: &BenchArgs, loads: &[Load]) -> Vec<String> {
             Arrival::Rate(rate) => format!("{rate} a second"),
         };
         format!(
-            "{}: {requests}{arrival}, {} tasks ({}), input {} tokens, output {}; median of {}",
-            load.name, load.tasks, load.mix, load.input_tokens, load.output_tokens, args.repeat
+            "{}: {requests}{arrival}, {} tasks ({}{}), input {} tokens, output {}; median of {}",
+            load.name,
+            load.tasks,
+            load.mix,
+            virtual_tokens(load),
+            load.input_tokens,
+            load.output_tokens,
+            args.repeat
         )
     };
     loads.iter().map(line).collect()

@@ -8,6 +8,7 @@ use candle_core::{Device, Result, Tensor, bail};
 use super::{cache::BlockCopy, request::InputToken};
 use crate::{
     kernels::{
+        cpu::tensors::with_values,
         kv_cache::{BlockId, KvCache},
         paged::{PagedKernels, Segment},
     },
@@ -34,6 +35,23 @@ pub struct Part<'a> {
     pub samples: bool,
 }
 
+/// What the next tokens are chosen from: a row `[vocab]` of f32 for each part that samples.
+#[derive(Debug)]
+pub struct Logits(Option<Tensor>);
+
+impl Logits {
+    /// Calls `f` with the rows, in order.
+    pub fn with_rows<R>(&self, f: impl FnOnce(std::slice::ChunksExact<'_, f32>) -> Result<R>) -> Result<R> {
+        match &self.0 {
+            None => f([].chunks_exact(1)),
+            Some(logits) => {
+                let vocab = logits.dim(1)?;
+                with_values(logits, |values| f(values.chunks_exact(vocab)))
+            }
+        }
+    }
+}
+
 impl Runner {
     /// A runner with `num_blocks` blocks of cache.
     ///
@@ -56,9 +74,8 @@ impl Runner {
         }
     }
 
-    /// Computes all parts in one forward pass. Returns the logits `[vocab]` of those that sample,
-    /// in order.
-    pub fn run(&mut self, parts: &[Part]) -> Result<Vec<Vec<f32>>> {
+    /// Computes all parts in one forward pass. Returns the logits of those that sample, in order.
+    pub fn run(&mut self, parts: &[Part]) -> Result<Logits> {
         let device = self.model.info().device.clone();
         let x = self.embed(parts, &device)?;
         let positions: Vec<u32> =
@@ -73,10 +90,10 @@ impl Runner {
         });
         let last: Vec<u32> = ends.filter_map(|(row, samples)| samples.then_some(row)).collect();
         if last.is_empty() {
-            return Ok(Vec::new());
+            return Ok(Logits(None));
         }
         let last = hidden.index_select(&Tensor::new(last, &device)?, 0)?;
-        self.model.logits(&last)?.to_vec2()
+        Ok(Logits(Some(self.model.logits(&last)?.to_device(&Device::Cpu)?)))
     }
 
     /// The packed embeddings of all parts, `[t, hidden]`.

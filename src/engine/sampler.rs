@@ -2,9 +2,10 @@
 
 use candle_core::{Device, Tensor};
 use candle_transformers::generation::{LogitsProcessor, Sampling};
-use std::collections::HashMap;
+use std::{borrow::Cow, collections::HashMap};
 
 use super::request::{GeneratedToken, SamplingParams};
+use crate::kernels::cpu::{Isa, rows::argmax};
 
 /// Chooses the tokens of one sequence.
 pub struct Sampler {
@@ -41,33 +42,34 @@ impl Sampler {
     }
 
     /// The next token for `logits` `[vocab]`.
-    pub fn next(&mut self, mut logits: Vec<f32>) -> candle_core::Result<GeneratedToken> {
-        let report = self.params.logprobs.map(|n| {
-            let log_sum = log_sum_exp(&logits);
-            (log_sum, likeliest(&logits, n).map(|(id, x)| (id, x - log_sum)).collect::<Vec<_>>(), logits.clone())
-        });
-        self.penalise(&mut logits);
+    pub fn next(&mut self, logits: &[f32]) -> candle_core::Result<GeneratedToken> {
+        let penalised = self.penalised(logits);
         let id = match &mut self.draw {
-            None => argmax(&logits),
+            None => argmax(Isa::best(), &penalised) as u32,
             Some(draw) => {
                 let (min_p, top_k) = (self.params.min_p, self.params.top_k);
-                let logits = Tensor::new(logits, &Device::Cpu)?;
+                let logits = Tensor::new(&*penalised, &Device::Cpu)?;
                 draw.sample_f(&logits, |probabilities| filter(probabilities, min_p, top_k))?
             }
         };
         self.seen.entry(id).or_default().generated += 1;
-        let (logprob, top) = match report {
-            Some((log_sum, top, raw)) => (Some(raw[id as usize] - log_sum), top),
+        let (logprob, top) = match self.params.logprobs {
+            Some(n) => {
+                let log_sum = log_sum_exp(logits);
+                let top = likeliest(logits, n).map(|(id, x)| (id, x - log_sum)).collect();
+                (logits.get(id as usize).map(|x| x - log_sum), top)
+            }
             None => (None, Vec::new()),
         };
         Ok(GeneratedToken { id, logprob, top })
     }
 
-    fn penalise(&self, logits: &mut [f32]) {
+    fn penalised<'a>(&self, logits: &'a [f32]) -> Cow<'a, [f32]> {
         let SamplingParams { repetition_penalty, frequency_penalty, presence_penalty, .. } = self.params;
         if repetition_penalty == 1.0 && frequency_penalty == 0.0 && presence_penalty == 0.0 {
-            return;
+            return Cow::Borrowed(logits);
         }
+        let mut logits = logits.to_vec();
         for (&id, seen) in &self.seen {
             let Some(logit) = logits.get_mut(id as usize) else { continue };
             *logit = if *logit > 0.0 { *logit / repetition_penalty } else { *logit * repetition_penalty };
@@ -75,6 +77,7 @@ impl Sampler {
                 *logit -= frequency_penalty * seen.generated as f32 + presence_penalty;
             }
         }
+        Cow::Owned(logits)
     }
 }
 
@@ -92,17 +95,6 @@ fn filter(probabilities: &mut [f32], min_p: f32, top_k: usize) {
         let sum: f32 = probabilities.iter().sum();
         probabilities.iter_mut().for_each(|p| *p /= sum);
     }
-}
-
-/// The first of the largest values, as torch's argmax.
-fn argmax(logits: &[f32]) -> u32 {
-    let mut best = 0;
-    for (i, x) in logits.iter().enumerate() {
-        if *x > logits[best] {
-            best = i;
-        }
-    }
-    best as u32
 }
 
 fn log_sum_exp(logits: &[f32]) -> f32 {
@@ -129,7 +121,7 @@ mod tests {
 
     fn choose(params: SamplingParams, text: &[u32], logits: &[f32], times: usize) -> Vec<u32> {
         let mut sampler = Sampler::new(params, text.iter().copied());
-        (0..times).map(|_| sampler.next(logits.to_vec()).unwrap().id).collect()
+        (0..times).map(|_| sampler.next(logits).unwrap().id).collect()
     }
 
     const LOGITS: [f32; 5] = [0.0, 2.0, 1.9, -1.0, 1.0];
@@ -189,7 +181,7 @@ mod tests {
     #[test]
     fn logprobs_are_the_models_own_and_sorted() {
         let params = SamplingParams { logprobs: Some(2), repetition_penalty: 9.0, ..Default::default() };
-        let token = Sampler::new(params, [1u32].into_iter()).next(LOGITS.to_vec()).unwrap();
+        let token = Sampler::new(params, [1u32].into_iter()).next(&LOGITS).unwrap();
         let sum: f32 = LOGITS.iter().map(|x| x.exp()).sum();
         assert_eq!(token.id, 2);
         assert!((token.logprob.unwrap() - (1.9 - sum.ln())).abs() < 1e-6);

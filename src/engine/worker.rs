@@ -13,8 +13,8 @@ use tokio::sync::mpsc::{self, error::TryRecvError};
 
 use super::{
     EngineConfig, Job, Mail, Place, Shared, WarmUp,
-    request::{Event, FinishReason, InputToken, Request},
-    runner::{Part, Runner},
+    request::{Event, FinishReason, GeneratedToken, InputToken, Request},
+    runner::{Logits, Part, Runner},
     sampler::Sampler,
     scheduler::{Limits, Scheduler, Step},
     sequence::{Sequence, SequenceId},
@@ -52,7 +52,8 @@ struct Running {
 pub(super) fn warm_up(runner: &mut Runner) -> candle_core::Result<()> {
     let part = Part { tokens: &[InputToken::Vocab(0)], start: 0, blocks: &[0], prompt: None, samples: true };
     let logits = runner.run(&[part])?;
-    match logits.iter().flatten().all(|x| x.is_finite()) {
+    let finite = logits.with_rows(|mut rows| Ok(rows.all(|row| row.iter().all(|x| x.is_finite()))))?;
+    match finite {
         true => Ok(()),
         false => candle_core::bail!("the model's first logits are not finite; the weights or the dtype are wrong"),
     }
@@ -188,8 +189,8 @@ impl Worker {
         if !step.chunks.is_empty() {
             let result = self.compute(&step);
             self.shared.steps.fetch_add(1, Relaxed);
-            match result {
-                Ok(logits) => self.deliver(&step, logits),
+            match result.and_then(|logits| self.sample(&step, &logits)) {
+                Ok(tokens) => self.deliver(&step, tokens),
                 Err(error) => self.fail(&step, &error),
             }
         }
@@ -197,7 +198,7 @@ impl Worker {
         self.publish();
     }
 
-    fn compute(&mut self, step: &Step) -> candle_core::Result<Vec<Vec<f32>>> {
+    fn compute(&mut self, step: &Step) -> candle_core::Result<Logits> {
         let mut parts = Vec::with_capacity(step.chunks.len());
         for chunk in &step.chunks {
             let prompt = match (self.jobs.get(&chunk.id), self.warm_ups.get(&chunk.id)) {
@@ -225,31 +226,47 @@ impl Worker {
         }
     }
 
-    /// Chooses each sampling sequence's token and sends it out.
-    fn deliver(&mut self, step: &Step, logits: Vec<Vec<f32>>) {
-        let mut chosen = Vec::with_capacity(logits.len());
-        let mut ended = Vec::new();
+    /// Chooses each sampling sequence's token; `None` where none could be drawn.
+    fn sample(
+        &mut self,
+        step: &Step,
+        logits: &Logits,
+    ) -> candle_core::Result<Vec<(SequenceId, Option<GeneratedToken>)>> {
         let sampling = step.chunks.iter().filter(|c| c.samples);
-        for (chunk, logits) in sampling.zip(logits) {
-            let Some(job) = self.jobs.get_mut(&chunk.id) else { continue };
-            let token = match job.sampler.next(logits) {
-                Ok(token) => token,
-                Err(error) => {
+        logits.with_rows(|rows| {
+            let mut tokens = Vec::with_capacity(rows.len());
+            for (chunk, logits) in sampling.zip(rows) {
+                let Some(job) = self.jobs.get_mut(&chunk.id) else { continue };
+                let token = job.sampler.next(logits);
+                if let Err(error) = &token {
                     tracing::error!(%error, "a token could not be drawn");
-                    ended.push((chunk.id, None));
-                    continue;
                 }
+                tokens.push((chunk.id, token.ok()));
+            }
+            Ok(tokens)
+        })
+    }
+
+    /// Sends the chosen tokens out.
+    fn deliver(&mut self, step: &Step, tokens: Vec<(SequenceId, Option<GeneratedToken>)>) {
+        let mut chosen = Vec::with_capacity(tokens.len());
+        let mut ended = Vec::new();
+        for (id, token) in tokens {
+            let Some(job) = self.jobs.get_mut(&id) else { continue };
+            let Some(token) = token else {
+                ended.push((id, None));
+                continue;
             };
             if job.stop_tokens.contains(&token.id) {
-                ended.push((chunk.id, Some(FinishReason::Stop)));
+                ended.push((id, Some(FinishReason::Stop)));
                 continue;
             }
-            chosen.push((chunk.id, token.id));
+            chosen.push((id, token.id));
             // There is room for every token; an error means that the reader is gone.
             let _ = job.events.try_send(Event::Token(token));
             job.remaining -= 1;
             if job.remaining == 0 {
-                ended.push((chunk.id, Some(FinishReason::Length)));
+                ended.push((id, Some(FinishReason::Length)));
             }
         }
         let input = |id| self.scheduler.get(id).map_or(0, |s| s.num_input);

@@ -83,6 +83,30 @@ fn a_running_server_is_measured_with_its_own_tasks_or_with_some_that_go_again() 
 }
 
 #[test]
+fn loads_in_turn_have_prompts_of_their_own_lengths_and_are_compared() {
+    let home = tempfile::tempdir().unwrap();
+    let mut command = softserve(home.path());
+    command.args([
+        "bench",
+        "--in-turn",
+        "--repeat=2",
+        "--requests=4",
+        "--concurrency=2",
+        "--input-tokens=2",
+        "--output-tokens=2",
+    ]);
+    command.args(["--load=name=one", "--load=name=three,tasks=3,virtual-tokens=9", "--json=figures.json"]);
+    let (code, stdout, stderr) = output(command);
+    assert_eq!(code, Some(0), "{stderr}");
+    assert!(stdout.contains("against one") && stdout.contains("9 virtual tokens"), "{stdout}");
+    let report = std::fs::read(home.path().join("figures.json")).unwrap();
+    let report: Value = serde_json::from_slice(&report).unwrap();
+    let results = report["results"].as_array().unwrap();
+    let virtual_tokens = |r: &Value| [0, 1].map(|repeat| r["repeats"][repeat]["virtual_tokens"].as_f64().unwrap());
+    assert_eq!(results.iter().map(virtual_tokens).collect::<Vec<_>>(), [[4.0 * 32.0; 2], [4.0 * 9.0; 2]]);
+}
+
+#[test]
 fn a_random_model_is_written_as_a_folder_that_serve_takes() {
     let home = tempfile::tempdir().unwrap();
     let config = json!({"model_type": "llama", "vocab_size": 100, "hidden_size": 16, "intermediate_size": 32,
@@ -105,6 +129,7 @@ fn what_cannot_be_measured_is_said() {
     for (arguments, code, words) in [
         (vec!["--url=https://localhost:1"], 1, vec!["cannot reach"]),
         (vec!["--load=background"], 1, vec!["background"]),
+        (vec!["--load=alone", "--in-turn"], 1, vec!["--in-turn"]),
         (vec!["--save-model=x"], 1, vec!["--random-weights"]),
         (vec!["--input-tokens=none"], 2, vec!["none", "16-64"]),
         (vec!["--rate=1", "--concurrency=2"], 2, vec!["--rate"]),

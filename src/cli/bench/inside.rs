@@ -130,7 +130,7 @@ fn arguments(args: &BenchArgs, loads: &[Load]) -> Vec<String> {
         Arrival::Rate(_) => 0,
     });
     add("--max-waiting", Some((2 * clients.sum::<usize>()).max(MAX_WAITING).to_string()));
-    let tasks = args.num_tasks(loads);
+    let tasks = args.prompt_lengths(loads).len();
     add("--max-tasks", (tasks > 10_000).then(|| tasks.to_string()));
     out
 }

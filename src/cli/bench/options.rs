@@ -90,12 +90,15 @@ pub struct BenchArgs {
     /// Tokens of each answer, in the same forms
     #[arg(long, value_name = "LENGTHS", default_value = "32")]
     output_tokens: Lengths,
-    /// Several loads side by side, each with tasks of its own: some of name=, tasks=, requests=,
-    /// concurrency=, rate=, mix=, input-tokens=, output-tokens=, background (goes on until the others
-    /// are done) and alone (run without the others first, to compare); the rest is as above, but
-    /// tasks, which is 1
+    /// Several loads side by side, each with tasks of its own: some of name=, tasks=,
+    /// virtual-tokens=, requests=, concurrency=, rate=, mix=, input-tokens=, output-tokens=, background
+    /// (goes on until the others are done) and alone (run without the others first, to compare); the
+    /// rest is as above, but tasks, which is 1
     #[arg(long, value_name = "KEY=VALUE,…")]
     pub load: Vec<LoadSpec>,
+    /// Run the loads one after another in each run, not side by side: which is faster?
+    #[arg(long, requires = "load")]
+    pub in_turn: bool,
     /// Send nothing new after this time
     #[arg(long, value_name = "TIME")]
     pub duration: Option<Time>,
@@ -124,6 +127,7 @@ impl BenchArgs {
         let base = Load {
             name: "load".to_owned(),
             tasks: self.tasks.unwrap_or(DEFAULT_TASKS),
+            virtual_tokens: self.virtual_tokens,
             requests: self.requests.or(self.duration.is_none().then_some(DEFAULT_REQUESTS)),
             arrival: self.rate.map_or(concurrency, Arrival::Rate),
             mix: self.mix,
@@ -136,15 +140,22 @@ impl BenchArgs {
             return Ok(vec![base]);
         }
         let loads: Vec<_> = self.load.iter().cloned().enumerate().map(|(i, spec)| spec.over(&base, i)).collect();
+        if self.in_turn && loads.iter().any(|load| load.background || load.alone) {
+            bail!("with --in-turn every load is alone, and none is in the background: leave those words out");
+        }
         if loads.iter().all(|load| load.background) {
             bail!("every --load is in the background, expected one or more that say when all is done");
         }
         Ok(loads)
     }
 
-    /// How many tasks have to be there.
-    pub fn num_tasks(&self, loads: &[Load]) -> usize {
-        loads.iter().map(|load| load.tasks).sum::<usize>().max(self.tasks.unwrap_or(1))
+    /// The length of the learned prompt of each task that has to be there, in the order in which
+    /// loads take them.
+    pub fn prompt_lengths(&self, loads: &[Load]) -> Vec<usize> {
+        let mut out: Vec<_> = loads.iter().flat_map(|load| vec![load.virtual_tokens; load.tasks]).collect();
+        let tasks = out.len().max(self.tasks.unwrap_or(1));
+        out.resize(tasks, self.virtual_tokens);
+        out
     }
 
     /// The shape of the model that the server inside is given.

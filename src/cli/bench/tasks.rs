@@ -7,7 +7,7 @@ use rand::{SeedableRng as _, rngs::StdRng};
 use rand_distr::{Distribution as _, Normal};
 use safetensors::{Dtype, tensor::TensorView};
 
-use super::{BenchArgs, progress};
+use super::progress;
 use crate::{bench::plan::Target, cli::client::ServerArgs};
 
 const TIMEOUT: Duration = Duration::from_secs(300);
@@ -37,14 +37,14 @@ impl Admin {
         serde_json::from_value(body["tasks"].take()).context("the server's list of tasks is not understood")
     }
 
-    /// Uploads as many tasks as are wanted, named `prefix-0` and so on.
-    pub fn upload(&self, args: &BenchArgs, tasks: usize, hidden_size: usize, prefix: &str) -> Result<Vec<Target>> {
+    /// Uploads learned prompts of these lengths, named `prefix-0` and so on.
+    pub fn upload(&self, lengths: &[usize], hidden_size: usize, prefix: &str, seed: u64) -> Result<Vec<Target>> {
         self.wait_until_ready()?;
-        let bar = progress("uploading prompts", Some(tasks), None);
-        let mut random = StdRng::seed_from_u64(args.seed);
-        let mut upload = |i: usize| -> Result<Target> {
+        let bar = progress("uploading prompts", Some(lengths.len()), None);
+        let mut random = StdRng::seed_from_u64(seed);
+        let mut upload = |i: usize, length: usize| -> Result<Target> {
             let task = format!("{prefix}-{i}");
-            let prompt = random_prompt(args.virtual_tokens, hidden_size, &mut random)?;
+            let prompt = random_prompt(length, hidden_size, &mut random)?;
             let path = self.server.at(&format!("/v1/admin/tasks/{task}/versions"));
             let request = authorized(self.agent.post(path), self.admin_key.as_deref());
             let sent = request.header("content-type", "application/octet-stream").send(&prompt[..]);
@@ -52,9 +52,9 @@ impl Admin {
             bar.inc(1);
             Ok(Target { task, fields: vec!["input".to_owned()] })
         };
-        let mut targets = Vec::with_capacity(tasks);
-        for i in 0..tasks {
-            match upload(i) {
+        let mut targets = Vec::with_capacity(lengths.len());
+        for (i, length) in lengths.iter().enumerate() {
+            match upload(i, *length) {
                 Ok(target) => targets.push(target),
                 Err(error) => {
                     // The server may be somebody's: nothing is left behind, if it still lets us.

@@ -140,13 +140,22 @@ pub(super) unsafe fn silu_times<S: Simd>(gate: S::V, up: S::V) -> S::V {
     }
 }
 
-/// The index of the largest value, the first of equals; 0 if there is none. NaN is never larger.
+/// The index of the largest value, the first of equals, as torch's argmax; 0 if there is none. NaN is
+/// never larger.
 pub fn argmax(isa: Isa, x: &[f32]) -> usize {
-    let mut best = f32::NEG_INFINITY;
-    let to = &raw mut best;
-    // SAFETY: `to` is valid for one value.
-    dispatch!(isa, largest(x: &[f32], to: *mut f32));
-    x.iter().position(|x| *x == best).unwrap_or(0)
+    const PART: usize = 1024;
+    let (mut best, mut best_part) = (f32::NEG_INFINITY, 0);
+    for (i, part) in x.chunks(PART).enumerate() {
+        let mut value = f32::NEG_INFINITY;
+        let to = &raw mut value;
+        // SAFETY: `to` is valid for one value.
+        dispatch!(isa, largest(part: &[f32], to: *mut f32));
+        if value > best {
+            (best, best_part) = (value, i);
+        }
+    }
+    let from = best_part * PART;
+    x.iter().skip(from).position(|x| *x == best).map_or(0, |i| from + i)
 }
 
 /// # Safety
@@ -169,5 +178,29 @@ unsafe fn largest<S: Simd>(x: &[f32], to: *mut f32) {
             best = best.max(*x.add(i));
         }
         *to = best;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn argmax_finds_the_first_of_the_largest() {
+        for isa in Isa::available() {
+            for (n, at) in [(1, 0), (15, 14), (64, 0), (1024, 1023), (1025, 1024), (5000, 3000), (49_152, 40_001)] {
+                let mut x: Vec<f32> = (0..n).map(|i| ((i * 7919) % 1000) as f32 / 1000.0 - 2.0).collect();
+                x[at] = 3.0;
+                assert_eq!(argmax(isa, &x), at, "{isa:?}");
+                if at + 1 < n {
+                    x[at + 1] = 3.0;
+                    x[n - 1] = f32::NAN;
+                }
+                assert_eq!(argmax(isa, &x), at, "{isa:?}");
+            }
+            assert_eq!(argmax(isa, &[]), 0);
+            assert_eq!(argmax(isa, &[f32::NAN, f32::NEG_INFINITY, -1.0]), 2);
+            assert_eq!(argmax(isa, &[f32::NAN; 3]), 0);
+        }
     }
 }
