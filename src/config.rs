@@ -71,10 +71,14 @@ pub struct ServeArgs {
     #[arg(long, value_name = "N", env = "SOFTSERVE_MAX_WAITING")]
     pub max_waiting: Option<usize>,
 
-    /// The most tokens computed in one step of the model; more is faster for long texts, less
-    /// keeps short requests quick beside them [default: 2048]
+    /// The most tokens computed in one step of the model [default: 2048]
     #[arg(long, value_name = "N", env = "SOFTSERVE_MAX_STEP_TOKENS")]
     pub max_step_tokens: Option<usize>,
+
+    /// The most input tokens computed in one step in which other requests get their next token; more
+    /// is faster for long texts, less keeps the answers beside them fluent [default: 256]
+    #[arg(long, value_name = "N", env = "SOFTSERVE_MAX_PREFILL_TOKENS")]
+    pub max_prefill_tokens: Option<usize>,
 
     /// Memory for the keys and values of running and shared texts, such as 512MiB [default: a
     /// quarter of the free memory, 4GiB at most]
@@ -95,7 +99,7 @@ pub struct ServeArgs {
 
     /// While several tasks have requests, the tokens that each may always have computed in one step
     /// of the model; less keeps light tasks quick beside a busy one, more gives the busy one more
-    /// throughput [default: 32]
+    /// throughput [default: as many as take about twice the time of one, measured at the start]
     #[arg(long, value_name = "N", env = "SOFTSERVE_FAIR_STEP_TOKENS")]
     pub fair_step_tokens: Option<usize>,
 
@@ -185,8 +189,11 @@ pub struct Batch {
     pub max_requests: usize,
     /// Positions computed in one step.
     pub max_step_tokens: usize,
+    /// Positions of inputs computed in a step beside requests that get their next token.
+    pub max_prefill_tokens: usize,
     /// Positions that each task may always take of a step that several share.
-    pub fair_step_tokens: usize,
+    /// `None` is measured.
+    pub fair_step_tokens: Option<usize>,
     /// Bytes for keys and values.
     pub kv_cache: usize,
     /// Whether keys and values are shared.
@@ -341,7 +348,8 @@ impl ServeArgs {
                 max_waiting: at_least("max-waiting", args.max_waiting.unwrap_or(256), 1)?,
                 max_requests: at_least("max-batch", args.max_batch.unwrap_or(64), 1)?,
                 max_step_tokens: at_least("max-step-tokens", args.max_step_tokens.unwrap_or(2048), 32)?,
-                fair_step_tokens: at_least("fair-step-tokens", args.fair_step_tokens.unwrap_or(32), 1)?,
+                max_prefill_tokens: at_least("max-prefill-tokens", args.max_prefill_tokens.unwrap_or(256), 1)?,
+                fair_step_tokens: args.fair_step_tokens.map(|n| at_least("fair-step-tokens", n, 1)).transpose()?,
                 prefix_sharing: args.prefix_sharing != Some(Switch::Off),
                 kv_cache: usize::try_from(at_least("kv-cache", kv_cache, 1 << 20)?).unwrap_or(usize::MAX),
             },

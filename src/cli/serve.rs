@@ -78,6 +78,7 @@ fn engine_config(config: &Config) -> EngineConfig {
         max_waiting: batch.max_waiting,
         max_batch: batch.max_requests,
         max_step_tokens: batch.max_step_tokens,
+        max_prefill_tokens: batch.max_prefill_tokens,
         fair_step_tokens: batch.fair_step_tokens,
         kv_cache_bytes: batch.kv_cache,
         prefix_sharing: batch.prefix_sharing,

@@ -34,6 +34,7 @@ use crate::{model::Model, prompt::LearnedPrompt};
 use places::{Place, Places};
 use request::{CacheRoot, Event, Request};
 use runner::Runner;
+use scheduler::Limits;
 
 /// Bounds of the engine.
 #[derive(Debug, Clone)]
@@ -44,9 +45,13 @@ pub struct EngineConfig {
     pub max_batch: usize,
     /// Positions computed in one step.
     pub max_step_tokens: usize,
+    /// Positions of inputs computed in a step in which other sequences get their next token: what a
+    /// long input may delay them by.
+    pub max_prefill_tokens: usize,
     /// Positions that each account may always take of a step that several share. Less keeps light
-    /// accounts quick beside busy ones, more gives busy ones more throughput.
-    pub fair_step_tokens: usize,
+    /// accounts quick beside busy ones, more gives busy ones more throughput. `None` is as many as
+    /// can be computed in about twice the time of one, which is measured at the start.
+    pub fair_step_tokens: Option<usize>,
     /// Bytes for keys and values.
     pub kv_cache_bytes: usize,
     /// Whether keys and values are shared among sequences of one root.
@@ -62,7 +67,8 @@ impl Default for EngineConfig {
             max_waiting: 256,
             max_batch: 64,
             max_step_tokens: 2048,
-            fair_step_tokens: 32,
+            max_prefill_tokens: 256,
+            fair_step_tokens: None,
             kv_cache_bytes: 512 << 20,
             prefix_sharing: true,
         }
@@ -224,6 +230,11 @@ impl Engine {
         let max_sequence = context.min(num_blocks * crate::kernels::kv_cache::BLOCK_SIZE);
         let mut runner = Runner::new(model, num_blocks)?;
         worker::warm_up(&mut runner)?;
+        let fair_step_tokens = match config.fair_step_tokens {
+            Some(tokens) => tokens,
+            None => worker::cheap_rows(&mut runner, num_blocks.min(config.max_step_tokens))?,
+        };
+        tracing::debug!(fair_step_tokens, num_blocks, "the engine is ready");
         let shared = Arc::new(Shared {
             max_sequence,
             waiting: Places::for_requests(config.max_waiting),
@@ -245,7 +256,15 @@ impl Engine {
         });
         // A letter for each place, and one to wake the thread.
         let (mail, inbox) = mpsc::channel(config.max_waiting + MAX_WARM_UPS + 1);
-        let worker = worker::Worker::new(runner, &config, num_blocks, inbox, shared.clone());
+        let limits = Limits {
+            max_batch: config.max_batch.max(1),
+            max_step_tokens: config.max_step_tokens.max(1),
+            max_prefill_tokens: config.max_prefill_tokens.max(1),
+            fair_step_tokens: fair_step_tokens.max(1),
+            num_blocks,
+            prefix_sharing: config.prefix_sharing,
+        };
+        let worker = worker::Worker::new(runner, limits, inbox, shared.clone());
         let thread = std::thread::Builder::new()
             .name("engine".to_owned())
             .spawn(move || worker.run())

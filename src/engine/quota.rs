@@ -2,9 +2,10 @@
 //! others.
 //!
 //! While only one account has work, it may take the whole step. Otherwise the account with the
-//! least service takes what it wants, and each other as much as that one or a fixed number,
-//! whichever is more. So what a busy account adds to a light one's step is bounded by what the
-//! light one asks for itself, and two that ask for much do not hold each other back.
+//! least service takes what it wants. Each other may take all it wants if that is not much more;
+//! else as much as the first, or a fixed number, whichever is more. So what a busy account adds to
+//! a light one's step is bounded by what the light one asks for itself, and those that ask for
+//! about the same do not hold each other back.
 
 use std::collections::HashMap;
 
@@ -15,36 +16,34 @@ pub struct Quota {
     left: usize,
     /// The account with the least service, if there are others beside it.
     first: Option<u64>,
-    /// What each of the others may take.
-    each: usize,
+    /// What each of the others may still take.
+    each: HashMap<u64, usize>,
     /// Positions left for the others together: half of the step is always the first's, if it wants it.
     others_left: usize,
-    taken: HashMap<u64, usize>,
 }
+
+/// An account that wants no more than this many times what the first wants is not held back.
+const NOT_MUCH_MORE: usize = 2;
 
 impl Quota {
     /// A step of `tokens` positions for accounts given as (key, counter, wanted positions); with
     /// several, each may take `fair` in any case.
     pub fn new(tokens: usize, fair: usize, accounts: &[(u64, f64, usize)]) -> Self {
         let least = accounts.iter().min_by(|a, b| a.1.total_cmp(&b.1).then(a.2.cmp(&b.2)).then(a.0.cmp(&b.0)));
-        let quota = Self { left: tokens, first: None, each: tokens, others_left: tokens, taken: HashMap::new() };
-        match least {
-            Some(&(first, _, wanted)) if accounts.len() > 1 => Self {
-                first: Some(first),
-                each: wanted.max(fair),
-                others_left: tokens - wanted.min(tokens / 2),
-                ..quota
-            },
-            _ => quota,
-        }
+        let Some(&(first, _, most)) = least.filter(|_| accounts.len() > 1) else {
+            return Self { left: tokens, first: None, each: HashMap::new(), others_left: tokens };
+        };
+        let may = |wanted| if wanted <= NOT_MUCH_MORE * most { wanted } else { most.max(fair) };
+        let each = accounts.iter().map(|&(account, _, wanted)| (account, may(wanted))).collect();
+        Self { left: tokens, first: Some(first), each, others_left: tokens - most.min(tokens / 2) }
     }
 
     /// How many more positions an account may take.
     pub fn left(&self, account: u64) -> usize {
         match self.first {
             Some(first) if first != account => {
-                let taken = self.taken.get(&account).copied().unwrap_or(0);
-                self.left.min(self.others_left).min(self.each.saturating_sub(taken))
+                let own = self.each.get(&account).copied().unwrap_or(0);
+                self.left.min(self.others_left).min(own)
             }
             _ => self.left,
         }
@@ -56,7 +55,9 @@ impl Quota {
         self.left -= granted;
         if self.first.is_some_and(|first| first != account) {
             self.others_left -= granted;
-            *self.taken.entry(account).or_default() += granted;
+            if let Some(own) = self.each.get_mut(&account) {
+                *own -= granted;
+            }
         }
         granted
     }
@@ -85,10 +86,10 @@ mod tests {
     }
 
     #[test]
-    fn accounts_that_want_much_do_not_hold_each_other_back() {
-        let accounts = [(1, 1.0, 400), (2, 3.0, 300)];
+    fn accounts_that_want_about_the_same_do_not_hold_each_other_back() {
+        let accounts = [(1, 1.0, 200), (2, 3.0, 300), (3, 3.0, 900)];
         let mut quota = Quota::new(1000, 8, &accounts);
-        assert_eq!((quota.take(2, 300), quota.take(1, 400)), (300, 400));
+        assert_eq!((quota.take(2, 300), quota.take(3, 900), quota.take(1, 200)), (300, 200, 200));
     }
 
     #[test]

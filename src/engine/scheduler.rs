@@ -26,6 +26,10 @@ use crate::kernels::kv_cache::BLOCK_SIZE;
 /// account's places.
 const FAR_MORE_PLACES: f64 = 4.0;
 
+/// For this many steps after an account's last sequence, one that fills the batch keeps to what it
+/// may take beside others: whoever comes back soon does not find a long step under way.
+const LINGER: u64 = 256;
+
 /// Positions of a prompt that are warmed in one step while nothing else runs: a request that comes
 /// in the meantime waits for no more than that.
 const WARM_UP_TOKENS: usize = 256;
@@ -37,6 +41,8 @@ pub struct Limits {
     pub max_batch: usize,
     /// Positions computed in one step.
     pub max_step_tokens: usize,
+    /// Positions of inputs computed in a step in which other sequences get their next token.
+    pub max_prefill_tokens: usize,
     /// Positions that each account may always take of a step that several share; see [`Quota`].
     pub fair_step_tokens: usize,
     /// Blocks in the cache.
@@ -75,6 +81,8 @@ pub struct Scheduler {
     warm_ups: VecDeque<SequenceId>,
     /// The one that has blocks.
     warming: Option<SequenceId>,
+    /// Accounts that had sequences a short while ago, and until which step.
+    recent: HashMap<u64, u64>,
     /// Counts steps.
     now: u64,
     /// Counts chunks.
@@ -94,6 +102,7 @@ impl Scheduler {
             running: Vec::new(),
             warm_ups: VecDeque::new(),
             warming: None,
+            recent: HashMap::new(),
             now: 0,
             turns: 0,
             preemptions: 0,
@@ -233,15 +242,27 @@ impl Scheduler {
     }
 
     /// What each account may take of the next step.
-    fn quota(&self) -> Quota {
-        let mut wanted: HashMap<u64, usize> = HashMap::new();
+    fn quota(&mut self) -> Quota {
+        // By account: positions wanted, and sequences.
+        let mut wanted: HashMap<u64, (usize, usize)> = HashMap::new();
         for sequence in self.running.iter().copied().chain(self.queue.iter()).filter_map(|id| self.sequences.get(&id)) {
-            *wanted.entry(sequence.account.key).or_default() += sequence.num_pending();
+            // Of what a waiting one will find, its prompt is known at once.
+            let is_found = sequence.root.is_some_and(|root| self.cache.contains_prompt(root));
+            let found = if is_found { sequence.num_virtual.saturating_sub(sequence.num_computed) } else { 0 };
+            let (positions, sequences) = wanted.entry(sequence.account.key).or_default();
+            *positions += sequence.num_pending() - found;
+            *sequences += 1;
         }
         let tokens = self.limits.max_step_tokens;
-        let accounts = self.ledger.busy();
-        let accounts: Vec<_> =
-            accounts.map(|(key, counter)| (key, counter, wanted.get(&key).map_or(0, |&n| n.min(tokens)))).collect();
+        let busy = self.ledger.busy();
+        let mut accounts: Vec<_> =
+            busy.map(|(key, counter)| (key, counter, wanted.get(&key).map_or(0, |w| w.0.min(tokens)))).collect();
+        self.recent.retain(|_, until| *until > self.now);
+        let one_fills_the_batch = wanted.values().any(|w| 2 * w.1 >= self.limits.max_batch);
+        if let Some(&absent) = self.recent.keys().find(|key| !wanted.contains_key(key)).filter(|_| one_fills_the_batch)
+        {
+            accounts.push((absent, f64::NEG_INFINITY, 0));
+        }
         Quota::new(tokens, self.limits.fair_step_tokens, &accounts)
     }
 
@@ -275,8 +296,13 @@ impl Scheduler {
             *planned.entry(sequence.account.key).or_default() += sequence.num_pending();
         }
         planned.iter_mut().for_each(|(&account, tokens)| *tokens = (*tokens).min(quota.left(account)));
+        let running = self.running.iter().filter_map(|id| self.sequences.get(id));
+        let most = match running.filter(|s| s.num_pending() == 1).count() {
+            0 => self.limits.max_step_tokens,
+            tokens => self.limits.max_step_tokens.min(tokens + self.limits.max_prefill_tokens),
+        };
         let mut served = HashSet::new();
-        while planned.values().sum::<usize>() < self.limits.max_step_tokens {
+        while planned.values().sum::<usize>() < most {
             let rank = |account| (!served.contains(&account)).then(|| self.ledger.counter(account));
             let Some(id) = self.queue.next(rank) else { break };
             let Some(account) = self.sequences.get(&id).map(|s| s.account.key) else { break };
@@ -377,9 +403,16 @@ impl Scheduler {
         });
         let mut order: Vec<_> = ranked.collect();
         order.sort_by(|a, b| (a.0, a.1).cmp(&(b.0, b.1)).then(a.2.total_cmp(&b.2)).then((a.3, a.4).cmp(&(b.3, b.4))));
-        for (.., id) in order {
+        let mut inputs_left = self.limits.max_step_tokens;
+        for (is_input, .., id) in order {
             let Some(sequence) = self.sequences.get_mut(&id) else { continue };
-            let len = quota.take(sequence.account.key, sequence.num_pending());
+            let wanted = if is_input { sequence.num_pending().min(inputs_left) } else { 1 };
+            let len = quota.take(sequence.account.key, wanted);
+            if is_input {
+                inputs_left -= len;
+            } else if len > 0 {
+                inputs_left = self.limits.max_prefill_tokens;
+            }
             if len > 0 {
                 let start = sequence.num_computed;
                 self.turns += 1;
@@ -441,6 +474,7 @@ impl Scheduler {
         let was_live = self.running.len() < running || self.queue.remove(sequence.priority, account, id);
         if was_live {
             self.ledger.leave(account);
+            self.recent.insert(account, self.now + LINGER);
         } else {
             self.warm_ups.retain(|&w| w != id);
         }
@@ -448,6 +482,8 @@ impl Scheduler {
     }
 }
 
+#[cfg(test)]
+mod latency;
 #[cfg(test)]
 mod simulation;
 #[cfg(test)]

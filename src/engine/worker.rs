@@ -6,20 +6,20 @@ use std::{
         Arc,
         atomic::{AtomicUsize, Ordering::Relaxed},
     },
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use tokio::sync::mpsc::{self, error::TryRecvError};
 
 use super::{
-    EngineConfig, Job, Mail, Place, Shared, WarmUp,
+    Job, Mail, Place, Shared, WarmUp,
     request::{Event, FinishReason, GeneratedToken, InputToken, Request},
     runner::{Logits, Part, Runner},
     sampler::Sampler,
     scheduler::{Limits, Scheduler, Step},
     sequence::{Sequence, SequenceId},
 };
-use crate::prompt::LearnedPrompt;
+use crate::{kernels::kv_cache::BlockId, prompt::LearnedPrompt};
 
 /// Everything the thread owns.
 pub(super) struct Worker {
@@ -59,21 +59,42 @@ pub(super) fn warm_up(runner: &mut Runner) -> candle_core::Result<()> {
     }
 }
 
+/// The numbers of rows that [`cheap_rows`] tries.
+const ROWS: [usize; 6] = [8, 16, 24, 32, 48, 64];
+
+/// How many sequences can get a token in about twice the time that one takes, at most `most`: as
+/// long as reading the weights is what takes the time, more rows cost little.
+pub(super) fn cheap_rows(runner: &mut Runner, most: usize) -> candle_core::Result<usize> {
+    let blocks: Vec<BlockId> = (0..most as BlockId).collect();
+    // The best of three, or the first that is good enough.
+    let mut time = |rows: usize, enough: Duration| -> candle_core::Result<Duration> {
+        let tokens = [InputToken::Vocab(0)];
+        let part = |blocks| Part { tokens: &tokens, start: 0, blocks, prompt: None, samples: true };
+        let parts: Vec<Part> = blocks.chunks(1).take(rows).map(part).collect();
+        let mut best = Duration::MAX;
+        for _ in 0..3 {
+            let started = Instant::now();
+            runner.run(&parts)?;
+            best = best.min(started.elapsed());
+            if best <= enough {
+                break;
+            }
+        }
+        Ok(best)
+    };
+    let twice = 2 * time(1, Duration::ZERO)?;
+    let mut cheap = ROWS[0];
+    for rows in ROWS.into_iter().take_while(|&rows| rows <= most) {
+        if time(rows, twice)? > twice {
+            break;
+        }
+        cheap = rows;
+    }
+    Ok(cheap)
+}
+
 impl Worker {
-    pub(super) fn new(
-        runner: Runner,
-        config: &EngineConfig,
-        num_blocks: usize,
-        inbox: mpsc::Receiver<Mail>,
-        shared: Arc<Shared>,
-    ) -> Self {
-        let limits = Limits {
-            max_batch: config.max_batch.max(1),
-            max_step_tokens: config.max_step_tokens.max(1),
-            fair_step_tokens: config.fair_step_tokens.max(1),
-            num_blocks,
-            prefix_sharing: config.prefix_sharing,
-        };
+    pub(super) fn new(runner: Runner, limits: Limits, inbox: mpsc::Receiver<Mail>, shared: Arc<Shared>) -> Self {
         let scheduler = Scheduler::new(limits);
         Self { runner, scheduler, jobs: HashMap::new(), warm_ups: HashMap::new(), inbox, shared, next_id: 0 }
     }

@@ -154,6 +154,17 @@ async fn a_request_whose_time_is_over_answers_with_what_there_is() {
 }
 
 #[tokio::test]
+async fn a_priority_is_a_number_from_minus_1000_to_1000() {
+    let server = Server::start();
+    for priority in [-1000, 0, 1000] {
+        server.generate(&json!({"input": "a", "max_tokens": 1, "priority": priority})).await.ok();
+    }
+    let answer = server.generate(&json!({"input": "a", "priority": -1001})).await;
+    assert_eq!(answer.json()["errors"][0]["field"], "priority");
+    assert_eq!(answer.status, StatusCode::BAD_REQUEST);
+}
+
+#[tokio::test]
 async fn a_client_that_goes_away_stops_its_generation() {
     use futures::StreamExt as _;
 

@@ -174,13 +174,14 @@ proptest! {
         warm_ups in prop::collection::vec((0usize..60, 2u8..5), 0..6),
         max_batch in 1usize..6,
         max_step_tokens in 1usize..80,
-        fair_step_tokens in 1usize..12,
+        (fair_step_tokens, max_prefill_tokens) in (1usize..12, 1usize..80),
         spare_blocks in 0usize..24,
         prefix_sharing in prop::bool::weighted(0.9),
         fail_at in prop::option::weighted(0.3, 1usize..60),
     ) {
         let num_blocks = MOST_BLOCKS + spare_blocks;
-        let limits = Limits { max_batch, max_step_tokens, fair_step_tokens, num_blocks, prefix_sharing };
+        let limits =
+            Limits { max_batch, max_step_tokens, max_prefill_tokens, fair_step_tokens, num_blocks, prefix_sharing };
         let mut s = Scheduler::new(limits);
         let mut memory = Memory(vec![[NOTHING; BLOCK_SIZE]; num_blocks]);
         let mut given: BTreeMap<SequenceId, usize> = BTreeMap::new();
