@@ -76,7 +76,7 @@ pub struct ServeArgs {
     pub max_step_tokens: Option<usize>,
 
     /// The most input tokens computed in one step in which other requests get their next token; more
-    /// is faster for long texts, less keeps the answers beside them fluent [default: 256]
+    /// is faster for long texts, less keeps the answers beside them fluent [default: 512]
     #[arg(long, value_name = "N", env = "SOFTSERVE_MAX_PREFILL_TOKENS")]
     pub max_prefill_tokens: Option<usize>,
 
@@ -348,7 +348,7 @@ impl ServeArgs {
                 max_waiting: at_least("max-waiting", args.max_waiting.unwrap_or(256), 1)?,
                 max_requests: at_least("max-batch", args.max_batch.unwrap_or(64), 1)?,
                 max_step_tokens: at_least("max-step-tokens", args.max_step_tokens.unwrap_or(2048), 32)?,
-                max_prefill_tokens: at_least("max-prefill-tokens", args.max_prefill_tokens.unwrap_or(256), 1)?,
+                max_prefill_tokens: at_least("max-prefill-tokens", args.max_prefill_tokens.unwrap_or(512), 1)?,
                 fair_step_tokens: args.fair_step_tokens.map(|n| at_least("fair-step-tokens", n, 1)).transpose()?,
                 prefix_sharing: args.prefix_sharing != Some(Switch::Off),
                 kv_cache: usize::try_from(at_least("kv-cache", kv_cache, 1 << 20)?).unwrap_or(usize::MAX),

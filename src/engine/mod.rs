@@ -67,7 +67,7 @@ impl Default for EngineConfig {
             max_waiting: 256,
             max_batch: 64,
             max_step_tokens: 2048,
-            max_prefill_tokens: 256,
+            max_prefill_tokens: 512,
             fair_step_tokens: None,
             kv_cache_bytes: 512 << 20,
             prefix_sharing: true,

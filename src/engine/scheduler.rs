@@ -258,9 +258,10 @@ impl Scheduler {
         let mut accounts: Vec<_> =
             busy.map(|(key, counter)| (key, counter, wanted.get(&key).map_or(0, |w| w.0.min(tokens)))).collect();
         self.recent.retain(|_, until| *until > self.now);
-        let one_fills_the_batch = wanted.values().any(|w| 2 * w.1 >= self.limits.max_batch);
-        if let Some(&absent) = self.recent.keys().find(|key| !wanted.contains_key(key)).filter(|_| one_fills_the_batch)
-        {
+        // Only an account that would fill the batch is held back: others share a step as it comes.
+        if wanted.values().all(|w| 2 * w.1 < self.limits.max_batch) {
+            accounts.clear();
+        } else if let Some(&absent) = self.recent.keys().find(|key| !wanted.contains_key(key)) {
             accounts.push((absent, f64::NEG_INFINITY, 0));
         }
         Quota::new(tokens, self.limits.fair_step_tokens, &accounts)
