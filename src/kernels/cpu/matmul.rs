@@ -238,10 +238,10 @@ fn pack_left(isa: Isa, pool: &Pool, x: &[f32], rows: usize, k: usize, tiles: &mu
 #[inline(always)]
 unsafe fn pack_tile<S: Simd>(from: &[f32], k: usize, to: *mut u32) {
     let tiles = k.div_ceil(TILE_K);
-    let rows = if k == 0 { 0 } else { from.len() / k };
+    let rows = from.len().checked_div(k).unwrap_or(0);
     // SAFETY: every pointer stays within the 16 rows and `tiles` tiles.
     unsafe {
-        if rows < TILE_ROWS || k % TILE_K != 0 {
+        if rows < TILE_ROWS || !k.is_multiple_of(TILE_K) {
             std::ptr::write_bytes(to, 0, tiles * TILE);
         }
         for row in 0..rows {

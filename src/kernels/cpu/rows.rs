@@ -81,8 +81,8 @@ unsafe fn norm_row<S: Simd>(x: &[f32], weight: &[f32], eps: f32, to: *mut f32) {
 /// If a length does not fit.
 pub fn rope(isa: Isa, pool: &Pool, x: &[f32], head_dim: usize, cos: &[f32], sin: &[f32]) -> Vec<f32> {
     let half = head_dim / 2;
-    let rows = if half == 0 { 0 } else { cos.len() / half };
-    let width = if rows == 0 { 0 } else { x.len() / rows };
+    let rows = cos.len().checked_div(half).unwrap_or(0);
+    let width = x.len().checked_div(rows).unwrap_or(0);
     assert!(cos.len() == sin.len() && cos.len() == rows * half && x.len() == rows * width);
     assert!(head_dim.is_multiple_of(2) && (rows == 0 || width.is_multiple_of(head_dim)));
     let fill = |out: *mut f32| {

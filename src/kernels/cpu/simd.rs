@@ -57,7 +57,7 @@ pub trait Simd: Copy {
             let r = Self::fma(n, Self::splat(2.121_944_4e-4), r);
             // Cephes expf, the minimax polynomial for |r| <= ln 2 / 2.
             let mut p = Self::splat(1.987_569_1e-4);
-            for c in [1.398_2e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 5.000_000_1e-1] {
+            for c in [1.398_2e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {
                 p = Self::fma(p, r, Self::splat(c));
             }
             let p = Self::fma(Self::mul(r, r), p, Self::add(r, Self::splat(1.0)));
@@ -423,7 +423,8 @@ mod x86 {
         unsafe fn dot(acc: __m512, w: __m512i, x: u32) -> __m512 {
             // SAFETY: the caller vouches for AVX-512 BF16; all three types are 512 bits.
             unsafe {
-                let (w, x) = (std::mem::transmute(w), std::mem::transmute(_mm512_set1_epi32(x as i32)));
+                let w = std::mem::transmute::<__m512i, __m512bh>(w);
+                let x = std::mem::transmute::<__m512i, __m512bh>(_mm512_set1_epi32(x as i32));
                 _mm512_dpbf16_ps(acc, w, x)
             }
         }
