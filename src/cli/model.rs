@@ -26,7 +26,8 @@ pub struct ModelArgs {
     #[arg(long, env = "SOFTSERVE_DEVICE")]
     pub device: Option<DeviceChoice>,
 
-    /// The number format of the weights in memory; auto is f32 on a CPU [default: auto]
+    /// The number format of the weights in memory; auto is f32, and bf16 is several times as fast on
+    /// a processor with AVX512-BF16 or AMX [default: auto]
     #[arg(long, env = "SOFTSERVE_DTYPE")]
     pub dtype: Option<DtypeChoice>,
 }

@@ -59,7 +59,8 @@ pub fn device(choice: DeviceChoice) -> Result<Device, SourceError> {
     }
 }
 
-/// The number format of its weights: on a CPU, f32 is the fastest.
+/// The number format of its weights: f32 unless asked otherwise, which answers as PEFT does in f32;
+/// bf16 is several times as fast where the processor has instructions for it.
 pub fn dtype(choice: DtypeChoice) -> DType {
     match choice {
         DtypeChoice::Auto | DtypeChoice::F32 => DType::F32,

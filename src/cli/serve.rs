@@ -18,6 +18,7 @@ use crate::{
     demo,
     engine::{Engine, EngineConfig, EngineThread},
     http::{App, AppState, router},
+    kernels::cpu::{Isa, pool},
     model::{Model, ModelInfo},
     prompt::format::Fit,
     registry::{Registry, RegistryConfig},
@@ -34,6 +35,7 @@ pub fn run(args: ServeArgs) -> anyhow::Result<()> {
     telemetry::metrics();
     if let Some(threads) = config.threads {
         rayon::ThreadPoolBuilder::new().num_threads(threads).build_global().context("--threads")?;
+        pool::set_threads(threads);
     }
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     // Before the model is loaded: a busy port is then known at once.
@@ -64,7 +66,12 @@ fn load(config: &Config) -> anyhow::Result<Loaded> {
     let model = Model::load(&files, &device, model_source::dtype(config.dtype))?;
     let info = model.info().clone();
     let (engine, thread) = Engine::start(model, engine_config(config)).context("cannot start the model")?;
-    tracing::info!(seconds = started.elapsed().as_secs_f64(), parameters = info.num_parameters, "the model is loaded");
+    tracing::info!(
+        seconds = started.elapsed().as_secs_f64(),
+        parameters = info.num_parameters,
+        kernels = Isa::best().name(),
+        "the model is loaded"
+    );
     let root = prompts_root(config, &info)?;
     let registry = open_registry(config, &info, root.clone())?;
     let watcher = registry.watch().context("cannot watch the prompts folder")?;
