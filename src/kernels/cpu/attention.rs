@@ -41,7 +41,8 @@ pub struct Rows<'a> {
 /// Writes the rows' keys and values to the cache, then attends: `[t, heads * head_dim]`.
 ///
 /// # Panics
-/// If a shape does not fit, or a segment has too few blocks or one that does not exist.
+/// If a shape does not fit, a segment has too few blocks or one that does not exist, or two
+/// segments would write into one block.
 pub fn attend(isa: Isa, pool: &Pool, cache: &mut KvCache, layer: usize, segments: &[Segment], rows: Rows) -> Vec<f32> {
     let shape = cache.shape();
     let t: usize = segments.iter().map(|s| s.rows).sum();
@@ -52,6 +53,10 @@ pub fn attend(isa: Isa, pool: &Pool, cache: &mut KvCache, layer: usize, segments
         assert!(s.rows > 0 && s.start + s.rows <= s.blocks.len() * BLOCK_SIZE, "{s:?} has too few blocks");
         assert!(s.blocks.iter().all(|&b| (b as usize) < cache.num_blocks()), "{s:?} has no such block");
     }
+    let touched = |s: &Segment| s.start / BLOCK_SIZE..(s.start + s.rows).div_ceil(BLOCK_SIZE);
+    let mut owned: Vec<_> = segments.iter().flat_map(|s| &s.blocks[touched(s)]).collect();
+    owned.sort_unstable();
+    assert!(owned.is_sorted_by(|a, b| a < b), "a block is written by two segments");
     let offset = |block, head| cache.offset(layer, block, head);
     // One plan for all heads: where each segment's rows begin, and its tiles.
     let groups = rows.heads / shape.num_kv_heads;
@@ -87,7 +92,7 @@ pub fn attend(isa: Isa, pool: &Pool, cache: &mut KvCache, layer: usize, segments
         let (chunk, head) = (task % chunks, task / chunks);
         for index in chunk * per_task..segments.len().min((chunk + 1) * per_task) {
             let step = &step;
-            // SAFETY: shapes are checked above; blocks that are written belong to one segment, and
+            // SAFETY: shapes are checked above; a block that is written belongs to one segment, and
             // this task alone has its rows of this head.
             dispatch!(step.isa, write(step: &Step, index: usize, head: usize));
         }

@@ -61,18 +61,18 @@ impl FrozenMatrix {
             fits(matrix.matrix(), k)?;
             *values = bias.map(|b| with_values(b, |b| Ok(b.to_vec()))).transpose()?;
         }
-        let residual = residual.map(Tensor::contiguous).transpose()?;
-        let held = residual.as_ref().map(Tensor::storage_and_layout);
-        let residual = match &held {
-            Some((storage, layout)) => Some(slice(storage, layout)?),
-            None => None,
+        let run = |residual: Option<&[f32]>| {
+            let products: Vec<_> = matrices
+                .iter()
+                .zip(&biases)
+                .map(|((matrix, _), bias)| Product { weight: matrix.matrix(), bias: bias.as_deref(), residual })
+                .collect();
+            with_values(x, |x| Ok(multiply(Isa::best(), pool::global(), x, rows, &products)))
         };
-        let products: Vec<_> = matrices
-            .iter()
-            .zip(&biases)
-            .map(|((matrix, _), bias)| Product { weight: matrix.matrix(), bias: bias.as_deref(), residual })
-            .collect();
-        let results = with_values(x, |x| Ok(multiply(Isa::best(), pool::global(), x, rows, &products)))?;
+        let results = match residual {
+            Some(residual) => with_values(residual, |residual| run(Some(residual)))?,
+            None => run(None)?,
+        };
         let tensors: Vec<Tensor> = matrices
             .iter()
             .zip(results)
@@ -109,14 +109,6 @@ impl FrozenMatrix {
         };
         Ok(self.0.transposed.get_or_init(|| packed))
     }
-}
-
-fn slice<'a>(storage: &'a candle_core::Storage, layout: &Layout) -> Result<&'a [f32]> {
-    let candle_core::Storage::Cpu(storage) = storage else {
-        bail!("a CPU kernel was given a tensor of another device")
-    };
-    let values = storage.as_slice::<f32>()?;
-    Ok(&values[layout.start_offset()..][..layout.shape().elem_count()])
 }
 
 fn fits(matrix: &PackedMatrix, k: usize) -> Result<()> {

@@ -120,7 +120,7 @@ impl Panels {
             Data::F32(data) => (data.as_slice().as_ptr().cast(), PANEL * weight.k()),
             Data::Bf16(data) => (data.as_slice().as_ptr(), weight.tiles() * TILE),
         };
-        Self { first, size, from, last: weight.panels() - 1 }
+        Self { first, size, from, last: weight.panels().saturating_sub(1) }
     }
 
     /// The panel of a unit; the last one in place of one that is not there, whose result nobody

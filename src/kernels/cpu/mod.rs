@@ -3,7 +3,7 @@
 //!
 //! Every row of a result is computed by itself, in one order, whatever other rows there are: a
 //! request's answer is the same bit for bit alone, in a batch, in chunks, or from the cache.
-#![allow(unsafe_code)]
+#![allow(unsafe_code, reason = "vector instructions, tiles and threads on borrowed data; see each block")]
 #![deny(clippy::undocumented_unsafe_blocks, unsafe_op_in_unsafe_fn)]
 
 #[cfg(target_arch = "x86_64")]
