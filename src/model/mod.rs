@@ -3,6 +3,7 @@
 pub mod config;
 pub mod decoder;
 pub mod files;
+pub mod gguf;
 #[cfg(feature = "hub")]
 pub mod hub;
 pub mod linear;
@@ -41,6 +42,8 @@ pub struct ModelInfo {
     /// Tokens that end a sequence.
     pub eos_token_ids: Vec<u32>,
     pub num_parameters: usize,
+    /// How a conversation becomes a text, in Jinja; `None` if the model's files have no template.
+    pub chat_template: Option<String>,
     pub device: Device,
     pub dtype: DType,
 }
@@ -62,6 +65,7 @@ impl Model {
             context_length: config.context_length,
             eos_token_ids: files.eos_token_ids(&config)?,
             num_parameters,
+            chat_template: files.chat_template()?,
             device: device.clone(),
             dtype,
         };

@@ -1,17 +1,19 @@
-//! Named tensors out of safetensors files, checked against what the decoder asks for.
+//! Named tensors out of safetensors or GGUF files, checked against what the decoder asks for.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, sync::Arc};
 
 use candle_core::{DType, Device, Shape, Tensor};
 use safetensors::SafeTensors;
 
-use super::{ModelError, ModelFiles};
+use super::{ModelError, ModelFiles, gguf::Gguf};
 
 /// Tensors by name. What the decoder asks for and does not find is collected, so that one error
 /// lists all of it.
 #[derive(Debug)]
 pub struct Weights {
     tensors: HashMap<String, Tensor>,
+    /// Where tensors are read from when they are asked for.
+    gguf: Option<Arc<Gguf>>,
     faults: Vec<String>,
     device: Device,
     dtype: DType,
@@ -20,7 +22,20 @@ pub struct Weights {
 
 impl Weights {
     /// Reads every weights file, one at a time, and casts its tensors to `dtype` on `device`.
+    ///
+    /// Of a GGUF file, the tensors are read one by one as they are asked for.
     pub fn read(files: &ModelFiles, device: &Device, dtype: DType) -> Result<Self, ModelError> {
+        if let Some(gguf) = files.as_gguf() {
+            let num_parameters = gguf.tensors().map(|(_, shape)| shape.iter().product::<usize>()).sum();
+            return Ok(Self {
+                tensors: HashMap::new(),
+                gguf: Some(Arc::clone(gguf)),
+                faults: Vec::new(),
+                device: device.clone(),
+                dtype,
+                num_parameters,
+            });
+        }
         let mut tensors = HashMap::new();
         for file in files.weight_files()? {
             let bytes = files.read(&file)?;
@@ -37,7 +52,7 @@ impl Weights {
             }
         }
         let num_parameters = tensors.values().map(Tensor::elem_count).sum();
-        Ok(Self { tensors, faults: Vec::new(), device: device.clone(), dtype, num_parameters })
+        Ok(Self { tensors, gguf: None, faults: Vec::new(), device: device.clone(), dtype, num_parameters })
     }
 
     /// The number of values in all files.
@@ -47,22 +62,35 @@ impl Weights {
 
     /// Whether a tensor of that name is there.
     pub fn has(&self, name: &str) -> bool {
-        self.tensors.contains_key(name)
+        self.tensors.contains_key(name) || self.gguf.as_ref().is_some_and(|gguf| gguf.has(name))
     }
 
     /// Takes a tensor out. One that is missing or of another shape is noted for
     /// [`finish`](Self::finish), and zeros stand in for it until then.
     pub fn take(&mut self, name: &str, shape: impl Into<Shape>) -> Result<Tensor, ModelError> {
         let shape = shape.into();
-        match self.tensors.remove(name) {
-            Some(tensor) if *tensor.shape() == shape => return Ok(tensor),
-            Some(tensor) => {
-                self.faults.push(format!("{name} has shape {:?}, expected {:?}", tensor.dims(), shape.dims()));
+        let found = match &self.gguf {
+            Some(gguf) => gguf.shape(name),
+            None => self.tensors.get(name).map(|tensor| tensor.dims().to_vec()),
+        };
+        match found {
+            Some(found) if found == shape.dims() => {
+                if let Some(tensor) = self.remove(name)? {
+                    return Ok(tensor);
+                }
             }
+            Some(found) => self.faults.push(format!("{name} has shape {found:?}, expected {:?}", shape.dims())),
             None => self.faults.push(format!("{name} {:?} is missing", shape.dims())),
         }
         // One value, broadcast: a config.json with wrong sizes must not make us allocate them.
         Ok(Tensor::zeros(1, self.dtype, &self.device)?.broadcast_as(shape)?)
+    }
+
+    fn remove(&mut self, name: &str) -> Result<Option<Tensor>, ModelError> {
+        let Some(gguf) = &self.gguf else { return Ok(self.tensors.remove(name)) };
+        let Some(blocks) = gguf.read(name)? else { return Ok(None) };
+        let values = blocks.values();
+        Ok(Some(Tensor::from_vec(values, blocks.shape, &Device::Cpu)?.to_dtype(self.dtype)?.to_device(&self.device)?))
     }
 
     /// Fails with all faults at once. Tensors that nothing asked for are fine: files carry caches

@@ -9,6 +9,7 @@
 #[cfg(target_arch = "x86_64")]
 mod amx;
 pub mod attention;
+pub mod blocks;
 mod buffer;
 pub mod frozen;
 pub mod matmul;
