@@ -11,6 +11,7 @@ and v5 write it. Those of families.py go to tests/fixtures/families, with adapte
 type and the answers of the bare model (a case whose prompt is null). The reference is one unpadded request in f32: PEFT's own generate(). A case
 whose two best logits are ever closer than MARGIN is left out, since rounding may swap them.
 """
+import itertools
 import json
 import pathlib
 import shutil
@@ -176,8 +177,11 @@ def make_family(seed, name, layout, model):
     tok.save_pretrained(folder)
     if layout:
         layout(folder)
-    inputs = [INPUTS[0], TEXT]
-    cases = list(cases_of(name, model, tok, inputs, prompt=None, peft_type=None, task_id=None))
+
+    def two_of(*args, **named):
+        return list(itertools.islice(cases_of(*args, [INPUTS[0], TEXT, INPUTS[1], TEXT * 2], **named), 2))
+
+    cases = two_of(name, model, tok, prompt=None, peft_type=None, task_id=None)
     for adapter, tasks, config in all_adapters():
         tuned = get_peft_model(model, config)
         for path, p in tuned.prompt_encoder.named_parameters():
@@ -187,7 +191,7 @@ def make_family(seed, name, layout, model):
         loaded = PeftModel.from_pretrained(tuned.get_base_model(), folder / "prompts" / adapter).eval()
         kind = str(config.peft_type.value)
         for task in tasks:
-            cases += cases_of(f"{name}/{adapter}", loaded, tok, inputs, prompt=adapter, peft_type=kind, task_id=task)
+            cases += two_of(f"{name}/{adapter}", loaded, tok, prompt=adapter, peft_type=kind, task_id=task)
         model = loaded.get_base_model()
     write_cases(folder, cases)
 
