@@ -9,6 +9,7 @@
 #[cfg(target_arch = "x86_64")]
 mod amx;
 pub mod attention;
+mod block;
 mod buffer;
 pub mod frozen;
 pub mod matmul;
@@ -71,6 +72,14 @@ impl Isa {
             }
         }
         all
+    }
+
+    /// Whether there are instructions for products of bf16.
+    fn multiplies_bf16(self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        return self >= Self::Avx512Bf16;
+        #[cfg(not(target_arch = "x86_64"))]
+        false
     }
 
     /// What the kernels call themselves in a log.
