@@ -245,13 +245,12 @@ def main():
 
         if not name.startswith("tokens"):
             ask(model, None)
-            tuned = get_peft_model(model, PromptTuningConfig(num_virtual_tokens=7, task_type=TaskType.CAUSAL_LM)).eval()
-            # In f16 as it is saved.
-            rows = tuned.prompt_encoder.default.embedding.weight
-            rows.data = torch.randn_like(rows).mul(0.2).half().float()
-            ask(tuned, [[round(x, 8) for x in row] for row in rows.data.tolist()] if hidden < 100 else None)
-            if hidden >= 100:
-                cases = cases[:len(cases) // 2]
+            if hidden < 100:
+                tuned = get_peft_model(model, PromptTuningConfig(num_virtual_tokens=7, task_type=TaskType.CAUSAL_LM))
+                # In f16 as it is saved.
+                rows = tuned.prompt_encoder.default.embedding.weight
+                rows.data = torch.randn_like(rows).mul(0.2).half().float()
+                ask(tuned.eval(), [[round(x, 8) for x in row] for row in rows.data.tolist()])
         page = [dict(text=text, ids=tok.encode(text)) for text in PAGE]
         (OUT / f"{name}.json").write_text(json.dumps(dict(cases=cases, page=page), ensure_ascii=False) + "\n")
         print(f"{name}: {len(cases)} cases")

@@ -5,23 +5,18 @@
 
 use std::{cell::RefCell, ops::Range};
 
-#[cfg(target_arch = "x86_64")]
-use super::amx;
 use super::{
-    Buffer, Isa, dispatch,
+    Buffer, Isa,
+    block::{Ahead, BLOCK_COLUMNS, BLOCK_ROWS, TILE_ROWS, block_bf16, block_f32, block_widened},
+    dispatch,
     packed::{Data, PANEL, PackedMatrix, Precision, TILE, TILE_K},
     pool::Pool,
+    rows,
     simd::{LANES, Simd},
     tensors::written,
 };
 use crate::kernels::Activation;
 
-/// Rows of a block.
-const BLOCK_ROWS: usize = 32;
-/// Rows of a tile.
-const TILE_ROWS: usize = 16;
-/// Columns of a block.
-const BLOCK_COLUMNS: usize = 2 * PANEL;
 /// Bytes of `x` that a task works through again and again, to stay in the second cache.
 const LEFT_BYTES: usize = 768 << 10;
 
@@ -149,6 +144,8 @@ struct Target<'a> {
 enum Left {
     /// `[rows, k]`
     F32(*const f32),
+    /// As `F32`, rounded to bf16, for panels of bf16.
+    Rounded(*const f32),
     /// `[row tiles][k / 32][16][16 pairs]`
     Bf16(*const u32),
 }
@@ -184,7 +181,8 @@ fn run(
     TILES.with_borrow_mut(|tiles| {
         let left = match precision {
             Precision::F32 => Left::F32(x.as_ptr()),
-            Precision::Bf16 => Left::Bf16(pack_left(isa, pool, x, rows, k, tiles)),
+            Precision::Bf16 if isa.multiplies_bf16() => Left::Bf16(pack_left(isa, pool, x, rows, k, tiles)),
+            Precision::Bf16 => Left::Rounded(round_left(isa, pool, x, k, tiles)),
         };
         let job = Job { isa, left, rows, k, targets, finish };
         let units: usize = targets.iter().map(|t| t.units).sum();
@@ -208,6 +206,14 @@ fn run(
             dispatch!(job.isa, work(job: &Job, units: Range<usize>, blocks: Range<usize>));
         });
     });
+}
+
+/// Rounds `x` to bf16, kept as f32.
+fn round_left(isa: Isa, pool: &Pool, x: &[f32], k: usize, rounded: &mut Buffer<u32>) -> *const f32 {
+    rounded.make_room(x.len());
+    let values: &mut [f32] = bytemuck::cast_slice_mut(&mut rounded.as_mut_slice()[..x.len()]);
+    rows::round(isa, pool, x, k, values);
+    values.as_ptr()
 }
 
 /// Rounds `x` to bf16 and lays it out in tiles; rows and columns that are missing of a tile are zero.
@@ -265,18 +271,6 @@ unsafe fn pack_tile<S: Simd>(from: &[f32], k: usize, to: *mut u32) {
     }
 }
 
-/// What a block may ask of memory while it computes.
-#[derive(Clone, Copy)]
-struct Ahead {
-    /// The next unit's panels.
-    next: [*const u32; 2],
-    /// Which of how many blocks of this unit it is.
-    part: usize,
-    parts: usize,
-    /// Nobody has asked for this unit's own panels.
-    cold: bool,
-}
-
 #[repr(align(64))]
 struct Sums([f32; BLOCK_ROWS * BLOCK_COLUMNS]);
 
@@ -306,8 +300,9 @@ unsafe fn work<S: Simd>(job: &Job, units: Range<usize>, blocks: Range<usize>) {
                 unsafe {
                     match job.left {
                         Left::F32(x) => {
-                            block_f32::<S>(x.add(first * job.k), rows, job.k, b0.cast(), b1.cast(), sums);
+                            block_f32::<S>(x.add(first * job.k), rows, job.k, [b0.cast(), b1.cast()], sums);
                         }
+                        Left::Rounded(x) => block_widened::<S>(x.add(first * job.k), rows, job.k, [b0, b1], sums),
                         Left::Bf16(tiles) => {
                             let k_tiles = job.k.div_ceil(TILE_K);
                             let a = tiles.add(first / TILE_ROWS * k_tiles * TILE);
@@ -322,138 +317,6 @@ unsafe fn work<S: Simd>(job: &Job, units: Range<usize>, blocks: Range<usize>) {
             }
         }
     }
-}
-
-/// # Safety
-/// `x` is valid for `rows` rows of `k`, `b0` and `b1` for a panel of `k`, `sums` for a block.
-#[inline(always)]
-unsafe fn block_f32<S: Simd>(x: *const f32, rows: usize, k: usize, b0: *const f32, b1: *const f32, sums: *mut f32) {
-    let mut row = 0;
-    // SAFETY: `row` plus the rows of each call never exceeds `rows`.
-    unsafe {
-        while row < rows {
-            let (x, sums) = (x.add(row * k), sums.add(row * BLOCK_COLUMNS));
-            row += match rows - row {
-                left if left >= 8 && S::REGISTERS >= 32 => rows_f32::<S, 8>(x, k, b0, b1, sums),
-                left if left >= 4 => rows_f32::<S, 4>(x, k, b0, b1, sums),
-                left if left >= 2 => rows_f32::<S, 2>(x, k, b0, b1, sums),
-                _ => rows_f32::<S, 1>(x, k, b0, b1, sums),
-            };
-        }
-    }
-}
-
-/// `R` rows by two panels.
-///
-/// # Safety
-/// As [`block_f32`], for `R` rows.
-#[inline(always)]
-unsafe fn rows_f32<S: Simd, const R: usize>(
-    x: *const f32,
-    k: usize,
-    b0: *const f32,
-    b1: *const f32,
-    sums: *mut f32,
-) -> usize {
-    // SAFETY: `i` stays below `k` and `r` below `R`.
-    unsafe {
-        let mut acc = [[S::splat(0.0); 2]; R];
-        for i in 0..k {
-            let w = [S::load(b0.add(i * PANEL)), S::load(b1.add(i * PANEL))];
-            for (r, acc) in acc.iter_mut().enumerate() {
-                let x = S::splat(*x.add(r * k + i));
-                acc[0] = S::fma(w[0], x, acc[0]);
-                acc[1] = S::fma(w[1], x, acc[1]);
-            }
-        }
-        for (r, acc) in acc.iter().enumerate() {
-            S::store(sums.add(r * BLOCK_COLUMNS), acc[0]);
-            S::store(sums.add(r * BLOCK_COLUMNS + PANEL), acc[1]);
-        }
-    }
-    R
-}
-
-/// # Safety
-/// `a` is valid for two row tiles of `tiles` tiles, `b0` and `b1` for a panel of them, `sums` for a block.
-#[inline(always)]
-unsafe fn block_bf16<S: Simd>(
-    isa: Isa,
-    a: *const u32,
-    rows: usize,
-    tiles: usize,
-    [b0, b1]: [*const u32; 2],
-    sums: *mut f32,
-    ahead: Ahead,
-) {
-    #[cfg(target_arch = "x86_64")]
-    if isa == Isa::Amx {
-        amx::configure();
-        // SAFETY: as the caller says.
-        unsafe {
-            let Ahead { next, part, parts, cold } = ahead;
-            match rows > TILE_ROWS {
-                true if cold || parts == 1 => {
-                    amx::block_2x2([a, a.add(tiles * TILE)], [b0, b1], tiles, sums, amx::Ahead::Near(next));
-                }
-                true => {
-                    let ahead = amx::Ahead::Far { next, part, parts };
-                    amx::block_2x2([a, a.add(tiles * TILE)], [b0, b1], tiles, sums, ahead);
-                }
-                false => amx::block_1x2(a, [b0, b1], tiles, sums, next),
-            }
-        }
-        return;
-    }
-    let _ = (isa, ahead);
-    let mut row = 0;
-    // SAFETY: rows of one call lie in one row tile, as their number divides 16.
-    unsafe {
-        while row < rows {
-            let a = a.add(row / TILE_ROWS * tiles * TILE + row % TILE_ROWS * (TILE_K / 2));
-            let sums = sums.add(row * BLOCK_COLUMNS);
-            row += match rows - row {
-                left if left >= 8 && S::REGISTERS >= 32 => rows_bf16::<S, 8>(a, tiles, b0, b1, sums),
-                left if left >= 4 => rows_bf16::<S, 4>(a, tiles, b0, b1, sums),
-                left if left >= 2 => rows_bf16::<S, 2>(a, tiles, b0, b1, sums),
-                _ => rows_bf16::<S, 1>(a, tiles, b0, b1, sums),
-            };
-        }
-    }
-}
-
-/// `R` rows of one row tile by two panels.
-///
-/// # Safety
-/// As [`block_bf16`], for `R` rows that start at `a`.
-#[inline(always)]
-unsafe fn rows_bf16<S: Simd, const R: usize>(
-    a: *const u32,
-    tiles: usize,
-    b0: *const u32,
-    b1: *const u32,
-    sums: *mut f32,
-) -> usize {
-    // SAFETY: every index stays within its tile.
-    unsafe {
-        let mut acc = [[S::splat(0.0); 2]; R];
-        for t in 0..tiles {
-            for pair in 0..TILE_K / 2 {
-                let at = t * TILE + pair * PANEL;
-                let w = [S::load_pairs(b0.add(at)), S::load_pairs(b1.add(at))];
-                for (r, acc) in acc.iter_mut().enumerate() {
-                    let x = *a.add(t * TILE + r * (TILE_K / 2) + pair);
-                    acc[0] = S::dot(acc[0], w[0], x);
-                    acc[1] = S::dot(acc[1], w[1], x);
-                }
-            }
-        }
-        for (r, acc) in acc.iter().enumerate() {
-            S::store(sums.add(r * BLOCK_COLUMNS), acc[0]);
-            S::store(sums.add(r * BLOCK_COLUMNS + PANEL), acc[1]);
-        }
-    }
-    R
 }
 
 /// Writes a block's columns with bias and residual.
@@ -513,7 +376,7 @@ unsafe fn gate<S: Simd>(
         // SAFETY: the columns are within `[rows, n]`.
         unsafe {
             let (sums, out) = (sums.add(row * BLOCK_COLUMNS), target.out.add((first + row) * target.n + column));
-            let y = S::mul(super::rows::apply::<S>(activation, S::load(sums)), S::load(sums.add(PANEL)));
+            let y = S::mul(rows::apply::<S>(activation, S::load(sums)), S::load(sums.add(PANEL)));
             if columns == PANEL {
                 S::store(out, y);
             } else {

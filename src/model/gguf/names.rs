@@ -1,7 +1,7 @@
 //! The tensors of a GGUF file under the names that Hugging Face gives them, and what llama.cpp's
 //! converter (`convert_hf_to_gguf.py`) did to them on the way, undone.
 
-use crate::kernels::cpu::blocks::BlockFormat;
+use crate::kernels::cpu::quantized::BlockFormat;
 
 /// What has to be done to a tensor to have it as Hugging Face does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
