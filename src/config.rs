@@ -247,10 +247,7 @@ pub enum ModelSource {
     /// A folder or a GGUF file.
     Dir(PathBuf),
     /// A repository of the Hugging Face hub.
-    Hub {
-        id: String,
-        revision: Option<String>,
-    },
+    Hub { id: String, revision: Option<String> },
     /// Random weights: a preset's name or the path of a `config.json`.
     Random(String),
 }

@@ -5,7 +5,12 @@ use std::{collections::HashMap, sync::Arc};
 use candle_core::{DType, Device, Shape, Tensor};
 use safetensors::SafeTensors;
 
-use super::{ModelError, ModelFiles, gguf::Gguf};
+use super::{
+    ModelError, ModelFiles,
+    gguf::{Blocks, Gguf},
+    linear::Weight,
+};
+use crate::kernels::cpu::quantized::BlockFormat;
 
 /// Tensors by name. What the decoder asks for and does not find is collected, so that one error
 /// lists all of it.
@@ -96,6 +101,21 @@ impl Weights {
         Ok(Tensor::zeros(1, self.dtype, &self.device)?.broadcast_as(shape)?)
     }
 
+    /// As [`take`](Self::take), a matrix `[n, k]`. Blocks of a GGUF file stay as they are where they are
+    /// computed with as f32.
+    pub fn take_matrix(&mut self, name: &str, n: usize, k: usize) -> Result<Matrix, ModelError> {
+        let stay = self.device.is_cpu() && self.dtype == DType::F32;
+        if let Some(gguf) = self.gguf.as_ref().filter(|gguf| stay && gguf.shape(name).as_deref() == Some(&[n, k]))
+            && let Some(blocks) = gguf.read(name)?
+        {
+            return Ok(match blocks.format {
+                BlockFormat::F32 => Matrix::Values(Tensor::from_vec(blocks.values(), (n, k), &self.device)?),
+                _ => Matrix::Blocks(blocks),
+            });
+        }
+        Ok(Matrix::Values(self.take(name, (n, k))?))
+    }
+
     fn remove(&mut self, name: &str) -> Result<Option<Tensor>, ModelError> {
         let Some(gguf) = &self.gguf else { return Ok(self.tensors.remove(name)) };
         let Some(blocks) = gguf.read(name)? else { return Ok(None) };
@@ -114,4 +134,45 @@ impl Weights {
             }
         }
     }
+}
+
+/// A matrix `[n, k]` as a file has it.
+#[derive(Debug)]
+pub enum Matrix {
+    Values(Tensor),
+    Blocks(Blocks),
+}
+
+impl Matrix {
+    /// All of it, for the kernels.
+    pub fn pack(self) -> candle_core::Result<Weight> {
+        match self {
+            Self::Values(values) => Weight::new(values),
+            Self::Blocks(blocks) => Ok(packed(blocks.format, blocks.bytes, &blocks.shape)),
+        }
+    }
+
+    /// `n` rows from `first` on, for the kernels.
+    pub fn rows(&self, first: usize, n: usize) -> candle_core::Result<Weight> {
+        match self {
+            Self::Values(values) => Weight::new(values.narrow(0, first, n)?),
+            Self::Blocks(blocks) => {
+                let size = blocks.bytes.len() / blocks.shape[0];
+                let bytes = blocks.bytes[first * size..(first + n) * size].to_vec();
+                Ok(packed(blocks.format, bytes, &[n, blocks.shape[1]]))
+            }
+        }
+    }
+
+    /// Its values, in f32 if they are in blocks.
+    pub fn values(&self) -> candle_core::Result<Tensor> {
+        match self {
+            Self::Values(values) => Ok(values.clone()),
+            Self::Blocks(blocks) => Tensor::from_vec(blocks.values(), blocks.shape.as_slice(), &Device::Cpu),
+        }
+    }
+}
+
+fn packed(format: BlockFormat, bytes: Vec<u8>, shape: &[usize]) -> Weight {
+    Weight::from_blocks(format, bytes, shape[0], shape[1])
 }

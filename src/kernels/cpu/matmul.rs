@@ -103,7 +103,8 @@ enum Finish {
 
 /// Every `step`th panel of a matrix, from some panel on.
 #[derive(Debug, Clone, Copy)]
-struct Panels {
+struct Panels<'a> {
+    weight: &'a PackedMatrix,
     first: *const u32,
     /// Values of four bytes in a panel.
     size: usize,
@@ -111,20 +112,35 @@ struct Panels {
     last: usize,
 }
 
-impl Panels {
-    fn new(weight: &PackedMatrix, from: usize) -> Self {
+impl<'a> Panels<'a> {
+    fn new(weight: &'a PackedMatrix, from: usize) -> Self {
         let (first, size) = match &weight.data {
             Data::F32(data) => (data.as_slice().as_ptr().cast(), PANEL * weight.k()),
             Data::Bf16(data) => (data.as_slice().as_ptr(), weight.tiles() * TILE),
+            // Each panel is made when it is its turn.
+            Data::Blocks(..) => (std::ptr::null(), 0),
         };
-        Self { first, size, from, last: weight.panels().saturating_sub(1) }
+        Self { weight, first, size, from, last: weight.panels().saturating_sub(1) }
     }
 
     /// The panel of a unit; the last one in place of one that is not there, whose result nobody
     /// keeps.
+    fn index(&self, unit: usize, step: usize) -> usize {
+        (self.from + unit * step).min(self.last)
+    }
+
+    /// Where that panel is; null for one that is still to be made.
     fn get(&self, unit: usize, step: usize) -> *const u32 {
-        // SAFETY: the index is of a panel of the matrix.
-        unsafe { self.first.add((self.from + unit * step).min(self.last) * self.size) }
+        // SAFETY: the index is of a panel of the matrix, or the size zero.
+        unsafe { self.first.add(self.index(unit, step) * self.size) }
+    }
+
+    /// As [`get`](Self::get), made in `room` if it has to be.
+    fn make(&self, unit: usize, step: usize, room: &mut [f32]) -> *const u32 {
+        match self.weight.dequantize_panel(self.index(unit, step), room) {
+            true => room.as_ptr().cast(),
+            false => self.get(unit, step),
+        }
     }
 }
 
@@ -132,7 +148,7 @@ impl Panels {
 struct Target<'a> {
     units: usize,
     n: usize,
-    panels: [Panels; 2],
+    panels: [Panels<'a>; 2],
     step: usize,
     bias: Option<&'a [f32]>,
     residual: Option<&'a [f32]>,
@@ -178,6 +194,9 @@ fn run(
         return;
     }
     thread_local!(static TILES: RefCell<Buffer<u32>> = const { RefCell::new(Buffer::empty()) });
+    // A unit's panels where they are not in memory already.
+    thread_local!(static MADE: RefCell<Buffer<f32>> = const { RefCell::new(Buffer::empty()) });
+    let made = targets.iter().flat_map(|t| &t.panels).any(|p| matches!(p.weight.data, Data::Blocks(..)));
     TILES.with_borrow_mut(|tiles| {
         let left = match precision {
             Precision::F32 => Left::F32(x.as_ptr()),
@@ -201,9 +220,15 @@ fn run(
             let first = row_task * blocks_per_task;
             let blocks = first..blocks.min(first + blocks_per_task);
             let job = &job;
-            // SAFETY: the job's pointers are valid for its shapes, which `multiply` has checked, and
-            // every task has its own units and blocks.
-            dispatch!(job.isa, work(job: &Job, units: Range<usize>, blocks: Range<usize>));
+            MADE.with_borrow_mut(|room| {
+                if made {
+                    room.make_room(BLOCK_COLUMNS * k);
+                }
+                let room = room.as_mut_slice();
+                // SAFETY: the job's pointers are valid for its shapes, which `multiply` has checked, and
+                // every task has its own units and blocks.
+                dispatch!(job.isa, work(job: &Job, units: Range<usize>, blocks: Range<usize>, room: &mut [f32]));
+            });
         });
     });
 }
@@ -274,12 +299,14 @@ unsafe fn pack_tile<S: Simd>(from: &[f32], k: usize, to: *mut u32) {
 #[repr(align(64))]
 struct Sums([f32; BLOCK_ROWS * BLOCK_COLUMNS]);
 
-/// The blocks of some units (columns) and row blocks.
+/// The blocks of some units (columns) and row blocks. `room` is for the two panels of a unit, if a matrix
+/// has none in memory.
 ///
 /// # Safety
 /// The job's pointers are valid for its shapes, and no other thread has these blocks.
 #[inline(always)]
-unsafe fn work<S: Simd>(job: &Job, units: Range<usize>, blocks: Range<usize>) {
+unsafe fn work<S: Simd>(job: &Job, units: Range<usize>, blocks: Range<usize>, room: &mut [f32]) {
+    let (room0, room1) = room.split_at_mut(room.len() / 2);
     let mut sums = Sums([0.0; BLOCK_ROWS * BLOCK_COLUMNS]);
     let sums = sums.0.as_mut_ptr();
     let (mut passed, mut cold) = (0, true);
@@ -287,7 +314,8 @@ unsafe fn work<S: Simd>(job: &Job, units: Range<usize>, blocks: Range<usize>) {
         let own = units.start.max(passed) - passed..units.end.min(passed + target.units).max(passed) - passed;
         passed += target.units;
         for unit in own {
-            let [b0, b1] = target.panels.map(|p| p.get(unit, target.step));
+            let [p0, p1] = target.panels;
+            let (b0, b1) = (p0.make(unit, target.step, room0), p1.make(unit, target.step, room1));
             // Past the last unit this is the last one again, which costs nothing.
             let next = target.panels.map(|p| p.get((unit + 1).min(target.units - 1), target.step));
             for block in blocks.clone() {
@@ -394,6 +422,7 @@ mod tests {
     use rand::{Rng, SeedableRng, rngs::StdRng};
 
     use super::*;
+    use crate::kernels::cpu::quantized::tests::{FORMATS, random_blocks};
 
     fn random(n: usize, seed: u64) -> Vec<f32> {
         let mut rng = StdRng::seed_from_u64(seed);
@@ -446,6 +475,35 @@ mod tests {
                     let gated = multiply_gated(isa, &pool, Activation::Relu, &x, rows, &weight, &weight);
                     check(&what, &gated, exact.iter().map(|y| y.max(0.0) * y));
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn products_with_blocks_are_bit_for_bit_those_with_the_same_values() {
+        let pool = Pool::new(2);
+        for (i, (format, _)) in FORMATS.into_iter().enumerate() {
+            for (rows, n, units) in [(1, 50, 1), (3, 16, 2), (40, 33, 1), (70, 5, 2)] {
+                let k = units * format.values().max(33);
+                let bytes = random_blocks(format, n, k, i as u64);
+                let mut values = vec![0f32; n * k];
+                format.dequantize(&bytes, &mut values);
+                let blocks = PackedMatrix::from_blocks(format, bytes, n, k);
+                let plain = PackedMatrix::from_f32(&values, n, k).unwrap();
+                let x = random(rows * k, 8);
+                for isa in Isa::available() {
+                    let products = |weight| {
+                        let product = Product { weight, bias: None, residual: None };
+                        let mixed = Product { weight: &plain, ..product };
+                        let all = multiply(isa, &pool, &x, rows, &[product, mixed, product]);
+                        [all.concat(), multiply_gated(isa, &pool, Activation::Silu, &x, rows, weight, weight)].concat()
+                    };
+                    let bits = |x: Vec<f32>| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+                    assert!(bits(products(&blocks)) == bits(products(&plain)), "{isa:?} {format:?} {rows} {n} {k}");
+                }
+                let mut row = vec![0f32; k];
+                blocks.row(n - 1, &mut row);
+                assert_eq!(row, values[(n - 1) * k..]);
             }
         }
     }

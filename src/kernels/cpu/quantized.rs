@@ -193,10 +193,7 @@ fn q3_k(b: &[u8], out: &mut [f32]) {
 fn scale_and_min(group: usize, scales: &[u8]) -> (f32, f32) {
     let (scale, min) = match group {
         0..4 => (scales[group] & 63, scales[group + 4] & 63),
-        _ => (
-            scales[group + 4] & 15 | scales[group - 4] >> 6 << 4,
-            scales[group + 4] >> 4 | scales[group] >> 6 << 4,
-        ),
+        _ => (scales[group + 4] & 15 | scales[group - 4] >> 6 << 4, scales[group + 4] >> 4 | scales[group] >> 6 << 4),
     };
     (f32::from(scale), f32::from(min))
 }

@@ -121,7 +121,8 @@ impl Source<'_> {
     /// What only this architecture has.
     fn own(&self, common: &Map<String, Value>) -> Result<Map<String, Value>, String> {
         let number = |key: &str| common[key].as_u64().unwrap_or_default();
-        let (layers, hidden, heads) = (number("num_hidden_layers"), number("hidden_size"), number("num_attention_heads"));
+        let (layers, hidden, heads) =
+            (number("num_hidden_layers"), number("hidden_size"), number("num_attention_heads"));
         let head_dim = number("head_dim");
         let rms_eps = self.float("attention.layer_norm_rms_epsilon")?;
         let eps = self.float("attention.layer_norm_epsilon")?;
@@ -253,27 +254,30 @@ impl Source<'_> {
             (Some("yarn"), None) => {
                 let mut yarn = json!({"rope_type": "yarn", "rope_theta": theta, "factor": factor()?,
                                       "original_max_position_embeddings": original});
-                for (key, name) in [("attn_factor", "attention_factor"), ("yarn_beta_fast", "beta_fast"),
-                                    ("yarn_beta_slow", "beta_slow")] {
+                for (key, name) in [
+                    ("attn_factor", "attention_factor"),
+                    ("yarn_beta_fast", "beta_fast"),
+                    ("yarn_beta_slow", "beta_slow"),
+                ] {
                     if let Some(value) = self.float(&format!("rope.scaling.{key}"))? {
                         yarn[name] = json!(value);
                     }
                 }
                 yarn
             }
-            (None | Some("none" | "longrope"), None) => match ["rope_factors_short.weight", "rope_factors_long.weight"]
-                .map(|name| self.factors.get(name))
-            {
-                [Some(short), Some(long)] => {
-                    let mut rope = json!({"rope_type": "longrope", "rope_theta": theta, "short_factor": short,
+            (None | Some("none" | "longrope"), None) => {
+                match ["rope_factors_short.weight", "rope_factors_long.weight"].map(|name| self.factors.get(name)) {
+                    [Some(short), Some(long)] => {
+                        let mut rope = json!({"rope_type": "longrope", "rope_theta": theta, "short_factor": short,
                                           "long_factor": long, "original_max_position_embeddings": original});
-                    if let Some(factor) = self.float("rope.scaling.attn_factor")? {
-                        rope["attention_factor"] = json!(factor);
+                        if let Some(factor) = self.float("rope.scaling.attn_factor")? {
+                            rope["attention_factor"] = json!(factor);
+                        }
+                        rope
                     }
-                    rope
+                    _ => json!({"rope_type": "default", "rope_theta": theta}),
                 }
-                _ => json!({"rope_type": "default", "rope_theta": theta}),
-            },
+            }
             (Some(other), None) => return Err(format!("rope.scaling.type {other:?} is not supported")),
         };
         let rotated = self.metadata.unsigned(&self.key("rope.dimension_count"))?;

@@ -104,11 +104,8 @@ const GPT2: &[(&str, &str)] = &[
     ("ffn_down", "mlp.c_proj"),
 ];
 
-const NEOX_TOP: &[(&str, &str)] = &[
-    ("token_embd", "gpt_neox.embed_in"),
-    ("output_norm", "gpt_neox.final_layer_norm"),
-    ("output", "embed_out"),
-];
+const NEOX_TOP: &[(&str, &str)] =
+    &[("token_embd", "gpt_neox.embed_in"), ("output_norm", "gpt_neox.final_layer_norm"), ("output", "embed_out")];
 
 const NEOX: &[(&str, &str)] = &[
     ("attn_norm", "input_layernorm"),

@@ -96,7 +96,11 @@ impl<'a> Vocabulary<'a> {
                 })
                 .collect(),
             Some(types) => {
-                return Err(format!("tokenizer.ggml.token_type has {} values for {} tokens", types.len(), tokens.len()));
+                return Err(format!(
+                    "tokenizer.ggml.token_type has {} values for {} tokens",
+                    types.len(),
+                    tokens.len()
+                ));
             }
         };
         let mut vocabulary = Self { metadata, tokens, kinds, pieces };
@@ -160,7 +164,8 @@ impl<'a> Vocabulary<'a> {
             return Err(format!("tokenizer.ggml.scores has {} values for {} tokens", scores.len(), self.tokens.len()));
         }
         // The converter writes the spaces of such tokens as spaces.
-        let spaces: Vec<(usize, String)> = self.of_spaces().map(|id| (id, SPACE.repeat(self.tokens[id].len()))).collect();
+        let spaces: Vec<(usize, String)> =
+            self.of_spaces().map(|id| (id, SPACE.repeat(self.tokens[id].len()))).collect();
         let mut vocabulary: BTreeMap<&str, usize> = self.unique();
         for (id, text) in &spaces {
             vocabulary.entry(text).or_insert(*id);
