@@ -173,7 +173,7 @@ def shape_of(out, arch, config):
         out.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
     if arch in (A.LLAMA, A.SMOLLM3, A.PHI3):
         out.add_rope_dimension_count(head_dim)
-    if arch in (A.QWEN3, A.GEMMA, A.GEMMA2, A.GEMMA3):
+    if head_dim != config.hidden_size // heads:
         out.add_key_length(head_dim)
         out.add_value_length(head_dim)
     if arch in (A.GEMMA2, A.GEMMA3, A.PHI3):
@@ -218,6 +218,8 @@ def write(path, arch, model, kinds, vocabulary, pre, bos, extra=()):
         turned = name == "gpt2" and w.ndim == 2 and ".h." in hf
         w = np.ascontiguousarray(w.T if turned else w)
         kind = Q.F32 if w.ndim == 1 else kinds[i % len(kinds)]
+        if kind in SIZES and w.shape[1] % 256:
+            kind = Q.Q8_0
         raw = blocks(w.shape, kind, 0.12, rng) if kind in SIZES else gguf.quants.quantize(w, kind)
         if kind != Q.F32:
             values = gguf.quants.dequantize(raw, kind)
@@ -259,15 +261,15 @@ def build():
     yield "llama-f16", gguf.MODEL_ARCH.LLAMA, scaled, [Q.F16, Q.BF16], "llama-bpe", True, byte_level(
         split(LLAMA3), True, whole_words=True)
     yield "qwen2-q8_0", gguf.MODEL_ARCH.QWEN2, Qwen2ForCausalLM(Qwen2Config(
-        **shape(64, 2, 96), tie_word_embeddings=True, rope_parameters=plain)), [Q.Q8_0], "qwen2", False, byte_level(
+        **shape(32, 2, 96), tie_word_embeddings=True, rope_parameters=plain)), [Q.Q8_0], "qwen2", False, byte_level(
         split(QWEN2), False, normalizers.NFC())
     yield "llama-q4_0", gguf.MODEL_ARCH.LLAMA, LlamaForCausalLM(LlamaConfig(
         **shape(64, 2, 96), tie_word_embeddings=False, rope_parameters=plain)), [
         Q.Q4_0, Q.Q4_0, Q.Q4_1, Q.Q5_0, Q.Q5_1], "default", True, sentence_pieces()
     yield "llama-k", gguf.MODEL_ARCH.LLAMA, LlamaForCausalLM(LlamaConfig(
-        **shape(256, 1, 256), tie_word_embeddings=True, rope_parameters=plain)), [
+        **shape(256, 1, 256), head_dim=16, tie_word_embeddings=True, rope_parameters=plain)), [
         Q.Q4_K, Q.Q5_K, Q.Q6_K, Q.Q3_K, Q.Q2_K], "smollm", False, byte_level(digits, False)
-    small = shape(32, 2, 64)
+    small = shape(32, 2, 32)
     long = dict(rope_type="longrope", rope_theta=10000.0, original_max_position_embeddings=256,
                 short_factor=[1.0, 1.5, 2.0, 3.0], long_factor=[2.0, 3.0, 4.0, 8.0])
     local = dict(full_attention=dict(rope_type="default", rope_theta=1e6), sliding_attention=plain)
@@ -279,7 +281,7 @@ def build():
         (A.GEMMA2, Gemma2Config(**small, head_dim=16, query_pre_attn_scalar=16, sliding_window=8, rope_parameters=plain)),
         (A.GEMMA3, Gemma3TextConfig(**(small | dict(num_hidden_layers=6)), head_dim=16, query_pre_attn_scalar=16,
                                     sliding_window=8, rope_parameters=local)),
-        (A.PHI3, Phi3Config(**small, sliding_window=8, rope_parameters=long)),
+        (A.PHI3, Phi3Config(**small, sliding_window=8, original_max_position_embeddings=256, rope_parameters=long)),
         (A.SMOLLM3, SmolLM3Config(**(small | dict(num_hidden_layers=4)), tie_word_embeddings=True, rope_parameters=plain)),
         (A.OLMO2, Olmo2Config(**small, tie_word_embeddings=False, rope_parameters=plain)),
         (A.GPT2, GPT2Config(**gpt, n_embd=32, n_layer=2, n_head=4, n_positions=256)),
@@ -312,28 +314,29 @@ def main():
             extra = [(f"rope_factors_{kind}.weight", np.array(rope[f"{kind}_factor"], np.float32)) for kind in ("long", "short")]
         write(OUT / f"{name}.gguf", arch, model, kinds, vocabulary, pre, bos, extra)
         tok = Encoder(tok) if isinstance(tok, Tokenizer) else SentencePieceEncoder(tok)
-        cases = []
+        cases, prompt = [], None
 
-        def ask(asked, prompt):
+        def ask(asked, tuned):
             for text in INPUTS:
                 ids, greedy, logits, margin = answer(asked, tok, text, NEW_TOKENS)
                 if margin < MARGIN:
                     print(f"{name}: left out, margin {margin:.4f}")
                     continue
                 top = logits.topk(5)
-                cases.append(dict(prompt=prompt, text=text, input_ids=ids, greedy_ids=greedy, top=[
+                cases.append(dict(tuned=tuned, text=text, input_ids=ids, greedy_ids=greedy, top=[
                     [i, round(v, 5)] for i, v in zip(top.indices.tolist(), top.values.tolist())]))
 
         if not name.startswith("tokens"):
-            ask(model, None)
+            ask(model, False)
             if hidden < 100 and not name.startswith("family"):
                 tuned = get_peft_model(model, PromptTuningConfig(num_virtual_tokens=7, task_type=TaskType.CAUSAL_LM))
                 # In f16 as it is saved.
                 rows = tuned.prompt_encoder.default.embedding.weight
                 rows.data = torch.randn_like(rows).mul(0.2).half().float()
-                ask(tuned.eval(), [[round(x, 8) for x in row] for row in rows.data.tolist()])
+                prompt = rows.data.tolist()
+                ask(tuned.eval(), True)
         page = [] if name.startswith("family") else [dict(text=text, ids=tok.encode(text)) for text in PAGE]
-        (OUT / f"{name}.json").write_text(json.dumps(dict(cases=cases, page=page), ensure_ascii=False) + "\n")
+        (OUT / f"{name}.json").write_text(json.dumps(dict(cases=cases, prompt=prompt, page=page), ensure_ascii=False) + "\n")
         print(f"{name}: {len(cases)} cases")
 
 
