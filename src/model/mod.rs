@@ -15,7 +15,11 @@ use sha2::{Digest as _, Sha256};
 pub use config::ModelConfig;
 pub use files::{ModelError, ModelFiles};
 
-use crate::kernels::{Kernels, cpu::Precision, kv_cache::KvShape};
+use crate::kernels::{
+    Kernels,
+    cpu::{Isa, Precision},
+    kv_cache::KvShape,
+};
 use decoder::Decoder;
 
 /// A loaded model: weights that nothing changes.
@@ -78,11 +82,12 @@ impl Model {
         &self.config
     }
 
-    /// The shape of its keys and values, which are kept in bf16 where the weights are.
+    /// The shape of its keys and values, which are kept in bf16 where the weights are and the processor
+    /// multiplies bf16; elsewhere widening them at every use would take longer than reading f32.
     pub fn kv_shape(&self) -> KvShape {
         let c = &self.config;
         let precision = match self.info.dtype {
-            DType::BF16 => Precision::Bf16,
+            DType::BF16 if Isa::best().multiplies_bf16() => Precision::Bf16,
             _ => Precision::F32,
         };
         KvShape { num_layers: c.num_layers, num_kv_heads: c.num_kv_heads, head_dim: c.head_dim, precision }
