@@ -4,7 +4,9 @@
 mod bench;
 mod demo;
 mod engine;
+mod families;
 mod fixtures;
+mod gguf;
 mod hot_swap;
 mod http;
 #[cfg(feature = "hub")]

@@ -15,6 +15,7 @@ use super::{
     simd::{LANES, Simd},
     tensors::written,
 };
+use crate::kernels::Activation;
 
 /// Bytes of `x` that a task works through again and again, to stay in the second cache.
 const LEFT_BYTES: usize = 768 << 10;
@@ -60,13 +61,14 @@ pub fn multiply(isa: Isa, pool: &Pool, x: &[f32], rows: usize, products: &[Produ
     outs
 }
 
-/// `silu(x gateᵀ) * (x upᵀ)`, `[rows, n]`.
+/// `activation(x gateᵀ) * (x upᵀ)`, `[rows, n]`.
 ///
 /// # Panics
 /// As [`multiply`].
 pub fn multiply_gated(
     isa: Isa,
     pool: &Pool,
+    activation: Activation,
     x: &[f32],
     rows: usize,
     gate: &PackedMatrix,
@@ -84,7 +86,7 @@ pub fn multiply_gated(
             residual: None,
             out,
         };
-        run(isa, pool, x, rows, k, gate.precision(), &[target], Finish::Gate);
+        run(isa, pool, x, rows, k, gate.precision(), &[target], Finish::Gate(activation));
     };
     // SAFETY: the units are all columns.
     unsafe { written(rows * n, fill) }
@@ -96,12 +98,13 @@ enum Finish {
     /// 32 columns, each with its bias and residual.
     Store,
     /// 16 columns, each of a gate and what it lets through.
-    Gate,
+    Gate(Activation),
 }
 
 /// Every `step`th panel of a matrix, from some panel on.
 #[derive(Debug, Clone, Copy)]
-struct Panels {
+struct Panels<'a> {
+    weight: &'a PackedMatrix,
     first: *const u32,
     /// Values of four bytes in a panel.
     size: usize,
@@ -109,20 +112,35 @@ struct Panels {
     last: usize,
 }
 
-impl Panels {
-    fn new(weight: &PackedMatrix, from: usize) -> Self {
+impl<'a> Panels<'a> {
+    fn new(weight: &'a PackedMatrix, from: usize) -> Self {
         let (first, size) = match &weight.data {
             Data::F32(data) => (data.as_slice().as_ptr().cast(), PANEL * weight.k()),
             Data::Bf16(data) => (data.as_slice().as_ptr(), weight.tiles() * TILE),
+            // Each panel is made when it is its turn.
+            Data::Blocks(..) => (std::ptr::null(), 0),
         };
-        Self { first, size, from, last: weight.panels().saturating_sub(1) }
+        Self { weight, first, size, from, last: weight.panels().saturating_sub(1) }
     }
 
     /// The panel of a unit; the last one in place of one that is not there, whose result nobody
     /// keeps.
+    fn index(&self, unit: usize, step: usize) -> usize {
+        (self.from + unit * step).min(self.last)
+    }
+
+    /// Where that panel is; null for one that is still to be made.
     fn get(&self, unit: usize, step: usize) -> *const u32 {
-        // SAFETY: the index is of a panel of the matrix.
-        unsafe { self.first.add((self.from + unit * step).min(self.last) * self.size) }
+        // SAFETY: the index is of a panel of the matrix, or the size zero.
+        unsafe { self.first.add(self.index(unit, step) * self.size) }
+    }
+
+    /// As [`get`](Self::get), made in `room` if it has to be.
+    fn make(&self, unit: usize, step: usize, room: &mut [f32]) -> *const u32 {
+        match self.weight.dequantize_panel(self.index(unit, step), room) {
+            true => room.as_ptr().cast(),
+            false => self.get(unit, step),
+        }
     }
 }
 
@@ -130,7 +148,7 @@ impl Panels {
 struct Target<'a> {
     units: usize,
     n: usize,
-    panels: [Panels; 2],
+    panels: [Panels<'a>; 2],
     step: usize,
     bias: Option<&'a [f32]>,
     residual: Option<&'a [f32]>,
@@ -176,6 +194,9 @@ fn run(
         return;
     }
     thread_local!(static TILES: RefCell<Buffer<u32>> = const { RefCell::new(Buffer::empty()) });
+    // A unit's panels where they are not in memory already.
+    thread_local!(static MADE: RefCell<Buffer<f32>> = const { RefCell::new(Buffer::empty()) });
+    let made = targets.iter().flat_map(|t| &t.panels).any(|p| matches!(p.weight.data, Data::Blocks(..)));
     TILES.with_borrow_mut(|tiles| {
         let left = match precision {
             Precision::F32 => Left::F32(x.as_ptr()),
@@ -199,9 +220,15 @@ fn run(
             let first = row_task * blocks_per_task;
             let blocks = first..blocks.min(first + blocks_per_task);
             let job = &job;
-            // SAFETY: the job's pointers are valid for its shapes, which `multiply` has checked, and
-            // every task has its own units and blocks.
-            dispatch!(job.isa, work(job: &Job, units: Range<usize>, blocks: Range<usize>));
+            MADE.with_borrow_mut(|room| {
+                if made {
+                    room.make_room(BLOCK_COLUMNS * k);
+                }
+                let room = room.as_mut_slice();
+                // SAFETY: the job's pointers are valid for its shapes, which `multiply` has checked, and
+                // every task has its own units and blocks.
+                dispatch!(job.isa, work(job: &Job, units: Range<usize>, blocks: Range<usize>, room: &mut [f32]));
+            });
         });
     });
 }
@@ -272,12 +299,14 @@ unsafe fn pack_tile<S: Simd>(from: &[f32], k: usize, to: *mut u32) {
 #[repr(align(64))]
 struct Sums([f32; BLOCK_ROWS * BLOCK_COLUMNS]);
 
-/// The blocks of some units (columns) and row blocks.
+/// The blocks of some units (columns) and row blocks. `room` is for the two panels of a unit, if a matrix
+/// has none in memory.
 ///
 /// # Safety
 /// The job's pointers are valid for its shapes, and no other thread has these blocks.
 #[inline(always)]
-unsafe fn work<S: Simd>(job: &Job, units: Range<usize>, blocks: Range<usize>) {
+unsafe fn work<S: Simd>(job: &Job, units: Range<usize>, blocks: Range<usize>, room: &mut [f32]) {
+    let (room0, room1) = room.split_at_mut(room.len() / 2);
     let mut sums = Sums([0.0; BLOCK_ROWS * BLOCK_COLUMNS]);
     let sums = sums.0.as_mut_ptr();
     let (mut passed, mut cold) = (0, true);
@@ -285,7 +314,8 @@ unsafe fn work<S: Simd>(job: &Job, units: Range<usize>, blocks: Range<usize>) {
         let own = units.start.max(passed) - passed..units.end.min(passed + target.units).max(passed) - passed;
         passed += target.units;
         for unit in own {
-            let [b0, b1] = target.panels.map(|p| p.get(unit, target.step));
+            let [p0, p1] = target.panels;
+            let (b0, b1) = (p0.make(unit, target.step, room0), p1.make(unit, target.step, room1));
             // Past the last unit this is the last one again, which costs nothing.
             let next = target.panels.map(|p| p.get((unit + 1).min(target.units - 1), target.step));
             for block in blocks.clone() {
@@ -309,7 +339,7 @@ unsafe fn work<S: Simd>(job: &Job, units: Range<usize>, blocks: Range<usize>) {
                     }
                     match job.finish {
                         Finish::Store => store::<S>(target, unit, first, rows, sums),
-                        Finish::Gate => gate::<S>(target, unit, first, rows, sums),
+                        Finish::Gate(of) => gate::<S>(target, of, unit, first, rows, sums),
                     }
                 }
             }
@@ -355,19 +385,26 @@ unsafe fn store<S: Simd>(target: &Target, unit: usize, first: usize, rows: usize
     }
 }
 
-/// Writes `silu` of a block's first panel times its second.
+/// Writes the activation of a block's first panel times its second.
 ///
 /// # Safety
 /// As [`store`].
 #[inline(always)]
-unsafe fn gate<S: Simd>(target: &Target, unit: usize, first: usize, rows: usize, sums: *const f32) {
+unsafe fn gate<S: Simd>(
+    target: &Target,
+    activation: Activation,
+    unit: usize,
+    first: usize,
+    rows: usize,
+    sums: *const f32,
+) {
     let column = unit * PANEL;
     let columns = (target.n - column).min(PANEL);
     for row in 0..rows {
         // SAFETY: the columns are within `[rows, n]`.
         unsafe {
             let (sums, out) = (sums.add(row * BLOCK_COLUMNS), target.out.add((first + row) * target.n + column));
-            let y = rows::silu_times::<S>(S::load(sums), S::load(sums.add(PANEL)));
+            let y = S::mul(rows::apply::<S>(activation, S::load(sums)), S::load(sums.add(PANEL)));
             if columns == PANEL {
                 S::store(out, y);
             } else {
@@ -385,6 +422,7 @@ mod tests {
     use rand::{Rng, SeedableRng, rngs::StdRng};
 
     use super::*;
+    use crate::kernels::cpu::quantized::tests::{FORMATS, random_blocks};
 
     fn random(n: usize, seed: u64) -> Vec<f32> {
         let mut rng = StdRng::seed_from_u64(seed);
@@ -432,9 +470,40 @@ mod tests {
                     check(&what, &results[0], exact.iter().copied());
                     let added = |(i, y): (usize, &f64)| y + f64::from(bias[i % n]) + f64::from(residual[i]);
                     check(&what, &results[1], exact.iter().enumerate().map(added));
-                    let gated = multiply_gated(isa, &pool, &x, rows, &weight, &weight);
+                    let gated = multiply_gated(isa, &pool, Activation::Silu, &x, rows, &weight, &weight);
                     check(&what, &gated, exact.iter().map(|y| y / (1.0 + (-y).exp()) * y));
+                    let gated = multiply_gated(isa, &pool, Activation::Relu, &x, rows, &weight, &weight);
+                    check(&what, &gated, exact.iter().map(|y| y.max(0.0) * y));
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn products_with_blocks_are_bit_for_bit_those_with_the_same_values() {
+        let pool = Pool::new(2);
+        for (i, (format, _)) in FORMATS.into_iter().enumerate() {
+            for (rows, n, units) in [(1, 50, 1), (3, 16, 2), (40, 33, 1), (70, 5, 2)] {
+                let k = units * format.values().max(33);
+                let bytes = random_blocks(format, n, k, i as u64);
+                let mut values = vec![0f32; n * k];
+                format.dequantize(&bytes, &mut values);
+                let blocks = PackedMatrix::from_blocks(format, bytes, n, k);
+                let plain = PackedMatrix::from_f32(&values, n, k).unwrap();
+                let x = random(rows * k, 8);
+                for isa in Isa::available() {
+                    let products = |weight| {
+                        let product = Product { weight, bias: None, residual: None };
+                        let mixed = Product { weight: &plain, ..product };
+                        let all = multiply(isa, &pool, &x, rows, &[product, mixed, product]);
+                        [all.concat(), multiply_gated(isa, &pool, Activation::Silu, &x, rows, weight, weight)].concat()
+                    };
+                    let bits = |x: Vec<f32>| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+                    assert!(bits(products(&blocks)) == bits(products(&plain)), "{isa:?} {format:?} {rows} {n} {k}");
+                }
+                let mut row = vec![0f32; k];
+                blocks.row(n - 1, &mut row);
+                assert_eq!(row, values[(n - 1) * k..]);
             }
         }
     }
@@ -450,14 +519,14 @@ mod tests {
                 {
                     let product = Product { weight: &weight, bias: None, residual: None };
                     let all = &multiply(isa, &pool, &x, rows, &[product])[0];
-                    let gated = multiply_gated(isa, &pool, &x, rows, &weight, &weight);
+                    let gated = multiply_gated(isa, &pool, Activation::Silu, &x, rows, &weight, &weight);
                     let bits = |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
                     for row in 0..rows {
                         let x = &x[row * k..][..k];
                         let what = format!("{isa:?} {:?} {rows} {n} {k}, row {row}", weight.precision());
                         let alone = &multiply(isa, &pool, x, 1, &[product])[0];
                         assert!(bits(alone) == bits(&all[row * n..][..n]), "{what}");
-                        let alone = multiply_gated(isa, &pool, x, 1, &weight, &weight);
+                        let alone = multiply_gated(isa, &pool, Activation::Silu, x, 1, &weight, &weight);
                         assert!(bits(&alone) == bits(&gated[row * n..][..n]), "{what}, gated");
                     }
                 }

@@ -15,6 +15,7 @@ pub mod frozen;
 pub mod matmul;
 pub mod packed;
 pub mod pool;
+pub mod quantized;
 pub mod rows;
 mod simd;
 pub mod tensors;
