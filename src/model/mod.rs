@@ -19,7 +19,11 @@ use sha2::{Digest as _, Sha256};
 pub use config::ModelConfig;
 pub use files::{ModelError, ModelFiles};
 
-use crate::kernels::{Kernels, cpu::Precision, kv_cache::KvShape};
+use crate::kernels::{
+    Kernels,
+    cpu::{Isa, Precision},
+    kv_cache::KvShape,
+};
 use decoder::Decoder;
 
 /// A loaded model: weights that nothing changes.
@@ -40,6 +44,9 @@ pub struct ModelInfo {
     pub hidden_size: usize,
     pub vocab_size: usize,
     pub num_layers: usize,
+    /// Heads of keys and values.
+    pub num_kv_heads: usize,
+    pub head_dim: usize,
     /// The most positions of one sequence.
     pub context_length: usize,
     /// Tokens that end a sequence.
@@ -68,6 +75,8 @@ impl Model {
             hidden_size: config.hidden_size,
             vocab_size: config.vocab_size,
             num_layers: config.num_layers,
+            num_kv_heads: config.num_kv_heads,
+            head_dim: config.head_dim,
             context_length: config.context_length,
             eos_token_ids: files.eos_token_ids(&config)?,
             embedding_scale: decoder.embedding_scale(),
@@ -89,11 +98,12 @@ impl Model {
         &self.config
     }
 
-    /// The shape of its keys and values, which are kept in bf16 where the weights are.
+    /// The shape of its keys and values, which are kept in bf16 where the weights are and the processor
+    /// multiplies bf16; elsewhere widening them at every use would take longer than reading f32.
     pub fn kv_shape(&self) -> KvShape {
         let c = &self.config;
         let precision = match self.info.dtype {
-            DType::BF16 => Precision::Bf16,
+            DType::BF16 if Isa::best().multiplies_bf16() => Precision::Bf16,
             _ => Precision::F32,
         };
         KvShape { num_layers: c.num_layers, num_kv_heads: c.num_kv_heads, head_dim: c.head_dim, precision }

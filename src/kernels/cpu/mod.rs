@@ -76,7 +76,7 @@ impl Isa {
     }
 
     /// Whether there are instructions for products of bf16.
-    fn multiplies_bf16(self) -> bool {
+    pub fn multiplies_bf16(self) -> bool {
         #[cfg(target_arch = "x86_64")]
         return self >= Self::Avx512Bf16;
         #[cfg(not(target_arch = "x86_64"))]
