@@ -78,9 +78,12 @@ impl BlockFormat {
         }
     }
 
-    /// Bytes of a row of `k` values; `None` if they are not whole blocks.
+    /// Bytes of a row of `k` values; `None` if they are not whole blocks, or more bytes than can be counted.
     pub fn row_bytes(self, k: usize) -> Option<usize> {
-        k.is_multiple_of(self.values()).then(|| k / self.values() * self.bytes())
+        if !k.is_multiple_of(self.values()) {
+            return None;
+        }
+        (k / self.values()).checked_mul(self.bytes())
     }
 
     /// Writes the values of whole blocks.

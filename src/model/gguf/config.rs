@@ -54,7 +54,8 @@ impl Source<'_> {
     /// The number of heads of queries, and of keys and values.
     pub fn heads(&self) -> Result<(usize, usize), String> {
         let heads = self.size("attention.head_count")?;
-        let kv_heads = self.metadata.unsigned(&self.key("attention.head_count_kv"))?.map_or(heads, |n| n as usize);
+        let key = "attention.head_count_kv";
+        let kv_heads = if self.metadata.get(&self.key(key)).is_some() { self.size(key)? } else { heads };
         Ok((heads, kv_heads))
     }
 

@@ -15,6 +15,7 @@ const MAX_TENSORS: u64 = 1 << 16;
 /// Bytes of a key or of a tensor's name.
 const MAX_NAME: u64 = 1 << 16;
 const MAX_DIMS: u32 = 4;
+const MAX_DIM: usize = 1 << 40;
 const DEFAULT_ALIGNMENT: u64 = 32;
 const MAX_ALIGNMENT: u64 = 1 << 20;
 
@@ -184,8 +185,8 @@ impl<R: Read> Bytes<R> {
         for _ in 0..num_dims {
             let n = self.u64(name)?;
             match usize::try_from(n) {
-                Ok(n) if n > 0 => shape.push(n),
-                _ => return Err(format!("the tensor {name} has a dimension of {n}")),
+                Ok(n) if (1..=MAX_DIM).contains(&n) => shape.push(n),
+                _ => return Err(format!("the tensor {name} has a dimension of {n}, expected 1 to {MAX_DIM}")),
             }
         }
         let id = self.u32(name)?;
@@ -346,7 +347,8 @@ mod tests {
             (array(9, 1), "array of arrays"),
             (array(77, 1), "type 77"),
             (file(&[&start(0, 2), &key, &key]), "k is there twice"),
-            (one(tensor("t", &[huge, huge], 0, 0)), "more than there can be"),
+            (one(tensor("t", &[1 << 40, 1 << 40], 0, 0)), "more than there can be"),
+            (one(tensor("t", &[1 << 62], 0, 0)), "a dimension of 4611686018427387904"),
             (one(tensor("t", &[0, huge, huge], 0, 0)), "a dimension of 0"),
             (one(tensor("t", &[33], 8, 0)), "not whole blocks"),
             (one(tensor("t", &[4], 0, 8)), "not a multiple of 32"),

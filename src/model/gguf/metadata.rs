@@ -203,9 +203,9 @@ impl Metadata {
         }
     }
 
-    /// A number.
+    /// A finite number.
     pub fn float(&self, key: &str) -> Result<Option<f64>, String> {
-        self.typed(key, "a number", Value::as_float)
+        self.typed(key, "a finite number", |value| value.as_float().filter(|x| x.is_finite()))
     }
 
     /// A truth value.
