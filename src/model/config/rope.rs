@@ -149,7 +149,7 @@ impl Reader<'_> {
             (partial, default) => partial.or(default).unwrap_or(1.0),
         };
         let dims = (self.head_dim as f64 * partial) as usize;
-        if dims == 0 || dims % 2 != 0 || dims > self.head_dim {
+        if dims == 0 || !dims.is_multiple_of(2) || dims > self.head_dim {
             return Err(match self.defaults.partial {
                 None => format!("head_dim {dims} is not a positive even number, as rope needs"),
                 Some(_) => format!(
