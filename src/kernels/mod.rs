@@ -1,4 +1,4 @@
-//! Norm, rope and attention: what serving and tuning do differently. The decoder is given one of
+//! Norms, rope, attention and activations: what serving and tuning do differently. The decoder is given one of
 //! these and knows nothing else of where it runs.
 
 pub mod cpu;
