@@ -38,7 +38,7 @@ impl Decoder {
         let dtype = activation_dtype(stored, &device);
         let mut source = Source::new(config, weights);
         let names = source.names();
-        let embeddings = Weight::new(source.table(names.embeddings, vocab, hidden)?)?;
+        let embeddings = source.embeddings(vocab, hidden)?;
         let positions = match config.learned_positions {
             Some(offset) => {
                 let table = source.table(names.positions, config.context_length + offset, hidden)?;
@@ -52,7 +52,7 @@ impl Decoder {
         let layers = (0..config.num_layers).map(|i| Layer::load(config, i, &mut source)).collect::<Loaded<_>>()?;
         let head = match config.tie_word_embeddings {
             true => embeddings.clone(),
-            false => Weight::new(source.head(vocab, hidden)?)?,
+            false => source.head(vocab, hidden)?,
         };
         let tables = |rope: &Rope| -> Result<Rotation> {
             let (cos, sin) = rope_tables(rope, config.context_length);

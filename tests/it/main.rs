@@ -6,6 +6,7 @@ mod demo;
 mod engine;
 mod families;
 mod fixtures;
+mod gguf;
 mod hot_swap;
 mod http;
 #[cfg(feature = "hub")]
@@ -15,6 +16,7 @@ mod openapi;
 mod peft;
 mod problems;
 mod process;
+mod prompt_types;
 mod sharing;
 mod soak;
 mod support;
