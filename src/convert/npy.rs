@@ -75,6 +75,13 @@ fn number_format(descr: &str) -> Result<(Dtype, usize, bool), String> {
         "V2" => (Dtype::BF16, 2),
         "f4" => (Dtype::F32, 4),
         "f8" => (Dtype::F64, 8),
+        // Beside a prompt in an npz archive; never a prompt themselves.
+        "b1" => (Dtype::BOOL, 1),
+        "i1" => (Dtype::I8, 1),
+        "u1" => (Dtype::U8, 1),
+        "i2" => (Dtype::I16, 2),
+        "i4" => (Dtype::I32, 4),
+        "i8" => (Dtype::I64, 8),
         "O" => return Err("it holds Python objects, which are never loaded; save it as float32".to_owned()),
         _ => {
             let shown: String = descr.chars().take(40).collect();
@@ -226,7 +233,7 @@ mod tests {
             (shape("(-1, 2)"), "its shape has"),
             (shape("(1"), "where ) belongs"),
             (descr("'|O'"), "Python objects"),
-            (descr("'<i8'"), "\"<i8\""),
+            (descr("'<c8'"), "\"<c8\""),
             (descr("[('a', '<f4')]"), "where ' belongs"),
             ("{'descr': '<f4'}".to_owned(), "lacks"),
             ("{'evil': '<f4'}".to_owned(), "evil"),

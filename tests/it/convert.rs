@@ -176,6 +176,8 @@ fn what_cannot_be_converted_ends_with_one_line_that_says_why_and_leaves_nothing(
     let at = |name: &str| home.path().join(name);
     fs::write(at("mine.txt"), "hello").unwrap();
     fs::write(at("empty"), "").unwrap();
+    let steps = b"\x93NUMPY\x01\x00\x44\x00{'descr': '<i8', 'fortran_order': False, 'shape': (3,), }          \n";
+    fs::write(at("steps.npy"), [&steps[..], &[0; 24]].concat()).unwrap();
     fs::write(at("mkultra.json"), r#"{"metadata": {}, "tensor": "gASV"}"#).unwrap();
     fs::create_dir(at("full")).unwrap();
     fs::write(at("full/precious.txt"), "keep").unwrap();
@@ -195,6 +197,7 @@ fn what_cannot_be_converted_ends_with_one_line_that_says_why_and_leaves_nothing(
         (fixture("hostile/expanded.pt"), out, &["[100000, 100000]", "too large"]),
         (fixture("hostile/sparse.pt"), out, &["torch._utils._rebuild_sparse_tensor"]),
         (fixture("hostile/integers.pt"), out, &["no matrix of floats", "prompt I64 [2, 32]"]),
+        (at("steps.npy"), out, &["no matrix of floats", "I64 [3]"]),
         (fixture("hostile/nan.npy"), out, &["row 3, column 5"]),
         (fixture("hostile/huge-shape.npy"), out, &["1099511627776", "has 64"]),
         (fixture("hostile/bomb.zip"), out, &["more than 1073741824 bytes"]),
