@@ -21,16 +21,16 @@ Examples:
   softserve convert story.zip --out prompts/story              # KoboldAI
   softserve convert store/story/decoder.pt --out prompts/story # TGIS
   softserve convert my-peft-folder --out prompts/story         # PEFT with adapter_model.bin
-  softserve convert weights.safetensors --tensor soft_prompt --base-model org/model --out prompts/story
+  softserve convert weights.safetensors --tensor soft_prompt --out prompts/story
   softserve convert tasks.nemo --tensor sentiment --out prompts/sentiment
 
-Read are: safetensors with a matrix of any name; NumPy .npy and .npz (f2, f4, f8, and V2 for bf16);
-KoboldAI and mkultra zips; what torch.save writes (.pt, .bin); NeMo p-tuning archives. A torch file is
-a Python pickle: it is read by a machine that can build tensors and nothing else, so no code in it
-runs, and one that asks for anything else is refused by name.
+Read are: safetensors with a matrix of any name; NumPy .npy and .npz (f2, f4, f8, and V2 for
+bf16); KoboldAI and mkultra zips; what torch.save writes (.pt, .bin); NeMo p-tuning archives. A
+torch file is a Python pickle: it is read by a machine that can build tensors and nothing else,
+so no code in it runs, and one that asks for anything else is refused by name.
 
-Values stay in their number format. Without --base-model the result does not say which model it was
-tuned on: only its hidden size can then tell whether a model fits.";
+Values stay in their number format. Without --base-model the result does not say which model it
+was tuned on: only its hidden size can then tell whether a model fits.";
 
 /// Turn a prompt that another program wrote into a PEFT directory, which serve, push and PEFT take.
 #[derive(Debug, Clone, Args)]

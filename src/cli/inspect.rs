@@ -22,13 +22,14 @@ Examples:
   softserve inspect prompt.npy --model org/model --nearest 5
   softserve inspect story.zip --json | jq .model.faults
 
-The norm of a virtual token is compared with those of the vocabulary: a prompt whose norms are far
-above them was tuned with a high learning rate or on another model. The nearest tokens are those whose
-embeddings point the same way (cosine similarity, 1 at most); for most tuned prompts they are far and
-say little, for one that began as words they often still show them.
+The norm of a virtual token is compared with those of the vocabulary: a prompt whose norms are
+far above them was tuned with a high learning rate, or on another model. The nearest tokens are
+those whose embeddings point the same way (cosine similarity, 1 at most). A virtual token that
+began as a word often still is close to it; else they are far, and say little.
 
-The exit code is 0 if the model would take the prompt, 1 if not, with every reason. Without --model
-the demo model is asked if the prompt names it, and else only what is wrong for every model counts.";
+The exit code is 0 if the model would take the prompt, 1 if not, with every reason. Without
+--model the demo model is asked if the prompt names it, and else only what is wrong for every
+model counts.";
 
 /// Show what a learned prompt is, and whether a model would take it and why not.
 #[derive(Debug, Clone, Args)]
@@ -38,6 +39,11 @@ pub struct InspectArgs {
     /// that convert reads
     #[arg(value_name = "FILE|DIR|TASK-FOLDER")]
     path: PathBuf,
+
+    /// Which tensor is the prompt, where a file of another program has several; of a .nemo archive,
+    /// which task
+    #[arg(long, value_name = "NAME")]
+    tensor: Option<String>,
 
     #[command(flatten)]
     model: ModelArgs,
@@ -53,7 +59,7 @@ pub struct InspectArgs {
 
 /// Runs the sub-command; writes what it found to `out`.
 pub fn run(args: &InspectArgs, out: &mut dyn Write) -> anyhow::Result<()> {
-    let subject = Subject::open(&args.path)?;
+    let subject = Subject::open(&args.path, args.tensor.clone())?;
     let mut report = Report::new(&args.path, &subject);
     let named_demo = report.base_models().any(|name| name.ends_with(demo::MODEL_NAME));
     if args.model.model.is_some() || args.model.random_weights.is_some() || named_demo {

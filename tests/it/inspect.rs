@@ -147,6 +147,8 @@ fn every_form_of_a_prompt_is_read() {
         "soft_prompt.safetensors",
     ];
     let forms = forms.into_iter().map(|name| foreign().join(name));
+    let (code, report) = inspect_json(home.path(), &foreign().join("tasks.nemo"), &["--tensor", "cats"]);
+    assert_eq!((code, &report["norms"]), (Some(0), &expected["norms"]));
     for path in forms.chain([task, packed, prompt.join("adapter_model.safetensors")]) {
         let (code, report) = inspect_json(home.path(), &path, &["--model", &model()]);
         assert_eq!(code, Some(0), "{}: {report}", path.display());

@@ -70,6 +70,13 @@ struct Near {
     similarity: f32,
 }
 
+impl Near {
+    /// Its text, or its id where that is only a part of a character.
+    fn shown(&self) -> String {
+        if self.text.contains('\u{fffd}') { format!("#{}", self.id) } else { format!("{:?}", self.text) }
+    }
+}
+
 /// Norms of one layer's keys and values over the virtual tokens.
 #[derive(Debug, Serialize)]
 struct Layer {
@@ -238,7 +245,7 @@ impl Report {
         for (i, token) in self.virtual_tokens.iter().enumerate() {
             write!(out, "  {i:>5} {:>8.3}", token.norm)?;
             if let Some(percentile) = token.percentile {
-                let near = token.nearest.iter().map(|near| format!("{:?} {:.2}", near.text, near.similarity));
+                let near = token.nearest.iter().map(|near| format!("{} {:.2}", near.shown(), near.similarity));
                 write!(out, "  {:>10}  {}", format!("{percentile:.0} %"), near.collect::<Vec<_>>().join("  "))?;
             }
             writeln!(out)?;

@@ -7,7 +7,7 @@ use bytes::Bytes;
 
 use crate::{
     cli::prompts,
-    convert::{self, ConvertError, RawTensor, Target, peft, tensor},
+    convert::{self, RawTensor, Target, peft, tensor},
     prompt::{
         TaskName,
         files::{ADAPTER_CONFIG, PICKLE, PromptFiles, WEIGHTS},
@@ -36,10 +36,11 @@ pub struct Rows {
 }
 
 impl Subject {
-    /// Opens a folder or a file.
-    pub fn open(path: &Path) -> anyhow::Result<Self> {
+    /// Opens a folder or a file; `tensor` is the prompt where a file of another program has several.
+    pub fn open(path: &Path, tensor: Option<String>) -> anyhow::Result<Self> {
+        let target = Target { tensor, ..Target::default() };
         if !path.is_dir() {
-            return Self::file(path);
+            return Self::file(path, &target);
         }
         if !path.join(WEIGHTS).exists() {
             if let Some(active) = prompts::active(path)? {
@@ -47,7 +48,7 @@ impl Subject {
                 return Self::folder(&active, format!("task folder, active version {version}"));
             }
             if convert::PICKLES.iter().any(|name| path.join(name).exists()) {
-                return Self::foreign(convert::open(path, convert::MAX_BYTES)?);
+                return Self::foreign(convert::open(path, convert::MAX_BYTES)?, &target);
             }
         }
         Self::folder(path, "PEFT directory".to_owned())
@@ -59,10 +60,10 @@ impl Subject {
         Ok(Self::peft(format, files))
     }
 
-    fn file(path: &Path) -> anyhow::Result<Self> {
+    fn file(path: &Path, target: &Target) -> anyhow::Result<Self> {
         let name = path.file_name().unwrap_or_default();
         if name == PICKLE {
-            return Self::foreign(convert::open(path, convert::MAX_BYTES)?);
+            return Self::foreign(convert::open(path, convert::MAX_BYTES)?, target);
         }
         if name == WEIGHTS && path.with_file_name(ADAPTER_CONFIG).exists() {
             return Self::folder(path.parent().unwrap_or(Path::new(".")), "PEFT directory".to_owned());
@@ -73,7 +74,7 @@ impl Subject {
             Some(Ok(files)) => Ok(Self::peft(packing.map_or("file", Packing::name).to_owned(), files)),
             // It may be a format of another program in the same packing.
             None | Some(Err(PackageError::NoPrompt { .. })) => {
-                Self::foreign(convert::parse(bytes, convert::MAX_BYTES)?)
+                Self::foreign(convert::parse(bytes, convert::MAX_BYTES)?, target)
             }
             Some(Err(error)) => Err(error.into()),
         }
@@ -85,19 +86,12 @@ impl Subject {
         Self { format, files, tensors: tensors.unwrap_or_default(), notes: Vec::new() }
     }
 
-    fn foreign(foreign: convert::Foreign) -> anyhow::Result<Self> {
-        match foreign.to_peft(&Target::default()) {
-            Ok(converted) => {
-                let notes = [foreign.notes, vec!["softserve convert makes a PEFT directory of it".to_owned()]].concat();
-                let format = foreign.format.name().to_owned();
-                Ok(Self { format, files: converted.files, tensors: converted.tensors, notes })
-            }
-            Err(error @ ConvertError::Choose { .. }) => Err(anyhow::Error::from(error).context(format!(
-                "which prompt is meant? convert the {} first (softserve convert), with --tensor",
-                foreign.format.name()
-            ))),
-            Err(error) => Err(error.into()),
-        }
+    fn foreign(foreign: convert::Foreign, target: &Target) -> anyhow::Result<Self> {
+        let converted = foreign.to_peft(target)?;
+        let mut notes = foreign.notes;
+        notes.push("softserve convert makes a PEFT directory of it".to_owned());
+        let format = foreign.format.name().to_owned();
+        Ok(Self { format, files: converted.files, tensors: converted.tensors, notes })
     }
 
     /// A name to read it under; any will do.
