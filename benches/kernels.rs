@@ -16,6 +16,7 @@ use divan::{
     counter::{BytesCount, ItemsCount},
 };
 use softserve::kernels::{
+    AttentionParams,
     cpu::{
         Isa, PackedMatrix, Precision, attention,
         matmul::{Product, multiply},
@@ -90,11 +91,12 @@ fn attention(bencher: Bencher, precision: Precision, sequences: usize, positions
         start,
         blocks: (i * blocks..(i + 1) * blocks).map(|b| b as u32).collect(),
     };
+    let params = AttentionParams::scaled(0.125);
     let mut run = |start: usize, rows: usize| {
         let segments: Vec<_> = (0..sequences).map(|i| segment(i, start, rows)).collect();
         let (q, k) = (values(sequences * rows * HEADS * 64), values(sequences * rows * 3 * 64));
         for layer in 0..LAYERS {
-            let rows = attention::Rows { q: &q, k: &k, v: &k, heads: HEADS };
+            let rows = attention::Rows { q: &q, k: &k, v: &k, heads: HEADS, params: &params };
             divan::black_box(attention::attend(Isa::best(), pool::global(), &mut cache, layer, &segments, rows));
         }
     };

@@ -6,8 +6,8 @@ use candle_core::{
 use half::bf16;
 
 use crate::kernels::{
-    Kernels,
-    cpu::{FrozenMatrix, PackedMatrix, tensors::with_values},
+    Activation, Kernels,
+    cpu::{FrozenMatrix, PackedMatrix, quantized::BlockFormat, tensors::with_values},
 };
 
 /// `y = x Wᵀ + b` with a weight that is never trained.
@@ -20,7 +20,7 @@ pub struct Linear {
 /// `[out, in]`, as it lies in memory.
 #[derive(Debug, Clone)]
 pub enum Weight {
-    /// For the kernels of a CPU: f32 or bf16, with activations in f32.
+    /// For the kernels of a CPU: f32, bf16 or blocks, with activations in f32.
     Packed(FrozenMatrix),
     /// For candle's own product.
     Plain(Tensor),
@@ -46,6 +46,11 @@ impl Weight {
             _ => return Ok(Self::Plain(weight)),
         };
         Ok(Self::Packed(FrozenMatrix::new(packed)))
+    }
+
+    /// Keeps blocks of `n` rows of `k` values as they are, for the kernels of a CPU.
+    pub fn from_blocks(format: BlockFormat, bytes: Vec<u8>, n: usize, k: usize) -> Self {
+        Self::Packed(FrozenMatrix::new(PackedMatrix::from_blocks(format, bytes, n, k)))
     }
 
     /// Rows `ids` of the matrix, `[t, in]`, in the type of activations.
@@ -96,8 +101,8 @@ impl Linear {
     }
 
     /// The weight, and the bias if there is one.
-    pub fn tensors(&self) -> Result<Vec<Tensor>> {
-        Ok(std::iter::once(self.weight.to_tensor()?).chain(self.bias.clone()).collect())
+    pub fn tensors(&self) -> impl Iterator<Item = Result<Tensor>> {
+        std::iter::once(self.weight.to_tensor()).chain(self.bias.clone().map(Ok))
     }
 
     /// `[t, in]` to `[t, out]`.
@@ -135,13 +140,19 @@ impl Linear {
         all.try_into().map_err(|_| candle_core::Error::Msg("as many results as layers".to_owned()))
     }
 
-    /// `silu(gate(x)) * up(x)`, in one go where that is faster.
-    pub fn forward_gated(gate: &Self, up: &Self, x: &Tensor, kernels: &mut dyn Kernels) -> Result<Tensor> {
+    /// `activation(gate(x)) * up(x)`, in one go where that is faster.
+    pub fn forward_gated(
+        gate: &Self,
+        up: &Self,
+        activation: Activation,
+        x: &Tensor,
+        kernels: &mut dyn Kernels,
+    ) -> Result<Tensor> {
         match (&gate.weight, &up.weight) {
             (Weight::Packed(g), Weight::Packed(u)) if !x.track_op() && gate.bias.is_none() && up.bias.is_none() => {
-                FrozenMatrix::forward_gated(g, u, x)
+                FrozenMatrix::forward_gated(g, u, activation, x)
             }
-            _ => kernels.gated(&gate.forward(x)?, &up.forward(x)?),
+            _ => kernels.gated(activation, &gate.forward(x)?, &up.forward(x)?),
         }
     }
 }

@@ -3,10 +3,14 @@
 pub mod config;
 pub mod decoder;
 pub mod files;
+pub mod gguf;
 #[cfg(feature = "hub")]
 pub mod hub;
+mod layer;
 pub mod linear;
+mod names;
 pub mod random;
+mod source;
 pub mod weights;
 
 use candle_core::{DType, Device, Result, Tensor};
@@ -15,7 +19,11 @@ use sha2::{Digest as _, Sha256};
 pub use config::ModelConfig;
 pub use files::{ModelError, ModelFiles};
 
-use crate::kernels::{Kernels, cpu::Precision, kv_cache::KvShape};
+use crate::kernels::{
+    Kernels,
+    cpu::{Isa, Precision},
+    kv_cache::KvShape,
+};
 use decoder::Decoder;
 
 /// A loaded model: weights that nothing changes.
@@ -36,11 +44,19 @@ pub struct ModelInfo {
     pub hidden_size: usize,
     pub vocab_size: usize,
     pub num_layers: usize,
+    /// Heads of keys and values.
+    pub num_kv_heads: usize,
+    pub head_dim: usize,
     /// The most positions of one sequence.
     pub context_length: usize,
     /// Tokens that end a sequence.
     pub eos_token_ids: Vec<u32>,
+    /// What the embeddings of tokens were multiplied with (Gemma); rows that are given to
+    /// [`Model::forward`] in their place are taken as they are.
+    pub embedding_scale: Option<f64>,
     pub num_parameters: usize,
+    /// How a conversation becomes a text, in Jinja; `None` if the model's files have no template.
+    pub chat_template: Option<String>,
     pub device: Device,
     pub dtype: DType,
 }
@@ -59,9 +75,13 @@ impl Model {
             hidden_size: config.hidden_size,
             vocab_size: config.vocab_size,
             num_layers: config.num_layers,
+            num_kv_heads: config.num_kv_heads,
+            head_dim: config.head_dim,
             context_length: config.context_length,
             eos_token_ids: files.eos_token_ids(&config)?,
+            embedding_scale: decoder.embedding_scale(),
             num_parameters,
+            chat_template: files.chat_template()?,
             device: device.clone(),
             dtype,
         };
@@ -78,11 +98,12 @@ impl Model {
         &self.config
     }
 
-    /// The shape of its keys and values, which are kept in bf16 where the weights are.
+    /// The shape of its keys and values, which are kept in bf16 where the weights are and the processor
+    /// multiplies bf16; elsewhere widening them at every use would take longer than reading f32.
     pub fn kv_shape(&self) -> KvShape {
         let c = &self.config;
         let precision = match self.info.dtype {
-            DType::BF16 => Precision::Bf16,
+            DType::BF16 if Isa::best().multiplies_bf16() => Precision::Bf16,
             _ => Precision::F32,
         };
         KvShape { num_layers: c.num_layers, num_kv_heads: c.num_kv_heads, head_dim: c.head_dim, precision }
@@ -98,7 +119,7 @@ impl Model {
         self.decoder.embed(ids)
     }
 
-    /// The token embedding table, `[vocab, hidden]`.
+    /// The token embedding table, `[vocab, hidden]`, as [`embed`](Self::embed) gives it.
     pub fn embedding_table(&self) -> Result<Tensor> {
         self.decoder.embedding_table()
     }

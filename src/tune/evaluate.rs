@@ -63,6 +63,7 @@ impl Evaluation<'_> {
         let inputs = self.inputs(front)?;
         let prompt = match front {
             Front::Tuned(LearnedPrompt::Embeddings(embeddings)) => Some(&embeddings.rows),
+            Front::Tuned(prompt) => return Err(TuneError::NoRows { kind: prompt.kind() }),
             Front::Bare | Front::Instruction(_) => None,
         };
         let generated = generate::greedy(self.model, prompt, &inputs, self.max_tokens, done)?;

@@ -35,6 +35,11 @@ pub enum InitError {
     EmptyText,
     #[error("the vocabulary has no token that is not special")]
     NoVocabulary,
+    #[error(
+        "the prompt to begin with is one of {kind}, and only rows of embeddings can be taken over; give the task of a \
+         prompt of embeddings"
+    )]
+    NoRows { kind: &'static str },
     #[error(transparent)]
     Text(#[from] TextError),
     #[error("cannot compute the initial values: {0}")]
@@ -70,6 +75,7 @@ pub fn values(
             let rows = embeddings.rows.to_dtype(DType::F32)?.to_device(&Device::Cpu)?.to_vec2::<f32>()?;
             Ok(rows.iter().cycle().take(n).flatten().copied().collect())
         }
+        Init::Prompt(other) => Err(InitError::NoRows { kind: other.kind() }),
         Init::Random => {
             let std = embedding_scale(model)?;
             Ok((0..n * model.info().hidden_size)

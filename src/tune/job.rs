@@ -19,7 +19,7 @@ use super::{
 use crate::{
     model::Model,
     prompt::{
-        Version,
+        LearnedPrompt, Version,
         format::Fit,
         spec::{BaseModel, Defaults, TaskSpec},
     },
@@ -164,8 +164,10 @@ fn digits(x: f64) -> f64 {
 
 /// The prompt's rows of a version in f32, row by row.
 pub fn rows_of(version: &Version) -> candle_core::Result<Vec<f32>> {
-    let crate::prompt::LearnedPrompt::Embeddings(embeddings) = version.prompt.as_ref();
-    embeddings.rows.to_dtype(DType::F32)?.flatten_all()?.to_vec1()
+    match version.prompt.as_ref() {
+        LearnedPrompt::Embeddings(embeddings) => embeddings.rows.to_dtype(DType::F32)?.flatten_all()?.to_vec1(),
+        other => candle_core::bail!("a prompt of {} has no rows", other.kind()),
+    }
 }
 
 /// Where the state of an unfinished run is kept by default: beside the finished prompt, hidden, so

@@ -80,6 +80,8 @@ pub enum TuneError {
     Interrupted { checkpoint: PathBuf },
     #[error("interrupted while the learning rate was chosen; nothing was saved yet")]
     InterruptedSweep,
+    #[error("the prompt is one of {kind}, and only prompts of embeddings can be evaluated")]
+    NoRows { kind: &'static str },
     #[error("the forward pass failed: {0}")]
     Tensor(#[from] candle_core::Error),
 }

@@ -5,7 +5,9 @@ mod bench;
 mod convert;
 mod demo;
 mod engine;
+mod families;
 mod fixtures;
+mod gguf;
 mod hot_swap;
 mod http;
 #[cfg(feature = "hub")]
@@ -17,6 +19,7 @@ mod parsers;
 mod peft;
 mod problems;
 mod process;
+mod prompt_types;
 mod sharing;
 mod soak;
 mod support;

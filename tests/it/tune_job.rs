@@ -120,7 +120,7 @@ fn greedy_answers_on_the_serving_kernels_are_those_that_tuning_counts_as_exact()
     let plan = Plan::new(&room.model, &room.text, &options).unwrap();
     assert_eq!(plan.held_out_is, HeldOut::Training);
     let outcome = job::run(&room.model, &plan, &room.places("out"), &mut { NEVER }).unwrap();
-    let LearnedPrompt::Embeddings(prompt) = outcome.version.prompt.as_ref();
+    let LearnedPrompt::Embeddings(prompt) = outcome.version.prompt.as_ref() else { panic!("not embeddings") };
     let inputs: Vec<Vec<u32>> = plan.train.iter().map(|e| e.prompt.clone()).collect();
     let mut answered = 0;
     let outputs = generate::greedy(&room.model, Some(&prompt.rows), &inputs, 5, &mut |done| answered = done).unwrap();
