@@ -21,6 +21,9 @@ pub const TENSOR: &str = "prompt_embeddings";
 /// The release of PEFT whose files these are like.
 const PEFT_VERSION: &str = "0.21.2";
 
+/// The most layers, heads and dimensions that are believed, so that products of them have a place.
+const MAX_COUNT: usize = 1 << 16;
+
 /// Names that are taken for the prompt where a file has several tensors, the likeliest first.
 const LIKELY: [&str; 6] = [TENSOR, "soft_prompt", "prompt", "soft_prompt.weight", "embedding.weight", "weight"];
 
@@ -212,12 +215,24 @@ fn check(files: &PromptFiles) -> Result<Vec<String>, ConvertError> {
 pub fn own_fit(files: &PromptFiles) -> Fit {
     let tensors = files.weights.as_ref().and_then(|bytes| raw::read(bytes).ok()).unwrap_or_default();
     let rows = tensors.iter().find(|tensor| tensor.name == TENSOR).and_then(RawTensor::matrix);
+    let columns = rows.map_or(0, |(_, columns)| columns);
     let fingerprint = files.task.as_ref().and_then(|bytes| TaskSpec::from_json(bytes).ok());
     let fingerprint = fingerprint.and_then(|spec| spec.base_model?.fingerprint);
+    let config: Value =
+        files.adapter_config.as_ref().and_then(|bytes| serde_json::from_slice(bytes).ok()).unwrap_or_default();
+    let count = |key: &str| config.get(key).and_then(Value::as_u64).map(|n| n as usize).filter(|n| *n > 0);
+    // For prompts of keys and values these are those of the cache.
+    let num_layers = count("num_layers").unwrap_or(1);
+    let num_kv_heads = count("num_attention_heads").unwrap_or(1);
+    let kv_dim = count("token_dim").unwrap_or(columns / num_layers.saturating_mul(2));
     Fit {
         model_name: "any model".to_owned(),
         fingerprint: fingerprint.unwrap_or_default(),
-        hidden_size: rows.map_or(0, |(_, columns)| columns),
+        hidden_size: columns,
+        num_layers: num_layers.min(MAX_COUNT),
+        num_kv_heads: num_kv_heads.min(MAX_COUNT),
+        head_dim: (kv_dim / num_kv_heads).min(MAX_COUNT),
+        embedding_scale: Some((columns as f64).sqrt()),
         context_length: usize::MAX,
         device: Device::Cpu,
         dtype: DType::F32,

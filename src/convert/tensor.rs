@@ -124,8 +124,8 @@ impl View {
         if count == 0 {
             return Ok((shape, Bytes::new()));
         }
-        let reach = self.shape.iter().zip(&self.strides).map(|(n, stride)| (n - 1).checked_mul(*stride));
-        let last = reach.fold(Some(self.offset), |all, n| all?.checked_add(n?));
+        let mut reach = self.shape.iter().zip(&self.strides).map(|(n, stride)| (n - 1).checked_mul(*stride));
+        let last = reach.try_fold(self.offset, |all, n| all.checked_add(n?));
         let stored = (storage.len() / item) as u64;
         if last.is_none_or(|last| last >= stored) {
             return Err(format!(

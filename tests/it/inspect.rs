@@ -195,7 +195,8 @@ fn keys_and_values_are_shown_by_layer() {
             "token_dim": 4, "num_virtual_tokens": 3, "num_transformer_submodules": 1}"#,
     )
     .unwrap();
-    let (_, report) = inspect_json(home.path(), &folder, &[]);
+    let (code, report) = inspect_json(home.path(), &folder, &[]);
+    assert_eq!(code, Some(0), "{report}");
     let norm = |layer: usize, what: &str| report["layers"][layer][what]["mean"].as_f64().unwrap();
     let norms = [norm(0, "keys"), norm(0, "values"), norm(1, "keys"), norm(1, "values")];
     assert_eq!(norms, [2.0, 4.0, 6.0, 8.0]);
