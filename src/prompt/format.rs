@@ -15,8 +15,9 @@ use super::{
     weights,
 };
 pub use super::{
+    encode::{PeftConfig, encode_prompt_tuning},
     files::PromptFiles,
-    peft::{PeftConfig, SERVED_TYPES, encode_prompt_tuning},
+    peft::SERVED_TYPES,
 };
 use crate::model::ModelInfo;
 
