@@ -3,9 +3,9 @@
 //! candle's fused norm, rope and softmax have no backward and say nothing when one is asked for,
 //! so nothing here uses them.
 
-use candle_core::{D, DType, Device, Result, Tensor};
+use candle_core::{D, Device, Result, Tensor};
 
-use super::{Kernels, given::GivenKeyValues};
+use super::{AttentionParams, Kernels, given::GivenKeyValues, widened};
 
 /// Attention over whole sequences that lie one after another in the packed rows; no cache.
 ///
@@ -17,8 +17,8 @@ pub struct DenseKernels {
     pad: Tensor,
     /// `[t]`: the place in the padded batch of each packed row.
     unpad: Tensor,
-    /// `[longest, longest]`: 0 on and below the diagonal, -inf above.
-    mask: Tensor,
+    /// `[longest, longest]` for each window that was asked for: 0 where row i sees column j, -inf elsewhere.
+    masks: Vec<(Option<usize>, Tensor)>,
     sequences: usize,
     longest: usize,
     given: Option<GivenKeyValues>,
@@ -48,13 +48,10 @@ impl DenseKernels {
             unpad.extend((0..length).map(|j| (i * longest + prefix + j) as u32));
             start += length;
         }
-        let mask: Vec<f32> = (0..longest)
-            .flat_map(|i| (0..longest).map(move |j| if j <= i { 0.0 } else { f32::NEG_INFINITY }))
-            .collect();
         Ok(Self {
             pad: Tensor::new(pad, device)?,
             unpad: Tensor::new(unpad, device)?,
-            mask: Tensor::from_vec(mask, (longest, longest), device)?,
+            masks: Vec::new(),
             sequences: lengths.len(),
             longest,
             given: None,
@@ -75,6 +72,27 @@ impl DenseKernels {
     /// What was recorded, layer by layer.
     pub fn into_recorded(self) -> Vec<(Tensor, Tensor)> {
         self.recorded.unwrap_or_default()
+    }
+
+    /// The mask of a window.
+    fn mask(&mut self, window: Option<usize>) -> Result<Tensor> {
+        if let Some((_, mask)) = self.masks.iter().find(|(w, _)| *w == window) {
+            return Ok(mask.clone());
+        }
+        let sees = |i: usize, j: usize| j <= i && window.is_none_or(|w| i - j < w);
+        let value = |i, j| if sees(i, j) { 0f32 } else { f32::NEG_INFINITY };
+        let values: Vec<f32> = (0..self.longest).flat_map(|i| (0..self.longest).map(move |j| value(i, j))).collect();
+        let mask = Tensor::from_vec(values, (self.longest, self.longest), self.pad.device())?;
+        self.masks.push((window, mask.clone()));
+        Ok(mask)
+    }
+
+    /// `[heads, longest, longest]`: what ALiBi adds to the score of row i and column j.
+    fn alibi(&self, slopes: &[f32]) -> Result<Tensor> {
+        let distance = |i, j| (j as f32) - (i as f32);
+        let values: Vec<f32> = (0..self.longest).flat_map(|i| (0..self.longest).map(move |j| distance(i, j))).collect();
+        let distances = Tensor::from_vec(values, (1, self.longest, self.longest), self.pad.device())?;
+        Tensor::new(slopes, self.pad.device())?.reshape((slopes.len(), 1, 1))?.broadcast_mul(&distances)
     }
 
     /// `[t, heads, d]` to `[sequences, heads, longest, d]`, each key head repeated `groups` times.
@@ -98,15 +116,25 @@ impl Kernels for DenseKernels {
     }
 
     fn rope(&mut self, x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
-        let half = x.dim(D::Minus1)? / 2;
+        let (half, dim) = (cos.dim(D::Minus1)?, x.dim(D::Minus1)?);
         let (a, b) = (x.narrow(D::Minus1, 0, half)?, x.narrow(D::Minus1, half, half)?);
         let (cos, sin) = (cos.unsqueeze(1)?, sin.unsqueeze(1)?);
         let first = (a.broadcast_mul(&cos)? - b.broadcast_mul(&sin)?)?;
         let second = (b.broadcast_mul(&cos)? + a.broadcast_mul(&sin)?)?;
-        Tensor::cat(&[first, second], D::Minus1)
+        match dim - 2 * half {
+            0 => Tensor::cat(&[first, second], D::Minus1),
+            rest => Tensor::cat(&[first, second, x.narrow(D::Minus1, 2 * half, rest)?], D::Minus1),
+        }
     }
 
-    fn attention(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
+    fn attention(
+        &mut self,
+        layer: usize,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        params: &AttentionParams,
+    ) -> Result<Tensor> {
         let (k, v) = &match &self.given {
             Some(given) => given.replace(layer, k, v)?,
             None => (k.clone(), v.clone()),
@@ -116,21 +144,20 @@ impl Kernels for DenseKernels {
         }
         let (_, heads, dim) = q.dims3()?;
         let groups = heads / k.dim(1)?;
+        let mask = self.mask(params.window)?;
         let (q, k, v) = (self.batch(q, 1)?, self.batch(k, groups)?, self.batch(v, groups)?);
-        let scores = (q.matmul(&k.t()?)? * (dim as f64).powf(-0.5))?;
-        let scores = scores.to_dtype(widened(q.dtype()))?;
-        let scores = scores.broadcast_add(&self.mask.to_dtype(scores.dtype())?)?;
+        let scores = (q.matmul(&k.t()?)? * f64::from(params.scale))?;
+        let mut scores = scores.to_dtype(widened(q.dtype()))?;
+        if let Some(softcap) = params.softcap.map(f64::from) {
+            scores = ((scores / softcap)?.tanh()? * softcap)?;
+        }
+        if let Some(slopes) = &params.alibi_slopes {
+            scores = scores.broadcast_add(&self.alibi(slopes)?.to_dtype(scores.dtype())?)?;
+        }
+        let scores = scores.broadcast_add(&mask.to_dtype(scores.dtype())?)?;
         let weights = candle_nn::ops::softmax(&scores, D::Minus1)?.to_dtype(v.dtype())?;
         let out = weights.matmul(&v)?.transpose(1, 2)?.contiguous()?;
         out.reshape((self.sequences * self.longest, heads * dim))?.index_select(&self.unpad, 0)
-    }
-}
-
-/// Sums run in at least f32.
-fn widened(dtype: DType) -> DType {
-    match dtype {
-        DType::F64 => DType::F64,
-        _ => DType::F32,
     }
 }
 
@@ -144,15 +171,17 @@ mod tests {
         let (prefix, lengths) = (3, [4, 1, 2]);
         let random = |heads: usize| Tensor::randn(0f32, 1.0, (prefix + 7, heads, 8), &device).unwrap();
         let (q, k, v) = (random(4), random(2), random(2));
+        let params = AttentionParams { window: Some(5), ..AttentionParams::scaled(0.3) };
         let mut kernels = DenseKernels::with_prefix(prefix, &lengths, &device).unwrap();
-        let shared = kernels.attention(0, &q, &k, &v).unwrap().to_vec2::<f32>().unwrap();
+        let shared = kernels.attention(0, &q, &k, &v, &params).unwrap().to_vec2::<f32>().unwrap();
         let mut start = prefix;
         for length in lengths {
             let rows: Vec<u32> = (0..prefix).chain(start..start + length).map(|r| r as u32).collect();
             let index = Tensor::new(rows.as_slice(), &device).unwrap();
             let pick = |x: &Tensor| x.index_select(&index, 0).unwrap();
             let mut kernels = DenseKernels::new(&[prefix + length], &device).unwrap();
-            let alone = kernels.attention(0, &pick(&q), &pick(&k), &pick(&v)).unwrap().to_vec2::<f32>().unwrap();
+            let alone =
+                kernels.attention(0, &pick(&q), &pick(&k), &pick(&v), &params).unwrap().to_vec2::<f32>().unwrap();
             for (row, alone) in rows.iter().zip(&alone) {
                 for (a, b) in shared[*row as usize].iter().zip(alone) {
                     assert!((a - b).abs() < 1e-5, "row {row}");

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, DType, Device, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
-use super::{Kernels, dot, given::GivenKeyValues};
+use super::{Activation, AttentionParams, GELU_TANH, Kernels, dot, given::GivenKeyValues};
 
 /// Whole sequences that lie one after another in the packed rows and may share their first rows;
 /// no cache. For f32 on a CPU.
@@ -44,10 +44,12 @@ impl FusedKernels {
 }
 
 impl Rows {
-    /// The rows that `row` attends to, itself last.
-    fn seen(&self, row: usize) -> impl Iterator<Item = usize> + Clone {
+    /// The rows that `row` attends to, the last `window` of its sequence up to itself.
+    fn seen(&self, row: usize, window: Option<usize>) -> impl Iterator<Item = usize> + Clone {
         let (shared, start) = self.0[row];
-        (0..shared).chain(start..row + 1)
+        let all = shared + row + 1 - start;
+        let hidden = window.map_or(0, |window| all.saturating_sub(window));
+        (hidden.min(shared)..shared).chain(start + hidden.saturating_sub(shared)..row + 1)
     }
 }
 
@@ -60,7 +62,14 @@ impl Kernels for FusedKernels {
         x.contiguous()?.apply_op1(Rope { cos: host(cos)?, sin: host(sin)? })
     }
 
-    fn attention(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
+    fn attention(
+        &mut self,
+        layer: usize,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        params: &AttentionParams,
+    ) -> Result<Tensor> {
         let (k, v) = &match &self.given {
             Some(given) => given.replace(layer, k, v)?,
             None => (k.clone(), v.clone()),
@@ -69,12 +78,20 @@ impl Kernels for FusedKernels {
         if t != self.rows.0.len() {
             bail!("attention was given {t} rows for sequences of {}", self.rows.0.len());
         }
-        let op = Attention { rows: Arc::clone(&self.rows), heads, kv_heads: k.dim(1)?, head_dim };
+        let rows = Arc::clone(&self.rows);
+        let op = Attention { rows, heads, kv_heads: k.dim(1)?, head_dim, params: params.clone() };
         q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, op)
     }
 
-    fn gated(&mut self, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
-        gate.contiguous()?.apply_op2(&up.contiguous()?, Gated)
+    fn gated(&mut self, activation: Activation, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+        let value_and_slope = match activation {
+            Activation::Silu => silu,
+            Activation::GeluTanh => gelu_tanh,
+            Activation::Relu => relu,
+            // Phi is left to candle.
+            Activation::Gelu => return activation.apply(gate)? * up,
+        };
+        gate.contiguous()?.apply_op2(&up.contiguous()?, Gated(value_and_slope))
     }
 }
 
@@ -136,9 +153,9 @@ struct Rope {
 
 impl Rope {
     fn rotate(&self, x: &[f32], rows: usize, head_dim: usize, sign: f32) -> Vec<f32> {
-        let half = head_dim / 2;
+        let half = self.cos.len() / rows.max(1);
         let width = x.len() / rows.max(1);
-        let mut out = vec![0f32; x.len()];
+        let mut out = x.to_vec();
         out.par_chunks_exact_mut(width.max(1)).zip(x.par_chunks_exact(width.max(1))).enumerate().for_each(
             |(row, (out, x))| {
                 let (cos, sin) = (&self.cos[row * half..][..half], &self.sin[row * half..][..half]);
@@ -179,6 +196,7 @@ struct Attention {
     heads: usize,
     kv_heads: usize,
     head_dim: usize,
+    params: AttentionParams,
 }
 
 /// Gradients of one key head and its query heads, each `[t, …, head_dim]`.
@@ -194,11 +212,26 @@ impl Attention {
         &x[(row * heads + head) * self.head_dim..][..self.head_dim]
     }
 
-    /// The softmax of a query's scores over the rows it sees, in their order.
-    fn weights(&self, q: &[f32], k: &[f32], row: usize, kv_head: usize, out: &mut Vec<f32>) {
-        let scale = (self.head_dim as f32).powf(-0.5);
+    /// The softmax of a query's scores over the rows it sees, in their order; `slopes` becomes how
+    /// much each score moves with the product of query and key.
+    fn weights(&self, q: &[f32], k: &[f32], row: usize, head: usize, out: &mut Vec<f32>, slopes: &mut Vec<f32>) {
+        let AttentionParams { scale, softcap, window, alibi_slopes } = &self.params;
+        let kv_head = head / (self.heads / self.kv_heads);
         out.clear();
-        out.extend(self.rows.seen(row).map(|j| dot(q, self.head(k, self.kv_heads, j, kv_head)) * scale));
+        out.extend(self.rows.seen(row, *window).map(|j| dot(q, self.head(k, self.kv_heads, j, kv_head)) * scale));
+        slopes.clear();
+        match softcap {
+            Some(softcap) => slopes.extend(out.iter_mut().map(|score| {
+                let t = (*score / softcap).tanh();
+                *score = t * softcap;
+                (1.0 - t * t) * scale
+            })),
+            None => slopes.resize(out.len(), *scale),
+        }
+        if let Some(alibi) = alibi_slopes {
+            let last = out.len() - 1;
+            out.iter_mut().enumerate().for_each(|(i, score)| *score -= alibi[head] * (last - i) as f32);
+        }
         let max = out.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         let mut sum = 0.0;
         for weight in out.iter_mut() {
@@ -211,10 +244,11 @@ impl Attention {
     fn forward(&self, q: &[f32], k: &[f32], v: &[f32]) -> Vec<f32> {
         let (width, groups) = (self.heads * self.head_dim, self.heads / self.kv_heads);
         let mut out = vec![0f32; q.len()];
-        out.par_chunks_exact_mut(width).enumerate().for_each_init(Vec::new, |weights, (row, out)| {
+        let memory = || (Vec::new(), Vec::new());
+        out.par_chunks_exact_mut(width).enumerate().for_each_init(memory, |(weights, slopes), (row, out)| {
             for (head, out) in out.chunks_exact_mut(self.head_dim).enumerate() {
-                self.weights(self.head(q, self.heads, row, head), k, row, head / groups, weights);
-                for (j, &weight) in self.rows.seen(row).zip(weights.iter()) {
+                self.weights(self.head(q, self.heads, row, head), k, row, head, weights, slopes);
+                for (j, &weight) in self.rows.seen(row, self.params.window).zip(weights.iter()) {
                     add(out, weight, self.head(v, self.kv_heads, j, head / groups));
                 }
             }
@@ -227,20 +261,21 @@ impl Attention {
     fn backward(&self, kv_head: usize, q: &[f32], k: &[f32], v: &[f32], grad: &[f32]) -> HeadGradients {
         let (dim, groups) = (self.head_dim, self.heads / self.kv_heads);
         let t = self.rows.0.len();
-        let scale = (dim as f32).powf(-0.5);
         let mut out = HeadGradients { q: vec![0.0; t * groups * dim], k: vec![0.0; t * dim], v: vec![0.0; t * dim] };
-        let (mut weights, mut slopes) = (Vec::new(), Vec::new());
+        let (mut weights, mut slopes, mut grads) = (Vec::new(), Vec::new(), Vec::new());
         for row in 0..t {
             for group in 0..groups {
                 let head = kv_head * groups + group;
                 let (query, grad) = (self.head(q, self.heads, row, head), self.head(grad, self.heads, row, head));
-                self.weights(query, k, row, kv_head, &mut weights);
-                slopes.clear();
-                slopes.extend(self.rows.seen(row).map(|j| dot(grad, self.head(v, self.kv_heads, j, kv_head))));
-                let mean: f32 = weights.iter().zip(&slopes).map(|(w, s)| w * s).sum();
+                self.weights(query, k, row, head, &mut weights, &mut slopes);
+                let seen = self.rows.seen(row, self.params.window);
+                grads.clear();
+                grads.extend(seen.clone().map(|j| dot(grad, self.head(v, self.kv_heads, j, kv_head))));
+                let mean: f32 = weights.iter().zip(&grads).map(|(w, g)| w * g).sum();
                 let dq = &mut out.q[(row * groups + group) * dim..][..dim];
-                for ((j, &weight), slope) in self.rows.seen(row).zip(&weights).zip(&slopes) {
-                    let score = weight * (slope - mean) * scale;
+                for (i, j) in seen.enumerate() {
+                    let weight = weights[i];
+                    let score = weight * (grads[i] - mean) * slopes[i];
                     add(dq, score, self.head(k, self.kv_heads, j, kv_head));
                     add(&mut out.k[j * dim..][..dim], score, query);
                     add(&mut out.v[j * dim..][..dim], weight, grad);
@@ -294,11 +329,26 @@ impl CustomOp3 for Attention {
     }
 }
 
-/// `silu(gate) * up`
-struct Gated;
+/// `activation(gate) * up`, by the activation's value and slope.
+struct Gated(fn(f32) -> (f32, f32));
 
 fn sigmoid(x: f32) -> f32 {
     (1.0 + (-x).exp()).recip()
+}
+
+fn silu(x: f32) -> (f32, f32) {
+    let s = sigmoid(x);
+    (x * s, s * (1.0 + x * (1.0 - s)))
+}
+
+fn gelu_tanh(x: f32) -> (f32, f32) {
+    let [a, b] = GELU_TANH;
+    let s = sigmoid(a * x * (1.0 + b * x * x));
+    (x * s, s + x * s * (1.0 - s) * a * (1.0 + 3.0 * b * x * x))
+}
+
+fn relu(x: f32) -> (f32, f32) {
+    if x > 0.0 { (x, 1.0) } else { (0.0, 0.0) }
 }
 
 /// Values that one thread works on at a time.
@@ -321,7 +371,7 @@ impl CustomOp2 for Gated {
         out.par_chunks_mut(CHUNK).zip(gate.par_chunks(CHUNK).zip(up.par_chunks(CHUNK))).for_each(
             |(out, (gate, up))| {
                 for ((out, g), u) in out.iter_mut().zip(gate).zip(up) {
-                    *out = g * sigmoid(*g) * u;
+                    *out = (self.0)(*g).0 * u;
                 }
             },
         );
@@ -335,9 +385,9 @@ impl CustomOp2 for Gated {
         to_gate.par_chunks_mut(CHUNK).zip(to_up.par_chunks_mut(CHUNK)).zip(inputs).for_each(
             |((to_gate, to_up), ((gate, up), grad))| {
                 for i in 0..gate.len() {
-                    let s = sigmoid(gate[i]);
-                    to_up[i] = grad[i] * gate[i] * s;
-                    to_gate[i] = grad[i] * up[i] * s * (1.0 + gate[i] * (1.0 - s));
+                    let (value, slope) = (self.0)(gate[i]);
+                    to_up[i] = grad[i] * value;
+                    to_gate[i] = grad[i] * up[i] * slope;
                 }
             },
         );
@@ -440,9 +490,21 @@ mod tests {
 
     #[test]
     fn attention_and_its_gradients_equal_the_plain_ones() {
-        for (heads, kv_heads) in [(4, 2), (3, 3), (6, 1)] {
-            let (q, k, v) = (random((14, heads, 20)), random((14, kv_heads, 20)), random((14, kv_heads, 20)));
-            compare(&[&q, &k, &v], |kernels| kernels.attention(0, &q, &k, &v).unwrap());
+        let plain = AttentionParams::scaled(0.22);
+        let slopes: Arc<[f32]> = (1..=6).map(|i| 0.9f32.powi(i)).collect();
+        for params in [
+            plain.clone(),
+            AttentionParams { softcap: Some(1.5), ..plain.clone() },
+            AttentionParams { window: Some(2), ..plain.clone() },
+            AttentionParams { window: Some(5), softcap: Some(2.0), ..plain.clone() },
+            AttentionParams { alibi_slopes: Some(slopes), window: Some(6), ..plain },
+        ] {
+            for (heads, kv_heads) in [(4, 2), (3, 3), (6, 1)] {
+                let (q, k, v) = (random((14, heads, 20)), random((14, kv_heads, 20)), random((14, kv_heads, 20)));
+                let slopes = params.alibi_slopes.as_ref().map(|s| s[..heads].into());
+                let params = AttentionParams { alibi_slopes: slopes, ..params.clone() };
+                compare(&[&q, &k, &v], |kernels| kernels.attention(0, &q, &k, &v, &params).unwrap());
+            }
         }
     }
 
@@ -470,7 +532,13 @@ mod tests {
         compare(&[&x], |kernels| kernels.rms_norm(&x, weight.as_tensor(), 1e-5).unwrap());
         let (x, cos, sin) = (random((14, 3, 8)), random((14, 4)), random((14, 4)));
         compare(&[&x], |kernels| kernels.rope(&x, &cos.as_detached_tensor(), &sin.as_detached_tensor()).unwrap());
+        let partial = random((14, 3, 20));
+        compare(&[&partial], |kernels| {
+            kernels.rope(&partial, &cos.as_detached_tensor(), &sin.as_detached_tensor()).unwrap()
+        });
         let (gate, up) = (random((14, 40)), random((14, 40)));
-        compare(&[&gate, &up], |kernels| kernels.gated(&gate, &up).unwrap());
+        for activation in [Activation::Silu, Activation::Gelu, Activation::GeluTanh, Activation::Relu] {
+            compare(&[&gate, &up], |kernels| kernels.gated(activation, &gate, &up).unwrap());
+        }
     }
 }

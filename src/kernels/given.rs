@@ -35,7 +35,7 @@ mod tests {
     use candle_core::{Device, Var};
 
     use super::*;
-    use crate::kernels::{Kernels, dense::DenseKernels, fused::FusedKernels};
+    use crate::kernels::{AttentionParams, Kernels, dense::DenseKernels, fused::FusedKernels};
 
     fn random(shape: (usize, usize, usize)) -> Var {
         Var::randn(0f32, 1.0, shape, &Device::Cpu).unwrap()
@@ -76,7 +76,8 @@ mod tests {
     }
 
     fn attend(kernels: &mut dyn Kernels, q: &Tensor, k: &Tensor, v: &Tensor) -> Tensor {
-        kernels.attention(0, q, k, v).unwrap()
+        let params = AttentionParams { window: Some(5), ..AttentionParams::scaled(0.35) };
+        kernels.attention(0, q, k, v, &params).unwrap()
     }
 
     #[test]

@@ -6,7 +6,7 @@
 use candle_core::{Device, Result, Tensor};
 
 use super::{
-    Kernels,
+    Activation, AttentionParams, Kernels,
     cpu::{Isa, attention, pool, rows, tensors::with_values},
     kv_cache::{BlockId, KvCache},
 };
@@ -50,15 +50,40 @@ impl Kernels for PagedKernels<'_> {
         Tensor::from_vec(y, x.shape(), &Device::Cpu)
     }
 
-    fn rope(&mut self, x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
-        let (_, _, head_dim) = x.dims3()?;
-        let y = with_values(cos, |cos| {
-            with_values(sin, |sin| with_values(x, |x| Ok(rows::rope(self.isa, pool::global(), x, head_dim, cos, sin))))
+    fn layer_norm(&mut self, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, eps: f64) -> Result<Tensor> {
+        let bias = bias.map(|b| with_values(b, |b| Ok(b.to_vec()))).transpose()?;
+        let y = with_values(weight, |weight| {
+            with_values(x, |x| Ok(rows::layer_norm(self.isa, pool::global(), x, weight, bias.as_deref(), eps as f32)))
         })?;
         Tensor::from_vec(y, x.shape(), &Device::Cpu)
     }
 
-    fn attention(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
+    fn rope(&mut self, x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
+        let (t, _, dim) = x.dims3()?;
+        let y = with_values(cos, |cos| {
+            with_values(sin, |sin| with_values(x, |x| Ok(rows::rope(self.isa, pool::global(), x, t, dim, cos, sin))))
+        })?;
+        Tensor::from_vec(y, x.shape(), &Device::Cpu)
+    }
+
+    fn activate(&mut self, activation: Activation, x: &Tensor) -> Result<Tensor> {
+        let (_, width) = x.dims2()?;
+        let y = with_values(x, |x| Ok(rows::activate(self.isa, pool::global(), activation, x, width)))?;
+        Tensor::from_vec(y, x.shape(), &Device::Cpu)
+    }
+
+    fn gated(&mut self, activation: Activation, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+        self.activate(activation, gate)? * up
+    }
+
+    fn attention(
+        &mut self,
+        layer: usize,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        params: &AttentionParams,
+    ) -> Result<Tensor> {
         let (t, heads, head_dim) = q.dims3()?;
         let rows: usize = self.segments.iter().map(|s| s.rows).sum();
         let shape = self.cache.shape();
@@ -72,7 +97,7 @@ impl Kernels for PagedKernels<'_> {
         let y = with_values(q, |q| {
             with_values(k, |k| {
                 with_values(v, |v| {
-                    let rows = attention::Rows { q, k, v, heads };
+                    let rows = attention::Rows { q, k, v, heads, params };
                     Ok(attention::attend(self.isa, pool::global(), self.cache, layer, self.segments, rows))
                 })
             })
@@ -110,6 +135,7 @@ mod tests {
         q: Tensor,
         k: Tensor,
         v: Tensor,
+        params: AttentionParams,
     }
 
     impl Case {
@@ -120,6 +146,7 @@ mod tests {
                 q: random((total, heads, dim)),
                 k: random((total, kv_heads, dim)),
                 v: random((total, kv_heads, dim)),
+                params: AttentionParams::scaled((dim as f32).powf(-0.5)),
             }
         }
 
@@ -157,7 +184,7 @@ mod tests {
                 let index = Tensor::new(index, &Device::Cpu).unwrap();
                 let pick = |x: &Tensor| x.index_select(&index, 0).unwrap();
                 let mut kernels = PagedKernels::with_isa(&mut cache, &segments, isa);
-                let out = kernels.attention(1, &pick(&self.q), &pick(&self.k), &pick(&self.v)).unwrap();
+                let out = kernels.attention(1, &pick(&self.q), &pick(&self.k), &pick(&self.v), &self.params).unwrap();
                 let mut at = 0;
                 for (i, rows) in owners {
                     outputs[i].push(out.narrow(0, at, rows).unwrap());
@@ -168,20 +195,39 @@ mod tests {
         }
     }
 
+    /// Every option of attention, for so many heads.
+    fn options(heads: usize, scale: f32) -> Vec<AttentionParams> {
+        let plain = AttentionParams::scaled(scale);
+        let slopes: std::sync::Arc<[f32]> = (1..=heads as i32).map(|i| 0.7f32.powi(i)).collect();
+        vec![
+            AttentionParams { window: Some(24), ..plain.clone() },
+            AttentionParams { window: Some(1), ..plain.clone() },
+            AttentionParams { window: Some(33), softcap: Some(3.0), ..plain.clone() },
+            AttentionParams { softcap: Some(0.5), scale: 1.0, ..plain.clone() },
+            AttentionParams { alibi_slopes: Some(slopes.clone()), ..plain.clone() },
+            AttentionParams { alibi_slopes: Some(slopes), window: Some(32), softcap: Some(5.0), ..plain.clone() },
+            plain,
+        ]
+    }
+
     #[test]
     fn paged_attention_equals_dense_attention_on_odd_shapes_and_any_chunks_are_equal_bit_for_bit() {
         for (heads, kv_heads, dim) in [(6, 2, 20), (9, 3, 64), (2, 2, 128), (7, 1, 96), (4, 4, 16)] {
-            let case = Case::new(&[1, 31, 32, 33, 70], heads, kv_heads, dim);
-            let mut dense = DenseKernels::new(&case.lengths, &Device::Cpu).unwrap();
-            let expected = dense.attention(1, &case.q, &case.k, &case.v).unwrap();
-            for isa in Isa::available() {
-                for (precision, tolerance) in [(Precision::F32, 1e-5), (Precision::Bf16, 5e-2)] {
-                    let whole = case.paged(isa, precision, 100);
-                    let difference = largest_difference(&whole, &expected);
-                    assert!(difference < tolerance, "{isa:?} {precision:?} {dim}: {difference}");
-                    for chunk in [1, 7, 32] {
-                        let chunked = case.paged(isa, precision, chunk);
-                        assert!(bits(&chunked) == bits(&whole), "{isa:?} {precision:?} {dim}, chunks of {chunk}");
+            let mut case = Case::new(&[1, 31, 32, 33, 70], heads, kv_heads, dim);
+            for params in options(heads, (dim as f32).powf(-0.5)) {
+                case.params = params;
+                let mut dense = DenseKernels::new(&case.lengths, &Device::Cpu).unwrap();
+                let expected = dense.attention(1, &case.q, &case.k, &case.v, &case.params).unwrap();
+                for isa in Isa::available() {
+                    for (precision, tolerance) in [(Precision::F32, 2e-5), (Precision::Bf16, 5e-2)] {
+                        let what = format!("{isa:?} {precision:?} {dim} {:?}", case.params);
+                        let whole = case.paged(isa, precision, 100);
+                        let difference = largest_difference(&whole, &expected);
+                        assert!(difference < tolerance, "{what}: {difference}");
+                        for chunk in [1, 7, 32] {
+                            let chunked = case.paged(isa, precision, chunk);
+                            assert!(bits(&chunked) == bits(&whole), "{what}, chunks of {chunk}");
+                        }
                     }
                 }
             }
@@ -203,7 +249,7 @@ mod tests {
                         let part = |x: &Tensor| x.narrow(0, start, rows).unwrap();
                         let segment = [Segment { rows, start, blocks: blocks.to_vec() }];
                         let mut kernels = PagedKernels::with_isa(cache, &segment, isa);
-                        kernels.attention(1, &part(&case.q), &part(&case.k), &part(&case.v)).unwrap()
+                        kernels.attention(1, &part(&case.q), &part(&case.k), &part(&case.v), &case.params).unwrap()
                     };
                     attend(&mut cache, 0, 32, &[0]);
                     cache.copy(0, 2, shared);
@@ -216,7 +262,7 @@ mod tests {
     }
 
     #[test]
-    fn norm_and_rope_equal_the_plain_ones() {
+    fn norms_rope_and_activations_equal_the_plain_ones() {
         for isa in Isa::available() {
             let shape = KvShape { num_layers: 1, num_kv_heads: 1, head_dim: 8, precision: Precision::F32 };
             let mut cache = KvCache::new(shape, 1).unwrap();
@@ -224,12 +270,25 @@ mod tests {
             let mut plain = DenseKernels::new(&[5], &Device::Cpu).unwrap();
             for (rows, heads, dim) in [(5, 3, 8), (1, 1, 64), (700, 2, 40)] {
                 let matrix = |n: usize| random((1, rows, n)).squeeze(0).unwrap();
-                let (x, cos, sin) = (random((rows, heads, dim)), matrix(dim / 2), matrix(dim / 2));
-                let (a, b) = (fast.rope(&x, &cos, &sin).unwrap(), plain.rope(&x, &cos, &sin).unwrap());
-                assert!(largest_difference(&a, &b) < 1e-5, "{isa:?}");
-                let (x, w) = (matrix(dim), random((1, 1, dim)).flatten_all().unwrap());
+                for rotated in [dim, dim / 4] {
+                    let (x, cos, sin) = (random((rows, heads, dim)), matrix(rotated / 2), matrix(rotated / 2));
+                    let (a, b) = (fast.rope(&x, &cos, &sin).unwrap(), plain.rope(&x, &cos, &sin).unwrap());
+                    assert!(largest_difference(&a, &b) < 1e-5, "{isa:?}");
+                }
+                let vector = || random((1, 1, dim)).flatten_all().unwrap();
+                let (x, w, bias) = (matrix(dim), vector(), vector());
                 let (a, b) = (fast.rms_norm(&x, &w, 1e-5).unwrap(), plain.rms_norm(&x, &w, 1e-5).unwrap());
                 assert!(largest_difference(&a, &b) < 1e-4, "{isa:?}");
+                for bias in [None, Some(&bias)] {
+                    let a = fast.layer_norm(&x, &w, bias, 1e-5).unwrap();
+                    let b = plain.layer_norm(&x, &w, bias, 1e-5).unwrap();
+                    assert!(largest_difference(&a, &b) < 1e-4, "{isa:?}");
+                }
+                let x = (x * 4.0).unwrap();
+                for activation in [Activation::Silu, Activation::Gelu, Activation::GeluTanh, Activation::Relu] {
+                    let (a, b) = (fast.activate(activation, &x).unwrap(), plain.activate(activation, &x).unwrap());
+                    assert!(largest_difference(&a, &b) < 1e-5, "{isa:?} {activation:?}");
+                }
             }
         }
     }

@@ -2,7 +2,19 @@
 //! computed, in the form of transformers v4 and of v5. An option that is not supported is an
 //! error that names it, never an approximation.
 
-use serde::Deserialize;
+mod families;
+mod keys;
+mod rope;
+#[cfg(test)]
+mod tests;
+
+use serde_json::Value;
+
+use crate::kernels::Activation;
+use families::{Bias, FAMILIES, Family, Order, Windows};
+use keys::Keys;
+pub use keys::OneOrMany;
+pub use rope::{Rope, RopeScaling};
 
 /// The shape of a decoder-only transformer.
 #[derive(Debug, Clone, PartialEq)]
@@ -17,10 +29,35 @@ pub struct ModelConfig {
     /// Heads of keys and values; fewer than `num_heads` is grouped-query attention.
     pub num_kv_heads: usize,
     pub head_dim: usize,
-    /// The most positions of one sequence (`max_position_embeddings`).
+    /// The most positions of one sequence.
     pub context_length: usize,
-    pub rms_norm_eps: f64,
-    pub rope: Rope,
+    pub norm: NormKind,
+    pub norm_eps: f64,
+    pub attention_norms: NormPlaces,
+    pub mlp_norms: NormPlaces,
+    /// Whether a norm follows the last layer.
+    pub final_norm: bool,
+    /// Norms of queries and keys before they are rotated.
+    pub qk_norm: Option<QkNorm>,
+    /// Attention and MLP read the same input, and both are added to it.
+    pub parallel_residual: bool,
+    pub activation: Activation,
+    /// The rotary embeddings that layers choose from.
+    pub ropes: Vec<Rope>,
+    /// The first row of the table of learned positions that is used; none without such a table.
+    pub learned_positions: Option<usize>,
+    /// Scores fall with the distance, by the slopes of ALiBi.
+    pub alibi: bool,
+    /// What is particular to each layer, `[num_layers]`.
+    pub layers: Vec<LayerConfig>,
+    /// What caps the scores of attention.
+    pub attention_softcap: Option<f64>,
+    /// What caps the logits.
+    pub final_softcap: Option<f64>,
+    /// What token embeddings are multiplied with; rows that are given instead of tokens are not.
+    pub embedding_scale: Option<f64>,
+    /// Whether a norm follows the embeddings.
+    pub embedding_norm: bool,
     /// Biases of the query, key and value projections.
     pub qkv_bias: bool,
     /// Bias of the attention's output projection.
@@ -31,299 +68,331 @@ pub struct ModelConfig {
     pub eos_token_ids: Vec<u32>,
 }
 
-/// Rotary position embedding.
+/// One layer's attention.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Rope {
-    pub theta: f64,
-    pub scaling: RopeScaling,
+pub struct LayerConfig {
+    /// Positions that one sees, itself among them; all before it if there is none.
+    pub window: Option<usize>,
+    /// Which of [`ModelConfig::ropes`] it has, if any.
+    pub rope: Option<usize>,
+    /// What scores are multiplied with.
+    pub scale: f64,
 }
 
-/// How the rotary frequencies are stretched for longer contexts.
-#[derive(Debug, Clone, PartialEq)]
-pub enum RopeScaling {
-    None,
-    /// All frequencies divided by the factor (position interpolation, Chen et al. 2023).
-    Linear {
-        factor: f64,
-    },
-    /// Llama 3.1's: low frequencies divided, high ones kept, a smooth step between.
-    Llama3 {
-        factor: f64,
-        low_freq_factor: f64,
-        high_freq_factor: f64,
-        original_context_length: f64,
-    },
+/// What a norm computes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NormKind {
+    /// Root mean square, by a weight.
+    Rms,
+    /// Root mean square, by one plus a weight (Gemma).
+    RmsPlusOne,
+    /// Mean and variance, by a weight and a bias.
+    Layer,
 }
 
-impl Rope {
-    /// The rotary frequency of each pair of dimensions, `[head_dim / 2]`.
-    pub fn inverse_frequencies(&self, head_dim: usize) -> Vec<f64> {
-        let base = (0..head_dim / 2).map(|i| self.theta.powf(-2.0 * i as f64 / head_dim as f64));
-        match self.scaling {
-            RopeScaling::None => base.collect(),
-            RopeScaling::Linear { factor } => base.map(|f| f / factor).collect(),
-            RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_context_length } => base
-                .map(|f| {
-                    // transformers, modeling_rope_utils.py, _compute_llama3_parameters
-                    let wavelength = 2.0 * std::f64::consts::PI / f;
-                    let turns = original_context_length / wavelength;
-                    let smooth = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0.0, 1.0);
-                    f * (smooth + (1.0 - smooth) / factor)
-                })
-                .collect(),
-        }
-    }
+/// Where the norms of a branch are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct NormPlaces {
+    /// On what goes into the branch.
+    pub before: bool,
+    /// On what comes out of it, before it is added.
+    pub after: bool,
+    /// On the sum.
+    pub sum: bool,
 }
 
-/// A token id, a list of them, or nothing.
-#[derive(Debug, Clone, Default, Deserialize)]
-#[serde(untagged)]
-pub enum OneOrMany {
-    #[default]
-    None,
-    One(u32),
-    Many(Vec<u32>),
+/// What one norm of queries or keys spans.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum QkNorm {
+    /// A head.
+    Head,
+    /// All heads together.
+    Projection,
 }
 
-impl OneOrMany {
-    /// All the ids.
-    pub fn into_vec(self) -> Vec<u32> {
-        match self {
-            Self::None => Vec::new(),
-            Self::One(id) => vec![id],
-            Self::Many(ids) => ids,
-        }
-    }
-}
-
-/// `config.json` as written: every key that matters, none required until it is needed.
-#[derive(Debug, Deserialize)]
-struct RawConfig {
-    model_type: Option<String>,
-    vocab_size: Option<usize>,
-    hidden_size: Option<usize>,
-    intermediate_size: Option<usize>,
-    num_hidden_layers: Option<usize>,
-    num_attention_heads: Option<usize>,
-    num_key_value_heads: Option<usize>,
-    head_dim: Option<usize>,
-    max_position_embeddings: Option<usize>,
-    rms_norm_eps: Option<f64>,
-    hidden_act: Option<String>,
-    attention_bias: Option<bool>,
-    mlp_bias: Option<bool>,
-    tie_word_embeddings: Option<bool>,
-    use_sliding_window: Option<bool>,
-    eos_token_id: Option<OneOrMany>,
-    rope_theta: Option<f64>,
-    rope_scaling: Option<RawRope>,
-    rope_parameters: Option<RawRope>,
-    quantization_config: Option<serde_json::Value>,
-}
-
-/// `rope_scaling` (v4; `type` before 4.45) or `rope_parameters` (v5, with theta inside).
-#[derive(Debug, Default, Deserialize)]
-struct RawRope {
-    #[serde(alias = "type")]
-    rope_type: Option<String>,
-    rope_theta: Option<f64>,
-    factor: Option<f64>,
-    low_freq_factor: Option<f64>,
-    high_freq_factor: Option<f64>,
-    original_max_position_embeddings: Option<f64>,
-    partial_rotary_factor: Option<f64>,
-}
-
-/// What sets one family's defaults apart from another's.
-struct Family {
-    name: &'static str,
-    qkv_bias_default: bool,
-    /// Whether `attention_bias` is a key of this family, for q, k, v and the output alike.
-    reads_attention_bias: bool,
-    tied_default: bool,
-}
-
-/// The families this decoder computes; their differences are data.
-const FAMILIES: [Family; 2] = [
-    Family { name: "llama", qkv_bias_default: false, reads_attention_bias: true, tied_default: false },
-    Family { name: "qwen2", qkv_bias_default: true, reads_attention_bias: false, tied_default: false },
-];
+/// More layers than any model has.
+const MAX_LAYERS: usize = 4096;
 
 impl ModelConfig {
     /// Reads and checks `config.json`. The error says which key is wrong and what is supported.
     pub fn from_json(bytes: &[u8]) -> Result<Self, String> {
-        let raw: RawConfig = serde_json::from_slice(bytes).map_err(|e| format!("it is not understood: {e}"))?;
-        let model_type = required(raw.model_type, "model_type")?;
-        let family = FAMILIES.iter().find(|f| f.name == model_type).ok_or_else(|| {
-            let known: Vec<_> = FAMILIES.iter().map(|f| f.name).collect();
-            format!("model_type {model_type:?} is not supported; supported are {}", known.join(", "))
-        })?;
-        if raw.quantization_config.is_some() {
+        let root: Value = serde_json::from_slice(bytes).map_err(|e| format!("it is not understood: {e}"))?;
+        let Value::Object(root) = &root else { return Err("it is not understood: it is not an object".into()) };
+        let root = Keys::new(root, "");
+        if root.get::<Value>("quantization_config")?.is_some() {
             return Err(
                 "quantization_config is set: quantised safetensors are not supported; use the full weights".into()
             );
         }
-        match raw.hidden_act.as_deref() {
-            None | Some("silu" | "swish") => {}
-            Some(other) => return Err(format!("hidden_act {other:?} is not supported; supported is silu")),
+        let mut model_type: String = root.get("model_type")?.ok_or_else(|| root.missing("model_type"))?;
+        let mut keys = root;
+        if model_type == "gemma3" {
+            // The text part of a model that reads images too.
+            keys = root.object("text_config", "text_config ")?.ok_or_else(|| root.missing("text_config"))?;
+            model_type = "gemma3_text".to_owned();
         }
-        if raw.use_sliding_window == Some(true) {
-            return Err("use_sliding_window true is not supported".into());
+        let family = FAMILIES.iter().find(|f| f.name == model_type).ok_or_else(|| {
+            let known: Vec<_> = FAMILIES.iter().map(|f| f.name).collect();
+            format!("model_type {model_type:?} is not supported; supported are {}", known.join(", "))
+        })?;
+        for (key, value) in family.refused {
+            if keys.get(key)? == Some(*value) {
+                return Err(format!("{key} {value} is not supported"));
+            }
         }
-        let hidden_size = positive(raw.hidden_size, "hidden_size")?;
-        let num_heads = positive(raw.num_attention_heads, "num_attention_heads")?;
-        let num_kv_heads = raw.num_key_value_heads.unwrap_or(num_heads);
-        if num_kv_heads == 0 || num_heads % num_kv_heads != 0 {
+        let mut config = Reader { keys, family }.read()?;
+        if config.eos_token_ids.is_empty() {
+            config.eos_token_ids = root.get::<OneOrMany>("eos_token_id")?.unwrap_or_default().into_vec();
+        }
+        Ok(config)
+    }
+}
+
+/// Reads the keys as one family means them.
+struct Reader<'a> {
+    keys: Keys<'a>,
+    family: &'a Family,
+}
+
+impl Reader<'_> {
+    fn read(&self) -> Result<ModelConfig, String> {
+        let (keys, family) = (self.keys, self.family);
+        let hidden_size = self.needed(&["n_embed", "n_embd", "hidden_size"])?;
+        let num_layers = self.needed(&["n_layer", "num_hidden_layers"])?;
+        if num_layers > MAX_LAYERS {
+            return Err(format!("num_hidden_layers is {num_layers}, expected 1 to {MAX_LAYERS}"));
+        }
+        let num_heads = self.needed(&["n_head", "num_attention_heads"])?;
+        let num_kv_heads = match family.grouped {
+            true => self.size(&["num_key_value_heads"])?.unwrap_or(num_heads),
+            false => num_heads,
+        };
+        if num_heads % num_kv_heads != 0 {
             return Err(format!(
                 "num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}"
             ));
         }
-        let head_dim = match raw.head_dim {
+        let given = if family.grouped { self.size(&["head_dim"])? } else { None };
+        let head_dim = match given {
             Some(d) => d,
             None if hidden_size % num_heads == 0 => hidden_size / num_heads,
             None => {
                 return Err(format!("hidden_size {hidden_size} is not a multiple of num_attention_heads {num_heads}"));
             }
         };
-        if head_dim == 0 || head_dim % 2 != 0 {
-            return Err(format!("head_dim {head_dim} is not a positive even number, as rope needs"));
+        let intermediate_size = match family.name {
+            "bloom" => 4 * hidden_size,
+            "gpt2" => self.size(&["n_inner"])?.unwrap_or(4 * hidden_size),
+            "opt" => self.needed(&["ffn_dim"])?,
+            _ => self.needed(&["intermediate_size"])?,
+        };
+        let norm_eps = keys.get(family.norm_eps.0)?.unwrap_or(family.norm_eps.1);
+        if !(norm_eps > 0.0 && norm_eps < 1.0) {
+            return Err(format!("{} {norm_eps} is not a small positive number", family.norm_eps.0));
         }
-        let attention_bias = family.reads_attention_bias && raw.attention_bias.unwrap_or(false);
-        let rms_norm_eps = raw.rms_norm_eps.unwrap_or(1e-6);
-        if !(rms_norm_eps > 0.0 && rms_norm_eps < 1.0) {
-            return Err(format!("rms_norm_eps {rms_norm_eps} is not a small positive number"));
-        }
-        Ok(Self {
-            family: model_type,
-            vocab_size: positive(raw.vocab_size, "vocab_size")?,
+        let context_length = self.needed(match family.name {
+            "gpt2" => &["n_positions", "max_position_embeddings"],
+            "bloom" => &["seq_length", "max_position_embeddings"],
+            _ => &["max_position_embeddings"],
+        })?;
+        let ropes = match family.order {
+            Order::Rope(defaults) => rope::read(keys, family.name, defaults, head_dim, context_length)?,
+            _ => rope::Ropes { ropes: Vec::new(), context_length },
+        };
+        let [attention_softcap, final_softcap] = self.softcaps()?;
+        let mut config = ModelConfig {
+            family: family.name.to_owned(),
+            vocab_size: self.needed(&["vocab_size"])?,
             hidden_size,
-            intermediate_size: positive(raw.intermediate_size, "intermediate_size")?,
-            num_layers: positive(raw.num_hidden_layers, "num_hidden_layers")?,
+            intermediate_size,
+            num_layers,
             num_heads,
             num_kv_heads,
             head_dim,
-            context_length: positive(raw.max_position_embeddings, "max_position_embeddings")?,
-            rms_norm_eps,
-            rope: rope(raw.rope_theta, raw.rope_scaling, raw.rope_parameters)?,
-            qkv_bias: family.qkv_bias_default || attention_bias,
-            attention_output_bias: attention_bias,
-            mlp_bias: family.reads_attention_bias && raw.mlp_bias.unwrap_or(false),
-            tie_word_embeddings: raw.tie_word_embeddings.unwrap_or(family.tied_default),
-            eos_token_ids: raw.eos_token_id.unwrap_or_default().into_vec(),
+            context_length: ropes.context_length,
+            norm: family.norm,
+            norm_eps,
+            attention_norms: family.attention_norms,
+            mlp_norms: family.mlp_norms,
+            final_norm: true,
+            qk_norm: family.qk_norm,
+            parallel_residual: family.name == "gpt_neox" && keys.flag("use_parallel_residual", true)?,
+            activation: self.activation()?,
+            layers: self.layers(num_layers, head_dim, ropes.ropes.len())?,
+            ropes: ropes.ropes,
+            learned_positions: match family.order {
+                Order::Learned { offset } => Some(offset),
+                _ => None,
+            },
+            alibi: matches!(family.order, Order::Alibi),
+            attention_softcap,
+            final_softcap,
+            embedding_scale: family.scaled_embeddings.then(|| (hidden_size as f64).sqrt()),
+            embedding_norm: family.embedding_norm,
+            qkv_bias: self.bias(family.qkv_bias)?,
+            attention_output_bias: self.bias(family.output_bias)?,
+            mlp_bias: self.bias(family.mlp_bias)?,
+            tie_word_embeddings: keys.flag("tie_word_embeddings", family.tied)?,
+            eos_token_ids: keys.get::<OneOrMany>("eos_token_id")?.unwrap_or_default().into_vec(),
+        };
+        if family.name == "opt" {
+            self.opt(&mut config)?;
+        }
+        Ok(config)
+    }
+
+    /// The first of `names` that has a value, or the family's default.
+    fn size(&self, names: &[&str]) -> Result<Option<usize>, String> {
+        let default = || self.family.sizes.iter().find(|(key, _)| names.contains(key)).map(|(_, n)| *n);
+        Ok(self.keys.size(names)?.or_else(default))
+    }
+
+    /// As [`size`](Self::size); none is an error, which tells the last of the names.
+    fn needed(&self, names: &[&str]) -> Result<usize, String> {
+        self.size(names)?.ok_or_else(|| self.keys.missing(names.last().copied().unwrap_or_default()))
+    }
+
+    fn bias(&self, bias: Bias) -> Result<bool, String> {
+        match bias {
+            Bias::Always => Ok(true),
+            Bias::Never => Ok(false),
+            Bias::Key(key, default) => self.keys.flag(key, default),
+        }
+    }
+
+    fn activation(&self) -> Result<Activation, String> {
+        let (key, default) = self.family.activation;
+        let name: String = self.keys.get(key)?.unwrap_or_else(|| default.to_owned());
+        match name.as_str() {
+            "silu" | "swish" => Ok(Activation::Silu),
+            // The first Gemma's files say so and mean the other one.
+            "gelu" if self.family.name == "gemma" => Ok(Activation::GeluTanh),
+            "gelu" | "gelu_python" => Ok(Activation::Gelu),
+            "gelu_new" | "gelu_pytorch_tanh" | "gelu_fast" => Ok(Activation::GeluTanh),
+            "relu" => Ok(Activation::Relu),
+            other => Err(format!(
+                "{key} {other:?} is not supported; supported are silu, gelu, gelu_new, gelu_pytorch_tanh, gelu_fast, relu"
+            )),
+        }
+    }
+
+    /// Those of attention and of the logits.
+    fn softcaps(&self) -> Result<[Option<f64>; 2], String> {
+        let Some(defaults) = self.family.softcaps else { return Ok([None, None]) };
+        let mut out = [None; 2];
+        for ((key, default), out) in
+            ["attn_logit_softcapping", "final_logit_softcapping"].iter().zip(defaults).zip(&mut out)
+        {
+            *out = if self.keys.has(key) { self.keys.positive(key)? } else { default };
+        }
+        Ok(out)
+    }
+
+    fn layers(&self, num_layers: usize, head_dim: usize, ropes: usize) -> Result<Vec<LayerConfig>, String> {
+        let keys = self.keys;
+        let mut scale = (head_dim as f64).powf(-0.5);
+        if self.family.query_scalar {
+            scale = keys.positive("query_pre_attn_scalar")?.unwrap_or(256.0).powf(-0.5);
+        }
+        let gpt2 = self.family.name == "gpt2";
+        if gpt2 && !keys.flag("scale_attn_weights", true)? {
+            scale = 1.0;
+        }
+        let by_depth = gpt2 && keys.flag("scale_attn_by_inverse_layer_idx", false)?;
+        let rotated = self.rotated(num_layers)?;
+        let windows = self.windows(num_layers, &rotated)?;
+        let layer = |i: usize| LayerConfig {
+            window: windows[i],
+            rope: (ropes > 0 && rotated[i]).then_some(if windows[i].is_some() && ropes > 1 { 1 } else { 0 }),
+            scale: if by_depth { scale / (i + 1) as f64 } else { scale },
+        };
+        Ok((0..num_layers).map(layer).collect())
+    }
+
+    /// Which layers rotate their queries and keys, if any do.
+    fn rotated(&self, num_layers: usize) -> Result<Vec<bool>, String> {
+        if self.family.name != "smollm3" {
+            return Ok(vec![true; num_layers]);
+        }
+        match self.keys.get::<Vec<u8>>("no_rope_layers")? {
+            Some(layers) if layers.len() >= num_layers => Ok(layers.iter().map(|rope| *rope != 0).collect()),
+            Some(layers) => Err(format!("no_rope_layers has {} entries, expected {num_layers}", layers.len())),
+            None => {
+                let interval = self.size(&["no_rope_layer_interval"])?.unwrap_or(4);
+                Ok((1..=num_layers).map(|i| i % interval != 0).collect())
+            }
+        }
+    }
+
+    /// The window of each layer.
+    fn windows(&self, num_layers: usize, rotated: &[bool]) -> Result<Vec<Option<usize>>, String> {
+        let keys = self.keys;
+        let default = match self.family.windows {
+            Windows::All(default) => default,
+            Windows::WithoutRope => None,
+            _ => Some(4096),
+        };
+        let key = "sliding_window";
+        let mut window = if keys.has(key) { keys.size(&[key])? } else { default };
+        let optional = matches!(self.family.windows, Windows::Late | Windows::WithoutRope);
+        if optional && !keys.flag("use_sliding_window", false)? {
+            window = None;
+        }
+        let slides: Vec<bool> = match self.family.windows {
+            Windows::None => return Ok(vec![None; num_layers]),
+            Windows::All(_) => return Ok(vec![window; num_layers]),
+            _ => match keys.get::<Vec<String>>("layer_types")? {
+                Some(types) => self.slides(&types, num_layers)?,
+                None => self.slides_by_default(num_layers, rotated, window.is_some())?,
+            },
+        };
+        if window.is_none() && slides.contains(&true) {
+            return Err("layer_types has sliding_attention, but no sliding_window is set".into());
+        }
+        Ok(slides.iter().map(|slides| window.filter(|_| *slides)).collect())
+    }
+
+    /// Whether each layer of `layer_types` has a window.
+    fn slides(&self, types: &[String], num_layers: usize) -> Result<Vec<bool>, String> {
+        if types.len() < num_layers {
+            return Err(format!("layer_types has {} entries, expected {num_layers}", types.len()));
+        }
+        let slides = |of: &String| match of.as_str() {
+            "full_attention" => Ok(false),
+            "sliding_attention" => Ok(true),
+            other => Err(format!(
+                "layer_types has {other:?}, which is not supported; supported are full_attention, sliding_attention"
+            )),
+        };
+        types[..num_layers].iter().map(slides).collect()
+    }
+
+    fn slides_by_default(&self, num_layers: usize, rotated: &[bool], set: bool) -> Result<Vec<bool>, String> {
+        let from = self.keys.get::<usize>("max_window_layers")?.unwrap_or(28);
+        Ok(match self.family.windows {
+            Windows::Late => (0..num_layers).map(|i| set && i >= from).collect(),
+            Windows::WithoutRope => rotated[..num_layers].iter().map(|rotated| set && !rotated).collect(),
+            Windows::Pattern(every) => {
+                let every = self.size(&["sliding_window_pattern"])?.unwrap_or(every);
+                (1..=num_layers).map(|i| i % every != 0).collect()
+            }
+            Windows::None | Windows::All(_) => vec![set; num_layers],
         })
     }
-}
 
-fn required<T>(value: Option<T>, key: &str) -> Result<T, String> {
-    value.ok_or_else(|| format!("{key} is missing"))
-}
-
-/// Sizes past this are a damaged file, not a model.
-const MAX_SIZE: usize = 1 << 24;
-
-fn positive(value: Option<usize>, key: &str) -> Result<usize, String> {
-    match required(value, key)? {
-        n if (1..=MAX_SIZE).contains(&n) => Ok(n),
-        n => Err(format!("{key} is {n}, expected 1 to {MAX_SIZE}")),
-    }
-}
-
-fn rope(theta_v4: Option<f64>, scaling_v4: Option<RawRope>, v5: Option<RawRope>) -> Result<Rope, String> {
-    let raw = v5.or(scaling_v4).unwrap_or_default();
-    let theta = raw.rope_theta.or(theta_v4).unwrap_or(10_000.0);
-    if !(theta.is_finite() && theta > 0.0) {
-        return Err(format!("rope_theta {theta} is not a positive number"));
-    }
-    if raw.partial_rotary_factor.is_some_and(|f| f != 1.0) {
-        return Err("partial_rotary_factor is not supported".into());
-    }
-    let above = |value: Option<f64>, key: &str| match required(value, &format!("rope {key}"))? {
-        x if x.is_finite() && x > 0.0 => Ok(x),
-        x => Err(format!("rope {key} {x} is not a positive number")),
-    };
-    let scaling = match raw.rope_type.as_deref() {
-        None | Some("default") => RopeScaling::None,
-        Some("linear") => RopeScaling::Linear { factor: above(raw.factor, "factor")? },
-        Some("llama3") => {
-            let low_freq_factor = above(raw.low_freq_factor, "low_freq_factor")?;
-            let high_freq_factor = above(raw.high_freq_factor, "high_freq_factor")?;
-            if high_freq_factor <= low_freq_factor {
-                return Err(format!(
-                    "rope high_freq_factor {high_freq_factor} is not above low_freq_factor {low_freq_factor}"
-                ));
-            }
-            RopeScaling::Llama3 {
-                factor: above(raw.factor, "factor")?,
-                low_freq_factor,
-                high_freq_factor,
-                original_context_length: above(
-                    raw.original_max_position_embeddings,
-                    "original_max_position_embeddings",
-                )?,
-            }
+    /// OPT's own options: where its norms are, and that embeddings are as wide as the rest.
+    fn opt(&self, config: &mut ModelConfig) -> Result<(), String> {
+        let width = self.size(&["word_embed_proj_dim"])?.unwrap_or(config.hidden_size);
+        if width != config.hidden_size {
+            return Err(format!(
+                "word_embed_proj_dim {width} is not supported; expected hidden_size, which is {}",
+                config.hidden_size
+            ));
         }
-        Some(other) => {
-            return Err(format!("rope type {other:?} is not supported; supported are default, linear, llama3"));
-        }
-    };
-    Ok(Rope { theta, scaling })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    const LLAMA_V5: &str = r#"{"model_type":"llama","vocab_size":384,"hidden_size":64,"intermediate_size":128,
-        "num_hidden_layers":2,"num_attention_heads":4,"num_key_value_heads":2,"head_dim":32,
-        "max_position_embeddings":512,"eos_token_id":[1,7],"attention_bias":true,
-        "rope_parameters":{"rope_theta":500000.0,"rope_type":"llama3","factor":8.0,"low_freq_factor":1.0,
-        "high_freq_factor":4.0,"original_max_position_embeddings":8192}}"#;
-
-    fn with(change: &str) -> Result<ModelConfig, String> {
-        let mut config: serde_json::Value = serde_json::from_str(LLAMA_V5).unwrap();
-        let change: serde_json::Value = serde_json::from_str(change).unwrap();
-        config.as_object_mut().unwrap().extend(change.as_object().unwrap().clone());
-        ModelConfig::from_json(config.to_string().as_bytes())
-    }
-
-    #[test]
-    fn a_v5_config_and_its_v4_form_mean_the_same() {
-        let v5 = with("{}").unwrap();
-        assert_eq!(v5.head_dim, 32);
-        assert_eq!(v5.eos_token_ids, [1, 7]);
-        assert!(v5.qkv_bias && v5.attention_output_bias && !v5.mlp_bias);
-        let v4 = with(
-            r#"{"rope_parameters":null,"rope_theta":500000.0,"rope_scaling":{"rope_type":"llama3","factor":8.0,
-            "low_freq_factor":1.0,"high_freq_factor":4.0,"original_max_position_embeddings":8192}}"#,
-        );
-        assert_eq!(v4.unwrap(), v5);
-    }
-
-    #[test]
-    fn llama3_scaling_keeps_high_frequencies_and_divides_low_ones() {
-        let scaled = with("{}").unwrap().rope;
-        let plain = Rope { scaling: RopeScaling::None, ..scaled.clone() };
-        let (scaled, plain) = (scaled.inverse_frequencies(128), plain.inverse_frequencies(128));
-        assert_eq!(scaled[0], plain[0]);
-        assert!((scaled[63] * 8.0 - plain[63]).abs() < 1e-12);
-        assert!(scaled.iter().zip(&plain).all(|(s, p)| *s <= *p && *s >= p / 8.0));
-    }
-
-    #[test]
-    fn what_is_not_supported_is_named() {
-        for (change, named) in [
-            (r#"{"model_type":"mamba"}"#, "mamba"),
-            (r#"{"hidden_act":"gelu"}"#, "gelu"),
-            (r#"{"rope_parameters":{"rope_type":"yarn","factor":4.0}}"#, "yarn"),
-            (r#"{"rope_parameters":{"rope_type":"llama3","factor":4.0}}"#, "low_freq_factor"),
-            (r#"{"num_key_value_heads":3}"#, "num_key_value_heads 3"),
-            (r#"{"vocab_size":0}"#, "vocab_size is 0"),
-            (r#"{"quantization_config":{}}"#, "quantization_config"),
-            (r#"{"head_dim":15}"#, "head_dim 15"),
-        ] {
-            let error = with(change).unwrap_err();
-            assert!(error.contains(named), "{change}: {error}");
-        }
-        assert!(ModelConfig::from_json(b"{").unwrap_err().contains("not understood"));
+        let before = self.keys.flag("do_layer_norm_before", true)?;
+        let places = NormPlaces { before, after: false, sum: !before };
+        (config.attention_norms, config.mlp_norms) = (places, places);
+        config.final_norm = before && !self.keys.flag("_remove_final_layer_norm", false)?;
+        Ok(())
     }
 }

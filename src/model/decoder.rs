@@ -1,11 +1,14 @@
-//! The decoder, one for all families, by config: pre-norm blocks of rotary attention and a gated
-//! MLP, over packed rows.
+//! The decoder, one for all families, by config: embeddings and positions, layers, and the output
+//! matrix, over packed rows.
 
 use candle_core::{DType, Result, Tensor};
 
 use super::{
-    ModelConfig, ModelError,
+    ModelConfig,
+    config::Rope,
+    layer::{Layer, Rotation},
     linear::{Linear, Weight},
+    source::{Loaded, Norm, Source, activation_dtype, activations},
     weights::Weights,
 };
 use crate::kernels::Kernels;
@@ -14,163 +17,141 @@ use crate::kernels::Kernels;
 #[derive(Debug)]
 pub struct Decoder {
     embeddings: Weight,
+    embedding_scale: Option<f64>,
+    /// The embeddings of positions, `[context_length, hidden]`.
+    positions: Option<Tensor>,
+    embedding_norm: Option<Norm>,
     layers: Vec<Layer>,
-    final_norm: Tensor,
+    final_norm: Option<Norm>,
     head: Linear,
-    /// Cosines and sines of every position, `[context_length, head_dim / 2]`.
-    cos: Tensor,
-    sin: Tensor,
-    num_heads: usize,
-    num_kv_heads: usize,
-    head_dim: usize,
-    eps: f64,
-}
-
-#[derive(Debug)]
-struct Layer {
-    attention_norm: Tensor,
-    q: Linear,
-    k: Linear,
-    v: Linear,
-    o: Linear,
-    mlp_norm: Tensor,
-    gate: Linear,
-    up: Linear,
-    down: Linear,
+    softcap: Option<f64>,
+    /// Cosines and sines of every position, `[context_length, dims / 2]`, for each rotary embedding.
+    rotations: Vec<Rotation>,
+    dtype: DType,
 }
 
 impl Decoder {
     /// Takes the decoder's tensors out of `weights`, under the names Hugging Face gives them.
-    pub fn load(config: &ModelConfig, weights: &mut Weights) -> std::result::Result<Self, ModelError> {
-        let table = |weights: &mut Weights, name| {
-            let table = weights.take(name, (config.vocab_size, config.hidden_size))?;
-            Ok::<_, ModelError>(Weight::new(table)?)
+    pub fn load(config: &ModelConfig, weights: &mut Weights) -> Loaded<Self> {
+        let (hidden, vocab) = (config.hidden_size, config.vocab_size);
+        let (stored, device) = (weights.dtype(), weights.device().clone());
+        let dtype = activation_dtype(stored, &device);
+        let mut source = Source::new(config, weights);
+        let names = source.names();
+        let embeddings = Weight::new(source.table(names.embeddings, vocab, hidden)?)?;
+        let positions = match config.learned_positions {
+            Some(offset) => {
+                let table = source.table(names.positions, config.context_length + offset, hidden)?;
+                Some(activations(table.narrow(0, offset, config.context_length)?.contiguous()?)?)
+            }
+            None => None,
         };
-        let embeddings = table(weights, "model.embed_tokens.weight")?;
-        let layers =
-            (0..config.num_layers).map(|i| Layer::load(config, i, weights)).collect::<std::result::Result<_, _>>()?;
-        let final_norm = activations(weights.take("model.norm.weight", config.hidden_size)?)?;
+        let mut norm = |is: bool, name| is.then(|| source.norm(None, name, hidden)).transpose();
+        let embedding_norm = norm(config.embedding_norm, names.embedding_norm)?;
+        let final_norm = norm(config.final_norm, names.final_norm)?;
+        let layers = (0..config.num_layers).map(|i| Layer::load(config, i, &mut source)).collect::<Loaded<_>>()?;
         let head = match config.tie_word_embeddings {
             true => embeddings.clone(),
-            false => table(weights, "lm_head.weight")?,
+            false => Weight::new(source.head(vocab, hidden)?)?,
         };
-        let (cos, sin) = rope_tables(config, &final_norm)?;
+        let tables = |rope: &Rope| -> Result<Rotation> {
+            let (cos, sin) = rope_tables(rope, config.context_length);
+            let table =
+                |values| Tensor::from_vec(values, (config.context_length, rope.dims / 2), &device)?.to_dtype(dtype);
+            Ok((table(cos)?, table(sin)?))
+        };
         Ok(Self {
             embeddings,
+            embedding_scale: config.embedding_scale.map(|scale| rounded(scale, stored)).transpose()?,
+            positions,
+            embedding_norm,
             layers,
             final_norm,
             head: Linear::new(head, None),
-            cos,
-            sin,
-            num_heads: config.num_heads,
-            num_kv_heads: config.num_kv_heads,
-            head_dim: config.head_dim,
-            eps: config.rms_norm_eps,
+            softcap: config.final_softcap,
+            rotations: config.ropes.iter().map(tables).collect::<Result<_>>()?,
+            dtype,
         })
     }
 
     /// `[t]` ids to `[t, hidden]`.
     pub fn embed(&self, ids: &Tensor) -> Result<Tensor> {
-        self.embeddings.rows(ids)
+        self.scaled(self.embeddings.rows(ids)?)
     }
 
     /// The type of hidden states.
     pub fn activation_dtype(&self) -> DType {
-        self.final_norm.dtype()
+        self.dtype
     }
 
-    /// `[vocab, hidden]`.
+    /// `[vocab, hidden]`, as [`embed`](Self::embed) gives them.
     pub fn embedding_table(&self) -> Result<Tensor> {
-        self.embeddings.to_tensor()
+        self.scaled(self.embeddings.to_tensor()?)
+    }
+
+    /// What token embeddings are multiplied with.
+    pub fn embedding_scale(&self) -> Option<f64> {
+        self.embedding_scale
+    }
+
+    fn scaled(&self, rows: Tensor) -> Result<Tensor> {
+        match self.embedding_scale {
+            Some(scale) => rows * scale,
+            None => Ok(rows),
+        }
     }
 
     /// See [`Model::forward`](super::Model::forward).
     pub fn forward(&self, x: &Tensor, positions: &Tensor, kernels: &mut dyn Kernels) -> Result<Tensor> {
-        let cos = self.cos.index_select(positions, 0)?;
-        let sin = self.sin.index_select(positions, 0)?;
-        let mut x = x.clone();
-        for (i, layer) in self.layers.iter().enumerate() {
-            let h = kernels.rms_norm(&x, &layer.attention_norm, self.eps)?;
-            let heads = |y: Tensor, n: usize| y.reshape((y.dims()[0], n, self.head_dim));
-            let [q, k, v] = Linear::forward_all([&layer.q, &layer.k, &layer.v], &h)?;
-            let q = kernels.rope(&heads(q, self.num_heads)?, &cos, &sin)?;
-            let k = kernels.rope(&heads(k, self.num_kv_heads)?, &cos, &sin)?;
-            let attended = kernels.attention(i, &q, &k, &heads(v, self.num_kv_heads)?)?;
-            x = layer.o.forward_add(&attended, &x)?;
-            let h = kernels.rms_norm(&x, &layer.mlp_norm, self.eps)?;
-            let gated = Linear::forward_gated(&layer.gate, &layer.up, &h, kernels)?;
-            x = layer.down.forward_add(&gated, &x)?;
+        let of_rows = |(cos, sin): &Rotation| Ok((cos.index_select(positions, 0)?, sin.index_select(positions, 0)?));
+        let rotations = self.rotations.iter().map(of_rows).collect::<Result<Vec<Rotation>>>()?;
+        let mut x = match &self.positions {
+            Some(table) => (x + table.index_select(positions, 0)?)?,
+            None => x.clone(),
+        };
+        if let Some(norm) = &self.embedding_norm {
+            x = norm.forward(&x, kernels)?;
         }
-        kernels.rms_norm(&x, &self.final_norm, self.eps)
+        for (i, layer) in self.layers.iter().enumerate() {
+            x = layer.forward(i, &x, &rotations, kernels)?;
+        }
+        match &self.final_norm {
+            Some(norm) => norm.forward(&x, kernels),
+            None => Ok(x),
+        }
     }
 
     /// `[t, hidden]` to `[t, vocab]`, in f32; in f64 for a model in f64.
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
         let logits = self.head.forward(hidden)?;
-        match logits.dtype() {
-            DType::F64 => Ok(logits),
-            _ => logits.to_dtype(DType::F32),
+        let logits = match logits.dtype() {
+            DType::F64 => logits,
+            _ => logits.to_dtype(DType::F32)?,
+        };
+        match self.softcap {
+            Some(cap) => (logits / cap)?.tanh()? * cap,
+            None => Ok(logits),
         }
     }
 
     /// Every weight, in a fixed order, one at a time.
     pub fn tensors(&self) -> impl Iterator<Item = Result<Tensor>> {
-        let layers = self.layers.iter().flat_map(|layer| {
-            let linear = [&layer.q, &layer.k, &layer.v, &layer.o, &layer.gate, &layer.up, &layer.down];
-            let norms = [&layer.attention_norm, &layer.mlp_norm].map(|norm| Ok(norm.clone()));
-            norms.into_iter().chain(linear.into_iter().flat_map(all))
-        });
-        [self.embeddings.to_tensor(), Ok(self.final_norm.clone())].into_iter().chain(all(&self.head)).chain(layers)
+        let norms = self.embedding_norm.iter().chain(&self.final_norm).flat_map(Norm::tensors);
+        let tables = std::iter::once(self.embeddings.to_tensor()).chain(self.positions.clone().map(Ok));
+        tables.chain(norms.map(Ok)).chain(self.head.tensors()).chain(self.layers.iter().flat_map(Layer::tensors))
     }
 }
 
-fn all(linear: &Linear) -> Vec<Result<Tensor>> {
-    match linear.tensors() {
-        Ok(tensors) => tensors.into_iter().map(Ok).collect(),
-        Err(error) => vec![Err(error)],
-    }
+/// As a value of the weights' type, which transformers multiplies embeddings with.
+fn rounded(x: f64, dtype: DType) -> Result<f64> {
+    let x = Tensor::new(x, &candle_core::Device::Cpu)?;
+    x.to_dtype(dtype)?.to_dtype(DType::F64)?.to_scalar()
 }
 
-/// A vector in the type of activations, which are never less than f32 on a CPU.
-fn activations(x: Tensor) -> Result<Tensor> {
-    match x.dtype() {
-        DType::BF16 | DType::F16 if x.device().is_cpu() => x.to_dtype(DType::F32),
-        _ => Ok(x),
-    }
-}
-
-impl Layer {
-    fn load(config: &ModelConfig, index: usize, weights: &mut Weights) -> std::result::Result<Self, ModelError> {
-        let mut linear = |name: &str, outer: usize, inner: usize, bias: bool| {
-            let path = format!("model.layers.{index}.{name}");
-            let weight = weights.take(&format!("{path}.weight"), (outer, inner))?;
-            let bias = if bias { Some(activations(weights.take(&format!("{path}.bias"), outer)?)?) } else { None };
-            Ok::<_, ModelError>(Linear::new(Weight::new(weight)?, bias))
-        };
-        let (hidden, inner) = (config.hidden_size, config.intermediate_size);
-        let (q_dim, kv_dim) = (config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim);
-        let q = linear("self_attn.q_proj", q_dim, hidden, config.qkv_bias)?;
-        let k = linear("self_attn.k_proj", kv_dim, hidden, config.qkv_bias)?;
-        let v = linear("self_attn.v_proj", kv_dim, hidden, config.qkv_bias)?;
-        let o = linear("self_attn.o_proj", hidden, q_dim, config.attention_output_bias)?;
-        let gate = linear("mlp.gate_proj", inner, hidden, config.mlp_bias)?;
-        let up = linear("mlp.up_proj", inner, hidden, config.mlp_bias)?;
-        let down = linear("mlp.down_proj", hidden, inner, config.mlp_bias)?;
-        let mut norm = |name: &str| {
-            Ok::<_, ModelError>(activations(weights.take(&format!("model.layers.{index}.{name}.weight"), hidden)?)?)
-        };
-        let (attention_norm, mlp_norm) = (norm("input_layernorm")?, norm("post_attention_layernorm")?);
-        Ok(Self { attention_norm, q, k, v, o, mlp_norm, gate, up, down })
-    }
-}
-
-/// Computed in f64 and rounded once, in the dtype and on the device of `like`.
-fn rope_tables(config: &ModelConfig, like: &Tensor) -> Result<(Tensor, Tensor)> {
-    let frequencies = config.rope.inverse_frequencies(config.head_dim);
-    let angles = (0..config.context_length).flat_map(|p| frequencies.iter().map(move |f| p as f64 * f));
-    let table = |of: fn(f64) -> f64| {
-        let values: Vec<f32> = angles.clone().map(|a| of(a) as f32).collect();
-        Tensor::from_vec(values, (config.context_length, config.head_dim / 2), like.device())?.to_dtype(like.dtype())
-    };
-    Ok((table(f64::cos)?, table(f64::sin)?))
+/// Cosines and sines of so many positions, computed in f64 and rounded once.
+fn rope_tables(rope: &Rope, positions: usize) -> (Vec<f32>, Vec<f32>) {
+    let frequencies = rope.inverse_frequencies();
+    let angles = (0..positions).flat_map(|p| frequencies.iter().map(move |f| p as f64 * f));
+    let table = |of: fn(f64) -> f64| angles.clone().map(|a| (of(a) * rope.attention_factor) as f32).collect();
+    (table(f64::cos), table(f64::sin))
 }

@@ -6,7 +6,7 @@ use candle_core::{
 use half::bf16;
 
 use crate::kernels::{
-    Kernels,
+    Activation, Kernels,
     cpu::{FrozenMatrix, PackedMatrix, tensors::with_values},
 };
 
@@ -96,8 +96,8 @@ impl Linear {
     }
 
     /// The weight, and the bias if there is one.
-    pub fn tensors(&self) -> Result<Vec<Tensor>> {
-        Ok(std::iter::once(self.weight.to_tensor()?).chain(self.bias.clone()).collect())
+    pub fn tensors(&self) -> impl Iterator<Item = Result<Tensor>> {
+        std::iter::once(self.weight.to_tensor()).chain(self.bias.clone().map(Ok))
     }
 
     /// `[t, in]` to `[t, out]`.
@@ -135,13 +135,19 @@ impl Linear {
         all.try_into().map_err(|_| candle_core::Error::Msg("as many results as layers".to_owned()))
     }
 
-    /// `silu(gate(x)) * up(x)`, in one go where that is faster.
-    pub fn forward_gated(gate: &Self, up: &Self, x: &Tensor, kernels: &mut dyn Kernels) -> Result<Tensor> {
+    /// `activation(gate(x)) * up(x)`, in one go where that is faster.
+    pub fn forward_gated(
+        gate: &Self,
+        up: &Self,
+        activation: Activation,
+        x: &Tensor,
+        kernels: &mut dyn Kernels,
+    ) -> Result<Tensor> {
         match (&gate.weight, &up.weight) {
             (Weight::Packed(g), Weight::Packed(u)) if !x.track_op() && gate.bias.is_none() && up.bias.is_none() => {
-                FrozenMatrix::forward_gated(g, u, x)
+                FrozenMatrix::forward_gated(g, u, activation, x)
             }
-            _ => kernels.gated(&gate.forward(x)?, &up.forward(x)?),
+            _ => kernels.gated(activation, &gate.forward(x)?, &up.forward(x)?),
         }
     }
 }

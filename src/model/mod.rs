@@ -5,8 +5,11 @@ pub mod decoder;
 pub mod files;
 #[cfg(feature = "hub")]
 pub mod hub;
+mod layer;
 pub mod linear;
+mod names;
 pub mod random;
+mod source;
 pub mod weights;
 
 use candle_core::{DType, Device, Result, Tensor};
@@ -40,6 +43,9 @@ pub struct ModelInfo {
     pub context_length: usize,
     /// Tokens that end a sequence.
     pub eos_token_ids: Vec<u32>,
+    /// What the embeddings of tokens were multiplied with (Gemma); rows that are given to
+    /// [`Model::forward`] in their place are taken as they are.
+    pub embedding_scale: Option<f64>,
     pub num_parameters: usize,
     pub device: Device,
     pub dtype: DType,
@@ -61,6 +67,7 @@ impl Model {
             num_layers: config.num_layers,
             context_length: config.context_length,
             eos_token_ids: files.eos_token_ids(&config)?,
+            embedding_scale: decoder.embedding_scale(),
             num_parameters,
             device: device.clone(),
             dtype,
@@ -98,7 +105,7 @@ impl Model {
         self.decoder.embed(ids)
     }
 
-    /// The token embedding table, `[vocab, hidden]`.
+    /// The token embedding table, `[vocab, hidden]`, as [`embed`](Self::embed) gives it.
     pub fn embedding_table(&self) -> Result<Tensor> {
         self.decoder.embedding_table()
     }

@@ -1,6 +1,6 @@
 //! A model of a given shape with random weights: to measure speed where no trained model is at hand.
 //!
-//! The weights are normal with a standard deviation of 0.02, the norms 1, all in bf16, the same on
+//! The weights are normal with a standard deviation of 0.02, the norms do nothing, all in bf16, the same on
 //! every machine. The tokenizer has a word for each id, `w0`, `w1` and so on, so that a text of n
 //! words is n tokens.
 
@@ -12,7 +12,11 @@ use safetensors::{Dtype, SafeTensorError, View};
 use serde_json::json;
 use sha2::{Digest as _, Sha256};
 
-use super::{ModelConfig, ModelError};
+use super::{
+    ModelConfig, ModelError,
+    config::{NormKind, QkNorm},
+    names::{Mlp, Names, Qkv},
+};
 
 /// Shapes that ship with the program: name and `config.json`.
 const PRESETS: [(&str, &str); 2] = [
@@ -143,39 +147,95 @@ struct RandomTensor {
 enum Fill {
     Normal,
     Ones,
+    Zeros,
 }
 
-/// Every tensor that the decoder takes, under the names Hugging Face gives them.
+/// Every tensor that the decoder takes, under the names Hugging Face gives them and in the shapes of
+/// their files.
 fn tensors(config: &ModelConfig) -> Vec<RandomTensor> {
-    let mut out = Vec::new();
-    let mut add = |name: String, shape: &[usize], fill| out.push(RandomTensor { name, shape: shape.to_vec(), fill });
+    let names = Names::of(&config.family);
+    let prefix = names.prefixes.first().copied().unwrap_or_default();
+    let mut list = List { config, names, prefix: prefix.to_owned(), tensors: Vec::new() };
     let (hidden, inner, vocab) = (config.hidden_size, config.intermediate_size, config.vocab_size);
     let (q, kv) = (config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim);
-    add("model.embed_tokens.weight".to_owned(), &[vocab, hidden], Fill::Normal);
-    add("model.norm.weight".to_owned(), &[hidden], Fill::Ones);
-    if !config.tie_word_embeddings {
-        add("lm_head.weight".to_owned(), &[vocab, hidden], Fill::Normal);
+    list.table(names.embeddings, vocab);
+    if let Some(offset) = config.learned_positions {
+        list.table(names.positions, config.context_length + offset);
+    }
+    for (is, name) in [(config.embedding_norm, names.embedding_norm), (config.final_norm, names.final_norm)] {
+        if is {
+            list.norm(name, hidden);
+        }
     }
     for layer in 0..config.num_layers {
-        for (part, outer, inner, bias) in [
-            ("self_attn.q_proj", q, hidden, config.qkv_bias),
-            ("self_attn.k_proj", kv, hidden, config.qkv_bias),
-            ("self_attn.v_proj", kv, hidden, config.qkv_bias),
-            ("self_attn.o_proj", hidden, q, config.attention_output_bias),
-            ("mlp.gate_proj", inner, hidden, config.mlp_bias),
-            ("mlp.up_proj", inner, hidden, config.mlp_bias),
-            ("mlp.down_proj", hidden, inner, config.mlp_bias),
-        ] {
-            add(format!("model.layers.{layer}.{part}.weight"), &[outer, inner], Fill::Normal);
-            if bias {
-                add(format!("model.layers.{layer}.{part}.bias"), &[outer], Fill::Normal);
+        list.prefix = format!("{prefix}{}.{layer}.", names.layers);
+        match names.qkv {
+            Qkv::Apart(names) => names.into_iter().zip([q, kv, kv]).for_each(|(name, outer)| {
+                list.linear(name, outer, hidden, config.qkv_bias);
+            }),
+            Qkv::Stacked(name) | Qkv::ByHead(name) => list.linear(name, q + 2 * kv, hidden, config.qkv_bias),
+        }
+        list.linear(names.output, hidden, q, config.attention_output_bias);
+        match names.mlp {
+            Mlp::Gated(names) => names.into_iter().for_each(|name| list.linear(name, inner, hidden, config.mlp_bias)),
+            Mlp::GatedStacked(name) => list.linear(name, 2 * inner, hidden, config.mlp_bias),
+            Mlp::Plain(name) => list.linear(name, inner, hidden, config.mlp_bias),
+        }
+        list.linear(names.down, hidden, inner, config.mlp_bias);
+        for (places, names) in [(config.attention_norms, names.attention_norms), (config.mlp_norms, names.mlp_norms)] {
+            for (is, name) in [(places.before, names.before), (places.after, names.after), (places.sum, names.sum)] {
+                if is {
+                    list.norm(name, hidden);
+                }
             }
         }
-        for part in ["input_layernorm", "post_attention_layernorm"] {
-            add(format!("model.layers.{layer}.{part}.weight"), &[hidden], Fill::Ones);
+        let widths = match config.qk_norm {
+            None => None,
+            Some(QkNorm::Head) => Some([config.head_dim; 2]),
+            Some(QkNorm::Projection) => Some([q, kv]),
+        };
+        names.qk_norms.into_iter().zip(widths.into_iter().flatten()).for_each(|(name, width)| list.norm(name, width));
+    }
+    if !config.tie_word_embeddings {
+        list.prefix.clear();
+        list.table(names.heads.first().copied().unwrap_or_default(), vocab);
+    }
+    list.tensors
+}
+
+/// Tensors as they are added, all under one prefix.
+struct List<'a> {
+    config: &'a ModelConfig,
+    names: Names,
+    prefix: String,
+    tensors: Vec<RandomTensor>,
+}
+
+impl List<'_> {
+    fn add(&mut self, name: &str, shape: &[usize], fill: Fill) {
+        let name = format!("{}{name}", self.prefix);
+        self.tensors.push(RandomTensor { name, shape: shape.to_vec(), fill });
+    }
+
+    fn table(&mut self, name: &str, rows: usize) {
+        self.add(&format!("{name}.weight"), &[rows, self.config.hidden_size], Fill::Normal);
+    }
+
+    fn norm(&mut self, name: &str, width: usize) {
+        let one = if self.config.norm == NormKind::RmsPlusOne { Fill::Zeros } else { Fill::Ones };
+        self.add(&format!("{name}.weight"), &[width], one);
+        if self.config.norm == NormKind::Layer {
+            self.add(&format!("{name}.bias"), &[width], Fill::Zeros);
         }
     }
-    out
+
+    fn linear(&mut self, name: &str, outer: usize, inner: usize, bias: bool) {
+        let shape = if self.names.transposed { [inner, outer] } else { [outer, inner] };
+        self.add(&format!("{name}.weight"), &shape, Fill::Normal);
+        if bias {
+            self.add(&format!("{name}.bias"), &[outer], Fill::Normal);
+        }
+    }
 }
 
 impl View for RandomTensor {
@@ -191,6 +251,7 @@ impl View for RandomTensor {
         let mut bytes = vec![0; self.data_len()];
         match self.fill {
             Fill::Normal => fill_normal(&mut bytes, seed(&self.name)),
+            Fill::Zeros => {}
             Fill::Ones => bytes.chunks_exact_mut(2).for_each(|v| v.copy_from_slice(&bf16::ONE.to_le_bytes())),
         }
         Cow::Owned(bytes)

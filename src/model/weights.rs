@@ -45,6 +45,16 @@ impl Weights {
         self.num_parameters
     }
 
+    /// The type that all tensors have.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// Where all tensors are.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
     /// Whether a tensor of that name is there.
     pub fn has(&self, name: &str) -> bool {
         self.tensors.contains_key(name)

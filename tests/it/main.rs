@@ -4,6 +4,7 @@
 mod bench;
 mod demo;
 mod engine;
+mod families;
 mod fixtures;
 mod hot_swap;
 mod http;

@@ -3,22 +3,31 @@
 
     pip install -r tests/peft/requirements.txt
     python3 tests/peft/make_fixtures.py            # rewrites tests/fixtures
+    python3 tests/peft/make_fixtures.py gemma2 opt # these only
 
 Each model stands for options that change what is computed: rope scaling, biases, a head
 size that is not hidden/heads, tied embeddings, shards, and config.json as transformers v4
-and v5 write it. The reference is one unpadded request in f32: PEFT's own generate(). A case
+and v5 write it. Those of families.py go to tests/fixtures/families, with adapters of every
+type and the answers of the bare model (a case whose prompt is null). The reference is one unpadded request in f32: PEFT's own generate(). A case
 whose two best logits are ever closer than MARGIN is left out, since rounding may swap them.
 """
+import itertools
 import json
 import pathlib
 import shutil
+import sys
 
 import torch
-from peft import PeftModel, PromptEncoderConfig, PromptTuningConfig, TaskType, get_peft_model
+from peft import (
+    CartridgeConfig, CPTConfig, MultitaskPromptTuningConfig, PeftModel, PrefixTuningConfig, PromptEncoderConfig,
+    PromptTuningConfig, TaskType, get_peft_model,
+)
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM,
 )
+
+import families
 
 OUT = pathlib.Path(__file__).resolve().parent.parent / "fixtures"
 NEW_TOKENS = 12
@@ -73,21 +82,58 @@ def adapters():
     yield "ptuning5", PromptEncoderConfig(num_virtual_tokens=5, encoder_hidden_size=16, **common)
 
 
+def all_adapters():
+    """One of each type, with the tasks that it is asked for."""
+    common = dict(task_type=TaskType.CAUSAL_LM)
+    yield "prompt7", [None], PromptTuningConfig(num_virtual_tokens=7, **common)
+    yield "ptuning5", [None], PromptEncoderConfig(num_virtual_tokens=5, encoder_hidden_size=16, **common)
+    yield "cpt4", [None], CPTConfig(cpt_token_ids=[70, 80, 90, 100], cpt_mask=[1] * 4,
+                                    cpt_tokens_type_mask=[1, 2, 2, 3], **common)
+    yield "multitask5", [0, 2], MultitaskPromptTuningConfig(num_virtual_tokens=5, num_tasks=3, num_ranks=2, **common)
+    yield "prefix6", [None], PrefixTuningConfig(num_virtual_tokens=6, **common)
+    yield "cartridge4", [None], CartridgeConfig(num_virtual_tokens=4, num_frozen_tokens=1, **common)
+
+
 @torch.no_grad()
-def answer(model, tok, text, n):
-    """PEFT's greedy tokens, the first step's logits, and the smallest top-2 gap on the way."""
+def answer(model, tok, text, n, **more):
+    """The greedy tokens, the first step's logits, and the smallest top-2 gap on the way."""
     ids = tok(text, return_tensors="pt").input_ids
     out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=n,
                          min_new_tokens=n, eos_token_id=-1, pad_token_id=0,
-                         return_dict_in_generate=True, output_logits=True)
+                         return_dict_in_generate=True, output_logits=True, **more)
     logits = torch.stack(out.logits)[:, 0]
     top = logits.topk(2, dim=-1).values
     return ids[0].tolist(), out.sequences[0, ids.shape[1]:].tolist(), logits[0], (top[:, 0] - top[:, 1]).min().item()
 
 
+def cases_of(label, model, tok, inputs, **named):
+    """One case for each input whose answer does not hang on rounding."""
+    more = {} if named.get("task_id") is None else dict(task_ids=torch.tensor([named["task_id"]]))
+    for text in inputs:
+        ids, greedy, logits, margin = answer(model, tok, text, NEW_TOKENS, **more)
+        if margin < MARGIN:
+            print(f"{label}: left out, margin {margin:.4f}")
+            continue
+        top = logits.topk(5)
+        yield dict(**named, text=text, input_ids=ids, greedy_ids=greedy,
+                   top=[[i, round(v, 5)] for i, v in zip(top.indices.tolist(), top.values.tolist())])
+
+
+def write_cases(folder, cases):
+    (folder / "expected.json").write_text(json.dumps(cases, ensure_ascii=False, indent=1) + "\n")
+    for extra in list(folder.rglob("README.md")) + [folder / "tokenizer_config.json", folder / "special_tokens_map.json"]:
+        extra.unlink(missing_ok=True)
+    print(f"{folder.name}: {len(cases)} cases")
+
+
+def wanted(name):
+    return len(sys.argv) < 2 or name in sys.argv[1:]
+
+
 def main():
-    shutil.rmtree(OUT, ignore_errors=True)
     for seed, (name, bos, model) in enumerate(build()):
+        if not wanted(name):
+            continue
         torch.manual_seed(seed)
         for p in model.parameters():
             # Wide enough that the answers depend on the input; norms stay near one.
@@ -95,6 +141,7 @@ def main():
         model.eval()
         tok = tokenizer(bos)
         folder = OUT / name
+        shutil.rmtree(folder, ignore_errors=True)
         model.save_pretrained(folder, max_shard_size="100KB" if name == "llama-scaled" else "5GB")
         tok.save_pretrained(folder)
         if name != "llama-scaled":
@@ -107,19 +154,46 @@ def main():
             tuned.save_pretrained(folder / "prompts" / adapter)
             base = tuned.unload() if hasattr(tuned, "unload") else tuned.base_model
             loaded = PeftModel.from_pretrained(base, folder / "prompts" / adapter).eval()
-            for text in INPUTS:
-                ids, greedy, logits, margin = answer(loaded, tok, text, NEW_TOKENS)
-                if margin < MARGIN:
-                    print(f"{name}/{adapter}: left out, margin {margin:.4f}")
-                    continue
-                top = logits.topk(5)
-                cases.append(dict(prompt=adapter, text=text, input_ids=ids, greedy_ids=greedy,
-                                  top=[[i, round(v, 5)] for i, v in zip(top.indices.tolist(), top.values.tolist())]))
+            kind = str(config.peft_type.value)
+            cases += cases_of(f"{name}/{adapter}", loaded, tok, INPUTS, prompt=adapter, peft_type=kind, task_id=None)
             model = loaded.get_base_model()
-        (folder / "expected.json").write_text(json.dumps(cases, ensure_ascii=False, indent=1) + "\n")
-        for extra in list(folder.rglob("README.md")) + [folder / "tokenizer_config.json", folder / "special_tokens_map.json"]:
-            extra.unlink(missing_ok=True)
-        print(f"{name}: {len(cases)} cases")
+        write_cases(folder, cases)
+    for seed, (name, layout, model) in enumerate(families.build()):
+        if wanted(name):
+            make_family(100 + seed, name, layout, model)
+
+
+def make_family(seed, name, layout, model):
+    torch.manual_seed(seed)
+    for path, p in model.named_parameters():
+        is_norm = p.dim() == 1 and path.endswith("weight")
+        centre = 1.0 if is_norm and not name.startswith("gemma") else 0.0
+        p.data = torch.randn_like(p) * (0.2 if p.dim() == 1 else 0.3) + centre
+    model.eval()
+    tok = tokenizer(name != "qwen3")
+    folder = OUT / "families" / name
+    shutil.rmtree(folder, ignore_errors=True)
+    model.save_pretrained(folder)
+    tok.save_pretrained(folder)
+    if layout:
+        layout(folder)
+
+    def two_of(*args, **named):
+        return list(itertools.islice(cases_of(*args, [INPUTS[0], TEXT, INPUTS[1], TEXT * 2], **named), 2))
+
+    cases = two_of(name, model, tok, prompt=None, peft_type=None, task_id=None)
+    for adapter, tasks, config in all_adapters():
+        tuned = get_peft_model(model, config)
+        for path, p in tuned.prompt_encoder.named_parameters():
+            # CPT keeps its tokens and learns what is added to them.
+            p.data = p.data + torch.randn_like(p) * 0.2 if "cpt" in adapter else torch.randn_like(p) * 0.5
+        tuned.save_pretrained(folder / "prompts" / adapter)
+        loaded = PeftModel.from_pretrained(tuned.get_base_model(), folder / "prompts" / adapter).eval()
+        kind = str(config.peft_type.value)
+        for task in tasks:
+            cases += two_of(f"{name}/{adapter}", loaded, tok, prompt=adapter, peft_type=kind, task_id=task)
+        model = loaded.get_base_model()
+    write_cases(folder, cases)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 //! Scores, then the softmax, then the values: two passes over the blocks. A query's numbers do not
 //! depend on the other queries of its tile, which positions it must not see add nothing but zeros.
 
-use std::cell::Cell;
+use std::{cell::Cell, ops::Range};
 
 #[cfg(target_arch = "x86_64")]
 use super::amx;
@@ -15,6 +15,7 @@ use super::{
     tensors::written,
 };
 use crate::kernels::{
+    AttentionParams,
     kv_cache::{BLOCK_SIZE, KvCache},
     paged::Segment,
 };
@@ -36,6 +37,7 @@ pub struct Rows<'a> {
     /// As `k`.
     pub v: &'a [f32],
     pub heads: usize,
+    pub params: &'a AttentionParams,
 }
 
 /// Writes the rows' keys and values to the cache, then attends: `[t, heads * head_dim]`.
@@ -48,6 +50,7 @@ pub fn attend(isa: Isa, pool: &Pool, cache: &mut KvCache, layer: usize, segments
     let t: usize = segments.iter().map(|s| s.rows).sum();
     assert!(layer < shape.num_layers && rows.heads.is_multiple_of(shape.num_kv_heads));
     assert!(rows.q.len() == t * rows.heads * shape.head_dim);
+    assert!(rows.params.window != Some(0) && rows.params.alibi_slopes.as_ref().is_none_or(|s| s.len() == rows.heads));
     assert!(rows.k.len() == t * shape.num_kv_heads * shape.head_dim && rows.v.len() == rows.k.len());
     for s in segments {
         assert!(s.rows > 0 && s.start + s.rows <= s.blocks.len() * BLOCK_SIZE, "{s:?} has too few blocks");
@@ -244,10 +247,14 @@ unsafe fn attend_tile<S: Simd>(step: &Step, index: usize, head: usize, tile: usi
     let first = tile * TILE_ROWS;
     let count = (segment.rows * step.groups - first).min(TILE_ROWS);
     let position = |i: usize| segment.start + (first + i) / step.groups;
-    let blocks = position(count - 1) / BLOCK_SIZE + 1;
+    let params = step.rows.params;
+    // The first position that a query sees.
+    let oldest = |i: usize| params.window.map_or(0, |window| (position(i) + 1).saturating_sub(window));
+    let blocks = oldest(0) / BLOCK_SIZE..position(count - 1) / BLOCK_SIZE + 1;
+    let start = blocks.start * BLOCK_SIZE;
     let queries = room(&mut scratch.queries, TILE_ROWS * step.dim);
-    let scores = room(&mut scratch.scores, blocks * BLOCK_SCORES);
-    let weights = room(&mut scratch.weights, blocks * BLOCK_SCORES / 2);
+    let scores = room(&mut scratch.scores, blocks.len() * BLOCK_SCORES);
+    let weights = room(&mut scratch.weights, blocks.len() * BLOCK_SCORES / 2);
     let sums = room(&mut scratch.sums, TILE_ROWS * step.dim.max(64));
     // Where a query, and its result, lies in the packed rows.
     let at = |i: usize| {
@@ -257,12 +264,12 @@ unsafe fn attend_tile<S: Simd>(step: &Step, index: usize, head: usize, tile: usi
     // SAFETY: the scratch is as large as the shapes below; every block is one of the segment's.
     unsafe {
         load_queries::<S>(step, count, at, queries);
-        for block in 0..blocks {
+        for (i, block) in blocks.clone().enumerate() {
             let keys = step.keys(index, block, head);
-            if block + 1 < blocks {
+            if block + 1 < blocks.end {
                 prefetch(step.keys(index, block + 1, head), step.plane);
             }
-            block_scores::<S>(step, queries, keys, count, scores.add(block * BLOCK_SCORES));
+            block_scores::<S>(step, queries, keys, count, scores.add(i * BLOCK_SCORES));
         }
         let mut scales = [0f32; TILE_ROWS];
         for (i, scale) in scales.iter_mut().enumerate().take(count) {
@@ -270,7 +277,19 @@ unsafe fn attend_tile<S: Simd>(step: &Step, index: usize, head: usize, tile: usi
                 Precision::Bf16 => weights.add(i * BLOCK_SIZE / 2),
                 Precision::F32 => std::ptr::null_mut(),
             };
-            *scale = softmax::<S>(scores.add(i * BLOCK_SIZE), position(i) + 1, blocks, step.head_dim, weights.cast());
+            let scores = scores.add(i * BLOCK_SIZE);
+            let factor = match (params.softcap, &params.alibi_slopes) {
+                (None, None) => params.scale,
+                (softcap, slopes) => {
+                    let slope = slopes.as_ref().map_or(0.0, |s| s[head * step.groups + (first + i) % step.groups]);
+                    // Positions are counted from the query, whose own distance is none.
+                    let nearest = start as f32 - position(i) as f32;
+                    shape_scores::<S>(scores, blocks.len(), params.scale, softcap, slope, nearest);
+                    1.0
+                }
+            };
+            let seen = oldest(i) - start..position(i) + 1 - start;
+            *scale = softmax::<S>(scores, seen, blocks.len(), factor, weights.cast());
         }
         weigh_values::<S>(step, index, head, blocks, count, scores, weights, sums);
         for (i, scale) in scales.iter().enumerate().take(count) {
@@ -403,18 +422,58 @@ unsafe fn rows_scores<S: Simd, const R: usize>(
     R
 }
 
-/// Turns `n` scores of a query into weights that are yet to be divided by their sum, in place and, if
-/// `rounded` is not null, in bf16; the other positions of its blocks get none. Returns one over the sum.
+/// Scales a query's scores, caps them and adds `slope` times the key's distance; the first score is
+/// `nearest` away.
+///
+/// # Safety
+/// `scores` is the query's row of the first of `blocks` blocks.
+#[inline(always)]
+unsafe fn shape_scores<S: Simd>(
+    scores: *mut f32,
+    blocks: usize,
+    scale: f32,
+    softcap: Option<f32>,
+    slope: f32,
+    nearest: f32,
+) {
+    const LANE: [f32; LANES] = {
+        let mut lane = [0f32; LANES];
+        let mut i = 0;
+        while i < LANES {
+            lane[i] = i as f32;
+            i += 1;
+        }
+        lane
+    };
+    // SAFETY: every index is within the query's row of a block.
+    unsafe {
+        for i in 0..2 * blocks {
+            let at = scores.add(i / 2 * BLOCK_SCORES + i % 2 * LANES);
+            let mut score = S::mul(S::load(at), S::splat(scale));
+            if let Some(softcap) = softcap {
+                // tanh(x) is 1 - 2 / (1 + e^2x)
+                let grown = S::add(S::exp(S::mul(score, S::splat(2.0 / softcap))), S::splat(1.0));
+                score = S::sub(S::splat(softcap), S::div(S::splat(2.0 * softcap), grown));
+            }
+            let distance = S::add(S::load(LANE.as_ptr()), S::splat(nearest + (i * LANES) as f32));
+            S::store(at, S::fma(distance, S::splat(slope), score));
+        }
+    }
+}
+
+/// Turns the scores `seen` of a query, times `factor`, into weights that are yet to be divided by their
+/// sum, in place and, if `rounded` is not null, in bf16; the other positions of its blocks get none.
+/// Returns one over the sum.
 ///
 /// # Safety
 /// `scores` is the query's row of the first of `blocks` blocks, and so is `rounded` if it is not null.
 #[inline(always)]
-unsafe fn softmax<S: Simd>(scores: *mut f32, n: usize, blocks: usize, head_dim: usize, rounded: *mut u16) -> f32 {
+unsafe fn softmax<S: Simd>(scores: *mut f32, seen: Range<usize>, blocks: usize, factor: f32, rounded: *mut u16) -> f32 {
     // SAFETY: every index is within the query's row of a block.
     unsafe {
         let row = |block: usize| scores.add(block * BLOCK_SCORES);
         let fill = |value: f32| {
-            for i in n..blocks * BLOCK_SIZE {
+            for i in (0..seen.start).chain(seen.end..blocks * BLOCK_SIZE) {
                 *row(i / BLOCK_SIZE).add(i % BLOCK_SIZE) = value;
             }
         };
@@ -424,7 +483,7 @@ unsafe fn softmax<S: Simd>(scores: *mut f32, n: usize, blocks: usize, head_dim: 
             let (a, b) = (S::load(row(block)), S::load(row(block).add(LANES)));
             largest = S::max(largest, S::max(a, b));
         }
-        let scale = S::splat((head_dim as f32).powf(-0.5));
+        let scale = S::splat(factor);
         let largest = S::splat(S::largest(largest));
         for block in 0..blocks {
             for at in [row(block), row(block).add(LANES)] {
@@ -459,7 +518,7 @@ unsafe fn weigh_values<S: Simd>(
     step: &Step,
     index: usize,
     head: usize,
-    blocks: usize,
+    blocks: Range<usize>,
     count: usize,
     scores: *const f32,
     weights: *const u32,
@@ -474,9 +533,9 @@ unsafe fn weigh_values<S: Simd>(
             unsafe {
                 amx::configure();
                 amx::clear_values();
-                for block in 0..blocks {
+                for (i, block) in blocks.clone().enumerate() {
                     let values = step.keys(index, block, head).add(step.plane + d);
-                    let weights = weights.add(block * BLOCK_SCORES / 2);
+                    let weights = weights.add(i * BLOCK_SCORES / 2);
                     match step.dim - d >= 64 {
                         true => amx::add_values(weights, values, step.dim),
                         false => amx::add_values_32(weights, values, step.dim),
@@ -500,9 +559,9 @@ unsafe fn weigh_values<S: Simd>(
                     (scores.add(i * BLOCK_SIZE), weights.add(i * BLOCK_SIZE / 2), sums.add(i * step.dim + d));
                 d += match step.dim - d {
                     left if left >= 4 * LANES => {
-                        row_values::<S, 4>(step, index, head, blocks, scores, weights, d, sums)
+                        row_values::<S, 4>(step, index, head, blocks.clone(), scores, weights, d, sums)
                     }
-                    _ => row_values::<S, 1>(step, index, head, blocks, scores, weights, d, sums),
+                    _ => row_values::<S, 1>(step, index, head, blocks.clone(), scores, weights, d, sums),
                 };
             }
         }
@@ -519,7 +578,7 @@ unsafe fn row_values<S: Simd, const C: usize>(
     step: &Step,
     index: usize,
     head: usize,
-    blocks: usize,
+    blocks: Range<usize>,
     scores: *const f32,
     weights: *const u32,
     d: usize,
@@ -528,12 +587,12 @@ unsafe fn row_values<S: Simd, const C: usize>(
     // SAFETY: as the caller says.
     unsafe {
         let mut acc = [S::splat(0.0); C];
-        for block in 0..blocks {
+        for (i, block) in blocks.enumerate() {
             let values = step.keys(index, block, head).add(step.plane + d);
             match step.precision {
                 Precision::F32 => {
                     for position in 0..BLOCK_SIZE {
-                        let weight = S::splat(*scores.add(block * BLOCK_SCORES + position));
+                        let weight = S::splat(*scores.add(i * BLOCK_SCORES + position));
                         let values = values.cast::<f32>().add(position * step.dim);
                         for (c, acc) in acc.iter_mut().enumerate() {
                             *acc = S::fma(S::load(values.add(c * LANES)), weight, *acc);
@@ -542,7 +601,7 @@ unsafe fn row_values<S: Simd, const C: usize>(
                 }
                 Precision::Bf16 => {
                     for pair in 0..BLOCK_SIZE / 2 {
-                        let weight = *weights.add(block * BLOCK_SCORES / 2 + pair);
+                        let weight = *weights.add(i * BLOCK_SCORES / 2 + pair);
                         let values = values.add(pair * step.dim);
                         for (c, acc) in acc.iter_mut().enumerate() {
                             *acc = S::dot(*acc, S::load_pairs(values.add(c * LANES)), weight);

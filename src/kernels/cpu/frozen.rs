@@ -11,6 +11,7 @@ use super::{
     pool,
     tensors::with_values,
 };
+use crate::kernels::Activation;
 
 /// A packed matrix, and its transpose once a gradient has asked for it. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -81,13 +82,13 @@ impl FrozenMatrix {
         tensors.try_into().map_err(|_| candle_core::Error::Msg("as many results as matrices".to_owned()))
     }
 
-    /// `silu(x gateᵀ) * (x upᵀ)`. Not differentiable.
-    pub fn forward_gated(gate: &Self, up: &Self, x: &Tensor) -> Result<Tensor> {
+    /// `activation(x gateᵀ) * (x upᵀ)`. Not differentiable.
+    pub fn forward_gated(gate: &Self, up: &Self, activation: Activation, x: &Tensor) -> Result<Tensor> {
         let (rows, k) = x.dims2()?;
         let (gate, up) = (gate.matrix(), up.matrix());
         fits(gate, k)?;
         fits(up, k)?;
-        let y = with_values(x, |x| Ok(multiply_gated(Isa::best(), pool::global(), x, rows, gate, up)))?;
+        let y = with_values(x, |x| Ok(multiply_gated(Isa::best(), pool::global(), activation, x, rows, gate, up)))?;
         Tensor::from_vec(y, (rows, gate.n()), x.device())
     }
 

@@ -14,6 +14,7 @@ use super::{
     simd::{LANES, Simd},
     tensors::written,
 };
+use crate::kernels::Activation;
 
 /// Rows of a block.
 const BLOCK_ROWS: usize = 32;
@@ -65,13 +66,14 @@ pub fn multiply(isa: Isa, pool: &Pool, x: &[f32], rows: usize, products: &[Produ
     outs
 }
 
-/// `silu(x gateᵀ) * (x upᵀ)`, `[rows, n]`.
+/// `activation(x gateᵀ) * (x upᵀ)`, `[rows, n]`.
 ///
 /// # Panics
 /// As [`multiply`].
 pub fn multiply_gated(
     isa: Isa,
     pool: &Pool,
+    activation: Activation,
     x: &[f32],
     rows: usize,
     gate: &PackedMatrix,
@@ -89,7 +91,7 @@ pub fn multiply_gated(
             residual: None,
             out,
         };
-        run(isa, pool, x, rows, k, gate.precision(), &[target], Finish::Gate);
+        run(isa, pool, x, rows, k, gate.precision(), &[target], Finish::Gate(activation));
     };
     // SAFETY: the units are all columns.
     unsafe { written(rows * n, fill) }
@@ -101,7 +103,7 @@ enum Finish {
     /// 32 columns, each with its bias and residual.
     Store,
     /// 16 columns, each of a gate and what it lets through.
-    Gate,
+    Gate(Activation),
 }
 
 /// Every `step`th panel of a matrix, from some panel on.
@@ -314,7 +316,7 @@ unsafe fn work<S: Simd>(job: &Job, units: Range<usize>, blocks: Range<usize>) {
                     }
                     match job.finish {
                         Finish::Store => store::<S>(target, unit, first, rows, sums),
-                        Finish::Gate => gate::<S>(target, unit, first, rows, sums),
+                        Finish::Gate(of) => gate::<S>(target, of, unit, first, rows, sums),
                     }
                 }
             }
@@ -492,19 +494,26 @@ unsafe fn store<S: Simd>(target: &Target, unit: usize, first: usize, rows: usize
     }
 }
 
-/// Writes `silu` of a block's first panel times its second.
+/// Writes the activation of a block's first panel times its second.
 ///
 /// # Safety
 /// As [`store`].
 #[inline(always)]
-unsafe fn gate<S: Simd>(target: &Target, unit: usize, first: usize, rows: usize, sums: *const f32) {
+unsafe fn gate<S: Simd>(
+    target: &Target,
+    activation: Activation,
+    unit: usize,
+    first: usize,
+    rows: usize,
+    sums: *const f32,
+) {
     let column = unit * PANEL;
     let columns = (target.n - column).min(PANEL);
     for row in 0..rows {
         // SAFETY: the columns are within `[rows, n]`.
         unsafe {
             let (sums, out) = (sums.add(row * BLOCK_COLUMNS), target.out.add((first + row) * target.n + column));
-            let y = super::rows::silu_times::<S>(S::load(sums), S::load(sums.add(PANEL)));
+            let y = S::mul(super::rows::apply::<S>(activation, S::load(sums)), S::load(sums.add(PANEL)));
             if columns == PANEL {
                 S::store(out, y);
             } else {
@@ -569,8 +578,10 @@ mod tests {
                     check(&what, &results[0], exact.iter().copied());
                     let added = |(i, y): (usize, &f64)| y + f64::from(bias[i % n]) + f64::from(residual[i]);
                     check(&what, &results[1], exact.iter().enumerate().map(added));
-                    let gated = multiply_gated(isa, &pool, &x, rows, &weight, &weight);
+                    let gated = multiply_gated(isa, &pool, Activation::Silu, &x, rows, &weight, &weight);
                     check(&what, &gated, exact.iter().map(|y| y / (1.0 + (-y).exp()) * y));
+                    let gated = multiply_gated(isa, &pool, Activation::Relu, &x, rows, &weight, &weight);
+                    check(&what, &gated, exact.iter().map(|y| y.max(0.0) * y));
                 }
             }
         }
@@ -587,14 +598,14 @@ mod tests {
                 {
                     let product = Product { weight: &weight, bias: None, residual: None };
                     let all = &multiply(isa, &pool, &x, rows, &[product])[0];
-                    let gated = multiply_gated(isa, &pool, &x, rows, &weight, &weight);
+                    let gated = multiply_gated(isa, &pool, Activation::Silu, &x, rows, &weight, &weight);
                     let bits = |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
                     for row in 0..rows {
                         let x = &x[row * k..][..k];
                         let what = format!("{isa:?} {:?} {rows} {n} {k}, row {row}", weight.precision());
                         let alone = &multiply(isa, &pool, x, 1, &[product])[0];
                         assert!(bits(alone) == bits(&all[row * n..][..n]), "{what}");
-                        let alone = multiply_gated(isa, &pool, x, 1, &weight, &weight);
+                        let alone = multiply_gated(isa, &pool, Activation::Silu, x, 1, &weight, &weight);
                         assert!(bits(&alone) == bits(&gated[row * n..][..n]), "{what}, gated");
                     }
                 }

@@ -1,4 +1,6 @@
-//! What is done to rows one by one: norm, rotation, gate.
+//! What is done to rows one by one: norms, rotation, activation.
+
+use candle_core::cpu::erf::erf_f64;
 
 use super::{
     Isa, dispatch,
@@ -6,6 +8,7 @@ use super::{
     simd::{LANES, Simd},
     tensors::written,
 };
+use crate::kernels::{Activation, GELU_TANH};
 
 /// Values that are worth a task of their own.
 const TASK_VALUES: usize = 16 * 1024;
@@ -74,17 +77,82 @@ unsafe fn norm_row<S: Simd>(x: &[f32], weight: &[f32], eps: f32, to: *mut f32) {
     }
 }
 
-/// Half-split rotation of each head of `x` `[rows, heads, head_dim]` by its row's `cos` and `sin`
-/// `[rows, head_dim / 2]`.
+/// Layer norm of each row of `x` `[rows, weight.len()]`, by `weight` and `bias`.
 ///
 /// # Panics
 /// If a length does not fit.
-pub fn rope(isa: Isa, pool: &Pool, x: &[f32], head_dim: usize, cos: &[f32], sin: &[f32]) -> Vec<f32> {
-    let half = head_dim / 2;
-    let rows = cos.len().checked_div(half).unwrap_or(0);
+pub fn layer_norm(isa: Isa, pool: &Pool, x: &[f32], weight: &[f32], bias: Option<&[f32]>, eps: f32) -> Vec<f32> {
+    let width = weight.len();
+    assert!(x.is_empty() || x.len().is_multiple_of(width));
+    let zeros = if bias.is_none() { vec![0f32; width] } else { Vec::new() };
+    let bias = bias.unwrap_or(&zeros);
+    assert!(bias.len() == width);
+    let fill = |out: *mut f32| {
+        let out = Out(out);
+        split(pool, x.len() / width.max(1), width, &|rows| {
+            let out = &out;
+            for row in rows {
+                let x = &x[row * width..][..width];
+                // SAFETY: the row is within `out`, which is as long as `x`.
+                let to = unsafe { out.0.add(row * width) };
+                // SAFETY: `x`, `weight`, `bias` and `to` are of one length.
+                dispatch!(isa, layer_norm_row(x: &[f32], weight: &[f32], bias: &[f32], eps: f32, to: *mut f32));
+            }
+        });
+    };
+    // SAFETY: the rows are all of `x`, and each is written whole.
+    unsafe { written(x.len(), fill) }
+}
+
+/// # Safety
+/// `weight`, `bias` and `to` are as long as `x`.
+#[inline(always)]
+unsafe fn layer_norm_row<S: Simd>(x: &[f32], weight: &[f32], bias: &[f32], eps: f32, to: *mut f32) {
+    let (n, whole) = (x.len(), x.len() / LANES * LANES);
+    let (x, weight, bias) = (x.as_ptr(), weight.as_ptr(), bias.as_ptr());
+    // SAFETY: every index is below `n`.
+    unsafe {
+        let mut acc = S::splat(0.0);
+        for i in (0..whole).step_by(LANES) {
+            acc = S::add(acc, S::load(x.add(i)));
+        }
+        let mut sum = S::sum(acc);
+        for i in whole..n {
+            sum += *x.add(i);
+        }
+        let mean = sum / n as f32;
+        let means = S::splat(mean);
+        let mut acc = S::splat(0.0);
+        for i in (0..whole).step_by(LANES) {
+            let v = S::sub(S::load(x.add(i)), means);
+            acc = S::fma(v, v, acc);
+        }
+        let mut squares = S::sum(acc);
+        for i in whole..n {
+            squares += (*x.add(i) - mean) * (*x.add(i) - mean);
+        }
+        let scale = (squares / n as f32 + eps).sqrt().recip();
+        let scales = S::splat(scale);
+        for i in (0..whole).step_by(LANES) {
+            let v = S::mul(S::sub(S::load(x.add(i)), means), scales);
+            S::store(to.add(i), S::fma(v, S::load(weight.add(i)), S::load(bias.add(i))));
+        }
+        for i in whole..n {
+            *to.add(i) = (*x.add(i) - mean) * scale * *weight.add(i) + *bias.add(i);
+        }
+    }
+}
+
+/// Half-split rotation of the first dimensions of each head of `x` `[rows, heads, head_dim]` by its
+/// row's `cos` and `sin` `[rows, half]`: of the first two `half`s. The others stay.
+///
+/// # Panics
+/// If a length does not fit.
+pub fn rope(isa: Isa, pool: &Pool, x: &[f32], rows: usize, head_dim: usize, cos: &[f32], sin: &[f32]) -> Vec<f32> {
+    let half = cos.len().checked_div(rows).unwrap_or(0);
     let width = x.len().checked_div(rows).unwrap_or(0);
     assert!(cos.len() == sin.len() && cos.len() == rows * half && x.len() == rows * width);
-    assert!(head_dim.is_multiple_of(2) && (rows == 0 || width.is_multiple_of(head_dim)));
+    assert!(2 * half <= head_dim && (rows == 0 || width.is_multiple_of(head_dim)));
     let fill = |out: *mut f32| {
         let out = Out(out);
         split(pool, rows, width, &|rows| {
@@ -94,7 +162,7 @@ pub fn rope(isa: Isa, pool: &Pool, x: &[f32], head_dim: usize, cos: &[f32], sin:
                 for (head, x) in x[row * width..][..width].chunks_exact(head_dim).enumerate() {
                     // SAFETY: the head is within `out`, which is as long as `x`.
                     let to = unsafe { out.0.add(row * width + head * head_dim) };
-                    // SAFETY: `x` and `to` hold one head, `cos` and `sin` half as much.
+                    // SAFETY: `x` and `to` hold one head, `cos` and `sin` at most half as much each.
                     dispatch!(isa, rope_head(x: &[f32], cos: &[f32], sin: &[f32], to: *mut f32));
                 }
             }
@@ -105,13 +173,13 @@ pub fn rope(isa: Isa, pool: &Pool, x: &[f32], head_dim: usize, cos: &[f32], sin:
 }
 
 /// # Safety
-/// `x` and `to` are twice as long as `cos` and `sin`.
+/// `x` and `to` are as long as each other, and at least twice as long as `cos` and `sin`.
 #[inline(always)]
 unsafe fn rope_head<S: Simd>(x: &[f32], cos: &[f32], sin: &[f32], to: *mut f32) {
-    let half = cos.len();
+    let (half, dim) = (cos.len(), x.len());
     let whole = half / LANES * LANES;
     let (x, cos, sin) = (x.as_ptr(), cos.as_ptr(), sin.as_ptr());
-    // SAFETY: every index is below `half`.
+    // SAFETY: every index of `cos` and `sin` is below `half`, of `x` and `to` below `dim`.
     unsafe {
         for i in (0..whole).step_by(LANES) {
             let (a, b) = (S::load(x.add(i)), S::load(x.add(half + i)));
@@ -124,20 +192,89 @@ unsafe fn rope_head<S: Simd>(x: &[f32], cos: &[f32], sin: &[f32], to: *mut f32) 
             *to.add(i) = a * c - b * s;
             *to.add(half + i) = b * c + a * s;
         }
+        std::ptr::copy_nonoverlapping(x.add(2 * half), to.add(2 * half), dim - 2 * half);
     }
 }
 
-/// `silu(gate) * up`
+/// The activation function of each value of `x` `[rows, width]`.
+///
+/// # Panics
+/// If a length does not fit.
+pub fn activate(isa: Isa, pool: &Pool, activation: Activation, x: &[f32], width: usize) -> Vec<f32> {
+    assert!(x.is_empty() || x.len().is_multiple_of(width));
+    let fill = |out: *mut f32| {
+        let out = Out(out);
+        split(pool, x.len() / width.max(1), width, &|rows| {
+            let out = &out;
+            for row in rows {
+                let x = &x[row * width..][..width];
+                // SAFETY: the row is within `out`, which is as long as `x`.
+                let to = unsafe { out.0.add(row * width) };
+                // SAFETY: `to` is as long as `x`.
+                dispatch!(isa, activate_row(activation: Activation, x: &[f32], to: *mut f32));
+            }
+        });
+    };
+    // SAFETY: the rows are all of `x`, and each is written whole.
+    unsafe { written(x.len(), fill) }
+}
+
+/// # Safety
+/// `to` is as long as `x`.
+#[inline(always)]
+unsafe fn activate_row<S: Simd>(activation: Activation, x: &[f32], to: *mut f32) {
+    let whole = x.len() / LANES * LANES;
+    // SAFETY: every index is below the length of `x`; the last values pass through a vector of their own.
+    unsafe {
+        for i in (0..whole).step_by(LANES) {
+            S::store(to.add(i), apply::<S>(activation, S::load(x.as_ptr().add(i))));
+        }
+        let mut last = [0f32; LANES];
+        last[..x.len() - whole].copy_from_slice(&x[whole..]);
+        S::store(last.as_mut_ptr(), apply::<S>(activation, S::load(last.as_ptr())));
+        std::ptr::copy_nonoverlapping(last.as_ptr(), to.add(whole), x.len() - whole);
+    }
+}
+
+/// The activation function of 16 values.
 ///
 /// # Safety
 /// As the methods of [`Simd`].
 #[inline(always)]
-pub(super) unsafe fn silu_times<S: Simd>(gate: S::V, up: S::V) -> S::V {
-    // SAFETY: as the caller says.
+pub(super) unsafe fn apply<S: Simd>(activation: Activation, x: S::V) -> S::V {
+    // SAFETY: as the caller says; the array holds 16 values.
     unsafe {
-        let below = S::add(S::splat(1.0), S::exp(S::sub(S::splat(0.0), gate)));
-        S::mul(S::div(gate, below), up)
+        match activation {
+            Activation::Silu => times_sigmoid::<S>(x, x),
+            Activation::GeluTanh => {
+                let inner = S::fma(S::mul(x, x), S::splat(GELU_TANH[1]), S::splat(1.0));
+                times_sigmoid::<S>(x, S::mul(S::mul(x, S::splat(GELU_TANH[0])), inner))
+            }
+            Activation::Relu => S::max(x, S::splat(0.0)),
+            Activation::Gelu => {
+                let mut values = [0f32; LANES];
+                S::store(values.as_mut_ptr(), x);
+                values.iter_mut().for_each(gelu);
+                S::load(values.as_ptr())
+            }
+        }
     }
+}
+
+/// `x * sigmoid(of)`
+///
+/// # Safety
+/// As the methods of [`Simd`].
+#[inline(always)]
+unsafe fn times_sigmoid<S: Simd>(x: S::V, of: S::V) -> S::V {
+    // SAFETY: as the caller says.
+    unsafe { S::div(x, S::add(S::splat(1.0), S::exp(S::sub(S::splat(0.0), of)))) }
+}
+
+/// `x * Phi(x)`, by way of the error function in f64.
+fn gelu(value: &mut f32) {
+    let x = f64::from(*value);
+    *value = (0.5 * x * (1.0 + erf_f64(x * std::f64::consts::FRAC_1_SQRT_2))) as f32;
 }
 
 /// The index of the largest value, the first of equals, as torch's argmax; 0 if there is none. NaN is

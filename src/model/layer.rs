@@ -1,0 +1,268 @@
+//! One layer of the decoder: attention and an MLP, each with its norms and its residual.
+
+use candle_core::{Result, Tensor};
+
+use super::{
+    ModelConfig,
+    config::{NormPlaces, QkNorm},
+    linear::Linear,
+    names::{Mlp as MlpNames, NormNames, Qkv},
+    source::{Loaded, Norm, Source},
+};
+use crate::kernels::{Activation, AttentionParams, Kernels};
+
+/// Cosines and sines of the rows of a step, each `[t, dims / 2]`.
+pub type Rotation = (Tensor, Tensor);
+
+/// Attention, an MLP, and the residuals around them.
+#[derive(Debug)]
+pub struct Layer {
+    attention: Attention,
+    attention_norms: BranchNorms,
+    output: Linear,
+    mlp: Mlp,
+    mlp_norms: BranchNorms,
+    down: Linear,
+    parallel_residual: bool,
+}
+
+impl Layer {
+    /// Takes layer `index` out of a file.
+    pub fn load(config: &ModelConfig, index: usize, source: &mut Source) -> Loaded<Self> {
+        let (names, hidden) = (source.names(), config.hidden_size);
+        let attended = config.num_heads * config.head_dim;
+        Ok(Self {
+            attention: Attention::load(config, index, source)?,
+            attention_norms: BranchNorms::load(source, index, names.attention_norms, config.attention_norms, hidden)?,
+            output: source.linear(index, names.output, hidden, attended, config.attention_output_bias)?.whole()?,
+            mlp: Mlp::load(config, index, source)?,
+            mlp_norms: BranchNorms::load(source, index, names.mlp_norms, config.mlp_norms, hidden)?,
+            down: source.linear(index, names.down, hidden, config.intermediate_size, config.mlp_bias)?.whole()?,
+            parallel_residual: config.parallel_residual,
+        })
+    }
+
+    /// `[t, hidden]` to `[t, hidden]`, as layer `index`.
+    pub fn forward(
+        &self,
+        index: usize,
+        x: &Tensor,
+        rotations: &[Rotation],
+        kernels: &mut dyn Kernels,
+    ) -> Result<Tensor> {
+        let h = self.attention_norms.enter(x, kernels)?;
+        let attended = self.attention.forward(index, &h, rotations, kernels)?;
+        let y = self.attention_norms.leave(&self.output, &attended, x, kernels)?;
+        let h = self.mlp_norms.enter(if self.parallel_residual { x } else { &y }, kernels)?;
+        let inner = self.mlp.forward(&h, kernels)?;
+        self.mlp_norms.leave(&self.down, &inner, &y, kernels)
+    }
+
+    /// Every weight, in a fixed order.
+    pub fn tensors(&self) -> impl Iterator<Item = Result<Tensor>> {
+        let norms =
+            self.attention_norms.all().chain(self.mlp_norms.all()).chain(self.attention.qk_norms.iter().flatten());
+        let linear =
+            self.attention.linear().into_iter().chain([&self.output]).chain(self.mlp.linear()).chain([&self.down]);
+        norms.flat_map(|norm| norm.tensors().map(Ok)).chain(linear.flat_map(Linear::tensors))
+    }
+}
+
+/// The norms of a branch, those that there are.
+#[derive(Debug)]
+struct BranchNorms {
+    before: Option<Norm>,
+    after: Option<Norm>,
+    sum: Option<Norm>,
+}
+
+impl BranchNorms {
+    fn load(source: &mut Source, index: usize, names: NormNames, places: NormPlaces, width: usize) -> Loaded<Self> {
+        let mut norm = |is: bool, name| is.then(|| source.norm(Some(index), name, width)).transpose();
+        Ok(Self {
+            before: norm(places.before, names.before)?,
+            after: norm(places.after, names.after)?,
+            sum: norm(places.sum, names.sum)?,
+        })
+    }
+
+    /// What the branch reads.
+    fn enter(&self, x: &Tensor, kernels: &mut dyn Kernels) -> Result<Tensor> {
+        match &self.before {
+            Some(norm) => norm.forward(x, kernels),
+            None => Ok(x.clone()),
+        }
+    }
+
+    /// The branch's `last` layer, added to what it branched off from.
+    fn leave(&self, last: &Linear, h: &Tensor, residual: &Tensor, kernels: &mut dyn Kernels) -> Result<Tensor> {
+        let y = match &self.after {
+            Some(norm) => (residual + norm.forward(&last.forward(h)?, kernels)?)?,
+            None => last.forward_add(h, residual)?,
+        };
+        match &self.sum {
+            Some(norm) => norm.forward(&y, kernels),
+            None => Ok(y),
+        }
+    }
+
+    fn all(&self) -> impl Iterator<Item = &Norm> {
+        [&self.before, &self.after, &self.sum].into_iter().flatten()
+    }
+}
+
+/// Attention up to its output projection.
+#[derive(Debug)]
+struct Attention {
+    q: Linear,
+    k: Linear,
+    v: Linear,
+    /// Of queries and of keys.
+    qk_norms: Option<[Norm; 2]>,
+    /// Whether such a norm spans all heads.
+    whole_norms: bool,
+    rope: Option<usize>,
+    params: AttentionParams,
+    num_heads: usize,
+    num_kv_heads: usize,
+    head_dim: usize,
+}
+
+impl Attention {
+    fn load(config: &ModelConfig, index: usize, source: &mut Source) -> Loaded<Self> {
+        let ModelConfig { num_heads, num_kv_heads, head_dim, hidden_size, qkv_bias, .. } = *config;
+        let (queries, keys) = (num_heads * head_dim, num_kv_heads * head_dim);
+        let [q, k, v] = match source.names().qkv {
+            Qkv::Apart(names) => {
+                let mut linear = |name, rows| source.linear(index, name, rows, hidden_size, qkv_bias)?.whole();
+                [linear(names[0], queries)?, linear(names[1], keys)?, linear(names[2], keys)?]
+            }
+            Qkv::Stacked(name) => {
+                let all = source.linear(index, name, queries + 2 * keys, hidden_size, qkv_bias)?;
+                [all.rows(0, queries)?, all.rows(queries, keys)?, all.rows(queries + keys, keys)?]
+            }
+            Qkv::ByHead(name) => {
+                let all = source.linear(index, name, 3 * queries, hidden_size, qkv_bias)?;
+                [all.of_heads(0, head_dim)?, all.of_heads(1, head_dim)?, all.of_heads(2, head_dim)?]
+            }
+        };
+        let mut norms = |widths: [usize; 2]| {
+            let names = source.names().qk_norms;
+            Ok::<_, super::ModelError>([
+                source.norm(Some(index), names[0], widths[0])?,
+                source.norm(Some(index), names[1], widths[1])?,
+            ])
+        };
+        let qk_norms = match config.qk_norm {
+            None => None,
+            Some(QkNorm::Head) => Some(norms([head_dim; 2])?),
+            Some(QkNorm::Projection) => Some(norms([queries, keys])?),
+        };
+        let layer = &config.layers[index];
+        let params = AttentionParams {
+            scale: layer.scale as f32,
+            softcap: config.attention_softcap.map(|cap| cap as f32),
+            window: layer.window,
+            alibi_slopes: config.alibi.then(|| alibi_slopes(num_heads).into()),
+        };
+        let whole_norms = config.qk_norm == Some(QkNorm::Projection);
+        Ok(Self { q, k, v, qk_norms, whole_norms, rope: layer.rope, params, num_heads, num_kv_heads, head_dim })
+    }
+
+    fn forward(&self, index: usize, x: &Tensor, rotations: &[Rotation], kernels: &mut dyn Kernels) -> Result<Tensor> {
+        let [q, k, v] = Linear::forward_all([&self.q, &self.k, &self.v], x)?;
+        let q = self.prepared(q, self.num_heads, 0, rotations, kernels)?;
+        let k = self.prepared(k, self.num_kv_heads, 1, rotations, kernels)?;
+        kernels.attention(index, &q, &k, &self.heads(v, self.num_kv_heads)?, &self.params)
+    }
+
+    /// `[t, heads * head_dim]` to `[t, heads, head_dim]`.
+    fn heads(&self, y: Tensor, heads: usize) -> Result<Tensor> {
+        y.reshape((y.dims()[0], heads, self.head_dim))
+    }
+
+    /// Queries or keys, by norm `which`: normed and rotated, as far as they are.
+    fn prepared(
+        &self,
+        y: Tensor,
+        heads: usize,
+        which: usize,
+        rotations: &[Rotation],
+        kernels: &mut dyn Kernels,
+    ) -> Result<Tensor> {
+        let y = match self.qk_norms.as_ref().map(|norms| &norms[which]) {
+            None => self.heads(y, heads)?,
+            Some(norm) if self.whole_norms => self.heads(norm.forward(&y, kernels)?, heads)?,
+            Some(norm) => norm.forward(&self.heads(y, heads)?, kernels)?,
+        };
+        match self.rope.map(|rope| &rotations[rope]) {
+            Some((cos, sin)) => kernels.rope(&y, cos, sin),
+            None => Ok(y),
+        }
+    }
+
+    fn linear(&self) -> [&Linear; 3] {
+        [&self.q, &self.k, &self.v]
+    }
+}
+
+/// The slope of each head (Press et al. 2022, as transformers' modeling_bloom.py has them).
+fn alibi_slopes(heads: usize) -> Vec<f32> {
+    let power = 1usize << heads.ilog2();
+    let slope = |of: usize, i: usize| 2f64.powf(-8.0 / of as f64 * i as f64) as f32;
+    let between = (0..heads - power).map(|i| slope(2 * power, 2 * i + 1));
+    (1..=power).map(|i| slope(power, i)).chain(between).collect()
+}
+
+/// The inner layers of an MLP.
+#[derive(Debug)]
+enum Mlp {
+    /// A gate and what it lets through.
+    Gated(Linear, Linear, Activation),
+    Plain(Linear, Activation),
+}
+
+impl Mlp {
+    fn load(config: &ModelConfig, index: usize, source: &mut Source) -> Loaded<Self> {
+        let ModelConfig { intermediate_size: inner, hidden_size: hidden, mlp_bias: bias, activation, .. } = *config;
+        Ok(match source.names().mlp {
+            MlpNames::Gated([gate, up]) => {
+                let mut linear = |name| source.linear(index, name, inner, hidden, bias)?.whole();
+                Self::Gated(linear(gate)?, linear(up)?, activation)
+            }
+            MlpNames::GatedStacked(name) => {
+                let both = source.linear(index, name, 2 * inner, hidden, bias)?;
+                Self::Gated(both.rows(0, inner)?, both.rows(inner, inner)?, activation)
+            }
+            MlpNames::Plain(name) => Self::Plain(source.linear(index, name, inner, hidden, bias)?.whole()?, activation),
+        })
+    }
+
+    fn forward(&self, x: &Tensor, kernels: &mut dyn Kernels) -> Result<Tensor> {
+        match self {
+            Self::Gated(gate, up, activation) => Linear::forward_gated(gate, up, *activation, x, kernels),
+            Self::Plain(inner, activation) => kernels.activate(*activation, &inner.forward(x)?),
+        }
+    }
+
+    fn linear(&self) -> impl Iterator<Item = &Linear> {
+        let (first, second) = match self {
+            Self::Gated(gate, up, _) => (gate, Some(up)),
+            Self::Plain(inner, _) => (inner, None),
+        };
+        std::iter::once(first).chain(second)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn alibi_slopes_are_those_of_its_paper() {
+        assert_eq!(alibi_slopes(8), [0.5, 0.25, 0.125, 0.0625, 0.03125, 0.015625, 0.0078125, 0.00390625]);
+        let twelve = alibi_slopes(12);
+        assert_eq!(twelve[..8], alibi_slopes(8));
+        assert!((twelve[8] - 0.5f32.sqrt()).abs() < 1e-7 && (twelve[9] - 0.5 * 0.5f32.sqrt()).abs() < 1e-7);
+    }
+}

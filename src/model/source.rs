@@ -1,0 +1,165 @@
+//! The decoder's parts as they come out of a file: found by their family's names, unpacked, in the type
+//! of activations or ready for the kernels.
+
+use candle_core::{DType, Device, Result, Tensor};
+
+use super::{
+    ModelConfig, ModelError,
+    config::NormKind,
+    linear::{Linear, Weight},
+    names::Names,
+    weights::Weights,
+};
+use crate::kernels::Kernels;
+
+/// What reading a part gives.
+pub type Loaded<T> = std::result::Result<T, ModelError>;
+
+/// A file's tensors, by the names of a family.
+#[derive(Debug)]
+pub struct Source<'a> {
+    weights: &'a mut Weights,
+    names: Names,
+    prefix: &'static str,
+    norm: NormKind,
+    norm_eps: f64,
+}
+
+impl<'a> Source<'a> {
+    /// Finds out what comes before the names in this file.
+    pub fn new(config: &ModelConfig, weights: &'a mut Weights) -> Self {
+        let names = Names::of(&config.family);
+        let mut prefixes = names.prefixes.iter().copied();
+        let found = prefixes.find(|prefix| weights.has(&format!("{prefix}{}.weight", names.embeddings)));
+        let prefix = found.or(names.prefixes.first().copied()).unwrap_or_default();
+        Self { weights, names, prefix, norm: config.norm, norm_eps: config.norm_eps }
+    }
+
+    /// The names of its family.
+    pub fn names(&self) -> Names {
+        self.names
+    }
+
+    /// A table before the layers, `[rows, width]`.
+    pub fn table(&mut self, name: &str, rows: usize, width: usize) -> Loaded<Tensor> {
+        self.weights.take(&format!("{}{name}.weight", self.prefix), (rows, width))
+    }
+
+    /// The output matrix, `[rows, width]`.
+    pub fn head(&mut self, rows: usize, width: usize) -> Loaded<Tensor> {
+        let path = |name: &str| format!("{name}.weight");
+        let mut names = self.names.heads.iter().map(|name| path(name));
+        let found = names.find(|name| self.weights.has(name));
+        let first = || self.names.heads.first().map(|name| path(name));
+        self.weights.take(&found.or_else(first).unwrap_or_default(), (rows, width))
+    }
+
+    /// A norm of `width` values, of a layer or outside of them.
+    pub fn norm(&mut self, layer: Option<usize>, name: &str, width: usize) -> Loaded<Norm> {
+        let path = match layer {
+            Some(index) => self.path(index, name),
+            None => format!("{}{name}", self.prefix),
+        };
+        let mut weight = activations(self.weights.take(&format!("{path}.weight"), width)?)?;
+        if self.norm == NormKind::RmsPlusOne {
+            weight = (weight + 1.0)?;
+        }
+        let bias = match self.norm {
+            NormKind::Layer => Some(activations(self.weights.take(&format!("{path}.bias"), width)?)?),
+            _ => None,
+        };
+        Ok(Norm { weight, bias, kind: self.norm, eps: self.norm_eps })
+    }
+
+    /// A linear layer of a layer, from `inner` to `outer` values.
+    pub fn linear(&mut self, layer: usize, name: &str, outer: usize, inner: usize, bias: bool) -> Loaded<Stored> {
+        let path = self.path(layer, name);
+        let name = format!("{path}.weight");
+        let weight = match self.names.transposed {
+            true => self.weights.take(&name, (inner, outer))?.t()?,
+            false => self.weights.take(&name, (outer, inner))?,
+        };
+        let bias = match bias {
+            true => Some(activations(self.weights.take(&format!("{path}.bias"), outer)?)?),
+            false => None,
+        };
+        Ok(Stored { weight, bias })
+    }
+
+    fn path(&self, layer: usize, name: &str) -> String {
+        format!("{}{}.{layer}.{name}", self.prefix, self.names.layers)
+    }
+}
+
+/// A linear layer as a file has it: perhaps several in one.
+#[derive(Debug)]
+pub struct Stored {
+    /// `[out, in]`
+    weight: Tensor,
+    /// `[out]`
+    bias: Option<Tensor>,
+}
+
+impl Stored {
+    /// All of it.
+    pub fn whole(self) -> Loaded<Linear> {
+        Ok(Linear::new(Weight::new(self.weight)?, self.bias))
+    }
+
+    /// `n` outputs from `first` on.
+    pub fn rows(&self, first: usize, n: usize) -> Loaded<Linear> {
+        self.part(|x| x.narrow(0, first, n))
+    }
+
+    /// Part `part` of three of each head, which all have `dim` outputs.
+    pub fn of_heads(&self, part: usize, dim: usize) -> Loaded<Linear> {
+        self.part(|x| {
+            let heads = x.dim(0)? / (3 * dim);
+            let rest = &x.dims()[1..];
+            let split = x.reshape([&[heads, 3, dim], rest].concat())?.narrow(1, part, 1)?;
+            split.reshape([&[heads * dim], rest].concat())
+        })
+    }
+
+    fn part(&self, of: impl Fn(&Tensor) -> Result<Tensor>) -> Loaded<Linear> {
+        let bias = self.bias.as_ref().map(|bias| of(bias)?.contiguous()).transpose()?;
+        Ok(Linear::new(Weight::new(of(&self.weight)?)?, bias))
+    }
+}
+
+/// A norm, with what it is made of.
+#[derive(Debug)]
+pub struct Norm {
+    weight: Tensor,
+    bias: Option<Tensor>,
+    kind: NormKind,
+    eps: f64,
+}
+
+impl Norm {
+    /// Over the last dimension of `x`.
+    pub fn forward(&self, x: &Tensor, kernels: &mut dyn Kernels) -> Result<Tensor> {
+        match self.kind {
+            NormKind::Rms | NormKind::RmsPlusOne => kernels.rms_norm(x, &self.weight, self.eps),
+            NormKind::Layer => kernels.layer_norm(x, &self.weight, self.bias.as_ref(), self.eps),
+        }
+    }
+
+    /// Its weight, and its bias if there is one.
+    pub fn tensors(&self) -> impl Iterator<Item = Tensor> {
+        std::iter::once(self.weight.clone()).chain(self.bias.clone())
+    }
+}
+
+/// A tensor in the type of activations.
+pub fn activations(x: Tensor) -> Result<Tensor> {
+    x.to_dtype(activation_dtype(x.dtype(), x.device()))
+}
+
+/// The type of activations, which are never less than f32 on a CPU.
+pub fn activation_dtype(weights: DType, device: &Device) -> DType {
+    match weights {
+        DType::BF16 | DType::F16 if device.is_cpu() => DType::F32,
+        dtype => dtype,
+    }
+}

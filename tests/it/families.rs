@@ -1,0 +1,194 @@
+//! Every family against transformers + PEFT: tokens and logits, alone, mixed and in chunks, and the
+//! gradients of its prompts.
+
+use candle_core::{DType, Device, Tensor, Var};
+use softserve::{
+    engine::{
+        Engine, EngineConfig, EventStream,
+        request::{Event, Request, SamplingParams},
+    },
+    kernels::{
+        Kernels,
+        dense::DenseKernels,
+        kv_cache::{BLOCK_SIZE, KvCache},
+        paged::{PagedKernels, Segment},
+    },
+    model::{Model, ModelFiles, random::RandomModel},
+    prompt::LearnedPrompt,
+    tune::{data::Encoded, loss},
+};
+
+use crate::fixtures::{self, Case};
+
+/// The prompt of a case, none for the bare model.
+fn prompt(model: &str, case: &Case) -> Option<std::sync::Arc<LearnedPrompt>> {
+    (!case.prompt.is_empty()).then(|| fixtures::prompt(model, &case.prompt))
+}
+
+/// The rows of a prompt and a text, `[t, hidden]`.
+fn rows(model: &Model, name: &str, case: &Case) -> Tensor {
+    let words = model.embed(&Tensor::new(case.input_ids.as_slice(), &Device::Cpu).unwrap()).unwrap();
+    if case.prompt.is_empty() {
+        return words;
+    }
+    let path = fixtures::dir(name).join("prompts").join(&case.prompt).join("adapter_model.safetensors");
+    let prompt = candle_core::safetensors::load(path, &Device::Cpu).unwrap().remove("prompt_embeddings").unwrap();
+    Tensor::cat(&[prompt, words], 0).unwrap()
+}
+
+/// The logits after the last row, `[vocab]`.
+fn logits(model: &Model, x: &Tensor, kernels: &mut dyn Kernels) -> Vec<f32> {
+    let t = x.dims()[0];
+    let positions = Tensor::arange(0, t as u32, &Device::Cpu).unwrap();
+    let hidden = model.forward(x, &positions, kernels).unwrap();
+    model.logits(&hidden.narrow(0, t - 1, 1).unwrap()).unwrap().squeeze(0).unwrap().to_vec1().unwrap()
+}
+
+#[test]
+fn logits_are_those_of_peft_by_the_plain_kernels_and_by_those_that_serve() {
+    for name in fixtures::families() {
+        let model = fixtures::load(&name, DType::F32);
+        for case in fixtures::embeddings_cases(&name) {
+            let x = rows(&model, &name, &case);
+            let t = x.dims()[0];
+            let plain = logits(&model, &x, &mut DenseKernels::new(&[t], &Device::Cpu).unwrap());
+            let blocks = t.div_ceil(BLOCK_SIZE);
+            let mut cache = KvCache::new(model.kv_shape(), blocks).unwrap();
+            let segment = [Segment { rows: t, start: 0, blocks: (0..blocks as u32).rev().collect() }];
+            let served = logits(&model, &x, &mut PagedKernels::new(&mut cache, &segment));
+            for (id, expected) in &case.top {
+                let (plain, served) = (plain[*id as usize], served[*id as usize]);
+                let what = format!("{name}/{}: token {id}, {plain} and {served}, expected {expected}", case.prompt);
+                assert!((plain - expected).abs() < 1e-3 && (served - expected).abs() < 1e-3, "{what}");
+            }
+        }
+    }
+}
+
+fn collect(mut stream: EventStream) -> Vec<u32> {
+    let mut ids = Vec::new();
+    loop {
+        match stream.blocking_next().expect("an event before the end") {
+            Event::Token(token) => ids.push(token.id),
+            Event::Finished { .. } => return ids,
+            Event::Failed => panic!("the request failed"),
+        }
+    }
+}
+
+#[test]
+fn tokens_are_those_of_peft_alone_in_a_mixed_batch_and_in_small_chunks() {
+    for name in fixtures::families() {
+        let cases = fixtures::embeddings_cases(&name);
+        let request = |case: &Case| {
+            let sampling = SamplingParams { max_tokens: case.greedy_ids.len(), ..Default::default() };
+            Request::new(prompt(&name, case), &case.input_ids, sampling)
+        };
+        let start = |max_step_tokens| {
+            let config = EngineConfig { max_step_tokens, kv_cache_bytes: 4 << 20, ..Default::default() };
+            Engine::start(fixtures::load(&name, DType::F32), config).unwrap()
+        };
+        let (engine, _thread) = start(EngineConfig::default().max_step_tokens);
+        for case in &cases {
+            let ids = collect(engine.submit(request(case)).unwrap());
+            assert_eq!(ids, case.greedy_ids, "{name}/{} alone", case.prompt);
+        }
+        let (chunked, _thread) = start(5);
+        for engine in [&engine, &chunked] {
+            let streams: Vec<_> = cases.iter().map(|case| engine.submit(request(case)).unwrap()).collect();
+            for (case, stream) in cases.iter().zip(streams) {
+                assert_eq!(collect(stream), case.greedy_ids, "{name}/{} mixed", case.prompt);
+            }
+        }
+    }
+}
+
+#[test]
+fn gradients_at_every_prompt_row_are_those_of_central_differences() {
+    const ROWS: usize = 2;
+    // Longer than the windows there are.
+    let example = Encoded { prompt: (40..66).collect(), answer: vec![70, 2] };
+    for name in fixtures::families() {
+        let model = fixtures::load(&name, DType::F64);
+        let hidden = model.info().hidden_size;
+        let values: Vec<f64> = (0..ROWS * hidden).map(|i| (i as f64 * 0.7).sin() * 0.5).collect();
+        let tensor = |values: &[f64]| Tensor::from_slice(values, (ROWS, hidden), &Device::Cpu).unwrap();
+        let loss_of = |values: &[f64]| {
+            loss::scalar(&loss::score(&model, Some(&tensor(values)), &[&example]).unwrap().sum).unwrap()
+        };
+        let var = Var::from_tensor(&tensor(&values)).unwrap();
+        let sum = loss::score(&model, Some(var.as_tensor()), &[&example]).unwrap().sum;
+        let gradient = loss::gradient_of(&sum, &var).unwrap().flatten_all().unwrap().to_vec1::<f64>().unwrap();
+        let step = 1e-5;
+        let numeric: Vec<f64> = (0..values.len())
+            .map(|i| {
+                let moved = |by: f64| {
+                    let mut moved = values.clone();
+                    moved[i] += by;
+                    loss_of(&moved)
+                };
+                (moved(step) - moved(-step)) / (2.0 * step)
+            })
+            .collect();
+        let fast = fixtures::load(&name, DType::F32);
+        let single: Vec<f32> = values.iter().map(|x| *x as f32).collect();
+        let (_, fast) = loss::gradient(&fast, &single, &[&example]).unwrap();
+        let norm = |x: &mut dyn Iterator<Item = f64>| x.map(|x| x * x).sum::<f64>().sqrt();
+        for row in 0..ROWS {
+            let of = |i: usize| row * hidden + i;
+            let size = norm(&mut (0..hidden).map(|i| numeric[of(i)]));
+            let error = norm(&mut (0..hidden).map(|i| numeric[of(i)] - gradient[of(i)]));
+            let rounding = norm(&mut (0..hidden).map(|i| f64::from(fast[of(i)]) - gradient[of(i)]));
+            assert!(size > 1e-3, "{name}, row {row}: no gradient to compare, {size}");
+            assert!(error < 1e-5 * size, "{name}, row {row}: error {error} of {size}");
+            assert!(rounding < 2e-3 * size, "{name}, row {row}: error {rounding} of {size} in f32");
+        }
+    }
+}
+
+#[test]
+fn bf16_answers_do_not_depend_on_chunks_in_one_bit() {
+    for name in fixtures::families() {
+        let model = fixtures::load(&name, DType::BF16);
+        let case = &fixtures::embeddings_cases(&name)[1];
+        let x = rows(&model, &name, case);
+        let t = x.dims()[0];
+        let blocks = t.div_ceil(BLOCK_SIZE);
+        let of_chunks = |chunk: usize| {
+            let mut cache = KvCache::new(model.kv_shape(), blocks).unwrap();
+            let mut last = None;
+            for start in (0..t).step_by(chunk) {
+                let rows = chunk.min(t - start);
+                let segment = [Segment { rows, start, blocks: (0..blocks as u32).collect() }];
+                let positions = Tensor::arange(start as u32, (start + rows) as u32, &Device::Cpu).unwrap();
+                let mut kernels = PagedKernels::new(&mut cache, &segment);
+                let hidden = model.forward(&x.narrow(0, start, rows).unwrap(), &positions, &mut kernels).unwrap();
+                last = Some(model.logits(&hidden.narrow(0, rows - 1, 1).unwrap()).unwrap());
+            }
+            last.unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap()
+        };
+        assert!(of_chunks(t) == of_chunks(7), "{name}");
+    }
+}
+
+#[test]
+fn a_random_model_of_every_familys_shape_loads() {
+    for name in fixtures::families() {
+        let config = fixtures::dir(&name).join("config.json");
+        let files = ModelFiles::random(RandomModel::open(config.to_str().unwrap()).unwrap());
+        let model = Model::load(&files, &Device::Cpu, DType::F32).unwrap();
+        let stored = fixtures::load(&name, DType::F32);
+        assert_eq!(model.kv_shape(), stored.kv_shape());
+        let tied = stored.config().tie_word_embeddings && stored.info().num_parameters > model.info().num_parameters;
+        assert!(tied || stored.info().num_parameters == model.info().num_parameters, "{name}");
+    }
+}
+
+#[test]
+fn the_factor_of_gemmas_token_embeddings_is_known() {
+    let scale = |name: &str| fixtures::load(name, DType::F32).info().embedding_scale;
+    let rounded = f64::from(32f32.sqrt());
+    assert_eq!(scale("families/gemma"), Some(rounded));
+    assert_eq!(scale("families/gemma3"), Some(rounded));
+    assert_eq!(scale("families/llama3"), None);
+}
