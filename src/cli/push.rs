@@ -11,7 +11,10 @@ use clap::Args;
 use serde_json::Value;
 
 use super::client::ServerArgs;
-use crate::prompt::TaskName;
+use crate::prompt::{
+    TaskName,
+    files::{ADAPTER_CONFIG, PromptFiles, TASK, WEIGHTS},
+};
 
 /// Upload a learned prompt to a running server, which checks it, stores it and serves it at once.
 ///
@@ -62,9 +65,6 @@ pub fn run(args: &PushArgs) -> Result<()> {
     Ok(())
 }
 
-/// The files of a version that travel; anything else in a folder stays where it is.
-const FILES: [&str; 3] = ["adapter_config.json", "adapter_model.safetensors", "task.json"];
-
 /// A content type and the bytes to send.
 fn package(path: &Path) -> Result<(&'static str, Vec<u8>)> {
     if path.is_dir() {
@@ -81,16 +81,18 @@ fn package(path: &Path) -> Result<(&'static str, Vec<u8>)> {
     Ok((content_type, fs::read(path).with_context(|| format!("cannot read {}", path.display()))?))
 }
 
+/// The files of a version; anything else in a folder stays where it is.
 fn tar(folder: &Path) -> Result<Vec<u8>> {
-    let mut tar = tar::Builder::new(Vec::new());
-    let mut found = 0;
-    for file in FILES.map(|f| folder.join(f)).iter().filter(|f| f.exists()) {
-        let name = file.file_name().unwrap_or_default();
-        tar.append_path_with_name(file, name).with_context(|| format!("cannot read {}", file.display()))?;
-        found += 1;
+    let files = PromptFiles::read_dir(folder)?;
+    if files.num_bytes() == 0 {
+        bail!("{} holds none of {ADAPTER_CONFIG}, {WEIGHTS}, {TASK}", folder.display());
     }
-    if found == 0 {
-        bail!("{} holds none of {}", folder.display(), FILES.join(", "));
+    let mut tar = tar::Builder::new(Vec::new());
+    for (name, bytes) in files.present() {
+        let mut header = tar::Header::new_gnu();
+        header.set_size(bytes.len() as u64);
+        header.set_mode(0o644);
+        tar.append_data(&mut header, name, &bytes[..])?;
     }
     Ok(tar.into_inner()?)
 }

@@ -32,7 +32,7 @@ use tokio::sync::mpsc::{self, error::TrySendError};
 
 use crate::{model::Model, prompt::LearnedPrompt};
 use places::{Place, Places};
-use request::{CacheRoot, Event, Request};
+use request::{CacheRoot, Event, InputToken, Request};
 use runner::Runner;
 use scheduler::Limits;
 
@@ -153,6 +153,9 @@ pub enum SubmitError {
     /// There is nothing to continue, or not one new token was asked for.
     #[error("the request has no input or asks for no token")]
     Empty,
+    /// A prompt of keys and values has nothing after it: the first new token would follow nothing.
+    #[error("a prompt of keys and values needs at least one token of text after it")]
+    NoText,
     /// The input leaves no position for a new token.
     #[error("the input takes {found} positions and at least one must be left of {limit}")]
     TooLong { found: usize, limit: usize },
@@ -278,6 +281,11 @@ impl Engine {
         let (found, limit) = (request.tokens.len(), shared.max_sequence);
         if found == 0 || request.sampling.max_tokens == 0 {
             return Err(SubmitError::Empty);
+        }
+        if matches!(request.prompt.as_deref(), Some(LearnedPrompt::KeyValues(_)))
+            && matches!(request.tokens.last(), Some(InputToken::Virtual(_)))
+        {
+            return Err(SubmitError::NoText);
         }
         if found >= limit {
             return Err(SubmitError::TooLong { found, limit });

@@ -1,5 +1,5 @@
 //! A step to packed tensors to logits. The only place where a learned prompt meets the model: its
-//! rows go where token embeddings go.
+//! rows go where token embeddings go, its keys and values straight into the cache.
 
 use std::sync::Arc;
 
@@ -13,7 +13,7 @@ use crate::{
         paged::{PagedKernels, Segment},
     },
     model::Model,
-    prompt::LearnedPrompt,
+    prompt::{LearnedPrompt, learned::KeyValues},
 };
 
 /// The model and its cache of keys and values.
@@ -24,7 +24,7 @@ pub struct Runner {
 }
 
 /// Positions of one sequence to compute.
-#[derive(Debug)]
+#[derive(Debug, Clone, Copy)]
 pub struct Part<'a> {
     pub tokens: &'a [InputToken],
     /// The position of the first of them.
@@ -74,8 +74,49 @@ impl Runner {
         }
     }
 
-    /// Computes all parts in one forward pass. Returns the logits of those that sample, in order.
+    /// Computes all parts in one forward pass; what a prompt of keys and values says of its positions
+    /// is only copied. Returns the logits of those that sample, in order.
     pub fn run(&mut self, parts: &[Part]) -> Result<Logits> {
+        let mut computed = Vec::with_capacity(parts.len());
+        for &part in parts {
+            computed.extend(self.place(part)?);
+        }
+        if computed.is_empty() {
+            return Ok(Logits(None));
+        }
+        self.forward(&computed)
+    }
+
+    /// Writes the keys and values that a part's prompt has for its positions. Returns what is left
+    /// to compute.
+    fn place<'a>(&mut self, part: Part<'a>) -> Result<Option<Part<'a>>> {
+        let Some(LearnedPrompt::KeyValues(prompt)) = part.prompt.map(Arc::as_ref) else { return Ok(Some(part)) };
+        let len = part.tokens.iter().take_while(|token| is_virtual(token)).count();
+        if len > 0 {
+            self.write(prompt, part.start, len, part.blocks)?;
+        }
+        let rest = Part { tokens: &part.tokens[len..], start: part.start + len, ..part };
+        match rest.tokens {
+            [] if part.samples => bail!("there is no text to continue after a prompt of keys and values"),
+            [] => Ok(None),
+            _ => Ok(Some(rest)),
+        }
+    }
+
+    /// Puts `len` positions of a prompt from `start` on into the cache.
+    fn write(&mut self, prompt: &KeyValues, start: usize, len: usize, blocks: &[BlockId]) -> Result<()> {
+        let layers = self.cache.shape().num_layers;
+        if prompt.layers.len() != layers {
+            bail!("a prompt has keys and values of {} layers, the model has {layers}", prompt.layers.len())
+        }
+        for (i, layer) in prompt.layers.iter().enumerate() {
+            let (keys, values) = (layer.keys.narrow(1, start, len)?, layer.values.narrow(1, start, len)?);
+            self.cache.write(i, blocks, start, &keys, &values)?;
+        }
+        Ok(())
+    }
+
+    fn forward(&mut self, parts: &[Part]) -> Result<Logits> {
         let device = self.model.info().device.clone();
         let x = self.embed(parts, &device)?;
         let positions: Vec<u32> =

@@ -61,7 +61,7 @@ fn yes() -> bool {
 /// What an upload did.
 #[derive(Debug, Serialize, ToSchema)]
 #[schema(example = json!({"task": "sentiment", "created": true, "active": true, "generation": 1,
-    "version": "3f9a0c1b2d4e", "kind": "embeddings", "virtual_tokens": 20,
+    "version": "3f9a0c1b2d4e", "kind": "embeddings", "peft_type": "PROMPT_TUNING", "virtual_tokens": 20,
     "template": "{{ input }}", "labels": {}, "defaults": {"max_tokens": 4}, "limits": {},
     "metrics": {"accuracy": 0.94}, "warnings": []}))]
 pub struct Uploaded {
@@ -108,7 +108,7 @@ pub struct ActiveVersion {
 /// A task with all its versions.
 #[derive(Debug, Serialize, ToSchema)]
 #[schema(example = json!({"task": "sentiment", "generation": 1, "active": "3f9a0c1b2d4e", "versions": [{
-    "version": "3f9a0c1b2d4e", "kind": "embeddings", "virtual_tokens": 20,
+    "version": "3f9a0c1b2d4e", "kind": "embeddings", "peft_type": "PROMPT_TUNING", "virtual_tokens": 20,
     "template": "{{ input }}", "labels": {}, "defaults": {"max_tokens": 4}, "limits": {},
     "metrics": {"accuracy": 0.94}, "warnings": [],
     "active": true, "stored_at": 1_795_414_325, "residency": {"device": "cpu", "bytes": 10240, "cache": "resident"}}]}))]
@@ -131,7 +131,7 @@ pub struct AdminTaskList {
 
 /// One version.
 #[derive(Debug, Serialize, ToSchema)]
-#[schema(example = json!({"version": "3f9a0c1b2d4e", "kind": "embeddings", "virtual_tokens": 20,
+#[schema(example = json!({"version": "3f9a0c1b2d4e", "kind": "embeddings", "peft_type": "PROMPT_TUNING", "virtual_tokens": 20,
     "template": "{{ input }}", "labels": {}, "defaults": {"max_tokens": 4}, "limits": {},
     "metrics": {"accuracy": 0.94}, "warnings": [],
     "active": true, "stored_at": 1_795_414_325, "residency": {"device": "cpu", "bytes": 10240, "cache": "resident"}}))]

@@ -256,6 +256,11 @@ impl From<SubmitError> for Problem {
             ),
             SubmitError::Closed => Self::stopping(),
             SubmitError::Empty => Self::field("input", "found no token, expected at least one"),
+            SubmitError::NoText => Self::field(
+                "input",
+                "found no token, and the task's prompt is of keys and values, after which the model has nothing to go \
+                 on from: give at least one token of text",
+            ),
             SubmitError::TooLong { found, limit } => Self::new(
                 Code::InputTooLong,
                 format!("the learned prompt and the input take {found} positions of {limit}: shorten the input"),

@@ -253,7 +253,8 @@ pub struct TokenLogprob {
 /// A task that can be called.
 #[derive(Debug, Serialize, ToSchema)]
 #[schema(example = json!({"task": "sentiment", "version": "3f9a0c1b2d4e", "description": "positive or negative",
-    "fields": ["input"], "labels": ["negative", "positive"], "virtual_tokens": 20, "limits": {"max_input_tokens": 512}}))]
+    "fields": ["input"], "labels": ["negative", "positive"], "kind": "embeddings", "peft_type": "PROMPT_TUNING",
+    "virtual_tokens": 20, "limits": {"max_input_tokens": 512}}))]
 pub struct TaskInfo {
     #[schema(value_type = String)]
     pub task: TaskName,
@@ -265,6 +266,12 @@ pub struct TaskInfo {
     pub fields: Vec<String>,
     /// The labels that it tells apart, if it is a classifier.
     pub labels: Vec<String>,
+    /// How its learned prompt is applied: `embeddings` or `key-values`.
+    #[schema(value_type = String, example = "embeddings")]
+    pub kind: &'static str,
+    /// PEFT's name of its type.
+    #[schema(value_type = String, example = "PROMPT_TUNING")]
+    pub peft_type: &'static str,
     /// Positions that its learned prompt takes.
     pub virtual_tokens: usize,
     pub limits: TaskLimits,
@@ -289,8 +296,12 @@ pub struct TaskList {
 #[derive(Debug, Serialize, ToSchema)]
 pub struct VersionMeta {
     pub version: String,
-    /// How the prompt is applied: `embeddings` go where token embeddings go.
+    /// How the prompt is applied: `embeddings` go where token embeddings go, `key-values` straight into
+    /// the cache.
     pub kind: &'static str,
+    /// PEFT's name of its type.
+    #[schema(value_type = String, example = "PROMPT_TUNING")]
+    pub peft_type: &'static str,
     pub virtual_tokens: usize,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub description: Option<String>,
@@ -317,6 +328,8 @@ impl TaskInfo {
             description: version.spec.description.clone(),
             fields: version.template.fields().to_vec(),
             labels: version.spec.labels.keys().cloned().collect(),
+            kind: version.prompt.kind(),
+            peft_type: version.peft_type.as_str(),
             virtual_tokens,
             limits: TaskLimits {
                 max_input_tokens: limits.max_input_tokens.unwrap_or(room).min(room.saturating_sub(1)),
@@ -332,6 +345,7 @@ impl From<&Version> for VersionMeta {
         Self {
             version: version.digest.id(),
             kind: version.prompt.kind(),
+            peft_type: version.peft_type.as_str(),
             virtual_tokens: version.prompt.num_virtual_tokens(),
             description: spec.description.clone(),
             template: version.template.source().to_owned(),

@@ -1,7 +1,10 @@
 //! Keys and values of all sequences in fixed-size blocks, so that sequences join and leave the
 //! batch without anything being copied, and can share what they have in common.
 
-use crate::kernels::cpu::{Buffer, Precision};
+use candle_core::{DType, Device, Result, Tensor, bail};
+use half::bf16;
+
+use crate::kernels::cpu::{Buffer, Precision, tensors::with_values};
 
 /// Positions in one block.
 pub const BLOCK_SIZE: usize = 32;
@@ -115,5 +118,135 @@ impl KvCache {
                 }
             }
         }
+    }
+
+    /// Writes keys and values of one layer that nobody computed, both `[num_kv_heads, rows,
+    /// head_dim]` in any float dtype, to the positions from `start` of a sequence that has these
+    /// blocks.
+    ///
+    /// # Errors
+    /// A shape does not fit, or there is no such layer or block.
+    pub fn write(
+        &mut self,
+        layer: usize,
+        blocks: &[BlockId],
+        start: usize,
+        keys: &Tensor,
+        values: &Tensor,
+    ) -> Result<()> {
+        let KvShape { num_layers, num_kv_heads, head_dim, .. } = self.shape;
+        let (heads, rows, dim) = keys.dims3()?;
+        if layer >= num_layers || (heads, dim) != (num_kv_heads, head_dim) || values.dims() != keys.dims() {
+            bail!(
+                "keys {:?} and values {:?} were given for layer {layer} of {:?}",
+                keys.dims(),
+                values.dims(),
+                self.shape
+            )
+        }
+        let has_blocks = start + rows <= blocks.len() * BLOCK_SIZE;
+        if !has_blocks || blocks.iter().any(|&block| block as usize >= self.num_blocks) {
+            bail!("positions {start} to {} do not lie in the blocks {blocks:?}", start + rows)
+        }
+        let plain = |x: &Tensor| x.to_device(&Device::Cpu)?.to_dtype(DType::F32);
+        let (keys, values) = (plain(keys)?, plain(values)?);
+        with_values(&keys, |keys| {
+            with_values(&values, |values| {
+                for (i, (key, value)) in keys.chunks_exact(dim).zip(values.chunks_exact(dim)).enumerate() {
+                    let position = start + i % rows;
+                    let at = self.offset(layer, blocks[position / BLOCK_SIZE], i / rows);
+                    self.write_slot(at, position % BLOCK_SIZE, key, value);
+                }
+                Ok(())
+            })
+        })
+    }
+
+    /// Writes one position of one head whose keys begin at the word `at`.
+    fn write_slot(&mut self, at: usize, slot: usize, key: &[f32], value: &[f32]) {
+        let (precision, plane, dim) = (self.shape.precision, self.shape.plane(), self.shape.padded_dim());
+        let (keys, values) = self.words.as_mut_slice()[at..at + 2 * plane].split_at_mut(plane);
+        if slot == 0 {
+            // As where attention writes: what is weighed with zero must be a number.
+            values.fill(0);
+        }
+        let rounded = |x: f32| u32::from(bf16::from_f32(x).to_bits());
+        let half = |word: &mut u32, second: bool, bits: u32| {
+            *word = if second { *word & 0xffff | bits << 16 } else { *word & 0xffff_0000 | bits };
+        };
+        for (d, (k, v)) in key.iter().zip(value).enumerate() {
+            match precision {
+                Precision::F32 => {
+                    keys[d * BLOCK_SIZE + slot] = k.to_bits();
+                    values[slot * dim + d] = v.to_bits();
+                }
+                Precision::Bf16 => {
+                    half(&mut keys[d / 2 * BLOCK_SIZE + slot], d % 2 == 1, rounded(*k));
+                    half(&mut values[slot / 2 * dim + d], slot % 2 == 1, rounded(*v));
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernels::{
+        AttentionParams, Kernels as _,
+        cpu::Isa,
+        paged::{PagedKernels, Segment},
+    };
+
+    #[test]
+    fn what_is_written_is_attended_to_as_what_was_computed() {
+        let (heads, kv_heads, rows, positions) = (4, 2, 37, 45);
+        for (precision, dim) in
+            [(Precision::F32, 16), (Precision::F32, 20), (Precision::Bf16, 32), (Precision::Bf16, 20)]
+        {
+            let shape = KvShape { num_layers: 2, num_kv_heads: kv_heads, head_dim: dim, precision };
+            let random = |heads| Tensor::randn(0f32, 1.0, (positions, heads, dim), &Device::Cpu).unwrap();
+            let (q, k, v) = (random(heads), random(kv_heads), random(kv_heads));
+            let blocks = [2, 0];
+            let attend = |cache: &mut KvCache, start: usize, rows: usize| {
+                let part = |x: &Tensor| x.narrow(0, start, rows).unwrap();
+                let segment = [Segment { rows, start, blocks: blocks.to_vec() }];
+                let mut kernels = PagedKernels::with_isa(cache, &segment, Isa::best());
+                let params = AttentionParams::scaled((dim as f32).powf(-0.5));
+                let out = kernels.attention(1, &part(&q), &part(&k), &part(&v), &params).unwrap();
+                out.flatten_all().unwrap().to_vec1::<f32>().unwrap()
+            };
+            let mut computed = KvCache::new(shape, 3).unwrap();
+            attend(&mut computed, 0, rows);
+            let expected = attend(&mut computed, rows, positions - rows);
+            for chunk in [1, 5, rows] {
+                let mut written = KvCache::new(shape, 3).unwrap();
+                if dim == shape.padded_dim() {
+                    written.words_mut().fill(f32::NAN.to_bits());
+                }
+                for start in (0..rows).step_by(chunk) {
+                    let part =
+                        |x: &Tensor| x.narrow(0, start, chunk.min(rows - start)).unwrap().transpose(0, 1).unwrap();
+                    written.write(1, &blocks, start, &part(&k), &part(&v)).unwrap();
+                }
+                let found = attend(&mut written, rows, positions - rows);
+                assert!(found == expected, "{precision:?} {dim}, {chunk} at a time");
+            }
+        }
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused() {
+        let shape = KvShape { num_layers: 1, num_kv_heads: 2, head_dim: 4, precision: Precision::F32 };
+        let mut cache = KvCache::new(shape, 2).unwrap();
+        let of = |heads, rows, dim| Tensor::zeros((heads, rows, dim), DType::BF16, &Device::Cpu).unwrap();
+        let good = of(2, 3, 4);
+        assert!(cache.write(0, &[1], 29, &good, &good).is_ok());
+        for (layer, blocks, start, keys) in
+            [(1, [1], 0, good.clone()), (0, [2], 0, good.clone()), (0, [1], 30, good.clone()), (0, [1], 0, of(1, 3, 4))]
+        {
+            assert!(cache.write(layer, &blocks, start, &keys, &good).is_err(), "{layer} {blocks:?} {start}");
+        }
+        assert!(cache.write(0, &[1], 0, &good, &of(2, 2, 4)).is_err());
     }
 }

@@ -39,6 +39,9 @@ pub struct ModelInfo {
     pub hidden_size: usize,
     pub vocab_size: usize,
     pub num_layers: usize,
+    /// Heads of keys and values.
+    pub num_kv_heads: usize,
+    pub head_dim: usize,
     /// The most positions of one sequence.
     pub context_length: usize,
     /// Tokens that end a sequence.
@@ -65,6 +68,8 @@ impl Model {
             hidden_size: config.hidden_size,
             vocab_size: config.vocab_size,
             num_layers: config.num_layers,
+            num_kv_heads: config.num_kv_heads,
+            head_dim: config.head_dim,
             context_length: config.context_length,
             eos_token_ids: files.eos_token_ids(&config)?,
             embedding_scale: decoder.embedding_scale(),

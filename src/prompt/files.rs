@@ -3,7 +3,7 @@
 use std::{
     fs,
     io::{self, Read as _},
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 use bytes::Bytes;
@@ -84,8 +84,9 @@ impl PromptFiles {
             .collect()
     }
 
-    /// Reads a plain PEFT directory, with or without `task.json`; other files are left alone. A
-    /// symbolic link is followed only to a file within the directory.
+    /// Reads a plain PEFT directory, with or without `task.json`; other files are left alone. The
+    /// adapter may lie one folder down, where PEFT puts one that has a name. A symbolic link is
+    /// followed only to a file within the directory.
     pub fn read_dir(dir: &Path) -> Result<Self, Faults> {
         let mut faults = Vec::new();
         let root = match dir.canonicalize() {
@@ -93,18 +94,24 @@ impl PromptFiles {
             Ok(_) => return Err(Faults(vec![malformed(format!("{} is not a folder", dir.display()))])),
             Err(e) => return Err(Faults(vec![malformed(format!("cannot open {}: {e}", dir.display()))])),
         };
-        let mut read = |name, limit| {
-            read_file(&root, name, limit).unwrap_or_else(|e| {
-                faults.push(malformed(format!("cannot read {name} of {}: {e}", dir.display())));
+        let folder = match &adapter_folders(&root)[..] {
+            [] => PathBuf::new(),
+            [folder] => folder.clone(),
+            several => return Err(Faults(vec![several_fault(dir, several)])),
+        };
+        let mut read = |folder: &Path, name, limit| {
+            read_file(&root, &folder.join(name), limit).unwrap_or_else(|e| {
+                let name = folder.join(name);
+                faults.push(malformed(format!("cannot read {} of {}: {e}", name.display(), dir.display())));
                 None
             })
         };
         let files = Self {
-            adapter_config: read(ADAPTER_CONFIG, MAX_JSON_BYTES),
-            weights: read(WEIGHTS, MAX_WEIGHTS_BYTES),
-            task: read(TASK, MAX_JSON_BYTES),
+            adapter_config: read(&folder, ADAPTER_CONFIG, MAX_JSON_BYTES),
+            weights: read(&folder, WEIGHTS, MAX_WEIGHTS_BYTES),
+            task: read(&folder, TASK, MAX_JSON_BYTES).or_else(|| read(Path::new(""), TASK, MAX_JSON_BYTES)),
         };
-        if faults.is_empty() && files.weights.is_none() && root.join(PICKLE).exists() {
+        if faults.is_empty() && files.weights.is_none() && root.join(&folder).join(PICKLE).exists() {
             faults.push(pickle_fault());
         }
         if faults.is_empty() { Ok(files) } else { Err(Faults(faults)) }
@@ -131,6 +138,35 @@ impl PromptFiles {
     }
 }
 
+/// Where the adapters of a PEFT directory are, relative to it: in itself if it has an adapter's files,
+/// else in the folders below that have; sorted.
+pub fn adapter_folders(dir: &Path) -> Vec<PathBuf> {
+    let has_adapter = |folder: &Path| [ADAPTER_CONFIG, WEIGHTS, PICKLE].iter().any(|name| folder.join(name).exists());
+    if has_adapter(dir) {
+        return vec![PathBuf::new()];
+    }
+    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+    let is_hidden = |name: &Path| name.to_string_lossy().starts_with('.');
+    let mut folders: Vec<PathBuf> = entries
+        .map(|entry| PathBuf::from(entry.file_name()))
+        .filter(|name| !is_hidden(name) && has_adapter(&dir.join(name)))
+        .collect();
+    folders.sort();
+    folders
+}
+
+fn several_fault(dir: &Path, folders: &[PathBuf]) -> Fault {
+    const SHOWN: usize = 6;
+    let shown: Vec<_> = folders.iter().take(SHOWN).map(|folder| folder.display().to_string()).collect();
+    let more = if folders.len() > SHOWN { ", …" } else { "" };
+    malformed(format!(
+        "{} has {} adapters, in {}{more}; expected one: give the folder of one of them",
+        dir.display(),
+        folders.len(),
+        shown.join(", ")
+    ))
+}
+
 /// Waits until the disk has a folder's entries.
 pub fn sync_dir(dir: &Path) -> io::Result<()> {
     // Windows cannot open a folder as a file and needs no such call; some network file systems
@@ -147,8 +183,8 @@ pub fn sync_dir(dir: &Path) -> io::Result<()> {
 /// Why a `.bin` file alone is refused.
 pub fn pickle_fault() -> Fault {
     malformed(format!(
-        "found {PICKLE} and no {WEIGHTS}; a .bin file is a Python pickle, which can run code and is never opened; \
-         convert it: load it in PEFT and call save_pretrained(..., safe_serialization=True)"
+        "found {PICKLE} and no {WEIGHTS}; a .bin file is a Python pickle, which can run code and is not opened here; \
+         convert it with `softserve convert`, or load it in PEFT and call save_pretrained(..., safe_serialization=True)"
     ))
 }
 
@@ -156,7 +192,7 @@ fn malformed(detail: String) -> Fault {
     Fault { kind: FaultKind::Malformed, detail }
 }
 
-fn read_file(root: &Path, name: &str, limit: u64) -> io::Result<Option<Bytes>> {
+fn read_file(root: &Path, name: &Path, limit: u64) -> io::Result<Option<Bytes>> {
     let path = match root.join(name).canonicalize() {
         Ok(path) => path,
         Err(e) if e.kind() == io::ErrorKind::NotFound && root.join(name).symlink_metadata().is_err() => {
@@ -241,6 +277,36 @@ mod tests {
         fs::write(dir.path().join(TASK), vec![b' '; MAX_JSON_BYTES as usize + 1]).expect("writes");
         let faults = PromptFiles::read_dir(dir.path()).expect_err("refused");
         assert!(faults.to_string().contains("more than"), "{faults}");
+    }
+
+    #[test]
+    fn an_adapter_that_has_a_name_is_found_one_folder_down_and_two_are_refused() {
+        let dir = tempfile::tempdir().expect("temp dir");
+        files().write_dir(&dir.path().join("french")).expect("writes");
+        fs::create_dir(dir.path().join("runs")).expect("makes");
+        fs::write(dir.path().join(TASK), "{}").expect("writes");
+        let with_task = PromptFiles { task: Some("{}".into()), ..files() };
+        assert_eq!(PromptFiles::read_dir(dir.path()).expect("reads"), with_task);
+        files().write_dir(&dir.path().join("german")).expect("writes");
+        let faults = PromptFiles::read_dir(dir.path()).expect_err("two").to_string();
+        assert!(faults.contains("2 adapters, in french, german"), "{faults}");
+        // What lies in the directory itself is the adapter, as PEFT reads it.
+        let top = PromptFiles { weights: Some("top".into()), ..files() };
+        fs::write(dir.path().join(WEIGHTS), "top").expect("writes");
+        fs::write(dir.path().join(ADAPTER_CONFIG), "{}").expect("writes");
+        assert_eq!(PromptFiles::read_dir(dir.path()).expect("reads"), PromptFiles { task: Some("{}".into()), ..top });
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_folder_of_an_adapter_that_is_a_link_out_is_not_followed() {
+        let dir = tempfile::tempdir().expect("temp dir");
+        let (inside, outside) = (dir.path().join("in"), dir.path().join("out"));
+        fs::create_dir(&inside).expect("makes");
+        files().write_dir(&outside).expect("writes");
+        std::os::unix::fs::symlink(&outside, inside.join("french")).expect("links");
+        let faults = PromptFiles::read_dir(&inside).expect_err("refused");
+        assert!(faults.to_string().contains("leads out of the folder"), "{faults}");
     }
 
     #[test]

@@ -12,12 +12,16 @@ use super::format::{Fit, PromptFiles};
 /// The hidden size of [`fit`].
 pub(crate) const HIDDEN: usize = 8;
 
-/// A decoder of hidden size 8 and context 64.
+/// A decoder of hidden size 8, two layers of two heads that share one of keys, and context 64.
 pub(crate) fn fit() -> Fit {
     Fit {
         model_name: "tiny".into(),
         fingerprint: "0123456789abcdef".into(),
         hidden_size: HIDDEN,
+        num_layers: 2,
+        num_kv_heads: 1,
+        head_dim: 4,
+        embedding_scale: None,
         context_length: 64,
         device: Device::Cpu,
         dtype: DType::F32,

@@ -6,9 +6,9 @@ use std::sync::Arc;
 use candle_core::{DType, Device};
 
 use super::{
-    LearnedPrompt, TaskName, Version,
+    LearnedPrompt, PeftType, TaskName, Version,
     labels::Verbalizer,
-    learned::Embeddings,
+    layout::{self, Meaning},
     peft,
     spec::TaskSpec,
     template::{DEFAULT_TEMPLATE, PromptTemplate},
@@ -17,7 +17,6 @@ use super::{
 pub use super::{
     encode::{PeftConfig, encode_prompt_tuning},
     files::PromptFiles,
-    peft::SERVED_TYPES,
 };
 use crate::model::ModelInfo;
 
@@ -28,6 +27,12 @@ pub struct Fit {
     /// See `model::ModelInfo::fingerprint`.
     pub fingerprint: String,
     pub hidden_size: usize,
+    pub num_layers: usize,
+    /// Heads of keys and values.
+    pub num_kv_heads: usize,
+    pub head_dim: usize,
+    /// What the model multiplies its token embeddings by, if it does: the root of the hidden size.
+    pub embedding_scale: Option<f64>,
     /// The most positions of one sequence, virtual tokens included.
     pub context_length: usize,
     pub device: Device,
@@ -40,10 +45,26 @@ impl From<&ModelInfo> for Fit {
             model_name: info.name.clone(),
             fingerprint: info.fingerprint.clone(),
             hidden_size: info.hidden_size,
+            num_layers: info.num_layers,
+            num_kv_heads: info.num_kv_heads,
+            head_dim: info.head_dim,
+            embedding_scale: None,
             context_length: info.context_length,
             device: info.device.clone(),
             dtype: info.dtype,
         }
+    }
+}
+
+impl Fit {
+    /// Keys of one position in one layer.
+    pub fn kv_dim(&self) -> usize {
+        self.num_kv_heads * self.head_dim
+    }
+
+    /// Keys and values of one position in all layers.
+    pub fn key_values_columns(&self) -> usize {
+        2 * self.num_layers * self.kv_dim()
     }
 }
 
@@ -84,12 +105,18 @@ pub fn read(task: TaskName, files: &PromptFiles, fit: &Fit) -> Result<Version, F
     if !too_large.is_empty() {
         return Err(Faults(too_large));
     }
-    match (read_prompt(files, fit), read_task(files, fit)) {
-        (Ok((prompt, mut warnings)), Ok(words)) => {
+    let spec = read_spec(files);
+    let prompt = read_prompt(files, spec.as_ref().ok(), fit);
+    match (prompt, spec.and_then(|spec| read_words(spec, fit))) {
+        (Ok((prompt, peft_type, mut warnings)), Ok(words)) => {
             warnings.extend(words.warnings);
+            if words.spec.task_id.is_some() && peft_type != PeftType::Multitask {
+                warnings.push("task.json has a task_id, which only multitask prompts use; ignored".to_owned());
+            }
             Ok(Version {
                 task,
                 digest: files.digest(),
+                peft_type,
                 prompt: Arc::new(prompt),
                 template: words.template,
                 labels: words.labels,
@@ -110,8 +137,13 @@ fn fault(kind: FaultKind, detail: impl Into<String>) -> Fault {
     Fault { kind, detail: detail.into() }
 }
 
-/// The learned prompt, and what is odd about its files.
-fn read_prompt(files: &PromptFiles, fit: &Fit) -> Result<(LearnedPrompt, Vec<String>), Vec<Fault>> {
+/// The learned prompt, its type, and what is odd about its files. `task` is `task.json`, if that can be
+/// read.
+fn read_prompt(
+    files: &PromptFiles,
+    task: Option<&TaskSpec>,
+    fit: &Fit,
+) -> Result<(LearnedPrompt, PeftType, Vec<String>), Vec<Fault>> {
     let declared = files.adapter_config.as_ref().map(|bytes| peft::check_config(bytes, fit)).unwrap_or_default();
     let mut faults = declared.faults;
     let Some(bytes) = &files.weights else {
@@ -123,9 +155,15 @@ fn read_prompt(files: &PromptFiles, fit: &Fit) -> Result<(LearnedPrompt, Vec<Str
         return Err(faults);
     }
     if let (None, Some(foreign)) = (&files.adapter_config, weights::foreign_type(bytes)) {
-        let served = SERVED_TYPES.join(", ");
-        let detail = format!("the tensors are those of {foreign}, which is not served; served are {served}");
-        return Err(vec![fault(FaultKind::UnsupportedType, detail)]);
+        let (kind, reason) = match PeftType::from_name(foreign) {
+            Some(_) => (
+                FaultKind::Malformed,
+                "which needs its adapter_config.json and a task.json that says which task is served; upload all three"
+                    .to_owned(),
+            ),
+            None => (FaultKind::UnsupportedType, format!("which is not served; served are {}", PeftType::names())),
+        };
+        return Err(vec![fault(kind, format!("the tensors are those of {foreign}, {reason}"))]);
     }
     if let (Some(found), Some(expected)) = (weights::num_rows(bytes), declared.rows)
         && found != expected
@@ -136,8 +174,10 @@ fn read_prompt(files: &PromptFiles, fit: &Fit) -> Result<(LearnedPrompt, Vec<Str
         );
         faults.push(fault(FaultKind::Shape, detail));
     }
-    match weights::read_rows(bytes, fit) {
-        Ok(rows) if faults.is_empty() => Ok((LearnedPrompt::Embeddings(Embeddings { rows }), declared.warnings)),
+    let peft_type = declared.peft_type.unwrap_or(PeftType::PromptTuning);
+    let meaning = Meaning { peft_type, tasks: declared.tasks, ranks: declared.ranks, task };
+    match layout::read(bytes, meaning, fit) {
+        Ok(prompt) if faults.is_empty() => Ok((prompt, peft_type, declared.warnings)),
         Ok(_) => Err(faults),
         Err(found) => {
             faults.extend(found);
@@ -154,12 +194,18 @@ struct Words {
     warnings: Vec<String>,
 }
 
-fn read_task(files: &PromptFiles, fit: &Fit) -> Result<Words, Vec<Fault>> {
-    let task_fault = |reason: String| fault(FaultKind::Task, format!("task.json: {reason}"));
-    let spec = match &files.task {
-        None => TaskSpec::default(),
-        Some(bytes) => TaskSpec::from_json(bytes).map_err(|reason| vec![task_fault(reason)])?,
-    };
+fn task_fault(reason: String) -> Fault {
+    fault(FaultKind::Task, format!("task.json: {reason}"))
+}
+
+fn read_spec(files: &PromptFiles) -> Result<TaskSpec, Vec<Fault>> {
+    match &files.task {
+        None => Ok(TaskSpec::default()),
+        Some(bytes) => TaskSpec::from_json(bytes).map_err(|reason| vec![task_fault(reason)]),
+    }
+}
+
+fn read_words(spec: TaskSpec, fit: &Fit) -> Result<Words, Vec<Fault>> {
     let mut faults: Vec<Fault> = spec.range_faults().into_iter().map(task_fault).collect();
     let mut warnings = Vec::new();
     let template = PromptTemplate::parse(spec.template.as_deref().unwrap_or(DEFAULT_TEMPLATE))
@@ -169,9 +215,6 @@ fn read_task(files: &PromptFiles, fit: &Fit) -> Result<Words, Vec<Fault>> {
         false => Verbalizer::new(&spec.labels).map_err(|e| faults.push(task_fault(format!("labels: {e}")))).ok(),
     };
     check_base_model(&spec, fit, &mut faults, &mut warnings);
-    if spec.task_id.is_some() {
-        warnings.push("task.json has a task_id, which only multitask prompts use; ignored".to_owned());
-    }
     match template {
         Ok(template) if faults.is_empty() => Ok(Words { spec, template, labels, warnings }),
         _ => Err(faults),

@@ -5,8 +5,10 @@ use candle_core::Tensor;
 /// The tensors of one version, on the serving device and in the model's dtype.
 #[derive(Debug, Clone)]
 pub enum LearnedPrompt {
-    /// Prompt tuning, P-tuning: rows that go where token embeddings go.
+    /// Prompt tuning, P-tuning, CPT, multitask: rows that go where token embeddings go.
     Embeddings(Embeddings),
+    /// Prefix tuning, cartridge: what attention finds at the prompt's positions.
+    KeyValues(KeyValues),
 }
 
 /// Virtual-token embeddings `[num_virtual_tokens, hidden_size]`.
@@ -16,25 +18,44 @@ pub struct Embeddings {
     pub rows: Tensor,
 }
 
+/// Keys and values of the first positions, as the cache holds them: keys are used as they are,
+/// without norm or rotation. At least one layer.
+#[derive(Debug, Clone)]
+pub struct KeyValues {
+    /// Each layer of the model, in order.
+    pub layers: Vec<LayerKeyValues>,
+}
+
+/// What one layer's attention finds, both `[num_kv_heads, num_virtual_tokens, head_dim]`.
+#[derive(Debug, Clone)]
+pub struct LayerKeyValues {
+    pub keys: Tensor,
+    pub values: Tensor,
+}
+
 impl LearnedPrompt {
     /// How many positions the prompt takes in front of the text.
     pub fn num_virtual_tokens(&self) -> usize {
         match self {
             Self::Embeddings(e) => e.rows.dims()[0],
+            Self::KeyValues(kv) => kv.layers.first().map_or(0, |layer| layer.keys.dims()[1]),
         }
     }
 
     /// Bytes of tensor data held.
     pub fn num_bytes(&self) -> usize {
+        let bytes = |x: &Tensor| x.elem_count() * x.dtype().size_in_bytes();
         match self {
-            Self::Embeddings(e) => e.rows.elem_count() * e.rows.dtype().size_in_bytes(),
+            Self::Embeddings(e) => bytes(&e.rows),
+            Self::KeyValues(kv) => kv.layers.iter().map(|layer| bytes(&layer.keys) + bytes(&layer.values)).sum(),
         }
     }
 
-    /// PEFT's word for how the prompt is applied, shown to users.
+    /// How the prompt is applied, in a word shown to users.
     pub fn kind(&self) -> &'static str {
         match self {
             Self::Embeddings(_) => "embeddings",
+            Self::KeyValues(_) => "key-values",
         }
     }
 }

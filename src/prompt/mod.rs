@@ -9,12 +9,15 @@ pub mod files;
 pub(crate) mod fixtures;
 pub mod format;
 pub mod labels;
+mod layout;
 pub mod learned;
 pub mod peft;
+pub mod peft_type;
 pub mod spec;
 pub mod task;
 pub mod template;
 mod weights;
 
 pub use learned::LearnedPrompt;
+pub use peft_type::PeftType;
 pub use task::{Digest, TaskName, Version};

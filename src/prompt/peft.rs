@@ -2,13 +2,17 @@
 
 use serde_json::{Map, Value};
 
-use super::format::{Fault, FaultKind, Fit};
+use super::{
+    format::{Fault, FaultKind, Fit},
+    peft_type::PeftType,
+};
 
-/// The PEFT types that are served, as `adapter_config.json` spells them.
-pub const SERVED_TYPES: [&str; 3] = ["PROMPT_TUNING", "P_TUNING", "CPT"];
+/// Of a file with as many keys as queries on a model that has fewer.
+pub(super) const UNADJUSTED: &str = "that is the hidden size, which PEFT before 0.12 wrote for models with \
+     grouped-query attention: tune the prompt again with PEFT 0.12 or later";
 
-/// Keys of every prompt's configuration, then of the served types: none of the latter matters once
-/// the rows are learned.
+/// Keys of every prompt's configuration, then of the served types. Of the latter only the numbers of
+/// tasks and ranks matter once the rows are learned; a path among them is never opened.
 #[rustfmt::skip]
 const KNOWN_KEYS: [&str; 36] = [
     "peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version",
@@ -25,8 +29,13 @@ const KNOWN_KEYS: [&str; 36] = [
 /// What a configuration says.
 #[derive(Debug, Default)]
 pub(super) struct Declared {
+    /// The type, if it is one that is served.
+    pub peft_type: Option<PeftType>,
     /// Rows that the file must have.
     pub rows: Option<usize>,
+    /// Tasks and ranks of a multitask prompt.
+    pub tasks: Option<usize>,
+    pub ranks: Option<usize>,
     pub warnings: Vec<String>,
     pub faults: Vec<Fault>,
 }
@@ -42,18 +51,18 @@ pub(super) fn check_config(bytes: &[u8], fit: &Fit) -> Declared {
         }
     };
     let mut keys = Keys { config: &config, faults: Vec::new() };
-    check_type(&mut keys);
-    if !keys.faults.is_empty() {
+    let Some(peft_type) = check_type(&mut keys) else {
         return Declared { faults: keys.faults, ..Declared::default() };
-    }
+    };
     check_purpose(&mut keys);
     check_submodules(&mut keys);
     let rows = keys.count("num_virtual_tokens");
-    if let Some(found) = keys.count("token_dim").filter(|&n| n != fit.hidden_size) {
-        let (name, hidden) = (&fit.model_name, fit.hidden_size);
-        let detail = format!("token_dim is {found}, the model {name} has a hidden size of {hidden}");
-        keys.fault(FaultKind::Shape, format!("{detail}; use a prompt tuned on this model"));
+    match peft_type.is_key_values() {
+        true => check_key_values(&mut keys, fit),
+        false => check_embeddings(&mut keys, fit),
     }
+    let mut of_multitask = |key| if peft_type == PeftType::Multitask { keys.count(key) } else { None };
+    let (tasks, ranks) = (of_multitask("num_tasks"), of_multitask("num_ranks"));
 
     let mut warnings = Vec::new();
     if let Some(base) = keys.text("base_model_name_or_path").filter(|base| !same_model(base, &fit.model_name)) {
@@ -65,7 +74,7 @@ pub(super) fn check_config(bytes: &[u8], fit: &Fit) -> Declared {
         let shown = unknown.iter().take(8).map(|k| format!("{k:?}")).collect::<Vec<_>>().join(", ");
         warnings.push(format!("adapter_config.json has {} unknown keys, ignored: {shown}", unknown.len()));
     }
-    Declared { rows, warnings, faults: keys.faults }
+    Declared { peft_type: Some(peft_type), rows, tasks, ranks, warnings, faults: keys.faults }
 }
 
 /// Whether two model names mean one model: the last part of a path or hub id, in any letter case.
@@ -116,18 +125,52 @@ impl<'a> Keys<'a> {
     }
 }
 
-fn check_type(keys: &mut Keys<'_>) {
-    let served = SERVED_TYPES.join(", ");
+fn check_type(keys: &mut Keys<'_>) -> Option<PeftType> {
+    let served = PeftType::names();
     match keys.text("peft_type") {
-        Some(found) if SERVED_TYPES.contains(&found) => {}
         Some(found) => {
-            let detail = format!("peft_type is {:?}, which is not served; served are {served}", short(found));
-            keys.fault(FaultKind::UnsupportedType, detail);
+            let peft_type = PeftType::from_name(found);
+            if peft_type.is_none() {
+                let detail = format!("peft_type is {:?}, which is not served; served are {served}", short(found));
+                keys.fault(FaultKind::UnsupportedType, detail);
+            }
+            peft_type
         }
-        None if keys.faults.is_empty() => {
-            keys.fault(FaultKind::Malformed, format!("there is no peft_type, expected one of {served}"));
+        None => {
+            if keys.faults.is_empty() {
+                keys.fault(FaultKind::Malformed, format!("there is no peft_type, expected one of {served}"));
+            }
+            None
         }
-        None => {}
+    }
+}
+
+/// The numbers of a prompt of embeddings are those of the model's hidden states.
+fn check_embeddings(keys: &mut Keys<'_>, fit: &Fit) {
+    if let Some(found) = keys.count("token_dim").filter(|&n| n != fit.hidden_size) {
+        let (name, hidden) = (&fit.model_name, fit.hidden_size);
+        let detail = format!("token_dim is {found}, the model {name} has a hidden size of {hidden}");
+        keys.fault(FaultKind::Shape, format!("{detail}; use a prompt tuned on this model"));
+    }
+}
+
+/// The numbers of a prompt of keys and values are those of the model's keys.
+fn check_key_values(keys: &mut Keys<'_>, fit: &Fit) {
+    for (key, expected, what) in [
+        ("num_layers", fit.num_layers, "layers"),
+        ("num_attention_heads", fit.num_kv_heads, "heads of keys and values"),
+        ("token_dim", fit.kv_dim(), "dimensions of keys in a layer"),
+    ] {
+        if let Some(found) = keys.count(key).filter(|&n| n != expected) {
+            let name = &fit.model_name;
+            let detail = format!("{key} is {found}, the model {name} has {expected} {what}");
+            // PEFT before 0.12 took the numbers of the queries.
+            let advice = match key == "token_dim" && found == fit.hidden_size {
+                true => UNADJUSTED,
+                false => "use a prompt tuned on this model",
+            };
+            keys.fault(FaultKind::Shape, format!("{detail}; {advice}"));
+        }
     }
 }
 
@@ -136,8 +179,13 @@ fn check_purpose(keys: &mut Keys<'_>) {
         None | Some("CAUSAL_LM") => {}
         Some(found) => {
             let reason = match found {
-                "SEQ_2_SEQ_LM" => "is for an encoder-decoder model and this one is decoder-only",
-                "SEQ_CLS" | "TOKEN_CLS" | "QUESTION_ANS" => "needs a head of its own, which is not served",
+                "SEQ_2_SEQ_LM" => {
+                    "is for an encoder-decoder model and this one is decoder-only: serve it with the model it was \
+                     tuned on, or tune it on this one"
+                }
+                "SEQ_CLS" | "TOKEN_CLS" | "QUESTION_ANS" => {
+                    "needs a head of its own, which is not served: tune a prompt whose labels are words"
+                }
                 _ => "does not make text",
             };
             let detail = format!("task_type is {:?}, which {reason}; expected CAUSAL_LM or null", short(found));

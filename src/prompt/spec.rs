@@ -27,6 +27,10 @@ pub struct TaskSpec {
     /// The row of a multitask prompt.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub task_id: Option<usize>,
+    /// Whether the embeddings are multiplied by the root of the hidden size: for prompts tuned on Gemma
+    /// 1 or 2 with transformers before 5.4.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub scale_by_sqrt_hidden: bool,
     /// The frozen model that the prompt was tuned on.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub base_model: Option<BaseModel>,

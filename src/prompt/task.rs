@@ -4,7 +4,9 @@ use std::{borrow::Borrow, fmt, str::FromStr, sync::Arc};
 
 use serde::{Deserialize, Serialize};
 
-use super::{labels::Verbalizer, learned::LearnedPrompt, spec::TaskSpec, template::PromptTemplate};
+use super::{
+    labels::Verbalizer, learned::LearnedPrompt, peft_type::PeftType, spec::TaskSpec, template::PromptTemplate,
+};
 
 /// The longest task name, in bytes.
 pub const MAX_TASK_NAME: usize = 63;
@@ -113,6 +115,8 @@ pub struct Version {
     pub task: TaskName,
     /// The digest of its files' content.
     pub digest: Digest,
+    /// The type that its configuration names; prompt tuning where it has none.
+    pub peft_type: PeftType,
     /// The tensors that a tuner wrote, ready for the model.
     pub prompt: Arc<LearnedPrompt>,
     /// How an input becomes text.

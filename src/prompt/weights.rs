@@ -1,43 +1,91 @@
-//! The tensors' file: exactly one matrix, `prompt_embeddings`, finite in the file and in the
-//! model's dtype. Nothing is allocated for it before all checks have passed.
+//! The tensors' file: the tensors of its type and no others, in a float format, finite in the file and
+//! in the dtype that they are cast to. Nothing is allocated for them before all checks have passed.
 
 use std::fmt;
 
-use candle_core::{DType, Tensor};
+use candle_core::DType;
 use half::{bf16, f16};
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 
-use super::format::{Fault, FaultKind, Fit};
+use super::format::{Fault, FaultKind};
 
-/// The name of the one tensor that is read.
+/// The tensor that every prompt has.
 pub const TENSOR: &str = "prompt_embeddings";
+/// A multitask prompt's `[tasks, n, ranks]`.
+pub const TASK_COLS: &str = "prefix_task_cols";
+/// A multitask prompt's `[tasks, ranks, hidden]`.
+pub const TASK_ROWS: &str = "prefix_task_rows";
 
 /// The longest safetensors header: one tensor needs about a hundred bytes.
 const MAX_HEADER_BYTES: u64 = 1024 * 1024;
 
-/// Positions that must stay free behind a prompt: one of text, one new.
-const MIN_FREE_POSITIONS: usize = 2;
+/// A file that has the tensors of its type and no others.
+pub(super) struct Tensors<'a> {
+    file: SafeTensors<'a>,
+}
 
-/// Reads the virtual tokens' rows `[n, hidden]` in the model's dtype on its device.
-pub(super) fn read_rows(bytes: &[u8], fit: &Fit) -> Result<Tensor, Vec<Fault>> {
-    let file = open(bytes).map_err(|fault| vec![fault])?;
-    let view = the_one_tensor(&file)?;
-    let mut faults = shape_faults(view.shape(), fit);
-    match Format::of(view.dtype()) {
-        None => faults.push(fault(
-            FaultKind::Malformed,
-            format!(
-                "{TENSOR} is stored as {:?}, expected F32, F16, BF16 or F64; integers and 8-bit floats are not \
-                 embeddings without their scales, so save it as F32",
-                view.dtype()
-            ),
-        )),
-        Some(format) => faults.extend(value_faults(format, &view, fit.dtype)),
+/// One of them.
+pub(super) struct Stored<'a> {
+    name: &'static str,
+    view: TensorView<'a>,
+}
+
+impl<'a> Tensors<'a> {
+    /// Opens a file that must have the tensors of these names, and only those.
+    pub fn open(bytes: &'a [u8], names: &[&str]) -> Result<Self, Vec<Fault>> {
+        let file = open(bytes).map_err(|fault| vec![fault])?;
+        let mut faults: Vec<Fault> =
+            names.iter().filter(|name| file.tensor(name).is_err()).map(|name| missing(name)).collect();
+        let mut foreign: Vec<&str> = file.names().into_iter().filter(|name| !names.contains(name)).collect();
+        foreign.sort_unstable();
+        if !foreign.is_empty() {
+            let expected = names.join(", ");
+            let detail = format!(
+                "adapter_model.safetensors has the tensors {}; expected {expected} alone: a prompt never replaces \
+                 weights of the model that all tasks share, and heads of modules_to_save are not served; remove them",
+                Names(&foreign)
+            );
+            faults.push(fault(FaultKind::Malformed, detail));
+        }
+        if faults.is_empty() { Ok(Self { file }) } else { Err(faults) }
     }
-    if !faults.is_empty() {
-        return Err(faults);
+
+    /// The tensor of this name.
+    pub fn get(&self, name: &'static str) -> Result<Stored<'a>, Vec<Fault>> {
+        let view = self.file.tensor(name).map_err(|_| vec![missing(name)])?;
+        Ok(Stored { name, view })
     }
-    to_tensor(&view, fit).map_err(|e| vec![fault(FaultKind::Malformed, format!("cannot load {TENSOR}: {e}"))])
+}
+
+impl Stored<'_> {
+    pub fn shape(&self) -> &[usize] {
+        self.view.shape()
+    }
+
+    /// What is wrong with the format or with values that are to be cast to `dtype`.
+    pub fn value_faults(&self, dtype: DType) -> Vec<Fault> {
+        match Format::of(self.view.dtype()) {
+            Some(format) => value_faults(self.name, format, &self.view, dtype),
+            None => vec![fault(
+                FaultKind::Malformed,
+                format!(
+                    "{} is stored as {:?}, expected F32, F16, BF16 or F64; integers and 8-bit floats are no values \
+                     without their scales, so save it as F32",
+                    self.name,
+                    self.view.dtype()
+                ),
+            )],
+        }
+    }
+
+    /// All values; none of a format that [`value_faults`](Self::value_faults) refuses.
+    pub fn to_f32(&self) -> Vec<f32> {
+        let mut values = Vec::with_capacity(self.shape().iter().product());
+        if let Some(format) = Format::of(self.view.dtype()) {
+            for_each_value(format, self.view.data(), |_, value| values.push(value as f32));
+        }
+        values
+    }
 }
 
 /// How many rows the file has, if it has rows at all.
@@ -50,7 +98,8 @@ pub(super) fn num_rows(bytes: &[u8]) -> Option<usize> {
     }
 }
 
-/// PEFT's name for what the tensors' names look like, where it is not a prompt that is served.
+/// PEFT's name for what the tensors' names look like, where it is not a prompt that can do without a
+/// configuration.
 pub(super) fn foreign_type(bytes: &[u8]) -> Option<&'static str> {
     let file = open(bytes).ok()?;
     let names = file.names();
@@ -67,6 +116,10 @@ pub(super) fn foreign_type(bytes: &[u8]) -> Option<&'static str> {
 
 fn fault(kind: FaultKind, detail: String) -> Fault {
     Fault { kind, detail }
+}
+
+fn missing(name: &str) -> Fault {
+    fault(FaultKind::Malformed, format!("there is no tensor {name} in adapter_model.safetensors"))
 }
 
 fn open(bytes: &[u8]) -> Result<SafeTensors<'_>, Fault> {
@@ -90,28 +143,6 @@ fn open(bytes: &[u8]) -> Result<SafeTensors<'_>, Fault> {
     SafeTensors::deserialize(bytes).map_err(|e| damaged(e.to_string()))
 }
 
-fn the_one_tensor<'a>(file: &SafeTensors<'a>) -> Result<TensorView<'a>, Vec<Fault>> {
-    let mut foreign: Vec<&str> = file.names().into_iter().filter(|name| *name != TENSOR).collect();
-    foreign.sort_unstable();
-    let mut faults = Vec::new();
-    let view = file.tensor(TENSOR);
-    if view.is_err() {
-        faults.push(fault(FaultKind::Malformed, format!("there is no tensor {TENSOR} in adapter_model.safetensors")));
-    }
-    if !foreign.is_empty() {
-        let detail = format!(
-            "adapter_model.safetensors has the tensors {}; expected {TENSOR} alone: a prompt never replaces weights of \
-             the model that all tasks share, and heads of modules_to_save are not served; remove them",
-            Names(&foreign)
-        );
-        faults.push(fault(FaultKind::Malformed, detail));
-    }
-    match view {
-        Ok(view) if faults.is_empty() => Ok(view),
-        _ => Err(faults),
-    }
-}
-
 /// The first names of a list that a file may have made long.
 struct Names<'a>(&'a [&'a str]);
 
@@ -127,37 +158,6 @@ impl fmt::Display for Names<'_> {
             more => write!(f, " and {more} more"),
         }
     }
-}
-
-fn shape_faults(shape: &[usize], fit: &Fit) -> Vec<Fault> {
-    let shape_fault = |detail| fault(FaultKind::Shape, detail);
-    let &[rows, columns] = shape else {
-        let shown = &shape[..shape.len().min(8)];
-        let detail = format!(
-            "{TENSOR} has {} dimensions {shown:?}, expected 2: [virtual tokens, {}]",
-            shape.len(),
-            fit.hidden_size
-        );
-        return vec![shape_fault(detail)];
-    };
-    let mut faults = Vec::new();
-    if columns != fit.hidden_size {
-        faults.push(shape_fault(format!(
-            "{TENSOR} has {columns} columns, the model {} has a hidden size of {}; use a prompt tuned on this model",
-            fit.model_name, fit.hidden_size
-        )));
-    }
-    if rows == 0 {
-        faults.push(shape_fault(format!("{TENSOR} has no rows, expected at least one virtual token")));
-    }
-    if rows.saturating_add(MIN_FREE_POSITIONS) > fit.context_length {
-        faults.push(shape_fault(format!(
-            "{TENSOR} has {rows} virtual tokens and the model's context has {} positions, of which a text and its \
-             answer need at least {MIN_FREE_POSITIONS}; tune a shorter prompt",
-            fit.context_length
-        )));
-    }
-    faults
 }
 
 #[derive(Clone, Copy)]
@@ -197,7 +197,8 @@ fn for_each_value(format: Format, data: &[u8], mut each: impl FnMut(usize, f64))
     }
 }
 
-fn survives_cast(value: f64, dtype: DType) -> bool {
+/// Whether a value is a number in `dtype`.
+pub(super) fn survives_cast(value: f64, dtype: DType) -> bool {
     let value = value as f32;
     match dtype {
         DType::F16 => f16::from_f32(value).is_finite(),
@@ -206,7 +207,7 @@ fn survives_cast(value: f64, dtype: DType) -> bool {
     }
 }
 
-fn value_faults(format: Format, view: &TensorView<'_>, dtype: DType) -> Vec<Fault> {
+fn value_faults(name: &str, format: Format, view: &TensorView<'_>, dtype: DType) -> Vec<Fault> {
     let columns = view.shape().last().copied().unwrap_or(1).max(1);
     let mut not_finite = Odd::default();
     let mut overflow = Odd::default();
@@ -221,7 +222,7 @@ fn value_faults(format: Format, view: &TensorView<'_>, dtype: DType) -> Vec<Faul
     let mut faults = Vec::new();
     if let Some((i, value)) = not_finite.first {
         let detail = format!(
-            "{TENSOR} has {} values that are not finite, the first is {value} in {}; the tuning run diverged: tune \
+            "{name} has {} values that are not finite, the first is {value} in {}; the tuning run diverged: tune \
              again with a lower learning rate",
             not_finite.count,
             place(i)
@@ -230,7 +231,7 @@ fn value_faults(format: Format, view: &TensorView<'_>, dtype: DType) -> Vec<Faul
     }
     if let Some((i, value)) = overflow.first {
         let detail = format!(
-            "{TENSOR} has {} values that overflow in the cast to the model's {}, the first is {value:e} in {}; serve \
+            "{name} has {} values that overflow in the cast to the model's {}, the first is {value:e} in {}; serve \
              with a dtype of more range (bf16 or f32), or tune again with weight decay",
             overflow.count,
             dtype.as_str(),
@@ -252,11 +253,4 @@ impl Odd {
         self.count += 1;
         self.first.get_or_insert((i, value));
     }
-}
-
-fn to_tensor(view: &TensorView<'_>, fit: &Fit) -> candle_core::Result<Tensor> {
-    let dtype = DType::try_from(view.dtype())?;
-    let cpu = candle_core::Device::Cpu;
-    let stored = Tensor::from_raw_buffer(view.data(), dtype, view.shape(), &cpu)?;
-    stored.to_dtype(DType::F32)?.to_dtype(fit.dtype)?.to_device(&fit.device)?.contiguous()
 }

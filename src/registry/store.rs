@@ -17,7 +17,7 @@ use tempfile::TempDir;
 
 use crate::prompt::{
     Digest, TaskName,
-    files::{ADAPTER_CONFIG, PICKLE, PromptFiles, TASK, WEIGHTS, sync_dir},
+    files::{ADAPTER_CONFIG, PICKLE, PromptFiles, TASK, WEIGHTS, adapter_folders, sync_dir},
     format::Faults,
 };
 
@@ -145,24 +145,28 @@ impl Store {
         Ok(files)
     }
 
-    /// The stamp of a folder's prompt; `None` if it has none of a prompt's files.
+    /// The stamp of a folder's prompt, one folder down too; `None` if it has none of a prompt's files.
     pub fn stamp(&self, dir: &Path) -> Option<Stamp> {
-        let stamp = |name| {
-            let meta = fs::metadata(dir.join(name)).ok()?;
-            Some((meta.len(), meta.modified().unwrap_or(SystemTime::UNIX_EPOCH)))
+        let stamp = |path: PathBuf| {
+            let meta = fs::metadata(path).ok();
+            let absent = (u64::MAX, SystemTime::UNIX_EPOCH);
+            meta.map_or(absent, |meta| (meta.len(), meta.modified().unwrap_or(SystemTime::UNIX_EPOCH)))
         };
-        let prompt = [ADAPTER_CONFIG, WEIGHTS, PICKLE].map(stamp);
-        if prompt.iter().all(Option::is_none) {
+        let folders = adapter_folders(dir);
+        if folders.is_empty() {
             return None;
         }
-        let absent = (u64::MAX, SystemTime::UNIX_EPOCH);
-        Some(Stamp(prompt.into_iter().chain([stamp(TASK)]).map(|s| s.unwrap_or(absent)).collect()))
+        let of_folder =
+            |folder: PathBuf| [ADAPTER_CONFIG, WEIGHTS, PICKLE, TASK].map(|name| dir.join(&folder).join(name));
+        let paths = folders.into_iter().flat_map(of_folder).chain([dir.join(TASK)]);
+        Some(Stamp(paths.map(stamp).collect()))
     }
 
     /// When a folder's content was stored.
     pub fn stored_at(&self, dir: &Path) -> SystemTime {
         let modified = |path: &Path| fs::metadata(path).and_then(|m| m.modified()).ok();
-        modified(&dir.join(WEIGHTS)).or_else(|| modified(dir)).unwrap_or(SystemTime::UNIX_EPOCH)
+        let weights = adapter_folders(dir).first().and_then(|folder| modified(&dir.join(folder).join(WEIGHTS)));
+        weights.or_else(|| modified(dir)).unwrap_or(SystemTime::UNIX_EPOCH)
     }
 
     /// Reads `active.json`; `None` if there is none.
@@ -259,11 +263,16 @@ impl Store {
     /// Removes the files of a task's plain PEFT directory and leaves the rest of its folder.
     pub fn remove_plain(&self, task: &TaskName) -> io::Result<()> {
         let staging = self.staging()?;
+        let dir = self.task_dir(task);
+        let folders = adapter_folders(&dir);
         // The configuration last: while it is there, an interrupted removal shows as a fault.
         for name in [WEIGHTS, TASK, PICKLE, ADAPTER_CONFIG] {
-            rename_if_there(&self.task_dir(task).join(name), &staging.path().join(name))?;
+            for folder in folders.iter().map(|folder| dir.join(folder)) {
+                rename_if_there(&folder.join(name), &staging.path().join(name))?;
+            }
         }
-        sync_dir(&self.task_dir(task))
+        rename_if_there(&dir.join(TASK), &staging.path().join(TASK))?;
+        sync_dir(&dir)
     }
 
     /// Removes a task's folder with all that is in it.

@@ -15,6 +15,7 @@ mod openapi;
 mod peft;
 mod problems;
 mod process;
+mod prompt_types;
 mod sharing;
 mod soak;
 mod support;

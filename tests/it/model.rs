@@ -11,7 +11,7 @@ use crate::fixtures;
 
 /// The packed embeddings of a prompt and a text, and their positions.
 fn packed(model: &Model, prompt: &LearnedPrompt, ids: &[u32]) -> (Tensor, Tensor) {
-    let LearnedPrompt::Embeddings(prompt) = prompt;
+    let LearnedPrompt::Embeddings(prompt) = prompt else { panic!("not embeddings") };
     let rows = prompt.rows.to_dtype(model.info().dtype).unwrap();
     let words = model.embed(&Tensor::new(ids, &Device::Cpu).unwrap()).unwrap();
     let x = Tensor::cat(&[rows, words], 0).unwrap();

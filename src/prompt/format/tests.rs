@@ -15,7 +15,7 @@ fn check(files: &PromptFiles) -> Result<Version, Faults> {
 }
 
 fn rows(version: &Version) -> Vec<Vec<f32>> {
-    let LearnedPrompt::Embeddings(e) = version.prompt.as_ref();
+    let LearnedPrompt::Embeddings(e) = version.prompt.as_ref() else { panic!("not embeddings") };
     e.rows.to_dtype(DType::F32).and_then(|rows| rows.to_vec2()).expect("rows")
 }
 
@@ -204,13 +204,13 @@ fn only_prompt_embeddings_may_be_in_the_file() {
 
 #[test]
 fn types_that_are_not_served_are_named() {
-    for peft_type in ["LORA", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING", "CARTRIDGE", "ADAPTION_PROMPT", "new"] {
+    for peft_type in ["LORA", "ADAPTION_PROMPT", "TRAINABLE_TOKENS", "new"] {
         let lora = safetensors(&[("base_model.q_proj.lora_A.weight", Dtype::F32, &[5, 8], &[0; 160])]);
         let files = PromptFiles { weights: Some(lora), ..with_config(json!({"peft_type": peft_type})) };
         let faults = check(&files).expect_err(peft_type);
         assert_eq!(faults.0.len(), 1, "only the type is worth reporting: {faults}");
         refused(&files, FaultKind::UnsupportedType, peft_type);
-        refused(&files, FaultKind::UnsupportedType, "PROMPT_TUNING, P_TUNING, CPT");
+        refused(&files, FaultKind::UnsupportedType, "PROMPT_TUNING, P_TUNING, CPT, MULTITASK");
         let no_config = PromptFiles { adapter_config: None, ..files };
         refused(&no_config, FaultKind::UnsupportedType, "LORA");
     }
@@ -219,7 +219,7 @@ fn types_that_are_not_served_are_named() {
 #[test]
 fn prompts_for_other_kinds_of_model_are_refused_with_the_reason() {
     for (changes, words) in [
-        (json!({"task_type": "SEQ_2_SEQ_LM"}), "decoder-only"),
+        (json!({"task_type": "SEQ_2_SEQ_LM"}), "serve it with the model it was tuned on"),
         (json!({"num_transformer_submodules": 2}), "decoder-only"),
         (json!({"task_type": "SEQ_CLS"}), "head"),
         (json!({"task_type": "FEATURE_EXTRACTION"}), "FEATURE_EXTRACTION"),
@@ -279,7 +279,9 @@ fn every_fault_is_listed_and_the_gravest_is_first() {
 #[test]
 fn what_the_tuner_writes_is_what_serve_reads() {
     let spec = TaskSpec { template: Some("{{ q }}:".into()), ..TaskSpec::default() };
-    let LearnedPrompt::Embeddings(e) = check(&prompt(0.5)).expect("good").prompt.as_ref().clone();
+    let LearnedPrompt::Embeddings(e) = check(&prompt(0.5)).expect("good").prompt.as_ref().clone() else {
+        panic!("not embeddings")
+    };
     let peft =
         PeftConfig { base_model_name: "tiny".into(), num_layers: 2, num_attention_heads: 2, ..Default::default() };
     for dtype in [DType::F32, DType::BF16, DType::F16] {

@@ -1,0 +1,320 @@
+//! Every PEFT type on the tiny models, against what `tests/peft/make_prompt_types.py` had PEFT
+//! answer: alone, mixed, cut small, evicted, put off, shared and not.
+
+use std::{
+    io::{Cursor, Write as _},
+    path::PathBuf,
+    sync::Arc,
+};
+
+use candle_core::DType;
+use serde::Deserialize;
+use serde_json::{Value, json};
+use softserve::{
+    engine::{
+        Engine, EngineConfig, SubmitError,
+        request::{CacheRoot, Event, InputToken, Request, SamplingParams},
+        runner::{Part, Runner},
+    },
+    http::problem::Problem,
+    kernels::kv_cache::{BLOCK_SIZE, BlockId},
+    prompt::{
+        LearnedPrompt, Version,
+        format::{self, Fit, PromptFiles},
+    },
+};
+
+use crate::{
+    fixtures::{self, MODELS},
+    support::{Answer, Options, Server},
+};
+
+/// One answer of PEFT's.
+#[derive(Debug, Deserialize)]
+struct Case {
+    prompt: String,
+    task_id: Option<usize>,
+    virtual_tokens: usize,
+    text: String,
+    input_ids: Vec<u32>,
+    greedy_ids: Vec<u32>,
+    /// The five best logits of the first new token, with their ids.
+    top: Vec<(u32, f32)>,
+}
+
+fn dir(model: &str) -> PathBuf {
+    fixtures::dir("prompt-types").join(model)
+}
+
+fn cases(model: &str) -> Vec<Case> {
+    let cases: Vec<Case> = serde_json::from_slice(&std::fs::read(dir(model).join("expected.json")).unwrap()).unwrap();
+    let has = |prompt| cases.iter().filter(|case: &&Case| case.prompt == prompt).count() >= 2;
+    assert!(["prefix7", "prefix33", "cartridge40", "multitask9", "cpt6", "named"].into_iter().all(has), "{model}");
+    cases
+}
+
+/// A case's prompt as the registry reads it.
+fn version(model: &str, fit: &Fit, case: &Case) -> Version {
+    let mut files = PromptFiles::read_dir(&dir(model).join(&case.prompt)).unwrap();
+    files.task = case.task_id.map(|task_id| json!({"task_id": task_id}).to_string().into());
+    format::read("task".parse().unwrap(), &files, fit).unwrap()
+}
+
+fn request(version: &Version, case: &Case) -> Request {
+    let sampling = SamplingParams { max_tokens: case.greedy_ids.len(), ..Default::default() };
+    let request = Request::new(Some(version.prompt.clone()), &case.input_ids, sampling);
+    Request { root: Some(CacheRoot(version.digest.0)), ..request }
+}
+
+/// The logits after a case's input, its positions computed `chunk` at a time.
+fn logits(runner: &mut Runner, prompt: &Arc<LearnedPrompt>, case: &Case, chunk: usize) -> Vec<f32> {
+    let virtual_tokens = (0..prompt.num_virtual_tokens() as u32).map(InputToken::Virtual);
+    let tokens: Vec<_> = virtual_tokens.chain(case.input_ids.iter().map(|&id| InputToken::Vocab(id))).collect();
+    // Not in the order of the cache.
+    let blocks: Vec<BlockId> = (0..tokens.len().div_ceil(BLOCK_SIZE) as BlockId).rev().collect();
+    let mut last = None;
+    for (i, tokens) in tokens.chunks(chunk).enumerate() {
+        let samples = (i + 1) * chunk >= case.virtual_tokens + case.input_ids.len();
+        let part = Part { tokens, start: i * chunk, blocks: &blocks, prompt: Some(prompt), samples };
+        last = Some(runner.run(&[part]).unwrap());
+    }
+    last.unwrap().with_rows(|mut rows| Ok(rows.next().unwrap().to_vec())).unwrap()
+}
+
+#[test]
+fn the_logits_after_a_prompt_of_each_type_are_those_of_peft_however_its_positions_are_cut() {
+    for name in MODELS {
+        let model = fixtures::load(name, DType::F32);
+        let fit = Fit::from(model.info());
+        let mut runner = Runner::new(model, 8).unwrap();
+        for case in cases(name) {
+            let version = version(name, &fit, &case);
+            assert_eq!(version.prompt.num_virtual_tokens(), case.virtual_tokens);
+            let whole = logits(&mut runner, &version.prompt, &case, 1000);
+            for (id, expected) in &case.top {
+                let got = whole[*id as usize];
+                assert!((got - expected).abs() < 1e-3, "{name}/{}: token {id} {got} {expected}", case.prompt);
+            }
+            for chunk in [5, 32] {
+                let cut = logits(&mut runner, &version.prompt, &case, chunk);
+                assert!(cut == whole, "{name}/{} by {chunk}", case.prompt);
+            }
+        }
+    }
+}
+
+#[test]
+fn in_bf16_the_logits_are_near_those_of_peft_and_cuts_change_no_bit() {
+    for name in MODELS {
+        let model = fixtures::load(name, DType::BF16);
+        let fit = Fit::from(model.info());
+        let mut runner = Runner::new(model, 8).unwrap();
+        for case in cases(name) {
+            let version = version(name, &fit, &case);
+            let whole = logits(&mut runner, &version.prompt, &case, 1000);
+            for (id, expected) in &case.top {
+                let got = whole[*id as usize];
+                assert!(
+                    (got - expected).abs() < 0.05 * expected.abs() + 0.2,
+                    "{name}/{}: {got} {expected}",
+                    case.prompt
+                );
+            }
+            assert!(logits(&mut runner, &version.prompt, &case, 3) == whole, "{name}/{}", case.prompt);
+        }
+    }
+}
+
+/// All tokens, and how many positions were found.
+fn collect(mut stream: softserve::engine::EventStream) -> (Vec<u32>, usize) {
+    let mut ids = Vec::new();
+    loop {
+        match stream.blocking_next().expect("an event before the end") {
+            Event::Token(token) => ids.push(token.id),
+            Event::Finished { cached_tokens, .. } => return (ids, cached_tokens),
+            Event::Failed => panic!("the request failed"),
+        }
+    }
+}
+
+#[test]
+fn alone_mixed_unshared_cut_small_put_off_and_evicted_all_types_answer_as_peft_does() {
+    for name in MODELS {
+        let model = fixtures::load(name, DType::F32);
+        let (fit, block_bytes) = (Fit::from(model.info()), model.kv_shape().block_bytes());
+        let cases = cases(name);
+        let versions: Vec<_> = cases.iter().map(|case| version(name, &fit, case)).collect();
+        let small = EngineConfig { kv_cache_bytes: 7 * block_bytes, ..Default::default() };
+        let unshared = EngineConfig { prefix_sharing: false, ..Default::default() };
+        let both = EngineConfig { prefix_sharing: false, max_step_tokens: 11, ..small.clone() };
+        let cut = EngineConfig { max_step_tokens: 7, ..Default::default() };
+        for (kind, config) in [
+            ("shared", EngineConfig::default()),
+            ("unshared", unshared),
+            ("small", small),
+            ("cut", cut),
+            ("both", both),
+        ] {
+            let (engine, _thread) = Engine::start(fixtures::load(name, DType::F32), config).unwrap();
+            if kind == "shared" {
+                for (case, version) in cases.iter().zip(&versions) {
+                    let (ids, _) = collect(engine.submit(request(version, case)).unwrap());
+                    assert_eq!(ids, case.greedy_ids, "{name}/{} alone", case.prompt);
+                }
+            }
+            for turn in 0..3 {
+                let streams: Vec<_> =
+                    cases.iter().zip(&versions).map(|(c, v)| engine.submit(request(v, c)).unwrap()).collect();
+                for (case, stream) in cases.iter().zip(streams) {
+                    let (ids, cached) = collect(stream);
+                    assert_eq!(ids, case.greedy_ids, "{name}/{} {:?} {kind}, turn {turn}", case.prompt, case.text);
+                    let input = case.virtual_tokens + case.input_ids.len();
+                    match kind {
+                        "unshared" | "both" => assert_eq!(cached, 0),
+                        "shared" => assert_eq!(cached, input - 1, "{name}/{}", case.prompt),
+                        _ => assert!(cached < input),
+                    }
+                }
+            }
+            let stats = engine.stats();
+            assert_eq!(stats.evictions > 0, kind == "small", "{kind}: {stats:?}");
+            assert!(stats.preemptions > 0 || kind != "both", "{kind}: {stats:?}");
+            assert_eq!((stats.kv_blocks_used, stats.running), (0, 0));
+        }
+    }
+}
+
+#[test]
+fn warmed_keys_and_values_are_found_in_full_by_the_first_request() {
+    let name = "llama-tied";
+    let model = fixtures::load(name, DType::F32);
+    let fit = Fit::from(model.info());
+    let (engine, _thread) = Engine::start(model, EngineConfig::default()).unwrap();
+    let cases = cases(name);
+    let of = |prompt: &str| cases.iter().find(|case| case.prompt == prompt && case.input_ids.len() > 1).unwrap();
+    let chosen = ["prefix7", "prefix33", "cartridge40"].map(|prompt| (of(prompt), version(name, &fit, of(prompt))));
+    for (_, version) in &chosen {
+        engine.warm_up(version.prompt.clone(), CacheRoot(version.digest.0));
+    }
+    // Warming uses what is left of the steps of others.
+    let other = Request::new(None, &[5, 6, 7], SamplingParams { max_tokens: 20, ..Default::default() });
+    collect(engine.submit(other).unwrap());
+    for (case, version) in &chosen {
+        assert!(engine.is_cached(CacheRoot(version.digest.0)), "{}", case.prompt);
+        let (ids, cached) = collect(engine.submit(request(version, case)).unwrap());
+        assert_eq!((ids, cached), (case.greedy_ids.clone(), case.virtual_tokens));
+    }
+}
+
+#[test]
+fn keys_and_values_with_no_text_after_them_are_refused_and_rows_are_not() {
+    let name = "qwen2";
+    let model = fixtures::load(name, DType::F32);
+    let fit = Fit::from(model.info());
+    let (engine, _thread) = Engine::start(model, EngineConfig::default()).unwrap();
+    for case in cases(name) {
+        let version = version(name, &fit, &case);
+        let request = Request::new(Some(version.prompt.clone()), &[], SamplingParams::default());
+        match (version.prompt.kind(), engine.submit(request)) {
+            ("key-values", Err(error @ SubmitError::NoText)) => {
+                let problem = Problem::from(error);
+                assert_eq!(problem.code.status(), 400);
+                assert!(problem.detail.contains("give at least one token of text"), "{}", problem.detail);
+            }
+            ("embeddings", Ok(stream)) => assert!(!collect(stream).0.is_empty()),
+            (kind, outcome) => panic!("{kind}: {outcome:?}"),
+        }
+    }
+}
+
+/// A zip of a folder of the fixtures, all that is below it, with a `task.json` if one is given.
+fn zipped(model: &str, prompt: &str, task: Option<Value>) -> Vec<u8> {
+    let root = dir(model).join(prompt);
+    let mut zip = zip::ZipWriter::new(Cursor::new(Vec::new()));
+    let mut add = |name: &str, content: &[u8]| {
+        zip.start_file(name, zip::write::SimpleFileOptions::default()).unwrap();
+        zip.write_all(content).unwrap();
+    };
+    let mut folders = vec![root.clone()];
+    while let Some(folder) = folders.pop() {
+        for path in std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()) {
+            match path.is_dir() {
+                true => folders.push(path),
+                false => add(path.strip_prefix(&root).unwrap().to_str().unwrap(), &std::fs::read(&path).unwrap()),
+            }
+        }
+    }
+    if let Some(task) = task {
+        add("task.json", task.to_string().as_bytes());
+    }
+    zip.finish().unwrap().into_inner()
+}
+
+async fn upload(server: &Server, task: &str, zip: Vec<u8>) -> Answer {
+    server.upload(task, "application/zip", zip).await
+}
+
+#[tokio::test]
+async fn every_type_is_uploaded_listed_and_answers_over_http() {
+    let server = Options::default().start();
+    for case in cases("llama-tied") {
+        let task = format!("{}-{}", case.prompt, case.task_id.unwrap_or(0));
+        let spec = case.task_id.map(|task_id| json!({"task_id": task_id}));
+        let uploaded = upload(&server, &task, zipped("llama-tied", &case.prompt, spec)).await.ok();
+        let (kind, peft_type) = match case.prompt.as_str() {
+            "prefix7" | "prefix33" => ("key-values", "PREFIX_TUNING"),
+            "cartridge40" => ("key-values", "CARTRIDGE"),
+            "multitask9" => ("embeddings", "MULTITASK_PROMPT_TUNING"),
+            "cpt6" => ("embeddings", "CPT"),
+            _ => ("embeddings", "PROMPT_TUNING"),
+        };
+        let request =
+            json!({"input": case.text, "max_tokens": case.greedy_ids.len(), "ignore_eos": true, "logprobs": 0});
+        let answer = server.post(&format!("/v1/tasks/{task}/generate"), &request).await.ok();
+        let ids: Vec<_> =
+            answer["tokens"].as_array().unwrap().iter().map(|t| t["id"].as_u64().unwrap() as u32).collect();
+        assert_eq!(ids, case.greedy_ids, "{task}");
+        let listed = server.get(&format!("/v1/admin/tasks/{task}/versions")).await.ok();
+        let shown = server.get(&format!("/v1/tasks/{task}")).await.ok();
+        for meta in [&uploaded, &listed["versions"][0], &shown] {
+            assert_eq!((&meta["kind"], &meta["peft_type"]), (&json!(kind), &json!(peft_type)), "{meta}");
+            assert_eq!(meta["virtual_tokens"], case.virtual_tokens);
+        }
+        assert_eq!(listed["versions"][0]["residency"]["cache"], "resident");
+    }
+}
+
+#[tokio::test]
+async fn a_prompt_of_another_model_is_refused_and_nothing_is_published() {
+    let server = Server::start();
+    // Heads of 12 dimensions instead of 8, and a hidden size that is the same.
+    let problem = upload(&server, "prefix", zipped("llama-scaled", "prefix7", None)).await;
+    assert_eq!(problem.status, 422);
+    let problem = problem.json();
+    assert_eq!(problem["code"], "prompt_shape_mismatch");
+    let detail = problem["detail"].as_str().unwrap();
+    for words in ["token_dim is 24", "llama-tied has 16", "96 columns", "2 heads of 8", "tuned on this model"] {
+        assert!(detail.contains(words), "{words}: {detail}");
+    }
+    let problem = upload(&server, "prefix", zipped("llama-tied", "multitask9", None)).await.json();
+    assert_eq!(problem["code"], "invalid_task_file");
+    assert!(problem["detail"].as_str().unwrap().contains("a task_id of 0 to 2"), "{problem}");
+    assert_eq!(server.get("/v1/tasks/prefix").await.status, 404);
+}
+
+#[tokio::test]
+async fn an_adapter_with_a_name_is_served_from_the_folder_and_from_an_upload() {
+    let server = Server::start();
+    crate::support::copy(&dir("llama-tied").join("named"), &server.prompts.path().join("dropped"));
+    server.app.registry.rescan().unwrap();
+    let uploaded = upload(&server, "uploaded", zipped("llama-tied", "named", None)).await.ok();
+    let dropped = server.get("/v1/tasks/dropped").await.ok();
+    assert_eq!(dropped["version"], uploaded["version"]);
+    assert_eq!(dropped["virtual_tokens"], 8);
+    // A second one beside it makes it unclear which is meant; what was served goes on.
+    crate::support::copy(&dir("llama-tied").join("cpt6"), &server.prompts.path().join("dropped/german"));
+    server.app.registry.rescan().unwrap();
+    assert_eq!(server.get("/v1/tasks/dropped").await.ok()["version"], uploaded["version"]);
+    server.delete("/v1/admin/tasks/dropped").await;
+    assert_eq!(server.get("/v1/tasks/dropped").await.status, 404);
+}
