@@ -23,3 +23,4 @@ mod tidy;
 mod tiny_model;
 mod tune;
 mod tune_job;
+mod tune_types;
