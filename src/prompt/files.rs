@@ -183,7 +183,7 @@ pub fn sync_dir(dir: &Path) -> io::Result<()> {
 /// Why a `.bin` file alone is refused.
 pub fn pickle_fault() -> Fault {
     malformed(format!(
-        "found {PICKLE} and no {WEIGHTS}; a .bin file is a Python pickle, which can run code and is not opened here; \
+        "found {PICKLE} and no {WEIGHTS}; a .bin file is a Python pickle, which can run code and is never opened; \
          convert it with `softserve convert`, or load it in PEFT and call save_pretrained(..., safe_serialization=True)"
     ))
 }

@@ -345,6 +345,29 @@ fn a_generation_written_by_hand_has_no_end_to_run_over() {
 }
 
 #[test]
+fn a_named_adapter_one_folder_down_is_followed_and_deleted_like_any_other() {
+    let dir = tempfile::tempdir().expect("temp dir");
+    let folder = dir.path().join("a/french");
+    prompt(0.1).write_dir(&folder).expect("writes");
+    fs::write(dir.path().join("a/task.json"), r#"{"description": "x"}"#).expect("writes");
+    let registry = open(dir.path());
+    let with_task = |value| PromptFiles { task: Some(r#"{"description": "x"}"#.into()), ..prompt(value) };
+    assert_eq!(active_id(&registry, "a"), id(&with_task(0.1)));
+    prompt(0.2).write_dir(&folder).expect("writes");
+    registry.rescan().expect("reads");
+    assert_eq!(active_id(&registry, "a"), id(&with_task(0.2)));
+
+    registry.publish(name("a"), prompt(0.3), true).expect("publishes");
+    fs::write(folder.join("README.md"), "hello").expect("writes");
+    registry.delete_version("a", &id(&with_task(0.2))).expect("deletes");
+    for registry in [&registry, &open(dir.path())] {
+        assert_eq!(active_id(registry, "a"), id(&prompt(0.3)));
+        assert_eq!(registry.task("a").expect("is there").versions.len(), 1);
+    }
+    assert!(folder.join("README.md").exists(), "what is no part of the prompt stays");
+}
+
+#[test]
 fn a_half_written_plain_directory_keeps_the_version_before_it() {
     let dir = tempfile::tempdir().expect("temp dir");
     let task = dir.path().join("a");

@@ -223,6 +223,7 @@ fn prompts_for_other_kinds_of_model_are_refused_with_the_reason() {
         (json!({"num_transformer_submodules": 2}), "decoder-only"),
         (json!({"task_type": "SEQ_CLS"}), "head"),
         (json!({"task_type": "FEATURE_EXTRACTION"}), "FEATURE_EXTRACTION"),
+        (json!({"task_type": "SEQ_CLS", "modules_to_save": ["classifier", "score"]}), "[\"classifier\",\"score\"]"),
         (json!({"modules_to_save": ["score"]}), "modules_to_save"),
     ] {
         refused(&with_config(changes), FaultKind::UnsupportedType, words);
