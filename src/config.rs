@@ -244,12 +244,10 @@ pub struct LogConfig {
 pub enum ModelSource {
     /// The one inside the program.
     Demo,
+    /// A folder or a GGUF file.
     Dir(PathBuf),
     /// A repository of the Hugging Face hub.
-    Hub {
-        id: String,
-        revision: Option<String>,
-    },
+    Hub { id: String, revision: Option<String> },
     /// Random weights: a preset's name or the path of a `config.json`.
     Random(String),
 }
@@ -441,7 +439,7 @@ impl ModelSource {
         }
     }
 
-    /// A folder if there is one of that name, else a hub id if it looks like one.
+    /// A folder or file if there is one of that name, else a hub id if it looks like one.
     pub fn parse(text: &str) -> Self {
         let path = Path::new(text);
         let (id, revision) =
@@ -452,7 +450,8 @@ impl ModelSource {
                 && p.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))
         };
         let looks_like_id = id.split_once('/').is_some_and(|(org, name)| part(org) && part(name));
-        if looks_like_id && !path.exists() {
+        let gguf = path.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf"));
+        if looks_like_id && !gguf && !path.exists() {
             Self::Hub { id: id.to_owned(), revision }
         } else {
             Self::Dir(path.to_owned())
@@ -591,7 +590,7 @@ mod tests {
         };
         assert_eq!(ModelSource::parse("org/name"), hub("org/name", None));
         assert_eq!(ModelSource::parse("org/name@main"), hub("org/name", Some("main")));
-        for folder in ["./org/name", "/org/name", "name", "../name", "a/b/c", "src/http"] {
+        for folder in ["./org/name", "/org/name", "name", "../name", "a/b/c", "src/http", "models/x.gguf"] {
             assert_eq!(ModelSource::parse(folder), ModelSource::Dir(folder.into()), "{folder}");
         }
     }

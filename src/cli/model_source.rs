@@ -14,7 +14,7 @@ pub enum SourceError {
     #[error(transparent)]
     Model(#[from] ModelError),
     #[cfg(feature = "hub")]
-    #[error("{0:?} is neither a folder nor a hub id such as org/name or org/name@revision")]
+    #[error("{0:?} is neither a folder or GGUF file nor a hub id such as org/name or org/name@revision")]
     NotAHubId(String),
     #[cfg(not(feature = "hub"))]
     #[error(
@@ -30,7 +30,7 @@ pub enum SourceError {
 pub fn files(source: &ModelSource) -> Result<ModelFiles, SourceError> {
     match source {
         ModelSource::Demo => Ok(demo::model()),
-        ModelSource::Dir(path) => Ok(ModelFiles::dir(path)?),
+        ModelSource::Dir(path) => Ok(ModelFiles::open(path)?),
         ModelSource::Hub { id, revision } => hub(id, revision.as_deref()),
         ModelSource::Random(shape) => Ok(ModelFiles::random(RandomModel::open(shape)?)),
     }

@@ -2,6 +2,7 @@
 //! matrix, over packed rows.
 
 use candle_core::{DType, Result, Tensor};
+use rayon::prelude::*;
 
 use super::{
     ModelConfig,
@@ -38,7 +39,7 @@ impl Decoder {
         let dtype = activation_dtype(stored, &device);
         let mut source = Source::new(config, weights);
         let names = source.names();
-        let embeddings = Weight::new(source.table(names.embeddings, vocab, hidden)?)?;
+        let embeddings = source.embeddings(vocab, hidden)?;
         let positions = match config.learned_positions {
             Some(offset) => {
                 let table = source.table(names.positions, config.context_length + offset, hidden)?;
@@ -52,7 +53,7 @@ impl Decoder {
         let layers = (0..config.num_layers).map(|i| Layer::load(config, i, &mut source)).collect::<Loaded<_>>()?;
         let head = match config.tie_word_embeddings {
             true => embeddings.clone(),
-            false => Weight::new(source.head(vocab, hidden)?)?,
+            false => source.head(vocab, hidden)?,
         };
         let tables = |rope: &Rope| -> Result<Rotation> {
             let (cos, sin) = rope_tables(rope, config.context_length);
@@ -151,7 +152,9 @@ fn rounded(x: f64, dtype: DType) -> Result<f64> {
 /// Cosines and sines of so many positions, computed in f64 and rounded once.
 fn rope_tables(rope: &Rope, positions: usize) -> (Vec<f32>, Vec<f32>) {
     let frequencies = rope.inverse_frequencies();
-    let angles = (0..positions).flat_map(|p| frequencies.iter().map(move |f| p as f64 * f));
-    let table = |of: fn(f64) -> f64| angles.clone().map(|a| (of(a) * rope.attention_factor) as f32).collect();
+    let table = |of: fn(f64) -> f64| {
+        let row = |p| frequencies.iter().map(move |f| (of(p as f64 * f) * rope.attention_factor) as f32);
+        (0..positions).into_par_iter().flat_map_iter(row).collect()
+    };
     (table(f64::cos), table(f64::sin))
 }

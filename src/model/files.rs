@@ -1,4 +1,5 @@
-//! Where a model's files are: a Hugging Face directory, bytes in the binary, or made at random.
+//! Where a model's files are: a Hugging Face directory, a GGUF file, bytes in the binary, or made at
+//! random.
 
 use std::{
     borrow::Cow,
@@ -10,7 +11,11 @@ use std::{
 use serde::Deserialize;
 use sha2::{Digest as _, Sha256};
 
-use super::{config::ModelConfig, random::RandomModel};
+use super::{
+    config::ModelConfig,
+    gguf::{self, Gguf, GgufError},
+    random::RandomModel,
+};
 
 /// The files of one model. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -22,6 +27,7 @@ pub struct ModelFiles {
 #[derive(Debug, Clone)]
 enum Source {
     Dir(PathBuf),
+    Gguf(Arc<Gguf>),
     Embedded(&'static include_dir::Dir<'static>),
     Random(Arc<RandomModel>),
 }
@@ -35,6 +41,9 @@ pub enum ModelError {
     /// `config.json` is not understood; names the key and its value.
     #[error("config.json of the model {model}: {reason}")]
     Config { model: String, reason: String },
+    /// A GGUF file is damaged, or holds what is not supported.
+    #[error(transparent)]
+    Gguf(#[from] GgufError),
     /// Tensors are missing or have other shapes than `config.json` says; lists them all.
     #[error("the weights do not fit config.json: {0}")]
     Weights(String),
@@ -42,11 +51,34 @@ pub enum ModelError {
     Device(#[from] candle_core::Error),
 }
 
+const CONFIG: &str = "config.json";
+const TOKENIZER: &str = "tokenizer.json";
+const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
+
 /// Bytes hashed from each end of each weights file's tensors.
 const FINGERPRINT_WINDOW: usize = 64 * 1024;
 const FINGERPRINT_WINDOWS: usize = 64;
 
 impl ModelFiles {
+    /// A GGUF file, a folder with one (split or whole), or a [Hugging Face directory](Self::dir).
+    pub fn open(path: &Path) -> Result<Self, ModelError> {
+        match gguf_in(path) {
+            Some(Ok(file)) => Self::gguf(&file),
+            Some(Err(several)) => Err(ModelError::File {
+                model: path.display().to_string(),
+                file: "the weights".to_owned(),
+                reason: format!("the folder holds {}; give one of these files", several.join(", ")),
+            }),
+            None => Self::dir(path),
+        }
+    }
+
+    /// A GGUF file; of a model in parts the first, with the others beside it.
+    pub fn gguf(path: &Path) -> Result<Self, ModelError> {
+        let gguf = Gguf::open(path)?;
+        Ok(Self { name: gguf.name().to_owned(), source: Source::Gguf(Arc::new(gguf)) })
+    }
+
     /// A Hugging Face directory: `config.json`, `tokenizer.json`, `model.safetensors` or its
     /// shards with `model.safetensors.index.json`, and `generation_config.json` if there is one.
     pub fn dir(path: &Path) -> Result<Self, ModelError> {
@@ -85,6 +117,7 @@ impl ModelFiles {
     pub fn location(&self) -> String {
         match &self.source {
             Source::Dir(path) => path.display().to_string(),
+            Source::Gguf(gguf) => gguf.path().display().to_string(),
             Source::Embedded(_) => "embedded in the binary".to_owned(),
             Source::Random(_) => "random weights".to_owned(),
         }
@@ -96,6 +129,12 @@ impl ModelFiles {
             Source::Dir(dir) => std::fs::read(dir.join(file))
                 .map(Cow::Owned)
                 .map_err(|e| self.file_error(file, format!("{}: {e}", dir.join(file).display()))),
+            Source::Gguf(gguf) => match file {
+                CONFIG => Ok(Cow::Owned(gguf.config_json())),
+                TOKENIZER => Ok(Cow::Owned(gguf.tokenizer_json()?)),
+                TOKENIZER_CONFIG => Ok(Cow::Owned(gguf.tokenizer_config_json()?)),
+                _ => Err(self.file_error(file, "a GGUF file has none".to_owned())),
+            },
             Source::Embedded(dir) => dir
                 .get_file(file)
                 .map(|f| Cow::Borrowed(f.contents()))
@@ -110,6 +149,7 @@ impl ModelFiles {
     fn has(&self, file: &str) -> bool {
         match &self.source {
             Source::Dir(dir) => dir.join(file).is_file(),
+            Source::Gguf(_) => [CONFIG, TOKENIZER, TOKENIZER_CONFIG].contains(&file),
             Source::Embedded(dir) => dir.get_file(file).is_some(),
             Source::Random(_) => RandomModel::has(file),
         }
@@ -117,8 +157,50 @@ impl ModelFiles {
 
     /// The checked `config.json`.
     pub fn config(&self) -> Result<ModelConfig, ModelError> {
-        ModelConfig::from_json(&self.read("config.json")?)
+        ModelConfig::from_json(&self.read(CONFIG)?)
             .map_err(|reason| ModelError::Config { model: self.name.clone(), reason })
+    }
+
+    /// The GGUF file, if the model is in one.
+    pub(super) fn as_gguf(&self) -> Option<&Arc<Gguf>> {
+        match &self.source {
+            Source::Gguf(gguf) => Some(gguf),
+            _ => None,
+        }
+    }
+
+    /// How a conversation becomes a text, in Jinja: `chat_template.jinja`, or what
+    /// `tokenizer_config.json` says. Of several the one called default.
+    pub fn chat_template(&self) -> Result<Option<String>, ModelError> {
+        const FILE: &str = "chat_template.jinja";
+        if self.has(FILE) {
+            return Ok(Some(String::from_utf8_lossy(&self.read(FILE)?).into_owned()));
+        }
+        #[derive(Deserialize)]
+        struct Named {
+            name: String,
+            template: String,
+        }
+        #[derive(Deserialize)]
+        #[serde(untagged)]
+        enum Template {
+            One(String),
+            Several(Vec<Named>),
+        }
+        #[derive(Deserialize)]
+        struct TokenizerConfig {
+            chat_template: Option<Template>,
+        }
+        if !self.has(TOKENIZER_CONFIG) {
+            return Ok(None);
+        }
+        let config: TokenizerConfig = serde_json::from_slice(&self.read(TOKENIZER_CONFIG)?)
+            .map_err(|e| self.file_error(TOKENIZER_CONFIG, e.to_string()))?;
+        Ok(match config.chat_template {
+            Some(Template::One(template)) => Some(template),
+            Some(Template::Several(all)) => all.into_iter().find(|t| t.name == "default").map(|t| t.template),
+            None => None,
+        })
     }
 
     /// The names of the safetensors files.
@@ -128,8 +210,8 @@ impl ModelFiles {
             return Ok(vec!["model.safetensors".to_owned()]);
         }
         if !self.has(INDEX) {
-            let reason = "found neither model.safetensors nor model.safetensors.index.json; other formats \
-                          (.bin, .gguf) are not read: save the model with safetensors";
+            let reason = "found neither model.safetensors nor model.safetensors.index.json, nor a .gguf file; other \
+                          formats (.bin) are not read: save the model with safetensors";
             return Err(self.file_error("weights", reason.to_owned()));
         }
         #[derive(Deserialize)]
@@ -165,7 +247,7 @@ impl ModelFiles {
     }
 
     /// The first 16 hex digits of a SHA-256 over every weights file's header (names, shapes,
-    /// dtypes) and 64 windows of 64 KiB spread evenly over its data. A fine-tune changes nearly
+    /// dtypes; of a GGUF file all its metadata) and 64 windows of 64 KiB spread evenly over its data. A fine-tune changes nearly
     /// every weight, so samples tell models apart without reading all of a large one.
     ///
     /// Random weights are told apart by what they are made from.
@@ -174,20 +256,20 @@ impl ModelFiles {
             return Ok(model.fingerprint());
         }
         let mut hash = Sha256::new();
-        for file in self.weight_files()? {
-            let bytes = WeightBytes::open(self, &file)?;
-            let len = bytes.len();
-            hash.update(len.to_le_bytes());
-            let header = bytes.at(0, 8).map_err(|e| self.file_error(&file, e.to_string()))?;
-            let header_len = header.try_into().map_or(0, u64::from_le_bytes).min(len);
-            let start = (8 + header_len).min(len);
-            let stride = ((len - start) / FINGERPRINT_WINDOWS as u64).max(FINGERPRINT_WINDOW as u64);
-            let windows = (0..FINGERPRINT_WINDOWS as u64).map(|i| start + i * stride).filter(|&at| at < len);
-            let header_windows = (0..start).step_by(FINGERPRINT_WINDOW);
-            for at in header_windows.chain(windows) {
-                let n = (FINGERPRINT_WINDOW as u64).min(len - at) as usize;
-                hash.update(bytes.at(at, n).map_err(|e| self.file_error(&file, e.to_string()))?);
+        if let Source::Gguf(gguf) = &self.source {
+            for part in gguf.parts() {
+                let wrong = |e: std::io::Error| self.file_error(&part.path.display().to_string(), e.to_string());
+                let file = std::fs::File::open(&part.path).map_err(wrong)?;
+                sample(&mut hash, &WeightBytes::File(file, part.len), part.data_start).map_err(wrong)?;
             }
+            return Ok(hex::encode(&hash.finalize()[..8]));
+        }
+        for file in self.weight_files()? {
+            let wrong = |e: std::io::Error| self.file_error(&file, e.to_string());
+            let bytes = WeightBytes::open(self, &file)?;
+            let header = bytes.at(0, 8).map_err(wrong)?;
+            let header_len = header.try_into().map_or(0, u64::from_le_bytes).min(bytes.len());
+            sample(&mut hash, &bytes, 8 + header_len).map_err(wrong)?;
         }
         Ok(hex::encode(&hash.finalize()[..8]))
     }
@@ -195,6 +277,40 @@ impl ModelFiles {
     pub(super) fn file_error(&self, file: &str, reason: String) -> ModelError {
         ModelError::File { model: self.name.clone(), file: file.to_owned(), reason }
     }
+}
+
+/// The GGUF file that `path` is or that is the only model in the folder; the names of several.
+fn gguf_in(path: &Path) -> Option<Result<PathBuf, Vec<String>>> {
+    let is_gguf = |path: &Path| path.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf"));
+    if path.is_file() || is_gguf(path) && !path.is_dir() {
+        return Some(Ok(path.to_owned()));
+    }
+    if ["model.safetensors", "model.safetensors.index.json"].iter().any(|file| path.join(file).is_file()) {
+        return None;
+    }
+    let entries = std::fs::read_dir(path).ok()?.filter_map(|entry| entry.ok().map(|e| e.path()));
+    let mut found: Vec<_> = entries.filter(|p| is_gguf(p) && !gguf::is_later_part(p)).collect();
+    found.sort();
+    match found.len() {
+        0 => None,
+        1 => found.pop().map(Ok),
+        _ => Some(Err(found.iter().filter_map(|p| Some(p.file_name()?.to_string_lossy().into_owned())).collect())),
+    }
+}
+
+/// Adds a file's header, which ends at `start`, and samples of what follows.
+fn sample(hash: &mut Sha256, bytes: &WeightBytes, start: u64) -> std::io::Result<()> {
+    let len = bytes.len();
+    let start = start.min(len);
+    hash.update(len.to_le_bytes());
+    let stride = ((len - start) / FINGERPRINT_WINDOWS as u64).max(FINGERPRINT_WINDOW as u64);
+    let windows = (0..FINGERPRINT_WINDOWS as u64).map(|i| start + i * stride).filter(|&at| at < len);
+    let header_windows = (0..start).step_by(FINGERPRINT_WINDOW);
+    for at in header_windows.chain(windows) {
+        let n = (FINGERPRINT_WINDOW as u64).min(len - at) as usize;
+        hash.update(bytes.at(at, n)?);
+    }
+    Ok(())
 }
 
 /// Random access to one weights file.
@@ -209,7 +325,7 @@ impl WeightBytes {
             Source::Dir(dir) => std::fs::File::open(dir.join(file))
                 .and_then(|f| f.metadata().map(|m| Self::File(f, m.len())))
                 .map_err(|e| files.file_error(file, e.to_string())),
-            Source::Embedded(_) | Source::Random(_) => files.read(file).map(Self::Memory),
+            Source::Embedded(_) | Source::Random(_) | Source::Gguf(_) => files.read(file).map(Self::Memory),
         }
     }
 

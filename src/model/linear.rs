@@ -7,7 +7,7 @@ use half::bf16;
 
 use crate::kernels::{
     Activation, Kernels,
-    cpu::{FrozenMatrix, PackedMatrix, tensors::with_values},
+    cpu::{FrozenMatrix, PackedMatrix, quantized::BlockFormat, tensors::with_values},
 };
 
 /// `y = x Wᵀ + b` with a weight that is never trained.
@@ -20,7 +20,7 @@ pub struct Linear {
 /// `[out, in]`, as it lies in memory.
 #[derive(Debug, Clone)]
 pub enum Weight {
-    /// For the kernels of a CPU: f32 or bf16, with activations in f32.
+    /// For the kernels of a CPU: f32, bf16 or blocks, with activations in f32.
     Packed(FrozenMatrix),
     /// For candle's own product.
     Plain(Tensor),
@@ -46,6 +46,11 @@ impl Weight {
             _ => return Ok(Self::Plain(weight)),
         };
         Ok(Self::Packed(FrozenMatrix::new(packed)))
+    }
+
+    /// Keeps blocks of `n` rows of `k` values as they are, for the kernels of a CPU.
+    pub fn from_blocks(format: BlockFormat, bytes: Vec<u8>, n: usize, k: usize) -> Self {
+        Self::Packed(FrozenMatrix::new(PackedMatrix::from_blocks(format, bytes, n, k)))
     }
 
     /// Rows `ids` of the matrix, `[t, in]`, in the type of activations.

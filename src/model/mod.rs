@@ -3,6 +3,7 @@
 pub mod config;
 pub mod decoder;
 pub mod files;
+pub mod gguf;
 #[cfg(feature = "hub")]
 pub mod hub;
 mod layer;
@@ -18,7 +19,11 @@ use sha2::{Digest as _, Sha256};
 pub use config::ModelConfig;
 pub use files::{ModelError, ModelFiles};
 
-use crate::kernels::{Kernels, cpu::Precision, kv_cache::KvShape};
+use crate::kernels::{
+    Kernels,
+    cpu::{Isa, Precision},
+    kv_cache::KvShape,
+};
 use decoder::Decoder;
 
 /// A loaded model: weights that nothing changes.
@@ -50,6 +55,8 @@ pub struct ModelInfo {
     /// [`Model::forward`] in their place are taken as they are.
     pub embedding_scale: Option<f64>,
     pub num_parameters: usize,
+    /// How a conversation becomes a text, in Jinja; `None` if the model's files have no template.
+    pub chat_template: Option<String>,
     pub device: Device,
     pub dtype: DType,
 }
@@ -74,6 +81,7 @@ impl Model {
             eos_token_ids: files.eos_token_ids(&config)?,
             embedding_scale: decoder.embedding_scale(),
             num_parameters,
+            chat_template: files.chat_template()?,
             device: device.clone(),
             dtype,
         };
@@ -90,11 +98,12 @@ impl Model {
         &self.config
     }
 
-    /// The shape of its keys and values, which are kept in bf16 where the weights are.
+    /// The shape of its keys and values, which are kept in bf16 where the weights are and the processor
+    /// multiplies bf16; elsewhere widening them at every use would take longer than reading f32.
     pub fn kv_shape(&self) -> KvShape {
         let c = &self.config;
         let precision = match self.info.dtype {
-            DType::BF16 => Precision::Bf16,
+            DType::BF16 if Isa::best().multiplies_bf16() => Precision::Bf16,
             _ => Precision::F32,
         };
         KvShape { num_layers: c.num_layers, num_kv_heads: c.num_kv_heads, head_dim: c.head_dim, precision }
@@ -117,7 +126,8 @@ impl Model {
 
     /// Packed embeddings `[t, hidden]` of any number of sequences, and each row's position in its
     /// own sequence `[t]` u32, to final hidden states `[t, hidden]`. Which rows belong together is
-    /// known to `kernels` alone. Differentiable with respect to `x` if the kernels are.
+    /// known to `kernels` alone. Learned positions and a norm of embeddings are added here, to every
+    /// row. Differentiable with respect to `x` if the kernels are.
     pub fn forward(&self, x: &Tensor, positions: &Tensor, kernels: &mut dyn Kernels) -> Result<Tensor> {
         self.decoder.forward(x, positions, kernels)
     }

@@ -8,7 +8,7 @@ use super::{
     config::NormKind,
     linear::{Linear, Weight},
     names::Names,
-    weights::Weights,
+    weights::{Matrix, Weights},
 };
 use crate::kernels::Kernels;
 
@@ -45,13 +45,19 @@ impl<'a> Source<'a> {
         self.weights.take(&format!("{}{name}.weight", self.prefix), (rows, width))
     }
 
+    /// The embedding table of tokens, `[rows, width]`.
+    pub fn embeddings(&mut self, rows: usize, width: usize) -> Loaded<Weight> {
+        let name = format!("{}{}.weight", self.prefix, self.names.embeddings);
+        Ok(self.weights.take_matrix(&name, rows, width)?.pack()?)
+    }
+
     /// The output matrix, `[rows, width]`.
-    pub fn head(&mut self, rows: usize, width: usize) -> Loaded<Tensor> {
+    pub fn head(&mut self, rows: usize, width: usize) -> Loaded<Weight> {
         let path = |name: &str| format!("{name}.weight");
         let mut names = self.names.heads.iter().map(|name| path(name));
         let found = names.find(|name| self.weights.has(name));
         let first = || self.names.heads.first().map(|name| path(name));
-        self.weights.take(&found.or_else(first).unwrap_or_default(), (rows, width))
+        Ok(self.weights.take_matrix(&found.or_else(first).unwrap_or_default(), rows, width)?.pack()?)
     }
 
     /// A norm of `width` values, of a layer or outside of them.
@@ -76,8 +82,8 @@ impl<'a> Source<'a> {
         let path = self.path(layer, name);
         let name = format!("{path}.weight");
         let weight = match self.names.transposed {
-            true => self.weights.take(&name, (inner, outer))?.t()?,
-            false => self.weights.take(&name, (outer, inner))?,
+            true => Matrix::Values(self.weights.take(&name, (inner, outer))?.t()?),
+            false => self.weights.take_matrix(&name, outer, inner)?,
         };
         let bias = match bias {
             true => Some(activations(self.weights.take(&format!("{path}.bias"), outer)?)?),
@@ -95,7 +101,7 @@ impl<'a> Source<'a> {
 #[derive(Debug)]
 pub struct Stored {
     /// `[out, in]`
-    weight: Tensor,
+    weight: Matrix,
     /// `[out]`
     bias: Option<Tensor>,
 }
@@ -103,27 +109,32 @@ pub struct Stored {
 impl Stored {
     /// All of it.
     pub fn whole(self) -> Loaded<Linear> {
-        Ok(Linear::new(Weight::new(self.weight)?, self.bias))
+        Ok(Linear::new(self.weight.pack()?, self.bias))
     }
 
     /// `n` outputs from `first` on.
     pub fn rows(&self, first: usize, n: usize) -> Loaded<Linear> {
-        self.part(|x| x.narrow(0, first, n))
+        self.part(|weight| weight.rows(first, n), |x| x.narrow(0, first, n))
     }
 
     /// Part `part` of three of each head, which all have `dim` outputs.
     pub fn of_heads(&self, part: usize, dim: usize) -> Loaded<Linear> {
-        self.part(|x| {
+        let of = |x: &Tensor| {
             let heads = x.dim(0)? / (3 * dim);
             let rest = &x.dims()[1..];
             let split = x.reshape([&[heads, 3, dim], rest].concat())?.narrow(1, part, 1)?;
             split.reshape([&[heads * dim], rest].concat())
-        })
+        };
+        self.part(|weight| Weight::new(of(&weight.values()?)?), of)
     }
 
-    fn part(&self, of: impl Fn(&Tensor) -> Result<Tensor>) -> Loaded<Linear> {
-        let bias = self.bias.as_ref().map(|bias| of(bias)?.contiguous()).transpose()?;
-        Ok(Linear::new(Weight::new(of(&self.weight)?)?, bias))
+    fn part(
+        &self,
+        of_weight: impl Fn(&Matrix) -> Result<Weight>,
+        of_bias: impl Fn(&Tensor) -> Result<Tensor>,
+    ) -> Loaded<Linear> {
+        let bias = self.bias.as_ref().map(|bias| of_bias(bias)?.contiguous()).transpose()?;
+        Ok(Linear::new(of_weight(&self.weight)?, bias))
     }
 }
 

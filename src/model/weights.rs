@@ -1,17 +1,24 @@
-//! Named tensors out of safetensors files, checked against what the decoder asks for.
+//! Named tensors out of safetensors or GGUF files, checked against what the decoder asks for.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, sync::Arc};
 
 use candle_core::{DType, Device, Shape, Tensor};
 use safetensors::SafeTensors;
 
-use super::{ModelError, ModelFiles};
+use super::{
+    ModelError, ModelFiles,
+    gguf::{Blocks, Gguf},
+    linear::Weight,
+};
+use crate::kernels::cpu::quantized::BlockFormat;
 
 /// Tensors by name. What the decoder asks for and does not find is collected, so that one error
 /// lists all of it.
 #[derive(Debug)]
 pub struct Weights {
     tensors: HashMap<String, Tensor>,
+    /// Where tensors are read from when they are asked for.
+    gguf: Option<Arc<Gguf>>,
     faults: Vec<String>,
     device: Device,
     dtype: DType,
@@ -20,7 +27,20 @@ pub struct Weights {
 
 impl Weights {
     /// Reads every weights file, one at a time, and casts its tensors to `dtype` on `device`.
+    ///
+    /// Of a GGUF file, the tensors are read one by one as they are asked for.
     pub fn read(files: &ModelFiles, device: &Device, dtype: DType) -> Result<Self, ModelError> {
+        if let Some(gguf) = files.as_gguf() {
+            let num_parameters = gguf.tensors().map(|(_, shape)| shape.iter().product::<usize>()).sum();
+            return Ok(Self {
+                tensors: HashMap::new(),
+                gguf: Some(Arc::clone(gguf)),
+                faults: Vec::new(),
+                device: device.clone(),
+                dtype,
+                num_parameters,
+            });
+        }
         let mut tensors = HashMap::new();
         for file in files.weight_files()? {
             let bytes = files.read(&file)?;
@@ -37,7 +57,7 @@ impl Weights {
             }
         }
         let num_parameters = tensors.values().map(Tensor::elem_count).sum();
-        Ok(Self { tensors, faults: Vec::new(), device: device.clone(), dtype, num_parameters })
+        Ok(Self { tensors, gguf: None, faults: Vec::new(), device: device.clone(), dtype, num_parameters })
     }
 
     /// The number of values in all files.
@@ -57,22 +77,50 @@ impl Weights {
 
     /// Whether a tensor of that name is there.
     pub fn has(&self, name: &str) -> bool {
-        self.tensors.contains_key(name)
+        self.tensors.contains_key(name) || self.gguf.as_ref().is_some_and(|gguf| gguf.has(name))
     }
 
     /// Takes a tensor out. One that is missing or of another shape is noted for
     /// [`finish`](Self::finish), and zeros stand in for it until then.
     pub fn take(&mut self, name: &str, shape: impl Into<Shape>) -> Result<Tensor, ModelError> {
         let shape = shape.into();
-        match self.tensors.remove(name) {
-            Some(tensor) if *tensor.shape() == shape => return Ok(tensor),
-            Some(tensor) => {
-                self.faults.push(format!("{name} has shape {:?}, expected {:?}", tensor.dims(), shape.dims()));
+        let found = match &self.gguf {
+            Some(gguf) => gguf.shape(name),
+            None => self.tensors.get(name).map(|tensor| tensor.dims().to_vec()),
+        };
+        match found {
+            Some(found) if found == shape.dims() => {
+                if let Some(tensor) = self.remove(name)? {
+                    return Ok(tensor);
+                }
             }
+            Some(found) => self.faults.push(format!("{name} has shape {found:?}, expected {:?}", shape.dims())),
             None => self.faults.push(format!("{name} {:?} is missing", shape.dims())),
         }
         // One value, broadcast: a config.json with wrong sizes must not make us allocate them.
         Ok(Tensor::zeros(1, self.dtype, &self.device)?.broadcast_as(shape)?)
+    }
+
+    /// As [`take`](Self::take), a matrix `[n, k]`. Blocks of a GGUF file stay as they are where they are
+    /// computed with as f32.
+    pub fn take_matrix(&mut self, name: &str, n: usize, k: usize) -> Result<Matrix, ModelError> {
+        let stay = self.device.is_cpu() && self.dtype == DType::F32;
+        if let Some(gguf) = self.gguf.as_ref().filter(|gguf| stay && gguf.shape(name).as_deref() == Some(&[n, k]))
+            && let Some(blocks) = gguf.read(name)?
+        {
+            return Ok(match blocks.format {
+                BlockFormat::F32 => Matrix::Values(Tensor::from_vec(blocks.values(), (n, k), &self.device)?),
+                _ => Matrix::Blocks(blocks),
+            });
+        }
+        Ok(Matrix::Values(self.take(name, (n, k))?))
+    }
+
+    fn remove(&mut self, name: &str) -> Result<Option<Tensor>, ModelError> {
+        let Some(gguf) = &self.gguf else { return Ok(self.tensors.remove(name)) };
+        let Some(blocks) = gguf.read(name)? else { return Ok(None) };
+        let values = blocks.values();
+        Ok(Some(Tensor::from_vec(values, blocks.shape, &Device::Cpu)?.to_dtype(self.dtype)?.to_device(&self.device)?))
     }
 
     /// Fails with all faults at once. Tensors that nothing asked for are fine: files carry caches
@@ -86,4 +134,45 @@ impl Weights {
             }
         }
     }
+}
+
+/// A matrix `[n, k]` as a file has it.
+#[derive(Debug)]
+pub enum Matrix {
+    Values(Tensor),
+    Blocks(Blocks),
+}
+
+impl Matrix {
+    /// All of it, for the kernels.
+    pub fn pack(self) -> candle_core::Result<Weight> {
+        match self {
+            Self::Values(values) => Weight::new(values),
+            Self::Blocks(blocks) => Ok(packed(blocks.format, blocks.bytes, &blocks.shape)),
+        }
+    }
+
+    /// `n` rows from `first` on, for the kernels.
+    pub fn rows(&self, first: usize, n: usize) -> candle_core::Result<Weight> {
+        match self {
+            Self::Values(values) => Weight::new(values.narrow(0, first, n)?),
+            Self::Blocks(blocks) => {
+                let size = blocks.bytes.len() / blocks.shape[0];
+                let bytes = blocks.bytes[first * size..(first + n) * size].to_vec();
+                Ok(packed(blocks.format, bytes, &[n, blocks.shape[1]]))
+            }
+        }
+    }
+
+    /// Its values, in f32 if they are in blocks.
+    pub fn values(&self) -> candle_core::Result<Tensor> {
+        match self {
+            Self::Values(values) => Ok(values.clone()),
+            Self::Blocks(blocks) => Tensor::from_vec(blocks.values(), blocks.shape.as_slice(), &Device::Cpu),
+        }
+    }
+}
+
+fn packed(format: BlockFormat, bytes: Vec<u8>, shape: &[usize]) -> Weight {
+    Weight::from_blocks(format, bytes, shape[0], shape[1])
 }

@@ -48,7 +48,7 @@ impl From<&ModelInfo> for Fit {
             num_layers: info.num_layers,
             num_kv_heads: info.num_kv_heads,
             head_dim: info.head_dim,
-            embedding_scale: None,
+            embedding_scale: info.embedding_scale,
             context_length: info.context_length,
             device: info.device.clone(),
             dtype: info.dtype,

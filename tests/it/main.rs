@@ -6,6 +6,7 @@ mod demo;
 mod engine;
 mod families;
 mod fixtures;
+mod gguf;
 mod hot_swap;
 mod http;
 #[cfg(feature = "hub")]

@@ -91,8 +91,7 @@ def make(name, seed):
                     print(f"{name}/{folder}: left out, margin {margin:.4f}")
                     continue
                 top = logits.topk(5)
-                cases.append(dict(prompt=folder, task_id=task, virtual_tokens=config.num_virtual_tokens, text=text,
-                                  input_ids=ids, greedy_ids=greedy,
+                cases.append(dict(prompt=folder, task_id=task, text=text, input_ids=ids, greedy_ids=greedy,
                                   top=[[i, round(v, 5)] for i, v in zip(top.indices.tolist(), top.values.tolist())]))
     (OUT / name / "expected.json").write_text(json.dumps(cases, ensure_ascii=False, indent=1) + "\n")
     print(f"{name}: {len(cases)} cases")

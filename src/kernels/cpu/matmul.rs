@@ -5,23 +5,18 @@
 
 use std::{cell::RefCell, ops::Range};
 
-#[cfg(target_arch = "x86_64")]
-use super::amx;
 use super::{
-    Buffer, Isa, dispatch,
+    Buffer, Isa,
+    block::{Ahead, BLOCK_COLUMNS, BLOCK_ROWS, TILE_ROWS, block_bf16, block_f32, block_widened},
+    dispatch,
     packed::{Data, PANEL, PackedMatrix, Precision, TILE, TILE_K},
     pool::Pool,
+    rows,
     simd::{LANES, Simd},
     tensors::written,
 };
 use crate::kernels::Activation;
 
-/// Rows of a block.
-const BLOCK_ROWS: usize = 32;
-/// Rows of a tile.
-const TILE_ROWS: usize = 16;
-/// Columns of a block.
-const BLOCK_COLUMNS: usize = 2 * PANEL;
 /// Bytes of `x` that a task works through again and again, to stay in the second cache.
 const LEFT_BYTES: usize = 768 << 10;
 
@@ -108,7 +103,8 @@ enum Finish {
 
 /// Every `step`th panel of a matrix, from some panel on.
 #[derive(Debug, Clone, Copy)]
-struct Panels {
+struct Panels<'a> {
+    weight: &'a PackedMatrix,
     first: *const u32,
     /// Values of four bytes in a panel.
     size: usize,
@@ -116,20 +112,35 @@ struct Panels {
     last: usize,
 }
 
-impl Panels {
-    fn new(weight: &PackedMatrix, from: usize) -> Self {
+impl<'a> Panels<'a> {
+    fn new(weight: &'a PackedMatrix, from: usize) -> Self {
         let (first, size) = match &weight.data {
             Data::F32(data) => (data.as_slice().as_ptr().cast(), PANEL * weight.k()),
             Data::Bf16(data) => (data.as_slice().as_ptr(), weight.tiles() * TILE),
+            // Each panel is made when it is its turn.
+            Data::Blocks(..) => (std::ptr::null(), 0),
         };
-        Self { first, size, from, last: weight.panels().saturating_sub(1) }
+        Self { weight, first, size, from, last: weight.panels().saturating_sub(1) }
     }
 
     /// The panel of a unit; the last one in place of one that is not there, whose result nobody
     /// keeps.
+    fn index(&self, unit: usize, step: usize) -> usize {
+        (self.from + unit * step).min(self.last)
+    }
+
+    /// Where that panel is; null for one that is still to be made.
     fn get(&self, unit: usize, step: usize) -> *const u32 {
-        // SAFETY: the index is of a panel of the matrix.
-        unsafe { self.first.add((self.from + unit * step).min(self.last) * self.size) }
+        // SAFETY: the index is of a panel of the matrix, or the size zero.
+        unsafe { self.first.add(self.index(unit, step) * self.size) }
+    }
+
+    /// As [`get`](Self::get), made in `room` if it has to be.
+    fn make(&self, unit: usize, step: usize, room: &mut [f32]) -> *const u32 {
+        match self.weight.dequantize_panel(self.index(unit, step), room) {
+            true => room.as_ptr().cast(),
+            false => self.get(unit, step),
+        }
     }
 }
 
@@ -137,7 +148,7 @@ impl Panels {
 struct Target<'a> {
     units: usize,
     n: usize,
-    panels: [Panels; 2],
+    panels: [Panels<'a>; 2],
     step: usize,
     bias: Option<&'a [f32]>,
     residual: Option<&'a [f32]>,
@@ -149,6 +160,8 @@ struct Target<'a> {
 enum Left {
     /// `[rows, k]`
     F32(*const f32),
+    /// As `F32`, rounded to bf16, for panels of bf16.
+    Rounded(*const f32),
     /// `[row tiles][k / 32][16][16 pairs]`
     Bf16(*const u32),
 }
@@ -181,10 +194,14 @@ fn run(
         return;
     }
     thread_local!(static TILES: RefCell<Buffer<u32>> = const { RefCell::new(Buffer::empty()) });
+    // A unit's panels where they are not in memory already.
+    thread_local!(static MADE: RefCell<Buffer<f32>> = const { RefCell::new(Buffer::empty()) });
+    let made = targets.iter().flat_map(|t| &t.panels).any(|p| matches!(p.weight.data, Data::Blocks(..)));
     TILES.with_borrow_mut(|tiles| {
         let left = match precision {
             Precision::F32 => Left::F32(x.as_ptr()),
-            Precision::Bf16 => Left::Bf16(pack_left(isa, pool, x, rows, k, tiles)),
+            Precision::Bf16 if isa.multiplies_bf16() => Left::Bf16(pack_left(isa, pool, x, rows, k, tiles)),
+            Precision::Bf16 => Left::Rounded(round_left(isa, pool, x, k, tiles)),
         };
         let job = Job { isa, left, rows, k, targets, finish };
         let units: usize = targets.iter().map(|t| t.units).sum();
@@ -203,11 +220,25 @@ fn run(
             let first = row_task * blocks_per_task;
             let blocks = first..blocks.min(first + blocks_per_task);
             let job = &job;
-            // SAFETY: the job's pointers are valid for its shapes, which `multiply` has checked, and
-            // every task has its own units and blocks.
-            dispatch!(job.isa, work(job: &Job, units: Range<usize>, blocks: Range<usize>));
+            MADE.with_borrow_mut(|room| {
+                if made {
+                    room.make_room(BLOCK_COLUMNS * k);
+                }
+                let room = room.as_mut_slice();
+                // SAFETY: the job's pointers are valid for its shapes, which `multiply` has checked, and
+                // every task has its own units and blocks.
+                dispatch!(job.isa, work(job: &Job, units: Range<usize>, blocks: Range<usize>, room: &mut [f32]));
+            });
         });
     });
+}
+
+/// Rounds `x` to bf16, kept as f32.
+fn round_left(isa: Isa, pool: &Pool, x: &[f32], k: usize, rounded: &mut Buffer<u32>) -> *const f32 {
+    rounded.make_room(x.len());
+    let values: &mut [f32] = bytemuck::cast_slice_mut(&mut rounded.as_mut_slice()[..x.len()]);
+    rows::round(isa, pool, x, k, values);
+    values.as_ptr()
 }
 
 /// Rounds `x` to bf16 and lays it out in tiles; rows and columns that are missing of a tile are zero.
@@ -265,27 +296,17 @@ unsafe fn pack_tile<S: Simd>(from: &[f32], k: usize, to: *mut u32) {
     }
 }
 
-/// What a block may ask of memory while it computes.
-#[derive(Clone, Copy)]
-struct Ahead {
-    /// The next unit's panels.
-    next: [*const u32; 2],
-    /// Which of how many blocks of this unit it is.
-    part: usize,
-    parts: usize,
-    /// Nobody has asked for this unit's own panels.
-    cold: bool,
-}
-
 #[repr(align(64))]
 struct Sums([f32; BLOCK_ROWS * BLOCK_COLUMNS]);
 
-/// The blocks of some units (columns) and row blocks.
+/// The blocks of some units (columns) and row blocks. `room` is for the two panels of a unit, if a matrix
+/// has none in memory.
 ///
 /// # Safety
 /// The job's pointers are valid for its shapes, and no other thread has these blocks.
 #[inline(always)]
-unsafe fn work<S: Simd>(job: &Job, units: Range<usize>, blocks: Range<usize>) {
+unsafe fn work<S: Simd>(job: &Job, units: Range<usize>, blocks: Range<usize>, room: &mut [f32]) {
+    let (room0, room1) = room.split_at_mut(room.len() / 2);
     let mut sums = Sums([0.0; BLOCK_ROWS * BLOCK_COLUMNS]);
     let sums = sums.0.as_mut_ptr();
     let (mut passed, mut cold) = (0, true);
@@ -293,7 +314,8 @@ unsafe fn work<S: Simd>(job: &Job, units: Range<usize>, blocks: Range<usize>) {
         let own = units.start.max(passed) - passed..units.end.min(passed + target.units).max(passed) - passed;
         passed += target.units;
         for unit in own {
-            let [b0, b1] = target.panels.map(|p| p.get(unit, target.step));
+            let [p0, p1] = target.panels;
+            let (b0, b1) = (p0.make(unit, target.step, room0), p1.make(unit, target.step, room1));
             // Past the last unit this is the last one again, which costs nothing.
             let next = target.panels.map(|p| p.get((unit + 1).min(target.units - 1), target.step));
             for block in blocks.clone() {
@@ -306,8 +328,9 @@ unsafe fn work<S: Simd>(job: &Job, units: Range<usize>, blocks: Range<usize>) {
                 unsafe {
                     match job.left {
                         Left::F32(x) => {
-                            block_f32::<S>(x.add(first * job.k), rows, job.k, b0.cast(), b1.cast(), sums);
+                            block_f32::<S>(x.add(first * job.k), rows, job.k, [b0.cast(), b1.cast()], sums);
                         }
+                        Left::Rounded(x) => block_widened::<S>(x.add(first * job.k), rows, job.k, [b0, b1], sums),
                         Left::Bf16(tiles) => {
                             let k_tiles = job.k.div_ceil(TILE_K);
                             let a = tiles.add(first / TILE_ROWS * k_tiles * TILE);
@@ -322,138 +345,6 @@ unsafe fn work<S: Simd>(job: &Job, units: Range<usize>, blocks: Range<usize>) {
             }
         }
     }
-}
-
-/// # Safety
-/// `x` is valid for `rows` rows of `k`, `b0` and `b1` for a panel of `k`, `sums` for a block.
-#[inline(always)]
-unsafe fn block_f32<S: Simd>(x: *const f32, rows: usize, k: usize, b0: *const f32, b1: *const f32, sums: *mut f32) {
-    let mut row = 0;
-    // SAFETY: `row` plus the rows of each call never exceeds `rows`.
-    unsafe {
-        while row < rows {
-            let (x, sums) = (x.add(row * k), sums.add(row * BLOCK_COLUMNS));
-            row += match rows - row {
-                left if left >= 8 && S::REGISTERS >= 32 => rows_f32::<S, 8>(x, k, b0, b1, sums),
-                left if left >= 4 => rows_f32::<S, 4>(x, k, b0, b1, sums),
-                left if left >= 2 => rows_f32::<S, 2>(x, k, b0, b1, sums),
-                _ => rows_f32::<S, 1>(x, k, b0, b1, sums),
-            };
-        }
-    }
-}
-
-/// `R` rows by two panels.
-///
-/// # Safety
-/// As [`block_f32`], for `R` rows.
-#[inline(always)]
-unsafe fn rows_f32<S: Simd, const R: usize>(
-    x: *const f32,
-    k: usize,
-    b0: *const f32,
-    b1: *const f32,
-    sums: *mut f32,
-) -> usize {
-    // SAFETY: `i` stays below `k` and `r` below `R`.
-    unsafe {
-        let mut acc = [[S::splat(0.0); 2]; R];
-        for i in 0..k {
-            let w = [S::load(b0.add(i * PANEL)), S::load(b1.add(i * PANEL))];
-            for (r, acc) in acc.iter_mut().enumerate() {
-                let x = S::splat(*x.add(r * k + i));
-                acc[0] = S::fma(w[0], x, acc[0]);
-                acc[1] = S::fma(w[1], x, acc[1]);
-            }
-        }
-        for (r, acc) in acc.iter().enumerate() {
-            S::store(sums.add(r * BLOCK_COLUMNS), acc[0]);
-            S::store(sums.add(r * BLOCK_COLUMNS + PANEL), acc[1]);
-        }
-    }
-    R
-}
-
-/// # Safety
-/// `a` is valid for two row tiles of `tiles` tiles, `b0` and `b1` for a panel of them, `sums` for a block.
-#[inline(always)]
-unsafe fn block_bf16<S: Simd>(
-    isa: Isa,
-    a: *const u32,
-    rows: usize,
-    tiles: usize,
-    [b0, b1]: [*const u32; 2],
-    sums: *mut f32,
-    ahead: Ahead,
-) {
-    #[cfg(target_arch = "x86_64")]
-    if isa == Isa::Amx {
-        amx::configure();
-        // SAFETY: as the caller says.
-        unsafe {
-            let Ahead { next, part, parts, cold } = ahead;
-            match rows > TILE_ROWS {
-                true if cold || parts == 1 => {
-                    amx::block_2x2([a, a.add(tiles * TILE)], [b0, b1], tiles, sums, amx::Ahead::Near(next));
-                }
-                true => {
-                    let ahead = amx::Ahead::Far { next, part, parts };
-                    amx::block_2x2([a, a.add(tiles * TILE)], [b0, b1], tiles, sums, ahead);
-                }
-                false => amx::block_1x2(a, [b0, b1], tiles, sums, next),
-            }
-        }
-        return;
-    }
-    let _ = (isa, ahead);
-    let mut row = 0;
-    // SAFETY: rows of one call lie in one row tile, as their number divides 16.
-    unsafe {
-        while row < rows {
-            let a = a.add(row / TILE_ROWS * tiles * TILE + row % TILE_ROWS * (TILE_K / 2));
-            let sums = sums.add(row * BLOCK_COLUMNS);
-            row += match rows - row {
-                left if left >= 8 && S::REGISTERS >= 32 => rows_bf16::<S, 8>(a, tiles, b0, b1, sums),
-                left if left >= 4 => rows_bf16::<S, 4>(a, tiles, b0, b1, sums),
-                left if left >= 2 => rows_bf16::<S, 2>(a, tiles, b0, b1, sums),
-                _ => rows_bf16::<S, 1>(a, tiles, b0, b1, sums),
-            };
-        }
-    }
-}
-
-/// `R` rows of one row tile by two panels.
-///
-/// # Safety
-/// As [`block_bf16`], for `R` rows that start at `a`.
-#[inline(always)]
-unsafe fn rows_bf16<S: Simd, const R: usize>(
-    a: *const u32,
-    tiles: usize,
-    b0: *const u32,
-    b1: *const u32,
-    sums: *mut f32,
-) -> usize {
-    // SAFETY: every index stays within its tile.
-    unsafe {
-        let mut acc = [[S::splat(0.0); 2]; R];
-        for t in 0..tiles {
-            for pair in 0..TILE_K / 2 {
-                let at = t * TILE + pair * PANEL;
-                let w = [S::load_pairs(b0.add(at)), S::load_pairs(b1.add(at))];
-                for (r, acc) in acc.iter_mut().enumerate() {
-                    let x = *a.add(t * TILE + r * (TILE_K / 2) + pair);
-                    acc[0] = S::dot(acc[0], w[0], x);
-                    acc[1] = S::dot(acc[1], w[1], x);
-                }
-            }
-        }
-        for (r, acc) in acc.iter().enumerate() {
-            S::store(sums.add(r * BLOCK_COLUMNS), acc[0]);
-            S::store(sums.add(r * BLOCK_COLUMNS + PANEL), acc[1]);
-        }
-    }
-    R
 }
 
 /// Writes a block's columns with bias and residual.
@@ -513,7 +404,7 @@ unsafe fn gate<S: Simd>(
         // SAFETY: the columns are within `[rows, n]`.
         unsafe {
             let (sums, out) = (sums.add(row * BLOCK_COLUMNS), target.out.add((first + row) * target.n + column));
-            let y = S::mul(super::rows::apply::<S>(activation, S::load(sums)), S::load(sums.add(PANEL)));
+            let y = S::mul(rows::apply::<S>(activation, S::load(sums)), S::load(sums.add(PANEL)));
             if columns == PANEL {
                 S::store(out, y);
             } else {
@@ -531,6 +422,7 @@ mod tests {
     use rand::{Rng, SeedableRng, rngs::StdRng};
 
     use super::*;
+    use crate::kernels::cpu::quantized::tests::{FORMATS, random_blocks};
 
     fn random(n: usize, seed: u64) -> Vec<f32> {
         let mut rng = StdRng::seed_from_u64(seed);
@@ -583,6 +475,35 @@ mod tests {
                     let gated = multiply_gated(isa, &pool, Activation::Relu, &x, rows, &weight, &weight);
                     check(&what, &gated, exact.iter().map(|y| y.max(0.0) * y));
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn products_with_blocks_are_bit_for_bit_those_with_the_same_values() {
+        let pool = Pool::new(2);
+        for (i, (format, _)) in FORMATS.into_iter().enumerate() {
+            for (rows, n, units) in [(1, 50, 1), (3, 16, 2), (40, 33, 1), (70, 5, 2)] {
+                let k = units * format.values().max(33);
+                let bytes = random_blocks(format, n, k, i as u64);
+                let mut values = vec![0f32; n * k];
+                format.dequantize(&bytes, &mut values);
+                let blocks = PackedMatrix::from_blocks(format, bytes, n, k);
+                let plain = PackedMatrix::from_f32(&values, n, k).unwrap();
+                let x = random(rows * k, 8);
+                for isa in Isa::available() {
+                    let products = |weight| {
+                        let product = Product { weight, bias: None, residual: None };
+                        let mixed = Product { weight: &plain, ..product };
+                        let all = multiply(isa, &pool, &x, rows, &[product, mixed, product]);
+                        [all.concat(), multiply_gated(isa, &pool, Activation::Silu, &x, rows, weight, weight)].concat()
+                    };
+                    let bits = |x: Vec<f32>| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+                    assert!(bits(products(&blocks)) == bits(products(&plain)), "{isa:?} {format:?} {rows} {n} {k}");
+                }
+                let mut row = vec![0f32; k];
+                blocks.row(n - 1, &mut row);
+                assert_eq!(row, values[(n - 1) * k..]);
             }
         }
     }

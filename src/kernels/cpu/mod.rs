@@ -9,11 +9,13 @@
 #[cfg(target_arch = "x86_64")]
 mod amx;
 pub mod attention;
+mod block;
 mod buffer;
 pub mod frozen;
 pub mod matmul;
 pub mod packed;
 pub mod pool;
+pub mod quantized;
 pub mod rows;
 mod simd;
 pub mod tensors;
@@ -71,6 +73,14 @@ impl Isa {
             }
         }
         all
+    }
+
+    /// Whether there are instructions for products of bf16.
+    pub fn multiplies_bf16(self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        return self >= Self::Avx512Bf16;
+        #[cfg(not(target_arch = "x86_64"))]
+        false
     }
 
     /// What the kernels call themselves in a log.

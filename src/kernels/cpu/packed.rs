@@ -5,6 +5,7 @@ use rayon::prelude::*;
 
 use super::{
     buffer::Buffer,
+    quantized::BlockFormat,
     simd::{LANES, bf16 as round},
 };
 
@@ -26,6 +27,9 @@ pub enum Precision {
 /// `W` `[n, k]`, to be multiplied as `x Wᵀ`. Panels of 16 rows of `W` lie one after another; in a
 /// panel, f32 values are `[k][16]`, and bf16 values `[k / 32][16 pairs][16][2]`, which is both a
 /// tile of AMX and what `vdpbf16ps` reads. What is missing of a panel or tile is zero.
+///
+/// Blocks of a GGUF file stay as they are, row after row: whoever multiplies makes an f32 panel of 16 rows at
+/// a time of them.
 #[derive(Debug)]
 pub struct PackedMatrix {
     n: usize,
@@ -37,6 +41,7 @@ pub struct PackedMatrix {
 pub(super) enum Data {
     F32(Buffer<f32>),
     Bf16(Buffer<u32>),
+    Blocks(BlockFormat, Vec<u8>),
 }
 
 impl PackedMatrix {
@@ -104,6 +109,16 @@ impl PackedMatrix {
         Ok(Self { n, k, data: Data::Bf16(data) })
     }
 
+    /// Keeps rows of `k` values as the blocks that a GGUF file has. Products are, bit for bit, those of the
+    /// same values in f32.
+    ///
+    /// # Panics
+    /// If `bytes` are not the blocks of `n` rows.
+    pub fn from_blocks(format: BlockFormat, bytes: Vec<u8>, n: usize, k: usize) -> Self {
+        assert_eq!(Some(bytes.len()), format.row_bytes(k).map(|row| n * row));
+        Self { n, k, data: Data::Blocks(format, bytes) }
+    }
+
     /// Rows of the matrix: the width of the product.
     pub fn n(&self) -> usize {
         self.n
@@ -114,10 +129,10 @@ impl PackedMatrix {
         self.k
     }
 
-    /// The format of its values.
+    /// The format of its values where they are multiplied.
     pub fn precision(&self) -> Precision {
         match self.data {
-            Data::F32(_) => Precision::F32,
+            Data::F32(_) | Data::Blocks(..) => Precision::F32,
             Data::Bf16(_) => Precision::Bf16,
         }
     }
@@ -127,6 +142,7 @@ impl PackedMatrix {
         match &self.data {
             Data::F32(data) => size_of_val(data.as_slice()),
             Data::Bf16(data) => size_of_val(data.as_slice()),
+            Data::Blocks(_, bytes) => bytes.len(),
         }
     }
 
@@ -151,7 +167,27 @@ impl PackedMatrix {
                     }
                 }
             }
+            Data::Blocks(format, bytes) => {
+                let size = bytes.len() / self.n;
+                format.dequantize(&bytes[i * size..][..size], out);
+            }
         }
+    }
+
+    /// Writes panel `i` of a matrix of blocks in f32, `[k][16]`; false, and nothing, for another matrix.
+    ///
+    /// # Panics
+    /// If there is no such panel or no room for it.
+    pub(super) fn dequantize_panel(&self, i: usize, out: &mut [f32]) -> bool {
+        let Data::Blocks(format, bytes) = &self.data else { return false };
+        let size = bytes.len() / self.n;
+        let rows = i * PANEL..self.n.min((i + 1) * PANEL);
+        format.dequantize_panel::<PANEL>(
+            &bytes[rows.start * size..rows.end * size],
+            self.k,
+            &mut out[..self.k * PANEL],
+        );
+        true
     }
 
     pub(super) fn panels(&self) -> usize {

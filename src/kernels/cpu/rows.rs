@@ -277,6 +277,39 @@ fn gelu(value: &mut f32) {
     *value = (0.5 * x * (1.0 + erf_f64(x * std::f64::consts::FRAC_1_SQRT_2))) as f32;
 }
 
+/// Rounds each value to bf16, kept as f32; rows of `width` are what threads share.
+///
+/// # Panics
+/// If `to` is not as long as `x`.
+pub(super) fn round(isa: Isa, pool: &Pool, x: &[f32], width: usize, to: &mut [f32]) {
+    assert_eq!(x.len(), to.len());
+    let out = Out(to.as_mut_ptr());
+    split(pool, x.len() / width.max(1), width, &|rows| {
+        let out = &out;
+        let x = &x[rows.start * width..rows.end * width];
+        // SAFETY: the rows are within `to`, which is as long as all of `x`.
+        let to = unsafe { out.0.add(rows.start * width) };
+        // SAFETY: `to` is valid for the rows of `x`.
+        dispatch!(isa, round_values(x: &[f32], to: *mut f32));
+    });
+}
+
+/// # Safety
+/// `to` is valid for as many values as `x`.
+#[inline(always)]
+unsafe fn round_values<S: Simd>(x: &[f32], to: *mut f32) {
+    let whole = x.len() / LANES * LANES;
+    // SAFETY: every index is below the length of both.
+    unsafe {
+        for i in (0..whole).step_by(LANES) {
+            S::store(to.add(i), S::to_bf16(S::load(x.as_ptr().add(i))));
+        }
+        for (i, x) in x.iter().enumerate().skip(whole) {
+            *to.add(i) = half::bf16::from_f32(*x).to_f32();
+        }
+    }
+}
+
 /// The index of the largest value, the first of equals, as torch's argmax; 0 if there is none. NaN is
 /// never larger.
 pub fn argmax(isa: Isa, x: &[f32]) -> usize {

@@ -40,7 +40,11 @@ pub trait Simd: Copy {
     unsafe fn largest(a: Self::V) -> f32;
     /// Rounded to bf16, nearest even.
     unsafe fn store_bf16(to: *mut u16, v: Self::V);
+    /// As [`store_bf16`](Self::store_bf16), kept as f32.
+    unsafe fn to_bf16(v: Self::V) -> Self::V;
     unsafe fn load_pairs(from: *const u32) -> Self::P;
+    /// The first of each pair, and the second.
+    unsafe fn widen(pairs: Self::P) -> [Self::V; 2];
     /// Adds to each lane the two products of its pair in `w` with the pair `x`.
     unsafe fn dot(acc: Self::V, w: Self::P, x: u32) -> Self::V;
 
@@ -162,6 +166,14 @@ impl Simd for Portable {
         unsafe { to.cast::<[u16; LANES]>().write_unaligned(v.map(bf16)) }
     }
     #[inline(always)]
+    unsafe fn to_bf16(v: Self::V) -> Self::V {
+        v.map(|x| low(bf16(x).into()))
+    }
+    #[inline(always)]
+    unsafe fn widen(pairs: Self::P) -> [Self::V; 2] {
+        [pairs.map(low), pairs.map(high)]
+    }
+    #[inline(always)]
     unsafe fn load_pairs(from: *const u32) -> Self::P {
         // SAFETY: the caller vouches for 16 readable pairs.
         unsafe { from.cast::<Self::P>().read_unaligned() }
@@ -193,6 +205,28 @@ mod x86 {
     /// AVX-512 with bf16 products.
     #[derive(Debug, Clone, Copy)]
     pub struct Avx512Bf16;
+
+    /// The high halves of eight values of 32 bits.
+    #[inline(always)]
+    unsafe fn high_halves() -> __m256i {
+        // SAFETY: the caller vouches for AVX2.
+        unsafe { _mm256_set1_epi32(0xffff_0000_u32 as i32) }
+    }
+
+    /// Rounds to bf16 in the high halves, nearest even: half of the last place that is kept, and one more
+    /// if that place is odd; a NaN keeps its quiet bit.
+    #[inline(always)]
+    unsafe fn rounded(v: __m256) -> __m256i {
+        // SAFETY: the caller vouches for AVX2.
+        unsafe {
+            let bits = _mm256_castps_si256(v);
+            let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
+            let rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+            let nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(v, v));
+            let quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x0040_0000));
+            _mm256_blendv_epi8(rounded, quiet, nan)
+        }
+    }
 
     /// The operations of [`Avx2`] that act on both registers alike.
     macro_rules! both {
@@ -268,11 +302,27 @@ mod x86 {
         }
         #[inline(always)]
         unsafe fn store_bf16(to: *mut u16, v: Self::V) {
-            let mut lanes = [0f32; 16];
-            // SAFETY: as `both`; the array holds 16 values, and so does `to`.
+            // SAFETY: as `both`; 16 values are writable. Packing works on halves of the registers, so
+            // the middle quarters change places.
             unsafe {
-                Self::store(lanes.as_mut_ptr(), v);
-                to.cast::<[u16; 16]>().write_unaligned(lanes.map(super::bf16));
+                let [a, b] = v.map(|v| _mm256_srli_epi32::<16>(rounded(v)));
+                let packed = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packus_epi32(a, b));
+                _mm256_storeu_si256(to.cast(), packed);
+            }
+        }
+        #[inline(always)]
+        unsafe fn to_bf16(v: Self::V) -> Self::V {
+            // SAFETY: as `both`.
+            v.map(|v| unsafe { _mm256_castsi256_ps(_mm256_and_si256(rounded(v), high_halves())) })
+        }
+        #[inline(always)]
+        unsafe fn widen(pairs: Self::P) -> [Self::V; 2] {
+            // SAFETY: as `both`.
+            unsafe {
+                [
+                    pairs.map(|w| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(w))),
+                    pairs.map(|w| _mm256_castsi256_ps(_mm256_and_si256(w, high_halves()))),
+                ]
             }
         }
         #[inline(always)]
@@ -374,6 +424,24 @@ mod x86 {
             unsafe fn load_pairs(from: *const u32) -> __m512i {
                 // SAFETY: as `splat`; 16 pairs are readable.
                 unsafe { _mm512_loadu_si512(from.cast()) }
+            }
+            #[inline(always)]
+            unsafe fn to_bf16(v: __m512) -> __m512 {
+                let mut rounded = [0u16; 16];
+                // SAFETY: as `splat`; the array holds 16 values.
+                unsafe {
+                    Self::store_bf16(rounded.as_mut_ptr(), v);
+                    let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(rounded.as_ptr().cast()));
+                    _mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide))
+                }
+            }
+            #[inline(always)]
+            unsafe fn widen(pairs: __m512i) -> [__m512; 2] {
+                // SAFETY: as `splat`.
+                unsafe {
+                    let high = _mm512_and_si512(pairs, _mm512_set1_epi32(0xffff_0000_u32 as i32));
+                    [_mm512_castsi512_ps(_mm512_slli_epi32::<16>(pairs)), _mm512_castsi512_ps(high)]
+                }
             }
         };
     }

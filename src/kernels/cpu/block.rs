@@ -1,0 +1,327 @@
+//! Blocks of a product: up to 32 rows by two panels of 16 columns, summed over all of `k` in one
+//! order, so that a row's sums are the same whichever rows it shares a block with.
+
+use std::mem::MaybeUninit;
+
+#[cfg(target_arch = "x86_64")]
+use super::amx;
+use super::{
+    Isa,
+    packed::{PANEL, TILE, TILE_K},
+    simd::Simd,
+};
+
+/// Rows of a block.
+pub(super) const BLOCK_ROWS: usize = 32;
+/// Rows of a tile.
+pub(super) const TILE_ROWS: usize = 16;
+/// Columns of a block.
+pub(super) const BLOCK_COLUMNS: usize = 2 * PANEL;
+
+/// Inner values of a panel that are widened at a time, which the first cache holds.
+const WIDENED: usize = 256;
+
+#[repr(align(64))]
+struct Widened(MaybeUninit<[f32; WIDENED * PANEL]>);
+
+/// Lines of a panel that are asked for before they are needed. The processor foresees a stream only
+/// within a page of 4 KiB, and a few rows use a page up faster than memory answers.
+const LINES_AHEAD: usize = 24;
+
+/// Asks for the line that a panel's stream will need soon; of panels side by side the next one follows.
+#[inline(always)]
+fn prefetch<T>(panel: *const T, line: usize) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: a prefetch is no access; it may name any address.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(panel.wrapping_add((line + LINES_AHEAD) * PANEL).cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (panel, line);
+}
+
+/// What a block may ask of memory while it computes.
+#[derive(Clone, Copy)]
+pub(super) struct Ahead {
+    /// The next unit's panels.
+    pub next: [*const u32; 2],
+    /// Which of how many blocks of this unit it is.
+    pub part: usize,
+    pub parts: usize,
+    /// Nobody has asked for this unit's own panels.
+    pub cold: bool,
+}
+
+/// A block of a product in f32.
+///
+/// # Safety
+/// `x` is valid for `rows` rows of `k`, each panel for `k` of 16, `sums` for a block.
+#[inline(always)]
+pub(super) unsafe fn block_f32<S: Simd>(x: *const f32, rows: usize, k: usize, panels: [*const f32; 2], sums: *mut f32) {
+    // SAFETY: as the caller says.
+    unsafe {
+        match one_panel::<S>(rows) {
+            true => {
+                for (i, panel) in panels.into_iter().enumerate() {
+                    panel_f32::<S>(x, rows, k, k, panel, sums.add(i * PANEL), true);
+                }
+            }
+            false => panels_f32::<S>(x, rows, k, panels, sums),
+        }
+    }
+}
+
+/// Whether more rows of one panel make better use of the registers than fewer rows of both. (A single row
+/// has too few sums of one panel to keep the processor busy.)
+#[inline(always)]
+fn one_panel<S: Simd>(rows: usize) -> bool {
+    S::REGISTERS < 32 && rows > 3
+}
+
+/// # Safety
+/// As [`block_f32`].
+#[inline(always)]
+unsafe fn panels_f32<S: Simd>(x: *const f32, rows: usize, k: usize, panels: [*const f32; 2], sums: *mut f32) {
+    let mut row = 0;
+    // SAFETY: `row` plus the rows of each call never exceeds `rows`.
+    unsafe {
+        while row < rows {
+            let (x, sums) = (x.add(row * k), sums.add(row * BLOCK_COLUMNS));
+            row += match rows - row {
+                left if left >= 8 && S::REGISTERS >= 32 => rows_f32::<S, 8, 2>(x, k, k, panels, sums, true),
+                left if left >= 4 => rows_f32::<S, 4, 2>(x, k, k, panels, sums, true),
+                left if left >= 2 => rows_f32::<S, 2, 2>(x, k, k, panels, sums, true),
+                _ => rows_f32::<S, 1, 2>(x, k, k, panels, sums, true),
+            };
+        }
+    }
+}
+
+/// Rows of one panel, for sixteen registers of eight lanes: twelve hold sums, the others a panel's
+/// weights and a value of `x`.
+///
+/// # Safety
+/// As [`rows_f32`].
+#[inline(always)]
+unsafe fn panel_f32<S: Simd>(
+    x: *const f32,
+    rows: usize,
+    stride: usize,
+    n: usize,
+    panel: *const f32,
+    sums: *mut f32,
+    fresh: bool,
+) {
+    let mut row = 0;
+    // SAFETY: `row` plus the rows of each call never exceeds `rows`.
+    unsafe {
+        while row < rows {
+            let (x, sums) = (x.add(row * stride), sums.add(row * BLOCK_COLUMNS));
+            row += match rows - row {
+                // Two calls of four, not six and a lonely two.
+                8 | 7 | 4 => rows_f32::<S, 4, 1>(x, stride, n, [panel], sums, fresh),
+                5 => rows_f32::<S, 5, 1>(x, stride, n, [panel], sums, fresh),
+                3 => rows_f32::<S, 3, 1>(x, stride, n, [panel], sums, fresh),
+                2 => rows_f32::<S, 2, 1>(x, stride, n, [panel], sums, fresh),
+                1 => rows_f32::<S, 1, 1>(x, stride, n, [panel], sums, fresh),
+                _ => rows_f32::<S, 6, 1>(x, stride, n, [panel], sums, fresh),
+            };
+        }
+    }
+}
+
+/// `R` rows by `P` panels over `n` inner values; rows of `x` are `stride` apart. The sums go on from what
+/// is in `sums` unless they are `fresh`.
+///
+/// # Safety
+/// `x` is valid for `R` rows of `n`, each panel for `n` of 16, `sums` for `R` rows of a block.
+#[inline(always)]
+unsafe fn rows_f32<S: Simd, const R: usize, const P: usize>(
+    x: *const f32,
+    stride: usize,
+    n: usize,
+    panels: [*const f32; P],
+    sums: *mut f32,
+    fresh: bool,
+) -> usize {
+    // SAFETY: `i` stays below `n`, `r` below `R` and `p` below `P`.
+    unsafe {
+        let mut acc = [[S::splat(0.0); P]; R];
+        if !fresh {
+            for (r, acc) in acc.iter_mut().enumerate() {
+                for (p, acc) in acc.iter_mut().enumerate() {
+                    *acc = S::load(sums.add(r * BLOCK_COLUMNS + p * PANEL));
+                }
+            }
+        }
+        for i in 0..n {
+            if R <= 3 {
+                panels.iter().for_each(|&panel| prefetch(panel, i));
+            }
+            let w = panels.map(|panel| S::load(panel.add(i * PANEL)));
+            for (r, acc) in acc.iter_mut().enumerate() {
+                let x = S::splat(*x.add(r * stride + i));
+                for (acc, w) in acc.iter_mut().zip(w) {
+                    *acc = S::fma(w, x, *acc);
+                }
+            }
+        }
+        for (r, acc) in acc.iter().enumerate() {
+            for (p, acc) in acc.iter().enumerate() {
+                S::store(sums.add(r * BLOCK_COLUMNS + p * PANEL), *acc);
+            }
+        }
+    }
+    R
+}
+
+/// A block of a product in bf16 without instructions for it: panels are widened to f32, a part at a time,
+/// for all rows. `x` has been rounded to bf16.
+///
+/// # Safety
+/// `x` is valid for `rows` rows of `k`, each panel for the tiles of `k`, `sums` for a block.
+#[inline(always)]
+pub(super) unsafe fn block_widened<S: Simd>(
+    x: *const f32,
+    rows: usize,
+    k: usize,
+    panels: [*const u32; 2],
+    sums: *mut f32,
+) {
+    // SAFETY: as the caller says; a part's values are within the panel's tiles and the scratch.
+    unsafe {
+        if rows <= 3 {
+            for row in 0..rows {
+                row_widened::<S>(x.add(row * k), k, panels, sums.add(row * BLOCK_COLUMNS));
+            }
+            return;
+        }
+        let mut widened = Widened(MaybeUninit::uninit());
+        for (i, panel) in panels.into_iter().enumerate() {
+            for first in (0..k).step_by(WIDENED) {
+                let n = (k - first).min(WIDENED);
+                let out = widened.0.as_mut_ptr().cast::<f32>();
+                for pair in 0..n.div_ceil(2) {
+                    let [low, high] = S::widen(S::load_pairs(panel.add((first / 2 + pair) * PANEL)));
+                    S::store(out.add(2 * pair * PANEL), low);
+                    S::store(out.add((2 * pair + 1) * PANEL), high);
+                }
+                panel_f32::<S>(x.add(first), rows, k, n, out, sums.add(i * PANEL), first == 0);
+            }
+        }
+    }
+}
+
+/// One row, whose weights are widened on their way: as they are read once, memory is what takes the time.
+///
+/// # Safety
+/// As [`block_widened`].
+#[inline(always)]
+unsafe fn row_widened<S: Simd>(x: *const f32, k: usize, panels: [*const u32; 2], sums: *mut f32) {
+    // SAFETY: as the caller says; a panel has values for an even number of inner ones.
+    unsafe {
+        let mut acc = [S::splat(0.0); 2];
+        for pair in 0..k / 2 {
+            let (a, b) = (S::splat(*x.add(2 * pair)), S::splat(*x.add(2 * pair + 1)));
+            for (acc, panel) in acc.iter_mut().zip(panels) {
+                prefetch(panel, pair);
+                let [low, high] = S::widen(S::load_pairs(panel.add(pair * PANEL)));
+                *acc = S::fma(high, b, S::fma(low, a, *acc));
+            }
+        }
+        if k % 2 == 1 {
+            let a = S::splat(*x.add(k - 1));
+            for (acc, panel) in acc.iter_mut().zip(panels) {
+                let [low, _] = S::widen(S::load_pairs(panel.add(k / 2 * PANEL)));
+                *acc = S::fma(low, a, *acc);
+            }
+        }
+        S::store(sums, acc[0]);
+        S::store(sums.add(PANEL), acc[1]);
+    }
+}
+
+/// A block of a product in bf16, by the processor's instructions for it.
+///
+/// # Safety
+/// `a` is valid for two row tiles of `tiles` tiles, each panel for as many, `sums` for a block.
+#[inline(always)]
+pub(super) unsafe fn block_bf16<S: Simd>(
+    isa: Isa,
+    a: *const u32,
+    rows: usize,
+    tiles: usize,
+    [b0, b1]: [*const u32; 2],
+    sums: *mut f32,
+    ahead: Ahead,
+) {
+    #[cfg(target_arch = "x86_64")]
+    if isa == Isa::Amx {
+        amx::configure();
+        // SAFETY: as the caller says.
+        unsafe {
+            let Ahead { next, part, parts, cold } = ahead;
+            match rows > TILE_ROWS {
+                true if cold || parts == 1 => {
+                    amx::block_2x2([a, a.add(tiles * TILE)], [b0, b1], tiles, sums, amx::Ahead::Near(next));
+                }
+                true => {
+                    let ahead = amx::Ahead::Far { next, part, parts };
+                    amx::block_2x2([a, a.add(tiles * TILE)], [b0, b1], tiles, sums, ahead);
+                }
+                false => amx::block_1x2(a, [b0, b1], tiles, sums, next),
+            }
+        }
+        return;
+    }
+    let _ = (isa, ahead);
+    let mut row = 0;
+    // SAFETY: rows of one call lie in one row tile, as their number divides 16.
+    unsafe {
+        while row < rows {
+            let a = a.add(row / TILE_ROWS * tiles * TILE + row % TILE_ROWS * (TILE_K / 2));
+            let sums = sums.add(row * BLOCK_COLUMNS);
+            row += match rows - row {
+                left if left >= 8 => rows_bf16::<S, 8>(a, tiles, b0, b1, sums),
+                left if left >= 4 => rows_bf16::<S, 4>(a, tiles, b0, b1, sums),
+                left if left >= 2 => rows_bf16::<S, 2>(a, tiles, b0, b1, sums),
+                _ => rows_bf16::<S, 1>(a, tiles, b0, b1, sums),
+            };
+        }
+    }
+}
+
+/// `R` rows of one row tile by two panels.
+///
+/// # Safety
+/// As [`block_bf16`], for `R` rows that start at `a`.
+#[inline(always)]
+unsafe fn rows_bf16<S: Simd, const R: usize>(
+    a: *const u32,
+    tiles: usize,
+    b0: *const u32,
+    b1: *const u32,
+    sums: *mut f32,
+) -> usize {
+    // SAFETY: every index stays within its tile.
+    unsafe {
+        let mut acc = [[S::splat(0.0); 2]; R];
+        for t in 0..tiles {
+            for pair in 0..TILE_K / 2 {
+                let at = t * TILE + pair * PANEL;
+                let w = [S::load_pairs(b0.add(at)), S::load_pairs(b1.add(at))];
+                for (r, acc) in acc.iter_mut().enumerate() {
+                    let x = *a.add(t * TILE + r * (TILE_K / 2) + pair);
+                    acc[0] = S::dot(acc[0], w[0], x);
+                    acc[1] = S::dot(acc[1], w[1], x);
+                }
+            }
+        }
+        for (r, acc) in acc.iter().enumerate() {
+            S::store(sums.add(r * BLOCK_COLUMNS), acc[0]);
+            S::store(sums.add(r * BLOCK_COLUMNS + PANEL), acc[1]);
+        }
+    }
+    R
+}

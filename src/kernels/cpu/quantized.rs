@@ -1,0 +1,316 @@
+//! The block formats of ggml: weights in groups of 32 or 256 small integers with shared scales, and how
+//! they become f32. The layouts and the order of operations are ggml's (`ggml-quants.c`), so that
+//! every value is the one that ggml computes, bit for bit.
+
+use half::{bf16, f16};
+
+/// How the values of a matrix's rows are written down.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BlockFormat {
+    F32,
+    F16,
+    Bf16,
+    Q4_0,
+    Q4_1,
+    Q5_0,
+    Q5_1,
+    Q8_0,
+    Q2K,
+    Q3K,
+    Q4K,
+    Q5K,
+    Q6K,
+}
+
+/// Values in a block of the K formats.
+const SUPER: usize = 256;
+/// Values that formats without blocks are read by.
+const RUN: usize = 256;
+
+impl BlockFormat {
+    /// Values in a block.
+    pub fn values(self) -> usize {
+        match self {
+            Self::F32 | Self::F16 | Self::Bf16 => 1,
+            Self::Q4_0 | Self::Q4_1 | Self::Q5_0 | Self::Q5_1 | Self::Q8_0 => 32,
+            Self::Q2K | Self::Q3K | Self::Q4K | Self::Q5K | Self::Q6K => SUPER,
+        }
+    }
+
+    /// Bytes of a block.
+    pub fn bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::F16 | Self::Bf16 => 2,
+            Self::Q4_0 => 18,
+            Self::Q4_1 => 20,
+            Self::Q5_0 => 22,
+            Self::Q5_1 => 24,
+            Self::Q8_0 => 34,
+            Self::Q2K => 84,
+            Self::Q3K => 110,
+            Self::Q4K => 144,
+            Self::Q5K => 176,
+            Self::Q6K => 210,
+        }
+    }
+
+    /// Bytes of a row of `k` values; `None` if they are not whole blocks.
+    pub fn row_bytes(self, k: usize) -> Option<usize> {
+        k.is_multiple_of(self.values()).then(|| k / self.values() * self.bytes())
+    }
+
+    /// Writes the values of whole blocks.
+    ///
+    /// # Panics
+    /// If `bytes` are not the blocks of as many values as `out` has room for.
+    pub fn dequantize(self, bytes: &[u8], out: &mut [f32]) {
+        assert_eq!(Some(bytes.len()), self.row_bytes(out.len()), "whole blocks of {self:?}");
+        let block: fn(&[u8], &mut [f32]) = match self {
+            Self::F32 => return each(bytes, out, f32::from_le_bytes),
+            Self::F16 => return each(bytes, out, |b| f16::from_le_bytes(b).to_f32()),
+            Self::Bf16 => return each(bytes, out, |b| bf16::from_le_bytes(b).to_f32()),
+            Self::Q4_0 => q4_0,
+            Self::Q4_1 => q4_1,
+            Self::Q5_0 => q5_0,
+            Self::Q5_1 => q5_1,
+            Self::Q8_0 => q8_0,
+            Self::Q2K => q2_k,
+            Self::Q3K => q3_k,
+            Self::Q4K => q4_k,
+            Self::Q5K => q5_k,
+            Self::Q6K => q6_k,
+        };
+        bytes.chunks_exact(self.bytes()).zip(out.chunks_exact_mut(self.values())).for_each(|(b, out)| block(b, out));
+    }
+
+    /// Writes `rows` of `k` values, one after another in `bytes`, as the columns of `out`
+    /// `[k][WIDTH]`; columns that have no row are zero.
+    pub(super) fn dequantize_panel<const WIDTH: usize>(self, bytes: &[u8], k: usize, out: &mut [f32]) {
+        let run = if self.values() == 1 { RUN } else { self.values() };
+        let row_bytes = k / self.values() * self.bytes();
+        let rows = bytes.len().checked_div(row_bytes).unwrap_or(0);
+        let mut values = [[0f32; SUPER]; WIDTH];
+        for start in (0..k).step_by(run) {
+            let n = run.min(k - start);
+            let from = start / self.values() * self.bytes();
+            for (row, values) in values.iter_mut().enumerate().take(rows) {
+                let blocks = &bytes[row * row_bytes + from..][..n / self.values() * self.bytes()];
+                self.dequantize(blocks, &mut values[..n]);
+            }
+            for (j, out) in out[start * WIDTH..(start + n) * WIDTH].chunks_exact_mut(WIDTH).enumerate() {
+                out.iter_mut().zip(&values).for_each(|(out, row)| *out = row[j]);
+            }
+        }
+    }
+}
+
+fn each<const N: usize>(bytes: &[u8], out: &mut [f32], value: impl Fn([u8; N]) -> f32) {
+    let (values, _) = bytes.as_chunks::<N>();
+    out.iter_mut().zip(values).for_each(|(out, b)| *out = value(*b));
+}
+
+fn half(bytes: &[u8], at: usize) -> f32 {
+    f16::from_le_bytes([bytes[at], bytes[at + 1]]).to_f32()
+}
+
+fn q4_0(b: &[u8], out: &mut [f32]) {
+    let d = half(b, 0);
+    for (j, q) in b[2..].iter().enumerate() {
+        out[j] = f32::from(i16::from(q & 15) - 8) * d;
+        out[j + 16] = f32::from(i16::from(q >> 4) - 8) * d;
+    }
+}
+
+fn q4_1(b: &[u8], out: &mut [f32]) {
+    let (d, m) = (half(b, 0), half(b, 2));
+    for (j, q) in b[4..].iter().enumerate() {
+        out[j] = f32::from(q & 15) * d + m;
+        out[j + 16] = f32::from(q >> 4) * d + m;
+    }
+}
+
+/// The fifth bits of the two values of byte `j`.
+fn fifth_bits(high: &[u8], j: usize) -> (u8, u8) {
+    let bits = u32::from_le_bytes([high[0], high[1], high[2], high[3]]);
+    ((((bits >> j) & 1) << 4) as u8, (((bits >> (j + 16)) & 1) << 4) as u8)
+}
+
+fn q5_0(b: &[u8], out: &mut [f32]) {
+    let d = half(b, 0);
+    for (j, q) in b[6..].iter().enumerate() {
+        let (low, high) = fifth_bits(&b[2..6], j);
+        out[j] = f32::from(i16::from(q & 15 | low) - 16) * d;
+        out[j + 16] = f32::from(i16::from(q >> 4 | high) - 16) * d;
+    }
+}
+
+fn q5_1(b: &[u8], out: &mut [f32]) {
+    let (d, m) = (half(b, 0), half(b, 2));
+    for (j, q) in b[8..].iter().enumerate() {
+        let (low, high) = fifth_bits(&b[4..8], j);
+        out[j] = f32::from(q & 15 | low) * d + m;
+        out[j + 16] = f32::from(q >> 4 | high) * d + m;
+    }
+}
+
+fn q8_0(b: &[u8], out: &mut [f32]) {
+    let d = half(b, 0);
+    for (out, q) in out.iter_mut().zip(&b[2..]) {
+        *out = f32::from(q.cast_signed()) * d;
+    }
+}
+
+/// `[16 scales][64][d][dmin]`: 2 bits a value, a scale and a minimum of 4 bits for each 16.
+fn q2_k(b: &[u8], out: &mut [f32]) {
+    let (scales, qs, d, min) = (&b[..16], &b[16..80], half(b, 80), half(b, 82));
+    for (group, out) in out.chunks_exact_mut(16).enumerate() {
+        let (dl, ml) = (d * f32::from(scales[group] & 15), min * f32::from(scales[group] >> 4));
+        let (shift, qs) = (group % 8 / 2 * 2, &qs[group / 8 * 32 + group % 2 * 16..]);
+        for (out, q) in out.iter_mut().zip(qs) {
+            *out = dl * f32::from(q >> shift & 3) - ml;
+        }
+    }
+}
+
+/// `[32 high bits][64][12 scales][d]`: 3 bits a value, a scale of 6 bits for each 16.
+fn q3_k(b: &[u8], out: &mut [f32]) {
+    let (high, qs, scales, d) = (&b[..32], &b[32..96], &b[96..108], half(b, 108));
+    for (group, out) in out.chunks_exact_mut(16).enumerate() {
+        let low = if group < 8 { scales[group] & 15 } else { scales[group - 8] >> 4 };
+        let scale = low | (scales[8 + group % 4] >> (group / 4 * 2) & 3) << 4;
+        let dl = d * f32::from(i16::from(scale) - 32);
+        let (shift, at) = (group % 8 / 2 * 2, group % 2 * 16);
+        for (j, out) in out.iter_mut().enumerate() {
+            let q = i16::from(qs[group / 8 * 32 + at + j] >> shift & 3);
+            let less = if high[at + j] >> (group / 2) & 1 == 0 { 4 } else { 0 };
+            *out = dl * f32::from(q - less);
+        }
+    }
+}
+
+/// The scale and the minimum of one of eight groups, 6 bits each, in 12 bytes.
+fn scale_and_min(group: usize, scales: &[u8]) -> (f32, f32) {
+    let (scale, min) = match group {
+        0..4 => (scales[group] & 63, scales[group + 4] & 63),
+        _ => (scales[group + 4] & 15 | scales[group - 4] >> 6 << 4, scales[group + 4] >> 4 | scales[group] >> 6 << 4),
+    };
+    (f32::from(scale), f32::from(min))
+}
+
+/// `[d][dmin][12 scales][128]`: 4 bits a value, a scale and a minimum for each 32.
+fn q4_k(b: &[u8], out: &mut [f32]) {
+    let (d, min, scales) = (half(b, 0), half(b, 2), &b[4..16]);
+    for (group, out) in out.chunks_exact_mut(32).enumerate() {
+        let (scale, least) = scale_and_min(group, scales);
+        let (d, m) = (d * scale, min * least);
+        let shift = group % 2 * 4;
+        for (out, q) in out.iter_mut().zip(&b[16 + group / 2 * 32..]) {
+            *out = d * f32::from(q >> shift & 15) - m;
+        }
+    }
+}
+
+/// `[d][dmin][12 scales][32 high bits][128]`: 5 bits a value, as [`q4_k`].
+fn q5_k(b: &[u8], out: &mut [f32]) {
+    let (d, min, scales, high) = (half(b, 0), half(b, 2), &b[4..16], &b[16..48]);
+    for (group, out) in out.chunks_exact_mut(32).enumerate() {
+        let (scale, least) = scale_and_min(group, scales);
+        let (d, m) = (d * scale, min * least);
+        let shift = group % 2 * 4;
+        for ((out, q), high) in out.iter_mut().zip(&b[48 + group / 2 * 32..]).zip(high) {
+            *out = d * f32::from((q >> shift & 15) + (high >> group & 1) * 16) - m;
+        }
+    }
+}
+
+/// `[128 low][64 high][16 scales][d]`: 6 bits a value, a scale of 8 bits for each 16.
+fn q6_k(b: &[u8], out: &mut [f32]) {
+    let (low, high, scales, d) = (&b[..128], &b[128..192], &b[192..208], half(b, 208));
+    for (group, out) in out.chunks_exact_mut(16).enumerate() {
+        // Two halves of 128 values; in each, four quarters that share their bytes of high bits.
+        let (part, quarter, at) = (group / 8, group % 8 / 2, group % 2 * 16);
+        let dl = d * f32::from(scales[group].cast_signed());
+        let low = &low[part * 64 + quarter % 2 * 32 + at..];
+        for ((out, low), high) in out.iter_mut().zip(low).zip(&high[part * 32 + at..]) {
+            let q = low >> (quarter / 2 * 4) & 15 | (high >> (quarter * 2) & 3) << 4;
+            *out = dl * f32::from(i16::from(q) - 32);
+        }
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use std::borrow::Cow;
+
+    use candle_core::{
+        Device,
+        quantized::{GgmlDType, QStorage, QTensor},
+    };
+    use rand::{Rng, SeedableRng, rngs::StdRng};
+
+    use super::*;
+
+    pub const FORMATS: [(BlockFormat, GgmlDType); 13] = [
+        (BlockFormat::F32, GgmlDType::F32),
+        (BlockFormat::F16, GgmlDType::F16),
+        (BlockFormat::Bf16, GgmlDType::BF16),
+        (BlockFormat::Q4_0, GgmlDType::Q4_0),
+        (BlockFormat::Q4_1, GgmlDType::Q4_1),
+        (BlockFormat::Q5_0, GgmlDType::Q5_0),
+        (BlockFormat::Q5_1, GgmlDType::Q5_1),
+        (BlockFormat::Q8_0, GgmlDType::Q8_0),
+        (BlockFormat::Q2K, GgmlDType::Q2K),
+        (BlockFormat::Q3K, GgmlDType::Q3K),
+        (BlockFormat::Q4K, GgmlDType::Q4K),
+        (BlockFormat::Q5K, GgmlDType::Q5K),
+        (BlockFormat::Q6K, GgmlDType::Q6K),
+    ];
+
+    fn random_bytes(n: usize, seed: u64) -> Vec<u8> {
+        let mut rng = StdRng::seed_from_u64(seed);
+        (0..n).map(|_| rng.random()).collect()
+    }
+
+    /// Random blocks of `rows` of `k` values, none of them infinite or NaN.
+    pub fn random_blocks(format: BlockFormat, rows: usize, k: usize, seed: u64) -> Vec<u8> {
+        // Without this bit no exponent is the highest.
+        random_bytes(rows * format.row_bytes(k).unwrap(), seed).into_iter().map(|b| b & 0xbf).collect()
+    }
+
+    #[test]
+    fn every_bit_pattern_means_what_it_means_in_ggml() {
+        let k = 512;
+        for (ours, theirs) in FORMATS {
+            assert_eq!((ours.values(), ours.bytes()), (theirs.block_size(), theirs.type_size()), "{ours:?}");
+            for seed in 0..20 {
+                let bytes = random_bytes(4 * ours.row_bytes(k).unwrap(), seed);
+                let storage = QStorage::from_data(Cow::Owned(bytes.clone()), &Device::Cpu, theirs).unwrap();
+                let tensor = QTensor::new(storage, (4, k)).unwrap();
+                let expected: Vec<f32> =
+                    tensor.dequantize(&Device::Cpu).unwrap().flatten_all().unwrap().to_vec1().unwrap();
+                let mut got = vec![0f32; 4 * k];
+                ours.dequantize(&bytes, &mut got);
+                for (a, b) in got.iter().zip(&expected) {
+                    assert!(a.to_bits() == b.to_bits() || a.is_nan() && b.is_nan(), "{ours:?}: {a} and {b}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_panel_is_the_transpose_of_its_rows() {
+        for (format, _) in FORMATS {
+            let (rows, k) = (5, if format.values() == 1 { 300 } else { 512 });
+            let bytes = random_blocks(format, rows, k, 3);
+            let mut plain = vec![0f32; rows * k];
+            format.dequantize(&bytes, &mut plain);
+            let mut panel = vec![1f32; k * 16];
+            format.dequantize_panel::<16>(&bytes, k, &mut panel);
+            for (i, x) in panel.iter().enumerate() {
+                let (column, at) = (i % 16, i / 16);
+                assert_eq!(*x, if column < rows { plain[column * k + at] } else { 0.0 }, "{format:?} at {i}");
+            }
+        }
+    }
+}

@@ -1,0 +1,261 @@
+//! A model in one GGUF file, or in the parts of one, as if it were a Hugging Face folder: its metadata
+//! becomes a `config.json` and a `tokenizer.json`, its tensors go by Hugging Face's names.
+
+mod config;
+mod header;
+mod metadata;
+mod names;
+mod pretokenizer;
+mod rope;
+mod tokenizer;
+
+use std::{
+    collections::BTreeMap,
+    fs::File,
+    io::{BufReader, Read, Seek, SeekFrom},
+    path::{Path, PathBuf},
+};
+
+use header::{Header, TensorInfo};
+use metadata::Metadata;
+pub use names::Blocks;
+use names::{Change, Names};
+
+/// The most parts that a file is split into.
+const MAX_PARTS: u64 = 1000;
+/// Tensors that are part of the config, and the most values that they have.
+const FACTORS: [&str; 3] = ["rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight"];
+const MAX_FACTORS: usize = 4096;
+
+/// An opened file and its parts.
+#[derive(Debug)]
+pub struct Gguf {
+    name: String,
+    parts: Vec<Part>,
+    metadata: Metadata,
+    tensors: BTreeMap<String, Place>,
+    config: serde_json::Value,
+}
+
+/// One file.
+#[derive(Debug)]
+pub struct Part {
+    pub path: PathBuf,
+    pub len: u64,
+    /// Where the tensors' data begin.
+    pub data_start: u64,
+}
+
+/// Where a tensor is and what has to be done to it.
+#[derive(Debug)]
+struct Place {
+    part: usize,
+    info: TensorInfo,
+    change: Change,
+}
+
+/// What is wrong with a file.
+#[derive(Debug, thiserror::Error)]
+#[error("{}: {reason}", path.display())]
+pub struct GgufError {
+    path: PathBuf,
+    reason: String,
+}
+
+impl Gguf {
+    /// Opens a file and, if it is the first part of several, those beside it. Everything but the
+    /// tensors' values is read and checked.
+    pub fn open(path: &Path) -> Result<Self, GgufError> {
+        let error = |path: &Path, reason: String| GgufError { path: path.to_owned(), reason };
+        let (first, part) = open_part(path)?;
+        let Header { metadata, mut tensors, .. } = first;
+        let mut parts = vec![part];
+        let mut part_of: BTreeMap<String, usize> = BTreeMap::new();
+        for (i, other) in other_parts(path, &metadata).map_err(|e| error(path, e))?.iter().enumerate() {
+            let (header, part) = open_part(other)?;
+            for (name, info) in header.tensors {
+                if tensors.insert(name.clone(), info).is_some() {
+                    return Err(error(other, format!("the tensor {name} is in an earlier part too")));
+                }
+                part_of.insert(name, i + 1);
+            }
+            parts.push(part);
+        }
+        let build = || {
+            let architecture =
+                metadata.text("general.architecture")?.ok_or_else(|| "general.architecture is missing".to_owned())?;
+            let names = Names::of(architecture)?;
+            let mut factors = BTreeMap::new();
+            for name in FACTORS {
+                if let Some(info) = tensors.get(name) {
+                    let part = &parts[part_of.get(name).copied().unwrap_or(0)];
+                    factors.insert(name, read_factors(name, info, part)?);
+                }
+            }
+            let source = config::Source { architecture, metadata: &metadata, tensors: &tensors, factors: &factors };
+            let config = source.config()?;
+            let (heads, kv_heads) = source.heads()?;
+            let mut places = BTreeMap::new();
+            for (name, info) in &tensors {
+                let Some((to, change)) = names.translate(name, heads, kv_heads)? else { continue };
+                let part = part_of.get(name).copied().unwrap_or(0);
+                places.insert(to, Place { part, info: info.clone(), change });
+            }
+            Ok((config, places))
+        };
+        let (config, tensors) = build().map_err(|e| error(path, e))?;
+        Ok(Self { name: stem(path), parts, metadata, tensors, config })
+    }
+
+    /// The file's name without its ending and the number of its part.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The first file.
+    pub fn path(&self) -> &Path {
+        &self.parts[0].path
+    }
+
+    /// All files.
+    pub fn parts(&self) -> &[Part] {
+        &self.parts
+    }
+
+    /// The `config.json` that the model has with Hugging Face.
+    pub fn config_json(&self) -> Vec<u8> {
+        self.config.to_string().into_bytes()
+    }
+
+    /// The `tokenizer.json` of its tokenizer.
+    pub fn tokenizer_json(&self) -> Result<Vec<u8>, GgufError> {
+        let built = tokenizer::tokenizer_json(&self.metadata).map(|json| json.to_string().into_bytes());
+        built.map_err(|reason| GgufError { path: self.path().to_owned(), reason })
+    }
+
+    /// The `tokenizer_config.json`: which tokens begin and end, and the chat template if there is one.
+    pub fn tokenizer_config_json(&self) -> Result<Vec<u8>, GgufError> {
+        let built = tokenizer::tokenizer_config_json(&self.metadata).map(|json| json.to_string().into_bytes());
+        built.map_err(|reason| GgufError { path: self.path().to_owned(), reason })
+    }
+
+    /// The tensors' names with Hugging Face, and their shapes.
+    pub fn tensors(&self) -> impl Iterator<Item = (&str, Vec<usize>)> {
+        self.tensors.iter().map(|(name, place)| (name.as_str(), place.change.shape(&place.info.shape)))
+    }
+
+    /// Whether there is a tensor of that name.
+    pub fn has(&self, name: &str) -> bool {
+        self.tensors.contains_key(name)
+    }
+
+    /// The shape of a tensor.
+    pub fn shape(&self, name: &str) -> Option<Vec<usize>> {
+        self.tensors.get(name).map(|place| place.change.shape(&place.info.shape))
+    }
+
+    /// Reads a tensor, as Hugging Face has it; `None` if there is none of that name.
+    pub fn read(&self, name: &str) -> Result<Option<Blocks>, GgufError> {
+        let Some(place) = self.tensors.get(name) else { return Ok(None) };
+        let part = &self.parts[place.part];
+        let changed = read_tensor(&place.info, part).and_then(|blocks| place.change.apply(blocks));
+        let changed = changed.map_err(|e| GgufError { path: part.path.clone(), reason: format!("{name}: {e}") })?;
+        Ok(Some(changed))
+    }
+}
+
+/// Checks the header of a file that is read from anywhere; for fuzzing, which has no files. On success
+/// everything has been built from it that does not need the tensors' values.
+pub fn check(bytes: &[u8]) -> Result<(), String> {
+    let header = Header::read(bytes, bytes.len() as u64)?;
+    let architecture = header.metadata.text("general.architecture")?.unwrap_or("llama");
+    let names = Names::of(architecture)?;
+    let factors = BTreeMap::new();
+    let source =
+        config::Source { architecture, metadata: &header.metadata, tensors: &header.tensors, factors: &factors };
+    let (heads, kv_heads) = source.heads().unwrap_or((1, 1));
+    for (name, info) in &header.tensors {
+        let (start, end) = (info.offset as usize, (info.offset + info.num_bytes) as usize);
+        let blocks = Blocks { format: info.format, shape: info.shape.clone(), bytes: bytes[start..end].to_vec() };
+        if let Ok(Some((_, change))) = names.translate(name, heads, kv_heads) {
+            let _ = change.apply(blocks);
+        }
+    }
+    let tokenizer = tokenizer::tokenizer_json(&header.metadata);
+    source.config()?;
+    tokenizer.map(|_| ())
+}
+
+fn open_part(path: &Path) -> Result<(Header, Part), GgufError> {
+    let error = |reason: String| GgufError { path: path.to_owned(), reason };
+    let file = File::open(path).map_err(|e| error(e.to_string()))?;
+    let len = file.metadata().map_err(|e| error(e.to_string()))?.len();
+    let header = Header::read(BufReader::new(file), len).map_err(error)?;
+    let part = Part { path: path.to_owned(), len, data_start: header.data_start };
+    Ok((header, part))
+}
+
+/// The parts after the first, which are beside it: `NAME-00002-of-00003.gguf` and so on.
+fn other_parts(path: &Path, metadata: &Metadata) -> Result<Vec<PathBuf>, String> {
+    let count = metadata.unsigned("split.count")?.unwrap_or(1);
+    if count <= 1 {
+        return Ok(Vec::new());
+    }
+    let no = metadata.unsigned("split.no")?.unwrap_or(0);
+    if no != 0 {
+        return Err(format!("it is part {} of {count}; give the first part, whose name has 00001", no + 1));
+    }
+    let file = path.file_name().unwrap_or_default().to_string_lossy();
+    let ending = format!("-00001-of-{count:05}.gguf");
+    let Some(name) = file.strip_suffix(&ending).filter(|_| count <= MAX_PARTS) else {
+        return Err(format!("it is the first of {count} parts, but is not called NAME{ending}"));
+    };
+    Ok((2..=count).map(|i| path.with_file_name(format!("{name}-{i:05}-of-{count:05}.gguf"))).collect())
+}
+
+/// Whether a file is a part of a model but the first.
+pub fn is_later_part(path: &Path) -> bool {
+    split_number(&path.file_stem().unwrap_or_default().to_string_lossy()).is_some_and(|(_, number)| number != "00001")
+}
+
+/// A stem in the form `NAME-00001-of-00003`: the name and the number.
+fn split_number(stem: &str) -> Option<(&str, &str)> {
+    let digits = |s: &str| s.len() == 5 && s.bytes().all(|b| b.is_ascii_digit());
+    let (rest, count) = stem.rsplit_once("-of-")?;
+    let (name, number) = rest.rsplit_once('-')?;
+    (digits(count) && digits(number)).then_some((name, number))
+}
+
+fn stem(path: &Path) -> String {
+    let stem = path.file_stem().unwrap_or_default().to_string_lossy();
+    split_number(&stem).map_or(stem.as_ref(), |(name, _)| name).to_owned()
+}
+
+fn read_factors(name: &str, info: &TensorInfo, part: &Part) -> Result<Vec<f32>, String> {
+    match info.shape.as_slice() {
+        [n] if *n <= MAX_FACTORS => Ok(read_tensor(info, part)?.values()),
+        shape => Err(format!("{name} has the shape {shape:?}, expected a vector of at most {MAX_FACTORS}")),
+    }
+}
+
+fn read_tensor(info: &TensorInfo, part: &Part) -> Result<Blocks, String> {
+    let mut file = File::open(&part.path).map_err(|e| e.to_string())?;
+    // The file may have changed since its header was read.
+    let mut bytes = vec![0; info.num_bytes as usize];
+    file.seek(SeekFrom::Start(info.offset)).and_then(|_| file.read_exact(&mut bytes)).map_err(|e| e.to_string())?;
+    Ok(Blocks { format: info.format, shape: info.shape.clone(), bytes })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_parts_of_a_model_have_one_name() {
+        assert_eq!(stem(Path::new("/a/Llama-3.2-1B-Q4_K_M.gguf")), "Llama-3.2-1B-Q4_K_M");
+        assert_eq!(stem(Path::new("big-00001-of-00003.gguf")), "big");
+        assert!(is_later_part(Path::new("big-00002-of-00003.gguf")));
+        assert!(!is_later_part(Path::new("big-00001-of-00003.gguf")));
+        assert!(!is_later_part(Path::new("one-of-three.gguf")));
+    }
+}

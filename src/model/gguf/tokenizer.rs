@@ -1,0 +1,297 @@
+//! From the vocabulary in a GGUF file to the `tokenizer.json` that the model has with Hugging Face:
+//! byte-level BPE (`gpt2`), or SentencePiece's BPE with scores in place of merges (`llama`).
+
+use std::collections::{BTreeMap, HashMap};
+
+use serde_json::{Value, json};
+
+use super::{metadata::Metadata, pretokenizer::PreTokenizer};
+
+/// SentencePiece writes a space so.
+const SPACE: &str = "▁";
+/// Characters of a piece; real ones have at most 32 or so, and how it can be merged from two parts is
+/// looked up at every one of them.
+const MAX_PIECE: usize = 512;
+
+/// `tokenizer.ggml.token_type`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Normal,
+    Unknown,
+    Control,
+    UserDefined,
+    Unused,
+    Byte,
+}
+
+/// The tokens of a file, by id.
+struct Vocabulary<'a> {
+    metadata: &'a Metadata,
+    tokens: Vec<&'a str>,
+    kinds: Vec<Kind>,
+    /// Of SentencePiece: what is unknown and has no bytes.
+    pieces: bool,
+}
+
+/// The whole `tokenizer.json`.
+pub fn tokenizer_json(metadata: &Metadata) -> Result<Value, String> {
+    match metadata.text("tokenizer.ggml.model")? {
+        Some("gpt2") => Vocabulary::read(metadata, false)?.byte_level(),
+        Some("llama") => Vocabulary::read(metadata, true)?.sentence_pieces(),
+        Some(other) => Err(format!("tokenizer.ggml.model {other:?} is not supported; supported are gpt2, llama")),
+        None => Err("tokenizer.ggml.model is missing: the file has no tokenizer".to_owned()),
+    }
+}
+
+/// The `tokenizer_config.json`: which tokens begin and end, and the chat template if there is one.
+pub fn tokenizer_config_json(metadata: &Metadata) -> Result<Value, String> {
+    let mut config = json!({"tokenizer_class": "PreTrainedTokenizerFast"});
+    if let Some(array) = metadata.array("tokenizer.ggml.tokens")? {
+        for key in ["bos", "eos"] {
+            let id = special_id(metadata, key)?;
+            let token = id.and_then(|id| array.texts()?.nth(id)).map(String::from_utf8_lossy);
+            config[format!("{key}_token")] = json!(token);
+        }
+    }
+    if let Some(template) = metadata.text("tokenizer.chat_template")? {
+        config["chat_template"] = json!(template);
+    }
+    Ok(config)
+}
+
+/// The id of a special token (`bos`, `eos`, `eot`, `padding`, `unknown`): what the file says, or what
+/// SentencePiece's models have.
+pub fn special_id(metadata: &Metadata, name: &str) -> Result<Option<usize>, String> {
+    let key = format!("tokenizer.ggml.{name}_token_id");
+    let pieces = metadata.text("tokenizer.ggml.model")? == Some("llama");
+    let default = match name {
+        "unknown" if pieces => Some(0),
+        "bos" if pieces => Some(1),
+        "eos" if pieces => Some(2),
+        _ => None,
+    };
+    Ok(metadata.unsigned(&key)?.map(|id| id as usize).or(default))
+}
+
+impl<'a> Vocabulary<'a> {
+    fn read(metadata: &'a Metadata, pieces: bool) -> Result<Self, String> {
+        let array = metadata.array("tokenizer.ggml.tokens")?.ok_or("tokenizer.ggml.tokens is missing")?;
+        let texts = array.texts().ok_or("tokenizer.ggml.tokens is not an array of texts")?;
+        let tokens: Vec<&str> = texts
+            .enumerate()
+            .map(|(id, text)| std::str::from_utf8(text).map_err(|_| format!("the token {id} is not UTF-8")))
+            .collect::<Result<_, _>>()?;
+        let kinds = match metadata.array("tokenizer.ggml.token_type")? {
+            None => vec![Kind::Normal; tokens.len()],
+            Some(types) if types.len() == tokens.len() => types
+                .numbers()
+                .ok_or("tokenizer.ggml.token_type is not an array of numbers")?
+                .map(|kind| match kind.as_float() {
+                    Some(2.0) => Kind::Unknown,
+                    Some(3.0) => Kind::Control,
+                    Some(4.0) => Kind::UserDefined,
+                    Some(5.0) => Kind::Unused,
+                    Some(6.0) => Kind::Byte,
+                    _ => Kind::Normal,
+                })
+                .collect(),
+            Some(types) => {
+                return Err(format!(
+                    "tokenizer.ggml.token_type has {} values for {} tokens",
+                    types.len(),
+                    tokens.len()
+                ));
+            }
+        };
+        let mut vocabulary = Self { metadata, tokens, kinds, pieces };
+        for name in ["bos", "eos", "eot", "padding"] {
+            // Not all writers mark them.
+            if let Some(id) = vocabulary.special(name)? {
+                vocabulary.kinds[id] = Kind::Control;
+            }
+        }
+        Ok(vocabulary)
+    }
+
+    /// The id of a special token that the vocabulary has.
+    fn special(&self, name: &str) -> Result<Option<usize>, String> {
+        let given = self.metadata.get(&format!("tokenizer.ggml.{name}_token_id")).is_some();
+        match special_id(self.metadata, name)? {
+            Some(id) if id >= self.tokens.len() && given => {
+                Err(format!("tokenizer.ggml.{name}_token_id is {id}, but there are {} tokens", self.tokens.len()))
+            }
+            id => Ok(id.filter(|id| *id < self.tokens.len())),
+        }
+    }
+
+    /// Byte-level BPE with its merges.
+    fn byte_level(&self) -> Result<Value, String> {
+        let pre = PreTokenizer::of(self.metadata.text("tokenizer.ggml.pre")?.unwrap_or("default"))?;
+        let array = self.metadata.array("tokenizer.ggml.merges")?.ok_or("tokenizer.ggml.merges is missing")?;
+        let merges: Vec<(&str, &str)> = array
+            .texts()
+            .ok_or("tokenizer.ggml.merges is not an array of texts")?
+            .enumerate()
+            .map(|(i, merge)| {
+                let wrong = || format!("the merge {i} is not two tokens with a space between");
+                let merge = std::str::from_utf8(merge).map_err(|_| wrong())?;
+                let first = merge.chars().next().map_or(0, char::len_utf8);
+                let at = merge[first..].find(' ').ok_or_else(wrong)? + first;
+                Ok((&merge[..at], &merge[at + 1..]))
+            })
+            .collect::<Result<_, String>>()?;
+        let vocabulary = self.unique();
+        Ok(self.json(
+            json!({"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
+                   "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false,
+                   "ignore_merges": pre.whole_words, "vocab": vocabulary, "merges": merges}),
+            pre.normalizer.map_or(Value::Null, |kind| json!({"type": kind})),
+            pre.json(),
+            json!({"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true}),
+            self.post_processor(pre.begins)?,
+        ))
+    }
+
+    /// SentencePiece's BPE: what has the higher score is merged first.
+    fn sentence_pieces(&self) -> Result<Value, String> {
+        let scores = self.metadata.array("tokenizer.ggml.scores")?.ok_or("tokenizer.ggml.scores is missing")?;
+        let scores: Vec<f64> = scores
+            .numbers()
+            .ok_or("tokenizer.ggml.scores is not an array of numbers")?
+            .map(|x| x.as_float().unwrap_or_default())
+            .collect();
+        if scores.len() != self.tokens.len() {
+            return Err(format!("tokenizer.ggml.scores has {} values for {} tokens", scores.len(), self.tokens.len()));
+        }
+        // The converter writes the spaces of such tokens as spaces.
+        let spaces: Vec<(usize, String)> =
+            self.of_spaces().map(|id| (id, SPACE.repeat(self.tokens[id].len()))).collect();
+        let mut vocabulary: BTreeMap<&str, usize> = self.unique();
+        for (id, text) in &spaces {
+            vocabulary.entry(text).or_insert(*id);
+        }
+        let merges = self.merges(&vocabulary, &scores)?;
+        let unknown = self.special("unknown")?.map(|id| self.tokens[id]);
+        let prefix = self.metadata.bool("tokenizer.ggml.add_space_prefix")?.unwrap_or(true);
+        let replace = |from: &str, to: &str| json!({"type": "Replace", "pattern": {"String": from}, "content": to});
+        let mut normalizers = vec![replace(" ", SPACE)];
+        let mut decoders = vec![replace(SPACE, " "), json!({"type": "ByteFallback"}), json!({"type": "Fuse"})];
+        if prefix {
+            normalizers.insert(0, json!({"type": "Prepend", "prepend": SPACE}));
+            decoders.push(json!({"type": "Strip", "content": " ", "start": 1, "stop": 0}));
+        }
+        Ok(self.json(
+            json!({"type": "BPE", "dropout": null, "unk_token": unknown, "continuing_subword_prefix": null,
+                   "end_of_word_suffix": null, "fuse_unk": true, "byte_fallback": true, "ignore_merges": false,
+                   "vocab": vocabulary, "merges": merges}),
+            json!({"type": "Sequence", "normalizers": normalizers}),
+            Value::Null,
+            json!({"type": "Sequence", "decoders": decoders}),
+            self.post_processor(true)?,
+        ))
+    }
+
+    /// Every way to make a piece of two others, the best first: in the order of transformers'
+    /// `generate_merges`.
+    fn merges<'b>(
+        &'b self,
+        vocabulary: &BTreeMap<&'b str, usize>,
+        scores: &[f64],
+    ) -> Result<Vec<(&'b str, &'b str)>, String> {
+        let ids: HashMap<&str, usize> = vocabulary
+            .iter()
+            .map(|(token, id)| (*token, *id))
+            .filter(|(_, id)| matches!(self.kinds[*id], Kind::Normal | Kind::UserDefined))
+            .collect();
+        let mut by_id: Vec<(usize, &'b str)> =
+            vocabulary.iter().map(|(token, id)| (*id, *token)).filter(|(_, token)| ids.contains_key(token)).collect();
+        by_id.sort_unstable();
+        let mut merges = Vec::new();
+        for (id, token) in by_id {
+            let length = token.chars().count();
+            if length > MAX_PIECE {
+                return Err(format!("the token {id} has {length} characters, expected at most {MAX_PIECE}"));
+            }
+            let first = merges.len();
+            for (i, (at, _)) in token.char_indices().enumerate().skip(1) {
+                let (left, right) = token.split_at(at);
+                if let (Some(l), Some(r)) = (ids.get(left), ids.get(right)) {
+                    merges.push((scores[id], i, length - i, *l, *r, (left, right)));
+                }
+            }
+            merges[first..].sort_by_key(|(_, _, _, l, r, _)| (*l, *r));
+        }
+        merges.sort_by(|a, b| b.0.total_cmp(&a.0).then(b.1.cmp(&a.1)).then(b.2.cmp(&a.2)));
+        Ok(merges.into_iter().map(|(.., pair)| pair).collect())
+    }
+
+    /// Tokens to ids; of equal tokens the first.
+    fn unique(&self) -> BTreeMap<&'a str, usize> {
+        let mut vocabulary = BTreeMap::new();
+        for (id, token) in self.tokens.iter().enumerate() {
+            vocabulary.entry(*token).or_insert(id);
+        }
+        vocabulary
+    }
+
+    /// Ids of tokens that a user defined and that are spaces only.
+    fn of_spaces(&self) -> impl Iterator<Item = usize> {
+        let spaces = |id: &usize| {
+            let token = self.tokens[*id];
+            self.pieces && self.kinds[*id] == Kind::UserDefined && !token.is_empty() && token.bytes().all(|b| b == b' ')
+        };
+        (0..self.tokens.len()).filter(spaces)
+    }
+
+    /// Tokens that are found in a text before anything else is done with it.
+    fn added(&self) -> Vec<Value> {
+        let spaces: Vec<usize> = self.of_spaces().collect();
+        let added = |id: &usize| {
+            matches!(self.kinds[*id], Kind::Control | Kind::Unknown | Kind::UserDefined)
+                && !self.tokens[*id].is_empty()
+                && spaces.binary_search(id).is_err()
+        };
+        (0..self.tokens.len())
+            .filter(added)
+            .map(|id| {
+                let special = self.kinds[id] != Kind::UserDefined;
+                json!({"id": id, "content": self.tokens[id], "single_word": false, "lstrip": false,
+                       "rstrip": false, "normalized": false, "special": special})
+            })
+            .collect()
+    }
+
+    /// What puts BOS before a text and EOS after it.
+    fn post_processor(&self, begins: bool) -> Result<Value, String> {
+        let add_bos = self.metadata.bool("tokenizer.ggml.add_bos_token")?.unwrap_or(begins);
+        let add_eos = self.metadata.bool("tokenizer.ggml.add_eos_token")?.unwrap_or(false);
+        let mut single = vec![json!({"Sequence": {"id": "A", "type_id": 0}})];
+        let mut pair = vec![single[0].clone(), json!({"Sequence": {"id": "B", "type_id": 1}})];
+        let mut special = serde_json::Map::new();
+        for (wanted, name, at_start) in [(add_bos, "bos", true), (add_eos, "eos", false)] {
+            if !wanted {
+                continue;
+            }
+            // Without such a token llama.cpp adds none either.
+            let Some(id) = self.special(name)? else { continue };
+            let token = self.tokens[id];
+            special.insert(token.to_owned(), json!({"id": token, "ids": [id], "tokens": [token]}));
+            for parts in [&mut single, &mut pair] {
+                let at = if at_start { 0 } else { parts.len() };
+                parts.insert(at, json!({"SpecialToken": {"id": token, "type_id": 0}}));
+            }
+        }
+        Ok(match special.is_empty() {
+            true => Value::Null,
+            false => {
+                json!({"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": special})
+            }
+        })
+    }
+
+    fn json(&self, model: Value, normalizer: Value, pre: Value, decoder: Value, post: Value) -> Value {
+        json!({"version": "1.0", "truncation": null, "padding": null, "added_tokens": self.added(),
+               "normalizer": normalizer, "pre_tokenizer": pre, "post_processor": post, "decoder": decoder,
+               "model": model})
+    }
+}

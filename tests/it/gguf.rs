@@ -1,0 +1,235 @@
+//! GGUF files against what transformers, PEFT and the tokenizers they come from answer
+//! (`tests/peft/make_gguf.py`), and what is said of damaged ones.
+
+use std::{fs, path::PathBuf};
+
+use candle_core::{DType, Device, Tensor, Var};
+use proptest::prelude::*;
+use serde::Deserialize;
+use softserve::{
+    kernels::{Kernels, dense::DenseKernels, fused::FusedKernels},
+    model::{Model, ModelFiles, gguf},
+    text::Text,
+};
+
+use crate::process::{Process, output, softserve};
+
+const MODELS: [&str; 4] = ["llama-f16", "qwen2-q8_0", "llama-q4_0", "llama-k"];
+const TOKENIZERS: [&str; 7] =
+    ["llama-f16", "qwen2-q8_0", "llama-q4_0", "llama-k", "tokens-gpt-2", "tokens-olmo", "tokens-bloom"];
+
+#[derive(Deserialize)]
+struct Expected {
+    cases: Vec<Case>,
+    page: Vec<Line>,
+}
+
+#[derive(Deserialize)]
+struct Case {
+    /// Rows of a learned prompt.
+    prompt: Option<Vec<Vec<f32>>>,
+    text: String,
+    input_ids: Vec<u32>,
+    greedy_ids: Vec<u32>,
+    top: Vec<(u32, f32)>,
+}
+
+#[derive(Deserialize)]
+struct Line {
+    text: String,
+    ids: Vec<u32>,
+}
+
+fn path(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/gguf").join(format!("{name}.gguf"))
+}
+
+fn files(name: &str) -> ModelFiles {
+    ModelFiles::open(&path(name)).unwrap()
+}
+
+fn expected(name: &str) -> Expected {
+    serde_json::from_slice(&fs::read(path(name).with_extension("json")).unwrap()).unwrap()
+}
+
+fn load(name: &str, dtype: DType) -> Model {
+    Model::load(&files(name), &Device::Cpu, dtype).unwrap()
+}
+
+/// The logits after a prompt's rows and some tokens.
+fn logits(model: &Model, prompt: Option<&Tensor>, ids: &[u32]) -> Vec<f32> {
+    let words = model.embed(&Tensor::new(ids, &Device::Cpu).unwrap()).unwrap();
+    let x = prompt.map_or_else(|| words.clone(), |rows| Tensor::cat(&[rows, &words], 0).unwrap());
+    let n = x.dims()[0];
+    let positions = Tensor::arange(0, n as u32, &Device::Cpu).unwrap();
+    let mut kernels = DenseKernels::new(&[n], &Device::Cpu).unwrap();
+    let hidden = model.forward(&x, &positions, &mut kernels).unwrap().narrow(0, n - 1, 1).unwrap();
+    model.logits(&hidden).unwrap().squeeze(0).unwrap().to_vec1().unwrap()
+}
+
+fn rows(prompt: &[Vec<f32>]) -> Tensor {
+    Tensor::new(prompt.to_vec(), &Device::Cpu).unwrap()
+}
+
+fn best(logits: &[f32]) -> u32 {
+    (0..logits.len()).max_by(|a, b| logits[*a].total_cmp(&logits[*b])).unwrap() as u32
+}
+
+#[test]
+fn a_gguf_file_answers_as_the_same_weights_do_in_transformers_and_peft() {
+    for name in MODELS {
+        let model = load(name, DType::F32);
+        let cases = expected(name).cases;
+        assert!(!cases.is_empty());
+        for case in cases {
+            let prompt = case.prompt.as_deref().map(rows);
+            let mut ids = case.input_ids.clone();
+            for (i, greedy) in case.greedy_ids.iter().enumerate() {
+                let logits = logits(&model, prompt.as_ref(), &ids);
+                if i == 0 {
+                    for (id, expected) in &case.top {
+                        let got = logits[*id as usize];
+                        assert!((got - expected).abs() < 1e-3, "{name} {:?}: {id} {got} {expected}", case.text);
+                    }
+                }
+                assert_eq!(best(&logits), *greedy, "{name} {:?}, token {i}", case.text);
+                ids.push(*greedy);
+            }
+        }
+    }
+}
+
+#[test]
+fn the_tokenizer_of_a_file_is_the_one_it_was_made_from() {
+    for name in TOKENIZERS {
+        let text = Text::load(&files(name)).unwrap();
+        for line in expected(name).page {
+            assert_eq!(text.encode(&line.text).unwrap(), line.ids, "{name}: {:?}", line.text);
+            // Normalization and unknown characters aside, what was encoded comes back.
+            let same = text.decode(&line.ids).unwrap();
+            let whole = !["<s>", "e\u{301}"].iter().any(|s| line.text.contains(s));
+            assert!(!whole || same == line.text, "{name}: {:?} {same:?}", line.text);
+        }
+    }
+}
+
+#[test]
+fn the_weights_keep_the_size_they_have_in_the_file_and_the_gradient_is_that_of_their_values() {
+    let model = load("llama-k", DType::F32);
+    let wide = load("llama-k", DType::F64);
+    let x = Tensor::randn(0f32, 0.3, (9, model.info().hidden_size), &Device::Cpu).unwrap();
+    let gradient = |model: &Model, dtype: DType, kernels: &mut dyn Kernels| {
+        let x = Var::from_tensor(&x.to_dtype(dtype).unwrap()).unwrap();
+        let positions = Tensor::arange(0, 9u32, &Device::Cpu).unwrap();
+        let hidden = model.forward(x.as_tensor(), &positions, kernels).unwrap();
+        let loss = model.logits(&hidden).unwrap().sqr().unwrap().mean_all().unwrap();
+        let grads = loss.backward().unwrap();
+        let grad = grads.get(x.as_tensor()).expect("a gradient to the input").to_dtype(DType::F64).unwrap();
+        grad.flatten_all().unwrap().to_vec1::<f64>().unwrap()
+    };
+    let ours = gradient(&model, DType::F32, &mut FusedKernels::with_prefix(0, &[9]));
+    let exact = gradient(&wide, DType::F64, &mut DenseKernels::new(&[9], &Device::Cpu).unwrap());
+    let scale = exact.iter().fold(0f64, |m, x| m.max(x.abs()));
+    for (a, b) in ours.iter().zip(&exact) {
+        assert!((a - b).abs() < 1e-3 * scale, "{a} {b}");
+    }
+}
+
+#[test]
+fn a_file_is_served_by_its_path_or_by_its_folder() {
+    let home = tempfile::tempdir().unwrap();
+    let folder = home.path().join("folder");
+    fs::create_dir(&folder).unwrap();
+    fs::copy(path("qwen2-q8_0"), folder.join("tiny-Q8_0.gguf")).unwrap();
+    let in_folder = ModelFiles::open(&folder).unwrap();
+    assert_eq!(in_folder.name(), "tiny-Q8_0");
+    assert_eq!(in_folder.fingerprint().unwrap(), files("qwen2-q8_0").fingerprint().unwrap());
+    assert_ne!(in_folder.fingerprint().unwrap(), files("llama-q4_0").fingerprint().unwrap());
+    let info = load("qwen2-q8_0", DType::F32).info().clone();
+    assert_eq!(info.eos_token_ids, [2]);
+    assert!(info.chat_template.unwrap().contains("messages"));
+
+    let mut serve = softserve(home.path());
+    serve.args(["serve", "--listen=127.0.0.1:0", "--kv-cache=8MiB", "--prompts=none", "--model"]).arg(&folder);
+    let server = Process::start(serve);
+    assert!(server.summary.contains("tiny-Q8_0"), "{}", server.summary);
+    drop(server);
+
+    fs::copy(path("llama-q4_0"), folder.join("other.gguf")).unwrap();
+    let error = ModelFiles::open(&folder).unwrap_err().to_string();
+    assert!(error.contains("other.gguf, tiny-Q8_0.gguf"), "{error}");
+    let mut missing = softserve(home.path());
+    missing.args(["serve", "--model", "models/none.gguf"]);
+    let (code, _, log) = output(missing);
+    assert!(code != Some(0) && log.contains("models/none.gguf"), "{log}");
+}
+
+#[test]
+fn bf16_rounds_the_values_of_a_file() {
+    let (exact, rounded) = (load("qwen2-q8_0", DType::F32), load("qwen2-q8_0", DType::BF16));
+    let (a, b) = (logits(&exact, None, &[5, 6, 7]), logits(&rounded, None, &[5, 6, 7]));
+    let difference = a.iter().zip(&b).fold(0f32, |m, (a, b)| m.max((a - b).abs()));
+    assert!(difference > 0.0 && difference < 0.3, "{difference}");
+}
+
+#[test]
+fn a_file_that_is_cut_off_or_changed_says_what_is_wrong() {
+    let folder = tempfile::tempdir().unwrap();
+    let bytes = fs::read(path("llama-q4_0")).unwrap();
+    let open = |bytes: &[u8]| {
+        let file = folder.path().join("x.gguf");
+        fs::write(&file, bytes).unwrap();
+        let files = ModelFiles::open(&file)?;
+        Text::load(&files).map_err(|e| e.to_string()).ok();
+        Model::load(&files, &Device::Cpu, DType::F32).map(drop)
+    };
+    let replaced = |from: &str, to: &str| {
+        assert_eq!(from.len(), to.len());
+        let at = bytes.windows(from.len()).position(|w| w == from.as_bytes()).unwrap();
+        let mut changed = bytes.clone();
+        changed[at..at + to.len()].copy_from_slice(to.as_bytes());
+        changed
+    };
+    assert!(open(&bytes).is_ok());
+    for (bytes, named) in [
+        (bytes[..bytes.len() - 1].to_vec(), "is the download complete?"),
+        (bytes[..100].to_vec(), "are left"),
+        (Vec::new(), "0 are left"),
+        (replaced("blk.1.attn_v.weight", "blk.1.attn_w.weight"), "blk.1.attn_w.weight is not one that"),
+        (replaced("llama.block_count", "llama.block_kount"), "llama.block_count is missing"),
+        (replaced("general.architecture", "general.arkitecture"), "general.architecture is missing"),
+        (
+            replaced("blk.1.ffn_up.weight", "blk.3.ffn_up.weight"),
+            "model.layers.1.mlp.up_proj.weight [96, 64] is missing",
+        ),
+    ] {
+        let error = open(&bytes).unwrap_err().to_string();
+        assert!(error.contains(named), "{named}: {error}");
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(300))]
+
+    #[test]
+    fn no_damage_to_a_file_does_more_than_an_error(
+        name in prop::sample::select(vec!["tokens-gpt-2", "llama-q4_0"]),
+        changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>(), 0usize..9), 1..8),
+        cut in prop::option::weighted(0.2, any::<prop::sample::Index>()),
+    ) {
+        let mut bytes = fs::read(path(name)).unwrap();
+        // The header is where a change matters; the last tensors' data are all alike.
+        let header = 9000.min(bytes.len());
+        for (at, value, width) in changes {
+            let at = at.index(header);
+            match width {
+                8 => bytes[at..(at + 8).min(header)].fill(value),
+                _ => bytes[at] = value,
+            }
+        }
+        if let Some(cut) = cut {
+            bytes.truncate(cut.index(bytes.len()));
+        }
+        let _ = gguf::check(&bytes);
+    }
+}
