@@ -4,6 +4,7 @@
 pub mod cpu;
 pub mod dense;
 pub mod fused;
+pub mod given;
 pub mod kv_cache;
 pub mod paged;
 

@@ -27,3 +27,4 @@ mod tidy;
 mod tiny_model;
 mod tune;
 mod tune_job;
+mod tune_types;
