@@ -12,9 +12,9 @@ use crate::{
 /// Which model, where and in which number format.
 #[derive(Debug, Clone, Args)]
 pub struct ModelArgs {
-    /// The frozen model: a folder with config.json, tokenizer.json and safetensors, or a Hugging
-    /// Face id (org/name or org/name@revision) [default: the small demo model inside this program]
-    #[arg(long, value_name = "DIR|HUB_ID", env = "SOFTSERVE_MODEL")]
+    /// The frozen model: a folder with config.json, tokenizer.json and safetensors, a GGUF file, or a
+    /// Hugging Face id (org/name or org/name@revision) [default: the small demo model inside this program]
+    #[arg(long, value_name = "DIR|FILE.gguf|HUB_ID", env = "SOFTSERVE_MODEL")]
     pub model: Option<String>,
 
     /// Random weights in place of a model, to measure speed: a config.json, or one of the shapes

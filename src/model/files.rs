@@ -194,8 +194,13 @@ impl ModelFiles {
         if !self.has(TOKENIZER_CONFIG) {
             return Ok(None);
         }
-        let config: TokenizerConfig = serde_json::from_slice(&self.read(TOKENIZER_CONFIG)?)
-            .map_err(|e| self.file_error(TOKENIZER_CONFIG, e.to_string()))?;
+        let config: TokenizerConfig = match serde_json::from_slice(&self.read(TOKENIZER_CONFIG)?) {
+            Ok(config) => config,
+            Err(error) => {
+                tracing::warn!(model = self.name, %error, "tokenizer_config.json is not understood: no chat template");
+                return Ok(None);
+            }
+        };
         Ok(match config.chat_template {
             Some(Template::One(template)) => Some(template),
             Some(Template::Several(all)) => all.into_iter().find(|t| t.name == "default").map(|t| t.template),

@@ -21,13 +21,15 @@ const TOKENIZERS: [&str; 7] =
 #[derive(Deserialize)]
 struct Expected {
     cases: Vec<Case>,
+    /// Rows of a learned prompt.
+    prompt: Option<Vec<Vec<f32>>>,
     page: Vec<Line>,
 }
 
 #[derive(Deserialize)]
 struct Case {
-    /// Rows of a learned prompt.
-    prompt: Option<Vec<Vec<f32>>>,
+    /// Whether the learned prompt comes before it.
+    tuned: bool,
     text: String,
     input_ids: Vec<u32>,
     greedy_ids: Vec<u32>,
@@ -67,10 +69,6 @@ fn logits(model: &Model, prompt: Option<&Tensor>, ids: &[u32]) -> Vec<f32> {
     model.logits(&hidden).unwrap().squeeze(0).unwrap().to_vec1().unwrap()
 }
 
-fn rows(prompt: &[Vec<f32>]) -> Tensor {
-    Tensor::new(prompt.to_vec(), &Device::Cpu).unwrap()
-}
-
 fn best(logits: &[f32]) -> u32 {
     (0..logits.len()).max_by(|a, b| logits[*a].total_cmp(&logits[*b])).unwrap() as u32
 }
@@ -78,24 +76,36 @@ fn best(logits: &[f32]) -> u32 {
 #[test]
 fn a_gguf_file_answers_as_the_same_weights_do_in_transformers_and_peft() {
     for name in MODELS {
-        let model = load(name, DType::F32);
-        let cases = expected(name).cases;
-        assert!(!cases.is_empty());
-        for case in cases {
-            let prompt = case.prompt.as_deref().map(rows);
-            let mut ids = case.input_ids.clone();
-            for (i, greedy) in case.greedy_ids.iter().enumerate() {
-                let logits = logits(&model, prompt.as_ref(), &ids);
-                if i == 0 {
-                    for (id, expected) in &case.top {
-                        let got = logits[*id as usize];
-                        assert!((got - expected).abs() < 1e-3, "{name} {:?}: {id} {got} {expected}", case.text);
-                    }
+        check(name, &load(name, DType::F32));
+    }
+}
+
+fn check(name: &str, model: &Model) {
+    let Expected { cases, prompt, .. } = expected(name);
+    assert!(!cases.is_empty());
+    for case in cases {
+        let prompt =
+            prompt.as_ref().filter(|_| case.tuned).map(|rows| Tensor::new(rows.clone(), &Device::Cpu).unwrap());
+        let mut ids = case.input_ids.clone();
+        for (i, greedy) in case.greedy_ids.iter().enumerate() {
+            let logits = logits(model, prompt.as_ref(), &ids);
+            if i == 0 {
+                for (id, expected) in &case.top {
+                    let got = logits[*id as usize];
+                    assert!((got - expected).abs() < 1e-3, "{name} {:?}: {id} {got} {expected}", case.text);
                 }
-                assert_eq!(best(&logits), *greedy, "{name} {:?}, token {i}", case.text);
-                ids.push(*greedy);
             }
+            assert_eq!(best(&logits), *greedy, "{name} {:?}, token {i}", case.text);
+            ids.push(*greedy);
         }
+    }
+}
+
+#[test]
+fn every_family_that_gguf_has_answers_as_in_transformers() {
+    for family in ["qwen3", "gemma", "gemma2", "gemma3", "phi3", "smollm3", "olmo2", "gpt2", "gptneox", "bloom"] {
+        let name = format!("family-{family}");
+        check(&name, &load(&name, DType::F32));
     }
 }
 
@@ -197,7 +207,7 @@ fn a_file_that_is_cut_off_or_changed_says_what_is_wrong() {
         (Vec::new(), "0 are left"),
         (replaced("blk.1.attn_v.weight", "blk.1.attn_w.weight"), "blk.1.attn_w.weight is not one that"),
         (replaced("llama.block_count", "llama.block_kount"), "llama.block_count is missing"),
-        (replaced("general.architecture", "general.arkitecture"), "general.architecture is missing"),
+        (replaced("general.architecture", "general.archi_ecture"), "general.architecture is missing"),
         (
             replaced("blk.1.ffn_up.weight", "blk.3.ffn_up.weight"),
             "model.layers.1.mlp.up_proj.weight [96, 64] is missing",

@@ -12,6 +12,7 @@ the tokenizer that the vocabulary comes from: tokenizers, transformers or senten
 """
 import io
 import json
+import math
 import pathlib
 import shutil
 
@@ -22,7 +23,10 @@ import torch
 from gguf import GGMLQuantizationType as Q
 from peft import PromptTuningConfig, TaskType, get_peft_model
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM, BloomConfig, Gemma2Config, Gemma3TextConfig, GemmaConfig, GPT2Config, GPTNeoXConfig, LlamaConfig,
+    LlamaForCausalLM, Olmo2Config, Phi3Config, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, SmolLM3Config,
+)
 
 from make_fixtures import INPUTS, MARGIN, NEW_TOKENS, TEXT, answer
 
@@ -131,22 +135,66 @@ def permuted(w, heads):
     return w.reshape(heads, 2, w.shape[0] // heads // 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
 
 
-def write(path, arch, model, kinds, vocabulary, pre, bos, extra=None):
+def by_part(w, heads):
+    """Queries, keys and values of all heads one after another, not head by head."""
+    return w.reshape(heads, 3, -1, *w.shape[1:]).swapaxes(0, 1).reshape(w.shape)
+
+
+def as_converted(arch, config, name, raw):
+    """Rows as the converter orders them."""
+    A, part = gguf.MODEL_ARCH, name.split(".")[-2]
+    if arch in (A.LLAMA, A.SMOLLM3) and part in ("q_proj", "k_proj"):
+        return permuted(raw, config.num_attention_heads if part == "q_proj" else config.num_key_value_heads)
+    if arch in (A.GPTNEOX, A.BLOOM) and part == "query_key_value":
+        return by_part(raw, config.num_attention_heads)
+    return raw
+
+
+def shape_of(out, arch, config):
+    """The keys that the converter writes for each architecture."""
+    A, heads = gguf.MODEL_ARCH, config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    out.add_embedding_length(config.hidden_size)
+    out.add_block_count(config.num_hidden_layers)
+    out.add_head_count(heads)
+    inner = 4 * config.hidden_size if arch in (A.GPT2, A.BLOOM) else config.intermediate_size
+    out.add_feed_forward_length(inner)
+    out.add_context_length(getattr(config, "max_position_embeddings", config.hidden_size))
+    if arch in (A.GPT2, A.GPTNEOX, A.BLOOM):
+        out.add_layer_norm_eps(config.layer_norm_eps if arch == A.GPTNEOX else config.layer_norm_epsilon)
+        if arch == A.GPTNEOX:
+            out.add_rope_dimension_count(int(config.rope_parameters["partial_rotary_factor"] * head_dim))
+            out.add_parallel_residual(config.use_parallel_residual)
+        return
+    out.add_head_count_kv(config.num_key_value_heads)
+    out.add_layer_norm_rms_eps(config.rms_norm_eps)
+    rope = config.rope_parameters
+    if arch not in (A.GEMMA, A.GEMMA2):
+        out.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
+    if arch in (A.LLAMA, A.SMOLLM3, A.PHI3):
+        out.add_rope_dimension_count(head_dim)
+    if head_dim != config.hidden_size // heads:
+        out.add_key_length(head_dim)
+        out.add_value_length(head_dim)
+    if arch in (A.GEMMA2, A.GEMMA3, A.PHI3):
+        out.add_sliding_window(config.sliding_window or 0)
+    if arch == A.GEMMA2:
+        out.add_attn_logit_softcapping(config.attn_logit_softcapping)
+        out.add_final_logit_softcapping(config.final_logit_softcapping)
+    if arch == A.PHI3:
+        original = rope["original_max_position_embeddings"]
+        out.add_rope_scaling_orig_ctx_len(original)
+        scale = config.max_position_embeddings / original
+        out.add_rope_scaling_attn_factors(math.sqrt(1 + math.log(scale) / math.log(original)))
+
+
+def write(path, arch, model, kinds, vocabulary, pre, bos, extra=()):
     """Writes the model, and gives it the values that the file has."""
     config, name = model.config, gguf.MODEL_ARCH_NAMES[arch]
     rng = np.random.default_rng(7)
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     out = gguf.GGUFWriter(path, name)
-    out.add_context_length(config.max_position_embeddings)
-    out.add_embedding_length(config.hidden_size)
-    out.add_block_count(config.num_hidden_layers)
-    out.add_feed_forward_length(config.intermediate_size)
-    out.add_head_count(config.num_attention_heads)
-    out.add_head_count_kv(config.num_key_value_heads)
-    out.add_layer_norm_rms_eps(config.rms_norm_eps)
-    out.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    if arch == gguf.MODEL_ARCH.LLAMA:
-        out.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+    shape_of(out, arch, config)
     out.add_tokenizer_model(vocabulary["model"])
     out.add_tokenizer_pre(pre)
     out.add_token_list(vocabulary["tokens"])
@@ -159,18 +207,27 @@ def write(path, arch, model, kinds, vocabulary, pre, bos, extra=None):
     out.add_eos_token_id(2)
     out.add_add_bos_token(bos)
     out.add_chat_template("{% for m in messages %}{{ m.content }}\n{% endfor %}")
-    if extra is not None:
-        out.add_tensor("rope_freqs.weight", extra)
+    for tensor, values in extra:
+        out.add_tensor(tensor, values)
     for i, (hf, p) in enumerate(model.named_parameters()):
         if hf == "lm_head.weight" and config.tie_word_embeddings:
             continue
         w = p.data.numpy()
+        if name.startswith("gemma") and hf.endswith("norm.weight"):
+            w = w + 1
+        turned = name == "gpt2" and w.ndim == 2 and ".h." in hf
+        w = np.ascontiguousarray(w.T if turned else w)
         kind = Q.F32 if w.ndim == 1 else kinds[i % len(kinds)]
+        if kind in SIZES and w.shape[1] % 256:
+            kind = Q.Q8_0
         raw = blocks(w.shape, kind, 0.12, rng) if kind in SIZES else gguf.quants.quantize(w, kind)
-        p.data = torch.from_numpy(np.ascontiguousarray(gguf.quants.dequantize(raw, kind))).float()
-        if arch == gguf.MODEL_ARCH.LLAMA and hf.split(".")[-2] in ("q_proj", "k_proj"):
-            raw = permuted(raw, config.num_attention_heads if ".q_proj." in hf else config.num_key_value_heads)
-        out.add_tensor(names.get_name(hf, (".weight", ".bias")) , np.ascontiguousarray(raw), raw_dtype=kind)
+        if kind != Q.F32:
+            values = gguf.quants.dequantize(raw, kind)
+            p.data = torch.from_numpy(np.ascontiguousarray(values.T if turned else values)).float()
+        raw = np.ascontiguousarray(as_converted(arch, config, hf, raw))
+        known = [hf, hf.removeprefix("transformer.")]
+        to = next(to for to in (names.get_name(n, (".weight", ".bias")) for n in known) if to)
+        out.add_tensor(to, raw, raw_dtype=kind)
     out.write_header_to_file()
     out.write_kv_data_to_file()
     out.write_tensors_to_file()
@@ -198,20 +255,41 @@ def build():
         pre_tokenizers.Split(Regex(regex), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
     digits = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), gpt2])
-    scaled = LlamaForCausalLM(LlamaConfig(**shape(64, 2, 96), tie_word_embeddings=False, rope_parameters=dict(
+    scaled = LlamaForCausalLM(LlamaConfig(**shape(32, 2, 96), tie_word_embeddings=False, rope_parameters=dict(
         rope_type="llama3", rope_theta=500000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
         original_max_position_embeddings=64)))
     yield "llama-f16", gguf.MODEL_ARCH.LLAMA, scaled, [Q.F16, Q.BF16], "llama-bpe", True, byte_level(
         split(LLAMA3), True, whole_words=True)
     yield "qwen2-q8_0", gguf.MODEL_ARCH.QWEN2, Qwen2ForCausalLM(Qwen2Config(
-        **shape(64, 2, 96), tie_word_embeddings=True, rope_parameters=plain)), [Q.Q8_0], "qwen2", False, byte_level(
+        **shape(32, 2, 96), tie_word_embeddings=True, rope_parameters=plain)), [Q.Q8_0], "qwen2", False, byte_level(
         split(QWEN2), False, normalizers.NFC())
     yield "llama-q4_0", gguf.MODEL_ARCH.LLAMA, LlamaForCausalLM(LlamaConfig(
         **shape(64, 2, 96), tie_word_embeddings=False, rope_parameters=plain)), [
         Q.Q4_0, Q.Q4_0, Q.Q4_1, Q.Q5_0, Q.Q5_1], "default", True, sentence_pieces()
     yield "llama-k", gguf.MODEL_ARCH.LLAMA, LlamaForCausalLM(LlamaConfig(
-        **shape(256, 1, 256), tie_word_embeddings=True, rope_parameters=plain)), [
+        **shape(256, 1, 256), head_dim=16, tie_word_embeddings=True, rope_parameters=plain)), [
         Q.Q4_K, Q.Q5_K, Q.Q6_K, Q.Q3_K, Q.Q2_K], "smollm", False, byte_level(digits, False)
+    small = shape(32, 2, 32)
+    long = dict(rope_type="longrope", rope_theta=10000.0, original_max_position_embeddings=256,
+                short_factor=[1.0, 1.5, 2.0, 3.0], long_factor=[2.0, 3.0, 4.0, 8.0])
+    local = dict(full_attention=dict(rope_type="default", rope_theta=1e6), sliding_attention=plain)
+    gpt = dict(vocab_size=VOCAB, bos_token_id=1, eos_token_id=2)
+    A = gguf.MODEL_ARCH
+    for arch, config in (
+        (A.QWEN3, Qwen3Config(**small, head_dim=16, rope_parameters=plain)),
+        (A.GEMMA, GemmaConfig(**small, head_dim=16, rope_parameters=plain)),
+        (A.GEMMA2, Gemma2Config(**small, head_dim=16, query_pre_attn_scalar=16, sliding_window=8, rope_parameters=plain)),
+        (A.GEMMA3, Gemma3TextConfig(**(small | dict(num_hidden_layers=6)), head_dim=16, query_pre_attn_scalar=16,
+                                    sliding_window=8, rope_parameters=local)),
+        (A.PHI3, Phi3Config(**small, sliding_window=8, original_max_position_embeddings=256, rope_parameters=long)),
+        (A.SMOLLM3, SmolLM3Config(**(small | dict(num_hidden_layers=4)), tie_word_embeddings=True, rope_parameters=plain)),
+        (A.OLMO2, Olmo2Config(**small, tie_word_embeddings=False, rope_parameters=plain)),
+        (A.GPT2, GPT2Config(**gpt, n_embd=32, n_layer=2, n_head=4, n_positions=256)),
+        (A.GPTNEOX, GPTNeoXConfig(**small, rope_parameters=plain | dict(partial_rotary_factor=0.5))),
+        (A.BLOOM, BloomConfig(**gpt, hidden_size=32, n_layer=2, n_head=4)),
+    ):
+        yield f"family-{gguf.MODEL_ARCH_NAMES[arch]}", arch, AutoModelForCausalLM.from_config(
+            config, attn_implementation="eager"), [Q.Q8_0, Q.Q4_0], "gpt-2", False, byte_level(gpt2, False)
     # For their tokenizers only.
     for pre, made in (("gpt-2", byte_level(gpt2, True)), ("olmo", byte_level(gpt2, False, normalizers.NFC())),
                       ("bloom", byte_level(split(BLOOM), False))):
@@ -228,31 +306,37 @@ def main():
         for p in model.parameters():
             p.data = torch.randn_like(p) * 0.2 + (1.0 if p.dim() == 1 and p.shape[0] == hidden else 0.0)
         model.eval()
-        extra = llama3_factors(model.config) if model.config.rope_parameters["rope_type"] == "llama3" else None
+        rope = getattr(model.config, "rope_parameters", None) or {}
+        extra = []
+        if rope.get("rope_type") == "llama3":
+            extra = [("rope_freqs.weight", llama3_factors(model.config))]
+        if rope.get("rope_type") == "longrope":
+            extra = [(f"rope_factors_{kind}.weight", np.array(rope[f"{kind}_factor"], np.float32)) for kind in ("long", "short")]
         write(OUT / f"{name}.gguf", arch, model, kinds, vocabulary, pre, bos, extra)
         tok = Encoder(tok) if isinstance(tok, Tokenizer) else SentencePieceEncoder(tok)
-        cases = []
+        cases, prompt = [], None
 
-        def ask(asked, prompt):
+        def ask(asked, tuned):
             for text in INPUTS:
                 ids, greedy, logits, margin = answer(asked, tok, text, NEW_TOKENS)
                 if margin < MARGIN:
                     print(f"{name}: left out, margin {margin:.4f}")
                     continue
                 top = logits.topk(5)
-                cases.append(dict(prompt=prompt, text=text, input_ids=ids, greedy_ids=greedy, top=[
+                cases.append(dict(tuned=tuned, text=text, input_ids=ids, greedy_ids=greedy, top=[
                     [i, round(v, 5)] for i, v in zip(top.indices.tolist(), top.values.tolist())]))
 
         if not name.startswith("tokens"):
-            ask(model, None)
-            if hidden < 100:
+            ask(model, False)
+            if hidden < 100 and not name.startswith("family"):
                 tuned = get_peft_model(model, PromptTuningConfig(num_virtual_tokens=7, task_type=TaskType.CAUSAL_LM))
                 # In f16 as it is saved.
                 rows = tuned.prompt_encoder.default.embedding.weight
                 rows.data = torch.randn_like(rows).mul(0.2).half().float()
-                ask(tuned.eval(), [[round(x, 8) for x in row] for row in rows.data.tolist()])
-        page = [dict(text=text, ids=tok.encode(text)) for text in PAGE]
-        (OUT / f"{name}.json").write_text(json.dumps(dict(cases=cases, page=page), ensure_ascii=False) + "\n")
+                prompt = rows.data.tolist()
+                ask(tuned.eval(), True)
+        page = [] if name.startswith("family") else [dict(text=text, ids=tok.encode(text)) for text in PAGE]
+        (OUT / f"{name}.json").write_text(json.dumps(dict(cases=cases, prompt=prompt, page=page), ensure_ascii=False) + "\n")
         print(f"{name}: {len(cases)} cases")
 
 

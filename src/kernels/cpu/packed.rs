@@ -174,20 +174,17 @@ impl PackedMatrix {
         }
     }
 
-    /// Writes panel `i` of a matrix of blocks in f32, `[k][16]`; false, and nothing, for another matrix.
+    /// Writes panel `i` of a matrix of blocks in f32, `[k][16]`; nothing of another matrix.
     ///
     /// # Panics
     /// If there is no such panel or no room for it.
-    pub(super) fn dequantize_panel(&self, i: usize, out: &mut [f32]) -> bool {
-        let Data::Blocks(format, bytes) = &self.data else { return false };
-        let size = bytes.len() / self.n;
-        let rows = i * PANEL..self.n.min((i + 1) * PANEL);
-        format.dequantize_panel::<PANEL>(
-            &bytes[rows.start * size..rows.end * size],
-            self.k,
-            &mut out[..self.k * PANEL],
-        );
-        true
+    #[inline(always)]
+    pub(super) fn dequantize_panel(&self, i: usize, out: &mut [f32]) {
+        if let Data::Blocks(format, bytes) = &self.data {
+            let size = bytes.len() / self.n;
+            let rows = i * PANEL..self.n.min((i + 1) * PANEL);
+            format.dequantize_panel(&bytes[rows.start * size..rows.end * size], self.k, &mut out[..self.k * PANEL]);
+        }
     }
 
     pub(super) fn panels(&self) -> usize {

@@ -4,6 +4,8 @@
 
 use half::{bf16, f16};
 
+use super::packed::PANEL;
+
 /// How the values of a matrix's rows are written down.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum BlockFormat {
@@ -26,6 +28,27 @@ pub enum BlockFormat {
 const SUPER: usize = 256;
 /// Values that formats without blocks are read by.
 const RUN: usize = 256;
+
+/// Calls `$f` with the bytes and values of a block of `$format`, and what reads one.
+macro_rules! by_format {
+    ($format:expr, $f:ident($($arg:expr),*)) => {
+        match $format {
+            BlockFormat::F32 => $f::<4, 1>($($arg),*, |b, out| out[0] = f32::from_le_bytes(*b)),
+            BlockFormat::F16 => $f::<2, 1>($($arg),*, |b, out| out[0] = f16::from_le_bytes(*b).to_f32()),
+            BlockFormat::Bf16 => $f::<2, 1>($($arg),*, |b, out| out[0] = bf16::from_le_bytes(*b).to_f32()),
+            BlockFormat::Q4_0 => $f::<18, 32>($($arg),*, q4_0),
+            BlockFormat::Q4_1 => $f::<20, 32>($($arg),*, q4_1),
+            BlockFormat::Q5_0 => $f::<22, 32>($($arg),*, q5_0),
+            BlockFormat::Q5_1 => $f::<24, 32>($($arg),*, q5_1),
+            BlockFormat::Q8_0 => $f::<34, 32>($($arg),*, q8_0),
+            BlockFormat::Q2K => $f::<84, 256>($($arg),*, q2_k),
+            BlockFormat::Q3K => $f::<110, 256>($($arg),*, q3_k),
+            BlockFormat::Q4K => $f::<144, 256>($($arg),*, q4_k),
+            BlockFormat::Q5K => $f::<176, 256>($($arg),*, q5_k),
+            BlockFormat::Q6K => $f::<210, 256>($($arg),*, q6_k),
+        }
+    };
+}
 
 impl BlockFormat {
     /// Values in a block.
@@ -66,55 +89,58 @@ impl BlockFormat {
     /// If `bytes` are not the blocks of as many values as `out` has room for.
     pub fn dequantize(self, bytes: &[u8], out: &mut [f32]) {
         assert_eq!(Some(bytes.len()), self.row_bytes(out.len()), "whole blocks of {self:?}");
-        let block: fn(&[u8], &mut [f32]) = match self {
-            Self::F32 => return each(bytes, out, f32::from_le_bytes),
-            Self::F16 => return each(bytes, out, |b| f16::from_le_bytes(b).to_f32()),
-            Self::Bf16 => return each(bytes, out, |b| bf16::from_le_bytes(b).to_f32()),
-            Self::Q4_0 => q4_0,
-            Self::Q4_1 => q4_1,
-            Self::Q5_0 => q5_0,
-            Self::Q5_1 => q5_1,
-            Self::Q8_0 => q8_0,
-            Self::Q2K => q2_k,
-            Self::Q3K => q3_k,
-            Self::Q4K => q4_k,
-            Self::Q5K => q5_k,
-            Self::Q6K => q6_k,
-        };
-        bytes.chunks_exact(self.bytes()).zip(out.chunks_exact_mut(self.values())).for_each(|(b, out)| block(b, out));
+        by_format!(self, row(bytes, out));
     }
 
-    /// Writes `rows` of `k` values, one after another in `bytes`, as the columns of `out`
-    /// `[k][WIDTH]`; columns that have no row are zero.
-    pub(super) fn dequantize_panel<const WIDTH: usize>(self, bytes: &[u8], k: usize, out: &mut [f32]) {
-        let run = if self.values() == 1 { RUN } else { self.values() };
-        let row_bytes = k / self.values() * self.bytes();
-        let rows = bytes.len().checked_div(row_bytes).unwrap_or(0);
-        let mut values = [[0f32; SUPER]; WIDTH];
-        for start in (0..k).step_by(run) {
-            let n = run.min(k - start);
-            let from = start / self.values() * self.bytes();
-            for (row, values) in values.iter_mut().enumerate().take(rows) {
-                let blocks = &bytes[row * row_bytes + from..][..n / self.values() * self.bytes()];
-                self.dequantize(blocks, &mut values[..n]);
-            }
-            for (j, out) in out[start * WIDTH..(start + n) * WIDTH].chunks_exact_mut(WIDTH).enumerate() {
-                out.iter_mut().zip(&values).for_each(|(out, row)| *out = row[j]);
-            }
+    /// Writes `rows` of `k` values, one after another in `bytes`, as the columns of `out` `[k][16]`;
+    /// columns that have no row are zero.
+    #[inline(always)]
+    pub(super) fn dequantize_panel(self, bytes: &[u8], k: usize, out: &mut [f32]) {
+        by_format!(self, panel(bytes, k, out));
+    }
+}
+
+#[inline(always)]
+fn row<const SIZE: usize, const VALUES: usize>(
+    bytes: &[u8],
+    out: &mut [f32],
+    block: impl Fn(&[u8; SIZE], &mut [f32; VALUES]),
+) {
+    let ((blocks, _), (values, _)) = (bytes.as_chunks::<SIZE>(), out.as_chunks_mut::<VALUES>());
+    blocks.iter().zip(values).for_each(|(b, out)| block(b, out));
+}
+
+#[inline(always)]
+fn panel<const SIZE: usize, const VALUES: usize>(
+    bytes: &[u8],
+    k: usize,
+    out: &mut [f32],
+    block: impl Fn(&[u8; SIZE], &mut [f32; VALUES]),
+) {
+    let run = if VALUES == 1 { RUN } else { VALUES };
+    let row_bytes = k / VALUES * SIZE;
+    let rows = bytes.len().checked_div(row_bytes).unwrap_or(0);
+    let mut values = [[0f32; SUPER]; PANEL];
+    for start in (0..k).step_by(run) {
+        let n = run.min(k - start);
+        let from = start / VALUES * SIZE;
+        for (i, values) in values.iter_mut().enumerate().take(rows) {
+            row(&bytes[i * row_bytes + from..][..n / VALUES * SIZE], &mut values[..n], &block);
+        }
+        let (out, _) = out[start * PANEL..(start + n) * PANEL].as_chunks_mut::<PANEL>();
+        for (j, out) in out.iter_mut().enumerate() {
+            out.iter_mut().zip(&values).for_each(|(out, row)| *out = row[j]);
         }
     }
 }
 
-fn each<const N: usize>(bytes: &[u8], out: &mut [f32], value: impl Fn([u8; N]) -> f32) {
-    let (values, _) = bytes.as_chunks::<N>();
-    out.iter_mut().zip(values).for_each(|(out, b)| *out = value(*b));
-}
-
+#[inline(always)]
 fn half(bytes: &[u8], at: usize) -> f32 {
     f16::from_le_bytes([bytes[at], bytes[at + 1]]).to_f32()
 }
 
-fn q4_0(b: &[u8], out: &mut [f32]) {
+#[inline(always)]
+fn q4_0(b: &[u8; 18], out: &mut [f32; 32]) {
     let d = half(b, 0);
     for (j, q) in b[2..].iter().enumerate() {
         out[j] = f32::from(i16::from(q & 15) - 8) * d;
@@ -122,7 +148,8 @@ fn q4_0(b: &[u8], out: &mut [f32]) {
     }
 }
 
-fn q4_1(b: &[u8], out: &mut [f32]) {
+#[inline(always)]
+fn q4_1(b: &[u8; 20], out: &mut [f32; 32]) {
     let (d, m) = (half(b, 0), half(b, 2));
     for (j, q) in b[4..].iter().enumerate() {
         out[j] = f32::from(q & 15) * d + m;
@@ -131,12 +158,14 @@ fn q4_1(b: &[u8], out: &mut [f32]) {
 }
 
 /// The fifth bits of the two values of byte `j`.
+#[inline(always)]
 fn fifth_bits(high: &[u8], j: usize) -> (u8, u8) {
     let bits = u32::from_le_bytes([high[0], high[1], high[2], high[3]]);
     ((((bits >> j) & 1) << 4) as u8, (((bits >> (j + 16)) & 1) << 4) as u8)
 }
 
-fn q5_0(b: &[u8], out: &mut [f32]) {
+#[inline(always)]
+fn q5_0(b: &[u8; 22], out: &mut [f32; 32]) {
     let d = half(b, 0);
     for (j, q) in b[6..].iter().enumerate() {
         let (low, high) = fifth_bits(&b[2..6], j);
@@ -145,7 +174,8 @@ fn q5_0(b: &[u8], out: &mut [f32]) {
     }
 }
 
-fn q5_1(b: &[u8], out: &mut [f32]) {
+#[inline(always)]
+fn q5_1(b: &[u8; 24], out: &mut [f32; 32]) {
     let (d, m) = (half(b, 0), half(b, 2));
     for (j, q) in b[8..].iter().enumerate() {
         let (low, high) = fifth_bits(&b[4..8], j);
@@ -154,7 +184,8 @@ fn q5_1(b: &[u8], out: &mut [f32]) {
     }
 }
 
-fn q8_0(b: &[u8], out: &mut [f32]) {
+#[inline(always)]
+fn q8_0(b: &[u8; 34], out: &mut [f32; 32]) {
     let d = half(b, 0);
     for (out, q) in out.iter_mut().zip(&b[2..]) {
         *out = f32::from(q.cast_signed()) * d;
@@ -162,7 +193,8 @@ fn q8_0(b: &[u8], out: &mut [f32]) {
 }
 
 /// `[16 scales][64][d][dmin]`: 2 bits a value, a scale and a minimum of 4 bits for each 16.
-fn q2_k(b: &[u8], out: &mut [f32]) {
+#[inline(always)]
+fn q2_k(b: &[u8; 84], out: &mut [f32; 256]) {
     let (scales, qs, d, min) = (&b[..16], &b[16..80], half(b, 80), half(b, 82));
     for (group, out) in out.chunks_exact_mut(16).enumerate() {
         let (dl, ml) = (d * f32::from(scales[group] & 15), min * f32::from(scales[group] >> 4));
@@ -174,7 +206,8 @@ fn q2_k(b: &[u8], out: &mut [f32]) {
 }
 
 /// `[32 high bits][64][12 scales][d]`: 3 bits a value, a scale of 6 bits for each 16.
-fn q3_k(b: &[u8], out: &mut [f32]) {
+#[inline(always)]
+fn q3_k(b: &[u8; 110], out: &mut [f32; 256]) {
     let (high, qs, scales, d) = (&b[..32], &b[32..96], &b[96..108], half(b, 108));
     for (group, out) in out.chunks_exact_mut(16).enumerate() {
         let low = if group < 8 { scales[group] & 15 } else { scales[group - 8] >> 4 };
@@ -190,6 +223,7 @@ fn q3_k(b: &[u8], out: &mut [f32]) {
 }
 
 /// The scale and the minimum of one of eight groups, 6 bits each, in 12 bytes.
+#[inline(always)]
 fn scale_and_min(group: usize, scales: &[u8]) -> (f32, f32) {
     let (scale, min) = match group {
         0..4 => (scales[group] & 63, scales[group + 4] & 63),
@@ -199,7 +233,8 @@ fn scale_and_min(group: usize, scales: &[u8]) -> (f32, f32) {
 }
 
 /// `[d][dmin][12 scales][128]`: 4 bits a value, a scale and a minimum for each 32.
-fn q4_k(b: &[u8], out: &mut [f32]) {
+#[inline(always)]
+fn q4_k(b: &[u8; 144], out: &mut [f32; 256]) {
     let (d, min, scales) = (half(b, 0), half(b, 2), &b[4..16]);
     for (group, out) in out.chunks_exact_mut(32).enumerate() {
         let (scale, least) = scale_and_min(group, scales);
@@ -212,7 +247,8 @@ fn q4_k(b: &[u8], out: &mut [f32]) {
 }
 
 /// `[d][dmin][12 scales][32 high bits][128]`: 5 bits a value, as [`q4_k`].
-fn q5_k(b: &[u8], out: &mut [f32]) {
+#[inline(always)]
+fn q5_k(b: &[u8; 176], out: &mut [f32; 256]) {
     let (d, min, scales, high) = (half(b, 0), half(b, 2), &b[4..16], &b[16..48]);
     for (group, out) in out.chunks_exact_mut(32).enumerate() {
         let (scale, least) = scale_and_min(group, scales);
@@ -225,7 +261,8 @@ fn q5_k(b: &[u8], out: &mut [f32]) {
 }
 
 /// `[128 low][64 high][16 scales][d]`: 6 bits a value, a scale of 8 bits for each 16.
-fn q6_k(b: &[u8], out: &mut [f32]) {
+#[inline(always)]
+fn q6_k(b: &[u8; 210], out: &mut [f32; 256]) {
     let (low, high, scales, d) = (&b[..128], &b[128..192], &b[192..208], half(b, 208));
     for (group, out) in out.chunks_exact_mut(16).enumerate() {
         // Two halves of 128 values; in each, four quarters that share their bytes of high bits.
@@ -306,7 +343,7 @@ pub(super) mod tests {
             let mut plain = vec![0f32; rows * k];
             format.dequantize(&bytes, &mut plain);
             let mut panel = vec![1f32; k * 16];
-            format.dequantize_panel::<16>(&bytes, k, &mut panel);
+            format.dequantize_panel(&bytes, k, &mut panel);
             for (i, x) in panel.iter().enumerate() {
                 let (column, at) = (i % 16, i / 16);
                 assert_eq!(*x, if column < rows { plain[column * k + at] } else { 0.0 }, "{format:?} at {i}");

@@ -7,6 +7,10 @@ use serde_json::{Map, Value, json};
 
 use super::{header::TensorInfo, metadata::Metadata, rope::llama3, tokenizer::special_id};
 
+/// Sizes past this are a damaged file, not a model.
+const MAX_SIZE: usize = 1 << 24;
+const MAX_LAYERS: usize = 4096;
+
 /// Options that change what is computed and that no supported family has.
 const REFUSED: [&str; 7] = [
     "expert_count",
@@ -61,7 +65,8 @@ impl Source<'_> {
     fn size(&self, key: &str) -> Result<usize, String> {
         let key = self.key(key);
         let n = self.metadata.unsigned(&key)?.ok_or_else(|| format!("{key} is missing"))?;
-        usize::try_from(n).ok().filter(|n| *n > 0).ok_or_else(|| format!("{key} is {n}"))
+        let fits = usize::try_from(n).ok().filter(|n| (1..=MAX_SIZE).contains(n));
+        fits.ok_or_else(|| format!("{key} is {n}, expected 1 to {MAX_SIZE}"))
     }
 
     fn float(&self, key: &str) -> Result<Option<f64>, String> {
@@ -85,6 +90,10 @@ impl Source<'_> {
         {
             return Err(format!("keys have {head_dim} values a head and values {n}, which is not supported"));
         }
+        let layers = self.size("block_count")?;
+        if layers > MAX_LAYERS {
+            return Err(format!("{} is {layers}, expected 1 to {MAX_LAYERS}", self.key("block_count")));
+        }
         let vocabulary = table.shape[0];
         let tokens = self.metadata.array("tokenizer.ggml.tokens")?.map_or(0, |tokens| tokens.len());
         if tokens > vocabulary {
@@ -95,7 +104,7 @@ impl Source<'_> {
             "vocab_size": vocabulary,
             "hidden_size": hidden,
             "intermediate_size": self.size("feed_forward_length")?,
-            "num_hidden_layers": self.size("block_count")?,
+            "num_hidden_layers": layers,
             "num_attention_heads": heads,
             "num_key_value_heads": kv_heads,
             "head_dim": head_dim,

@@ -196,9 +196,9 @@ impl Metadata {
         let Some(Value::Array(array)) = self.get(key) else {
             return self.typed(key, "an integer from 0", Value::as_unsigned);
         };
-        let each = array.numbers().map(|n| n.map(|n| n.as_unsigned()).collect::<Vec<_>>()).unwrap_or_default();
-        match each.first() {
-            Some(Some(first)) if each.iter().all(|n| *n == Some(*first)) => Ok(Some(*first)),
+        let mut each = array.numbers().into_iter().flatten().map(|n| n.as_unsigned());
+        match each.next() {
+            Some(Some(first)) if each.all(|n| n == Some(first)) => Ok(Some(first)),
             _ => Err(format!("{key} differs from layer to layer, which is not supported")),
         }
     }

@@ -5,6 +5,9 @@ use std::f64::consts::TAU;
 
 use serde_json::{Value, json};
 
+/// How far off the factors may be, which were computed in f32.
+const ROUNDING: f64 = 1e-5;
+
 /// `llama3` scaling of a `config.json` that gives these factors, one for each pair of dimensions.
 ///
 /// A frequency `f` is divided by 1 where `f` is high and by `factor` where it is low. Between, `1 /
@@ -29,10 +32,10 @@ pub fn llama3(factors: &[f32], theta: f64) -> Result<Value, String> {
             (wavelength.recip(), ((1.0 / f64::from(*f)) - 1.0 / factor) / (1.0 - 1.0 / factor))
         })
         .collect();
-    let between = |s: f64| s > 1e-4 && s < 1.0 - 1e-4;
-    let last_whole = kept.iter().rev().find(|(_, s)| *s >= 1.0 - 1e-4);
-    let first_none = kept.iter().find(|(_, s)| *s <= 1e-4);
-    let middle: Vec<_> = kept.iter().filter(|(_, s)| between(*s)).collect();
+    let (whole, none) = (|s: f64| s >= 1.0 - ROUNDING, |s: f64| s <= ROUNDING);
+    let last_whole = kept.iter().rev().find(|(_, s)| whole(*s));
+    let first_none = kept.iter().find(|(_, s)| none(*s));
+    let middle: Vec<_> = kept.iter().filter(|(_, s)| !whole(*s) && !none(*s)).collect();
     let steepness = |((x1, s1), (x0, s0)): &((f64, f64), (f64, f64))| (s1 - s0) / (x1 - x0);
     // Two points of the line; where there are fewer, any line does that is steep enough for both ends.
     let points = match (middle.as_slice(), last_whole, first_none) {
@@ -48,19 +51,21 @@ pub fn llama3(factors: &[f32], theta: f64) -> Result<Value, String> {
     // kept = slope / wavelength + start = (original / wavelength - 1) / (high - 1)
     let slope = steepness(&points);
     let start = s0 - slope * x0;
-    let high = nice(1.0 - 1.0 / start);
-    let original = nice(slope * (high - 1.0));
-    let computed = |x: f64| ((original * x - 1.0) / (high - 1.0)).clamp(0.0, 1.0);
-    let same = |(x, s): &(f64, f64)| (computed(*x) - s).abs() < 1e-3;
-    if !(high > 1.0 && high.is_finite() && original > 0.0 && kept.iter().all(same)) {
-        return Err(wrong());
-    }
+    let high = 1.0 - 1.0 / start;
+    let original = slope * (high - 1.0);
+    let fits = |(high, original): &(f64, f64)| {
+        let computed = |x: f64| ((original * x - 1.0) / (high - 1.0)).clamp(0.0, 1.0);
+        let same = |(x, s): &(f64, f64)| (computed(*x) - s).abs() < 4.0 * ROUNDING;
+        *high > 1.0 && high.is_finite() && *original > 0.0 && kept.iter().all(same)
+    };
+    let candidates = [(whole_number(high), whole_number(original)), (high, original)];
+    let (high, original) = candidates.into_iter().find(fits).ok_or_else(wrong)?;
     Ok(json!({"rope_type": "llama3", "rope_theta": theta, "factor": factor, "low_freq_factor": 1.0,
               "high_freq_factor": high, "original_max_position_embeddings": original}))
 }
 
 /// The whole number that a value was before it was computed with in f32.
-fn nice(x: f64) -> f64 {
+fn whole_number(x: f64) -> f64 {
     if (x / x.round() - 1.0).abs() < 1e-3 { x.round() } else { x }
 }
 
@@ -110,7 +115,7 @@ mod tests {
                 number("original_max_position_embeddings"),
             );
             for (a, b) in given.iter().zip(&again) {
-                assert!((a / b - 1.0).abs() < 1e-3, "{given:?} {again:?}");
+                assert!((a / b - 1.0).abs() < 1e-4, "{given:?} {again:?}");
             }
         }
     }

@@ -13,6 +13,11 @@ const SPACE: &str = "▁";
 /// looked up at every one of them.
 const MAX_PIECE: usize = 512;
 
+/// Tokens, and ways to merge two; real vocabularies have at most a quarter of a million tokens and three
+/// merges for each.
+const MAX_TOKENS: usize = 1 << 21;
+const MAX_MERGES: usize = 1 << 22;
+
 /// `tokenizer.ggml.token_type`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
@@ -76,6 +81,9 @@ pub fn special_id(metadata: &Metadata, name: &str) -> Result<Option<usize>, Stri
 impl<'a> Vocabulary<'a> {
     fn read(metadata: &'a Metadata, pieces: bool) -> Result<Self, String> {
         let array = metadata.array("tokenizer.ggml.tokens")?.ok_or("tokenizer.ggml.tokens is missing")?;
+        if array.len() > MAX_TOKENS {
+            return Err(format!("it has {} tokens, expected at most {MAX_TOKENS}", array.len()));
+        }
         let texts = array.texts().ok_or("tokenizer.ggml.tokens is not an array of texts")?;
         let tokens: Vec<&str> = texts
             .enumerate()
@@ -128,6 +136,9 @@ impl<'a> Vocabulary<'a> {
     fn byte_level(&self) -> Result<Value, String> {
         let pre = PreTokenizer::of(self.metadata.text("tokenizer.ggml.pre")?.unwrap_or("default"))?;
         let array = self.metadata.array("tokenizer.ggml.merges")?.ok_or("tokenizer.ggml.merges is missing")?;
+        if array.len() > MAX_MERGES {
+            return Err(format!("it has {} merges, expected at most {MAX_MERGES}", array.len()));
+        }
         let merges: Vec<(&str, &str)> = array
             .texts()
             .ok_or("tokenizer.ggml.merges is not an array of texts")?
@@ -141,6 +152,14 @@ impl<'a> Vocabulary<'a> {
             })
             .collect::<Result<_, String>>()?;
         let vocabulary = self.unique();
+        let mut whole = String::new();
+        for (left, right) in &merges {
+            whole.clear();
+            whole.extend([*left, *right]);
+            if let Some(unknown) = [*left, *right, &whole].into_iter().find(|part| !vocabulary.contains_key(part)) {
+                return Err(format!("{left:?} and {right:?} are merged, but {unknown:?} is not a token"));
+            }
+        }
         Ok(self.json(
             json!({"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
                    "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false,
@@ -218,6 +237,9 @@ impl<'a> Vocabulary<'a> {
                 if let (Some(l), Some(r)) = (ids.get(left), ids.get(right)) {
                     merges.push((scores[id], i, length - i, *l, *r, (left, right)));
                 }
+            }
+            if merges.len() > MAX_MERGES {
+                return Err(format!("its tokens can be merged in more than {MAX_MERGES} ways"));
             }
             merges[first..].sort_by_key(|(_, _, _, l, r, _)| (*l, *r));
         }
