@@ -10,12 +10,14 @@
 //! - [`model`]: the decoder, embeddings in and hidden states out
 //! - [`kernels`]: norm, rope and attention, differentiable or fast
 //! - [`tune`]: learns a prompt by differentiating the forward that serves
+//! - [`convert`]: prompts that other programs wrote, read without running anything
 //! - [`cli`], [`config`], [`telemetry`]: what the user typed and sees
 #![deny(unsafe_code)]
 
 pub mod bench;
 pub mod cli;
 pub mod config;
+pub mod convert;
 pub mod demo;
 pub mod engine;
 pub mod http;

@@ -2,8 +2,10 @@
 
 mod bench;
 pub mod client;
+mod convert;
 mod eval;
 mod health;
+mod inspect;
 mod model;
 pub mod model_source;
 mod openapi;
@@ -38,6 +40,8 @@ enum Command {
     Serve(Box<ServeArgs>),
     Tune(Box<tune::TuneArgs>),
     Eval(eval::EvalArgs),
+    Convert(convert::ConvertArgs),
+    Inspect(inspect::InspectArgs),
     Push(push::PushArgs),
     Bench(Box<bench::BenchArgs>),
     Health(health::HealthArgs),
@@ -53,6 +57,8 @@ pub fn run() -> ExitCode {
         Cli { command: None, serve: args } => serve::run(args),
         Cli { command: Some(Command::Tune(args)), .. } => tune::run(&args, &mut std::io::stdout()),
         Cli { command: Some(Command::Eval(args)), .. } => eval::run(&args, &mut std::io::stdout()),
+        Cli { command: Some(Command::Convert(args)), .. } => convert::run(&args, &mut std::io::stdout()),
+        Cli { command: Some(Command::Inspect(args)), .. } => inspect::run(&args, &mut std::io::stdout()),
         Cli { command: Some(Command::Push(args)), .. } => push::run(&args),
         Cli { command: Some(Command::Bench(args)), .. } => bench::run(&args),
         Cli { command: Some(Command::Health(args)), .. } => health::run(&args),

@@ -47,7 +47,7 @@ pub fn by_folder(folder: &Path, task: &TaskName, model: &Model) -> anyhow::Resul
 }
 
 /// The folder of the active version of a task that a server manages.
-fn active(folder: &Path) -> anyhow::Result<Option<PathBuf>> {
+pub fn active(folder: &Path) -> anyhow::Result<Option<PathBuf>> {
     #[derive(Deserialize)]
     struct Active {
         version: String,

@@ -23,10 +23,11 @@ use crate::{
     model::Model,
     prompt::{TaskName, labels::Verbalizer},
     tune::{
+        encoder::EncoderKind,
         init::Init,
         job::{self, Observer, Outcome, Places},
         loss::Held,
-        plan::{Length, Options, Plan},
+        plan::{Length, Options, Plan, PromptType},
         schedule::Decay,
         sweep::Sweep,
         trainer::{Ended, Progress, Settings},
@@ -46,8 +47,8 @@ Examples:
   Serve the result:
       softserve serve --prompts prompts";
 
-/// Learn a prompt from examples. The model stays as it is; what is learned is a few dozen rows in
-/// front of the input, written as a PEFT directory that `softserve serve --prompts` serves.
+/// Learn a prompt from examples. The model stays as it is; what is learned is a prompt of a few
+/// kilobytes in front of the input, written as a PEFT directory that `softserve serve --prompts` serves.
 #[derive(Debug, Clone, Args)]
 #[command(after_help = EXAMPLES)]
 pub struct TuneArgs {
@@ -92,12 +93,28 @@ pub struct TuneArgs {
     #[arg(long, value_name = "TEXT")]
     pub description: Option<String>,
 
-    /// Rows to learn, each takes one position of the context [default: 32]
+    /// What is learned: prompt (rows in front of the input), p-tuning (the same rows, by way of a
+    /// network that makes them and is then dropped), prefix (keys and values in every layer, which
+    /// hold more than rows do)
+    #[arg(long = "type", value_name = "TYPE", value_enum, default_value_t = TypeArg::Prompt)]
+    pub prompt_type: TypeArg,
+
+    /// The network of p-tuning [default: mlp]
+    #[arg(long, value_enum)]
+    pub encoder: Option<EncoderArg>,
+
+    /// Units in a layer of that network [default: 128, or as many as virtual tokens if those are more]
+    #[arg(long, value_name = "N")]
+    pub encoder_hidden: Option<usize>,
+
+    /// The prompt's length: positions of the context that it takes [default: 32]
     #[arg(long, value_name = "N")]
     pub virtual_tokens: Option<usize>,
 
-    /// Where the rows begin: vocab (random words of the vocabulary), text:… (the words of a text),
-    /// task:NAME or task:DIR (another prompt), random [default: vocab]
+    /// Where it begins: vocab (random words of the vocabulary), text:… (the words of a text),
+    /// examples (words of the training examples), task:NAME or task:DIR (another prompt), random.
+    /// A prefix begins at the keys and values that the model has for these words [default: vocab;
+    /// examples for a prefix]
     #[arg(long, value_name = "HOW", conflicts_with = "init_text")]
     pub init: Option<String>,
 
@@ -164,6 +181,21 @@ pub struct TuneArgs {
     pub resume: bool,
 }
 
+/// What is learned.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum TypeArg {
+    Prompt,
+    PTuning,
+    Prefix,
+}
+
+/// The network of P-tuning.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum EncoderArg {
+    Mlp,
+    Lstm,
+}
+
 /// How the learning rate falls.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum DecayArg {
@@ -183,11 +215,12 @@ pub fn run(args: &TuneArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     let places = Places { output, checkpoint, resume: args.resume };
     let mut screen = Screen::new(&plan, interrupts());
     screen.say(&format!(
-        "{}: {} examples, {} held out; {} virtual tokens before {} ({} parameters, frozen)",
+        "{}: {} examples, {} held out; {}, {} virtual tokens before {} ({} parameters, frozen)",
         plan.task,
         plan.train.len(),
         if plan.held_out.is_empty() { 0 } else { plan.held_out.len() },
-        plan.virtual_tokens,
+        plan.parameters.method().title(),
+        plan.parameters.virtual_tokens(),
         model.info().name,
         model.info().num_parameters
     ));
@@ -202,10 +235,14 @@ pub fn run(args: &TuneArgs, out: &mut dyn Write) -> anyhow::Result<()> {
 
 impl TuneArgs {
     fn options(&self, model: &Model) -> anyhow::Result<Options> {
+        let prompt_type = self.prompt_type()?;
         let how = match (&self.init, &self.init_text) {
             (_, Some(text)) => format!("text:{text}"),
             (Some(how), None) => how.clone(),
-            (None, None) => "vocab".to_owned(),
+            (None, None) => match prompt_type.default_init() {
+                Init::Examples => "examples".to_owned(),
+                _ => "vocab".to_owned(),
+            },
         };
         let rate = match self.lr.as_str() {
             "auto" => None,
@@ -221,6 +258,7 @@ impl TuneArgs {
             template: self.template.clone(),
             labels: self.labels.as_deref().map(parse_labels).transpose()?,
             description: self.description.clone(),
+            prompt_type,
             virtual_tokens: self.virtual_tokens.or(from),
             init,
             init_name: how,
@@ -247,9 +285,27 @@ impl TuneArgs {
         })
     }
 
+    fn prompt_type(&self) -> anyhow::Result<PromptType> {
+        if self.prompt_type != TypeArg::PTuning && (self.encoder.is_some() || self.encoder_hidden.is_some()) {
+            bail!("--encoder and --encoder-hidden are for --type p-tuning; the other types have no network");
+        }
+        Ok(match self.prompt_type {
+            TypeArg::Prompt => PromptType::Prompt,
+            TypeArg::Prefix => PromptType::Prefix,
+            TypeArg::PTuning => PromptType::PTuning {
+                encoder: match self.encoder {
+                    None | Some(EncoderArg::Mlp) => EncoderKind::Mlp,
+                    Some(EncoderArg::Lstm) => EncoderKind::Lstm,
+                },
+                hidden_size: self.encoder_hidden,
+            },
+        })
+    }
+
     fn init(&self, how: &str, model: &Model) -> anyhow::Result<Init> {
         Ok(match how.split_once(':') {
             None if how == "vocab" => Init::Vocab,
+            None if how == "examples" => Init::Examples,
             None if how == "random" => Init::Random,
             Some(("text", text)) => Init::Text(text.to_owned()),
             Some(("task", name)) => {
@@ -260,7 +316,7 @@ impl TuneArgs {
                 };
                 Init::Prompt(version.prompt.as_ref().clone())
             }
-            _ => bail!("--init is {how:?}, expected vocab, text:…, task:NAME, task:DIR or random"),
+            _ => bail!("--init is {how:?}, expected vocab, text:…, examples, task:NAME, task:DIR or random"),
         })
     }
 }

@@ -5,7 +5,7 @@
 
 use candle_core::{D, Device, Result, Tensor};
 
-use super::{AttentionParams, Kernels, widened};
+use super::{AttentionParams, Kernels, given::GivenKeyValues, widened};
 
 /// Attention over whole sequences that lie one after another in the packed rows; no cache.
 ///
@@ -21,6 +21,9 @@ pub struct DenseKernels {
     masks: Vec<(Option<usize>, Tensor)>,
     sequences: usize,
     longest: usize,
+    given: Option<GivenKeyValues>,
+    /// The keys and values of each layer, where they are asked for.
+    recorded: Option<Vec<(Tensor, Tensor)>>,
 }
 
 impl DenseKernels {
@@ -51,7 +54,24 @@ impl DenseKernels {
             masks: Vec::new(),
             sequences: lengths.len(),
             longest,
+            given: None,
+            recorded: None,
         })
+    }
+
+    /// With these keys and values in place of the first rows' own.
+    pub fn with_given(self, given: GivenKeyValues) -> Self {
+        Self { given: Some(given), ..self }
+    }
+
+    /// Keeps the keys and values of each layer, `[t, kv_heads, head_dim]`, as attention reads them.
+    pub fn recording(self) -> Self {
+        Self { recorded: Some(Vec::new()), ..self }
+    }
+
+    /// What was recorded, layer by layer.
+    pub fn into_recorded(self) -> Vec<(Tensor, Tensor)> {
+        self.recorded.unwrap_or_default()
     }
 
     /// The mask of a window.
@@ -109,12 +129,19 @@ impl Kernels for DenseKernels {
 
     fn attention(
         &mut self,
-        _layer: usize,
+        layer: usize,
         q: &Tensor,
         k: &Tensor,
         v: &Tensor,
         params: &AttentionParams,
     ) -> Result<Tensor> {
+        let (k, v) = &match &self.given {
+            Some(given) => given.replace(layer, k, v)?,
+            None => (k.clone(), v.clone()),
+        };
+        if let Some(recorded) = &mut self.recorded {
+            recorded.push((k.clone(), v.clone()));
+        }
         let (_, heads, dim) = q.dims3()?;
         let groups = heads / k.dim(1)?;
         let mask = self.mask(params.window)?;

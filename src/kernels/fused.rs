@@ -6,13 +6,14 @@ use std::sync::Arc;
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, DType, Device, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
-use super::{Activation, AttentionParams, GELU_TANH, Kernels, dot};
+use super::{Activation, AttentionParams, GELU_TANH, Kernels, dot, given::GivenKeyValues};
 
 /// Whole sequences that lie one after another in the packed rows and may share their first rows;
 /// no cache. For f32 on a CPU.
 #[derive(Debug, Clone)]
 pub struct FusedKernels {
     rows: Arc<Rows>,
+    given: Option<GivenKeyValues>,
 }
 
 /// Which rows each row attends to: those before `shared`, and from `start` to itself.
@@ -28,7 +29,12 @@ impl FusedKernels {
             let start = rows.len();
             rows.resize(start + length, (prefix, start));
         }
-        Self { rows: Arc::new(Rows(rows)) }
+        Self { rows: Arc::new(Rows(rows)), given: None }
+    }
+
+    /// With these keys and values in place of the first rows' own.
+    pub fn with_given(self, given: GivenKeyValues) -> Self {
+        Self { given: Some(given), ..self }
     }
 
     /// Whether these kernels can be used.
@@ -58,12 +64,16 @@ impl Kernels for FusedKernels {
 
     fn attention(
         &mut self,
-        _layer: usize,
+        layer: usize,
         q: &Tensor,
         k: &Tensor,
         v: &Tensor,
         params: &AttentionParams,
     ) -> Result<Tensor> {
+        let (k, v) = &match &self.given {
+            Some(given) => given.replace(layer, k, v)?,
+            None => (k.clone(), v.clone()),
+        };
         let (t, heads, head_dim) = q.dims3()?;
         if t != self.rows.0.len() {
             bail!("attention was given {t} rows for sequences of {}", self.rows.0.len());

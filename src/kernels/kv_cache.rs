@@ -212,7 +212,8 @@ mod tests {
                 let part = |x: &Tensor| x.narrow(0, start, rows).unwrap();
                 let segment = [Segment { rows, start, blocks: blocks.to_vec() }];
                 let mut kernels = PagedKernels::with_isa(cache, &segment, Isa::best());
-                let out = kernels.attention(1, &part(&q), &part(&k), &part(&v), &AttentionParams::scaled(0.2)).unwrap();
+                let params = AttentionParams::scaled((dim as f32).powf(-0.5));
+                let out = kernels.attention(1, &part(&q), &part(&k), &part(&v), &params).unwrap();
                 out.flatten_all().unwrap().to_vec1::<f32>().unwrap()
             };
             let mut computed = KvCache::new(shape, 3).unwrap();

@@ -1,9 +1,10 @@
-//! Norm, rope and attention: what serving and tuning do differently. The decoder is given one of
+//! Norms, rope, attention and activations: what serving and tuning do differently. The decoder is given one of
 //! these and knows nothing else of where it runs.
 
 pub mod cpu;
 pub mod dense;
 pub mod fused;
+pub mod given;
 pub mod kv_cache;
 pub mod paged;
 
@@ -45,7 +46,7 @@ pub enum Activation {
 }
 
 /// `GeluTanh` is `x * sigmoid(a x (1 + b x²))`, with a twice the root of 2/pi.
-const GELU_TANH: [f32; 2] = [1.595_769_1, 0.044_715];
+const GELU_TANH: [f32; 2] = [1.595_769, 0.044_715];
 
 impl Activation {
     /// Of every value, in plain differentiable operations.

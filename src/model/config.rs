@@ -328,6 +328,7 @@ impl Reader<'_> {
     fn windows(&self, num_layers: usize, rotated: &[bool]) -> Result<Vec<Option<usize>>, String> {
         let keys = self.keys;
         let default = match self.family.windows {
+            Windows::None => return Ok(vec![None; num_layers]),
             Windows::All(default) => default,
             Windows::WithoutRope => None,
             _ => Some(4096),
@@ -339,7 +340,6 @@ impl Reader<'_> {
             window = None;
         }
         let slides: Vec<bool> = match self.family.windows {
-            Windows::None => return Ok(vec![None; num_layers]),
             Windows::All(_) => return Ok(vec![window; num_layers]),
             _ => match keys.get::<Vec<String>>("layer_types")? {
                 Some(types) => self.slides(&types, num_layers)?,

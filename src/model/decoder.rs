@@ -2,6 +2,7 @@
 //! matrix, over packed rows.
 
 use candle_core::{DType, Result, Tensor};
+use rayon::prelude::*;
 
 use super::{
     ModelConfig,
@@ -151,7 +152,9 @@ fn rounded(x: f64, dtype: DType) -> Result<f64> {
 /// Cosines and sines of so many positions, computed in f64 and rounded once.
 fn rope_tables(rope: &Rope, positions: usize) -> (Vec<f32>, Vec<f32>) {
     let frequencies = rope.inverse_frequencies();
-    let angles = (0..positions).flat_map(|p| frequencies.iter().map(move |f| p as f64 * f));
-    let table = |of: fn(f64) -> f64| angles.clone().map(|a| (of(a) * rope.attention_factor) as f32).collect();
+    let table = |of: fn(f64) -> f64| {
+        let row = |p| frequencies.iter().map(move |f| (of(p as f64 * f) * rope.attention_factor) as f32);
+        (0..positions).into_par_iter().flat_map_iter(row).collect()
+    };
     (table(f64::cos), table(f64::sin))
 }

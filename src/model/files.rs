@@ -226,7 +226,7 @@ impl ModelFiles {
         let index: Index =
             serde_json::from_slice(&self.read(INDEX)?).map_err(|e| self.file_error(INDEX, e.to_string()))?;
         let shards: BTreeSet<String> = index.weight_map.into_values().collect();
-        match shards.iter().find(|s| s.contains(['/', '\\']) || s.starts_with('.')) {
+        match shards.iter().find(|s| s.is_empty() || s.contains(['/', '\\']) || s.starts_with('.')) {
             Some(unsafe_name) => {
                 Err(self.file_error(INDEX, format!("it names {unsafe_name:?}, which is not a file beside it")))
             }

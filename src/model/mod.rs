@@ -126,7 +126,8 @@ impl Model {
 
     /// Packed embeddings `[t, hidden]` of any number of sequences, and each row's position in its
     /// own sequence `[t]` u32, to final hidden states `[t, hidden]`. Which rows belong together is
-    /// known to `kernels` alone. Differentiable with respect to `x` if the kernels are.
+    /// known to `kernels` alone. Learned positions and a norm of embeddings are added here, to every
+    /// row. Differentiable with respect to `x` if the kernels are.
     pub fn forward(&self, x: &Tensor, positions: &Tensor, kernels: &mut dyn Kernels) -> Result<Tensor> {
         self.decoder.forward(x, positions, kernels)
     }

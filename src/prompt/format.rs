@@ -15,8 +15,8 @@ use super::{
     weights,
 };
 pub use super::{
+    encode::{PeftConfig, encode_prompt_tuning},
     files::PromptFiles,
-    peft::{PeftConfig, encode_prompt_tuning},
 };
 use crate::model::ModelInfo;
 

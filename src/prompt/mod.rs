@@ -3,6 +3,7 @@
 //! Values only: nothing here locks, and only [`files`] reads or writes them on disk. Everything a
 //! request needs from its task hangs off one immutable [`Version`](task::Version).
 
+pub mod encode;
 pub mod files;
 #[cfg(test)]
 pub(crate) mod fixtures;

@@ -1,24 +1,15 @@
-//! PEFT's `adapter_config.json`: what matters of it, and the one that the tuner writes.
+//! PEFT's `adapter_config.json`: what matters of it.
 
-use std::collections::BTreeMap;
-
-use candle_core::{DType, Tensor};
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 
 use super::{
-    files::PromptFiles,
     format::{Fault, FaultKind, Fit},
     peft_type::PeftType,
-    spec::TaskSpec,
-    weights::TENSOR,
 };
 
 /// Of a file with as many keys as queries on a model that has fewer.
 pub(super) const UNADJUSTED: &str = "that is the hidden size, which PEFT before 0.12 wrote for models with \
      grouped-query attention: tune the prompt again with PEFT 0.12 or later";
-
-/// The release whose files [`encode_prompt_tuning`] writes.
-const PEFT_VERSION: &str = "0.21.2";
 
 /// Keys of every prompt's configuration, then of the served types. Of the latter only the numbers of
 /// tasks and ranks matter once the rows are learned; a path among them is never opened.
@@ -220,58 +211,6 @@ fn check_submodules(keys: &mut Keys<'_>) {
     }
 }
 
-/// What PEFT writes of the model beside a prompt's rows.
-#[derive(Debug, Clone, Default)]
-pub struct PeftConfig {
-    /// `base_model_name_or_path`
-    pub base_model_name: String,
-    /// `tokenizer_name_or_path`; informative only.
-    pub tokenizer_name: Option<String>,
-    pub num_layers: usize,
-    pub num_attention_heads: usize,
-}
-
-/// The files that PEFT itself would write for prompt tuning of a causal language model, of rows
-/// `[n, hidden]` in any float dtype. `prompt_tuning_init` is RANDOM whatever the rows began as, so
-/// that PEFT loads them without a tokenizer.
-pub fn encode_prompt_tuning(rows: &Tensor, config: &PeftConfig, spec: &TaskSpec) -> candle_core::Result<PromptFiles> {
-    let (n, hidden) = rows.dims2()?;
-    let values = rows.detach().to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
-    let data: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
-    let view = safetensors::tensor::TensorView::new(safetensors::Dtype::F32, vec![n, hidden], &data)
-        .map_err(candle_core::Error::wrap)?;
-    let metadata = [("format".to_owned(), "pt".to_owned())].into();
-    let weights = safetensors::serialize([(TENSOR, view)], Some(metadata)).map_err(candle_core::Error::wrap)?;
-
-    // PEFT sorts the keys.
-    let adapter_config: BTreeMap<&str, Value> = [
-        ("auto_mapping", Value::Null),
-        ("base_model_name_or_path", json!(config.base_model_name)),
-        ("inference_mode", json!(true)),
-        ("modules_to_save", Value::Null),
-        ("num_attention_heads", json!(config.num_attention_heads)),
-        ("num_layers", json!(config.num_layers)),
-        ("num_transformer_submodules", json!(1)),
-        ("num_virtual_tokens", json!(n)),
-        ("peft_type", json!("PROMPT_TUNING")),
-        ("peft_version", json!(PEFT_VERSION)),
-        ("prompt_tuning_init", json!("RANDOM")),
-        ("prompt_tuning_init_text", Value::Null),
-        ("revision", Value::Null),
-        ("task_type", json!("CAUSAL_LM")),
-        ("token_dim", json!(hidden)),
-        ("tokenizer_kwargs", Value::Null),
-        ("tokenizer_name_or_path", json!(config.tokenizer_name)),
-    ]
-    .into();
-    let task = if *spec == TaskSpec::default() { None } else { Some(json_bytes(spec)?) };
-    Ok(PromptFiles { adapter_config: Some(json_bytes(&adapter_config)?), weights: Some(weights.into()), task })
-}
-
-fn json_bytes(value: &impl serde::Serialize) -> candle_core::Result<bytes::Bytes> {
-    Ok(serde_json::to_vec_pretty(value).map_err(candle_core::Error::wrap)?.into())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -282,37 +221,5 @@ mod tests {
             assert!(same_model(a, b), "{a} {b}");
         }
         assert!(!same_model("org/model-2", "org/model"));
-    }
-
-    #[test]
-    fn the_written_configuration_has_the_keys_and_the_layout_of_pefts_own() {
-        let rows = Tensor::zeros((5, 64), DType::F32, &candle_core::Device::Cpu).expect("rows");
-        let config =
-            PeftConfig { base_model_name: "llama".into(), tokenizer_name: None, num_layers: 2, num_attention_heads: 4 };
-        let files = encode_prompt_tuning(&rows, &config, &TaskSpec::default()).expect("encodes");
-        let expected = r#"{
-  "auto_mapping": null,
-  "base_model_name_or_path": "llama",
-  "inference_mode": true,
-  "modules_to_save": null,
-  "num_attention_heads": 4,
-  "num_layers": 2,
-  "num_transformer_submodules": 1,
-  "num_virtual_tokens": 5,
-  "peft_type": "PROMPT_TUNING",
-  "peft_version": "0.21.2",
-  "prompt_tuning_init": "RANDOM",
-  "prompt_tuning_init_text": null,
-  "revision": null,
-  "task_type": "CAUSAL_LM",
-  "token_dim": 64,
-  "tokenizer_kwargs": null,
-  "tokenizer_name_or_path": null
-}"#;
-        assert_eq!(files.adapter_config.as_deref().map(String::from_utf8_lossy).as_deref(), Some(expected));
-        assert!(files.task.is_none());
-        let weights = files.weights.expect("weights");
-        let (_, metadata) = safetensors::SafeTensors::read_metadata(&weights).expect("reads");
-        assert_eq!(metadata.metadata().as_ref().and_then(|m| m.get("format")).map(String::as_str), Some("pt"));
     }
 }

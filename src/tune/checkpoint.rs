@@ -92,15 +92,15 @@ impl Checkpoint {
         let mut scalars = vec![self.rate, state.step as f64, state.stale as f64];
         scalars.extend(state.mark.map_or([f64::NAN; 2], |m| [m.loss, m.exact]));
         scalars.extend(state.best.as_ref().map_or([f64::NAN; 3], |b| [b.step as f64, b.held.loss, b.held.exact]));
-        let best = state.best.as_ref().map_or(&[][..], |b| &b.prompt);
+        let best = state.best.as_ref().map_or(&[][..], |b| &b.values);
         let tensors = [
             ("best", Dtype::F32, f32s(best)),
             ("evaluations", Dtype::F64, f64s(&evaluations)),
             ("first_moment", Dtype::F32, f32s(&state.moments.first)),
             ("losses", Dtype::F64, f64s(&state.losses)),
-            ("prompt", Dtype::F32, f32s(&state.prompt)),
             ("scalars", Dtype::F64, f64s(&scalars)),
             ("second_moment", Dtype::F32, f32s(&state.moments.second)),
+            ("values", Dtype::F32, f32s(&state.values)),
         ];
         let size = |dtype| if dtype == Dtype::F64 { 8 } else { 4 };
         let views = tensors
@@ -126,11 +126,11 @@ impl Checkpoint {
             return Err("it was written by another version".to_owned());
         };
         let held = |loss: f64, exact: f64| Held { loss, exact };
-        let best = Best { step: best_step as usize, prompt: f32s("best")?, held: held(best_loss, best_exact) };
+        let best = Best { step: best_step as usize, values: f32s("best")?, held: held(best_loss, best_exact) };
         let evaluations = f64s("evaluations")?;
         let state = State {
             step: step as usize,
-            prompt: f32s("prompt")?,
+            values: f32s("values")?,
             moments: Moments { first: f32s("first_moment")?, second: f32s("second_moment")? },
             best: (!best_step.is_nan()).then_some(best),
             stale: stale as usize,
@@ -162,7 +162,7 @@ mod tests {
         state.step = 7;
         state.losses = vec![1.0 / 3.0, 2e-300];
         state.evaluations = vec![(0, Held { loss: 0.1 + 0.2, exact: 0.5 })];
-        state.best = Some(Best { step: 3, prompt: vec![1.0, 2.0, 3.0], held: Held { loss: 0.7, exact: 1.0 } });
+        state.best = Some(Best { step: 3, values: vec![1.0, 2.0, 3.0], held: Held { loss: 0.7, exact: 1.0 } });
         let identity = [("seed", "1"), ("batch size", "16")].map(|(k, v)| (k.to_owned(), v.to_owned())).into();
         Checkpoint { identity, rate: 0.3, state }
     }

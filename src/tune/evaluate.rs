@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 
-use candle_core::Tensor;
 use serde::Serialize;
 
 use super::{
@@ -62,8 +61,7 @@ impl Evaluation<'_> {
     pub fn column(&self, front: &Front<'_>, done: &mut dyn FnMut(usize)) -> Result<Column, TuneError> {
         let inputs = self.inputs(front)?;
         let prompt = match front {
-            Front::Tuned(LearnedPrompt::Embeddings(embeddings)) => Some(&embeddings.rows),
-            Front::Tuned(prompt) => return Err(TuneError::NoRows { kind: prompt.kind() }),
+            Front::Tuned(prompt) => Some(*prompt),
             Front::Bare | Front::Instruction(_) => None,
         };
         let generated = generate::greedy(self.model, prompt, &inputs, self.max_tokens, done)?;
@@ -132,7 +130,7 @@ impl Evaluation<'_> {
         &self,
         name: &'static str,
         labels: &Verbalizer,
-        prompt: Option<&Tensor>,
+        prompt: Option<&LearnedPrompt>,
         inputs: &[Vec<u32>],
         outputs: Vec<String>,
     ) -> Result<Column, TuneError> {
@@ -157,7 +155,7 @@ impl Evaluation<'_> {
     fn likeliest(
         &self,
         labels: &Verbalizer,
-        prompt: Option<&Tensor>,
+        prompt: Option<&LearnedPrompt>,
         inputs: &[Vec<u32>],
     ) -> Result<Vec<Option<String>>, TuneError> {
         let mut words = Vec::new();

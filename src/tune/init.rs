@@ -1,12 +1,18 @@
 //! Initial values of a prompt. Where it begins decides much of where it ends: rows that look like
-//! words are better than noise (Lester et al. 2021, figure 3).
+//! words are better than noise (Lester et al. 2021, figure 3), and so are the keys and values of a
+//! text.
 
 use candle_core::{DType, Device, Result, Tensor};
 use rand::Rng;
 use rand_distr::StandardNormal;
 
-use super::order;
+use super::{
+    data::Encoded,
+    order,
+    parameters::{Method, Parameters, matrix},
+};
 use crate::{
+    kernels::dense::DenseKernels,
     model::Model,
     prompt::learned::LearnedPrompt,
     text::{Text, TextError},
@@ -15,16 +21,19 @@ use crate::{
 /// The vocabulary's first ids are its most frequent words, as Lester et al. sample them.
 const FREQUENT: usize = 5000;
 
-/// Where a prompt begins.
+/// Where a prompt begins. Words give rows by their embeddings, and key-values by what the model
+/// computes for them.
 #[derive(Debug, Clone)]
 pub enum Init {
-    /// The embeddings of a text's tokens, repeated or cut to the length of the prompt.
+    /// A text's tokens, repeated or cut to the length of the prompt.
     Text(String),
-    /// Embeddings of random words of the vocabulary.
+    /// Training examples in random order with their answers, the end of as many as have room.
+    Examples,
+    /// Random words of the vocabulary.
     Vocab,
-    /// Another prompt's rows, repeated or cut: transfer between tasks (Vu et al. 2022).
+    /// Another prompt's rows or key-values, repeated or cut: transfer between tasks (Vu et al. 2022).
     Prompt(LearnedPrompt),
-    /// Normal noise as large as the embedding table's values.
+    /// Normal noise as large as the embedding table's values, or as key-values are.
     Random,
 }
 
@@ -36,59 +45,148 @@ pub enum InitError {
     #[error("the vocabulary has no token that is not special")]
     NoVocabulary,
     #[error(
-        "the prompt to begin with is one of {kind}, and only rows of embeddings can be taken over; give the task of a \
-         prompt of embeddings"
+        "the prompt to begin with is one of {found}, and --type {method} learns {expected}; begin with a task of the \
+         same kind, or give another --type or --init"
     )]
-    NoRows { kind: &'static str },
+    OtherKind { found: &'static str, method: &'static str, expected: &'static str },
     #[error(transparent)]
     Text(#[from] TextError),
     #[error("cannot compute the initial values: {0}")]
     Tensor(#[from] candle_core::Error),
 }
 
-/// `[n, hidden]` initial values, row by row.
-pub fn values(
-    init: &Init,
-    n: usize,
-    model: &Model,
-    text: &Text,
-    seed: u64,
-) -> std::result::Result<Vec<f32>, InitError> {
-    let mut rng = order::rng(seed, order::INIT);
-    match init {
-        Init::Text(words) => {
-            let ids = text.encode_continuation(words)?;
-            if ids.is_empty() {
-                return Err(InitError::EmptyText);
+/// What initial values are made of.
+#[derive(Debug, Clone, Copy)]
+pub struct Source<'a> {
+    pub model: &'a Model,
+    pub text: &'a Text,
+    /// The training examples.
+    pub examples: &'a [Encoded],
+    pub seed: u64,
+}
+
+impl Source<'_> {
+    /// Initial values of `parameters`, in their order.
+    pub fn values(&self, init: &Init, parameters: &Parameters) -> std::result::Result<Vec<f32>, InitError> {
+        let (method, n) = (parameters.method(), parameters.virtual_tokens());
+        match method {
+            Method::PromptTuning => self.rows(init, n, method),
+            Method::PTuning(encoder) => Ok(encoder.values(&self.rows(init, n, method)?, n, self.seed)?),
+            Method::PrefixTuning => self.key_values(init, n, method),
+        }
+    }
+
+    /// `[n, hidden]`, row by row.
+    fn rows(&self, init: &Init, n: usize, method: Method) -> std::result::Result<Vec<f32>, InitError> {
+        match init {
+            Init::Text(_) | Init::Examples | Init::Vocab => {
+                let ids = Tensor::new(self.words(init, n)?, &self.model.info().device)?;
+                Ok(host(&self.model.embed(&ids)?)?)
             }
-            Ok(rows_of(model, ids.iter().copied().cycle().take(n).collect())?)
-        }
-        Init::Vocab => {
-            let rows = model.info().vocab_size.min(text.vocab_size()) as u32;
-            let words: Vec<u32> = (0..rows).filter(|&id| !text.is_special(id)).take(FREQUENT).collect();
-            if words.is_empty() {
-                return Err(InitError::NoVocabulary);
+            Init::Prompt(prompt @ LearnedPrompt::Embeddings(_)) => Ok(repeated(&matrix(prompt)?, n)?),
+            Init::Prompt(other) => Err(other_kind(other, method, "embeddings")),
+            Init::Random => {
+                let std = embedding_scale(self.model)?;
+                Ok(noise(&mut order::rng(self.seed, order::INIT), n * self.model.info().hidden_size, std))
             }
-            Ok(rows_of(model, (0..n).map(|_| words[rng.random_range(0..words.len())]).collect())?)
         }
-        Init::Prompt(LearnedPrompt::Embeddings(embeddings)) => {
-            let rows = embeddings.rows.to_dtype(DType::F32)?.to_device(&Device::Cpu)?.to_vec2::<f32>()?;
-            Ok(rows.iter().cycle().take(n).flatten().copied().collect())
-        }
-        Init::Prompt(other) => Err(InitError::NoRows { kind: other.kind() }),
-        Init::Random => {
-            let std = embedding_scale(model)?;
-            Ok((0..n * model.info().hidden_size)
-                .map(|_| rng.sample::<f64, _>(StandardNormal) * std)
-                .map(|x| x as f32)
-                .collect())
+    }
+
+    /// For each layer the keys and then the values, `[n, kv_dim]` each, row by row.
+    fn key_values(&self, init: &Init, n: usize, method: Method) -> std::result::Result<Vec<f32>, InitError> {
+        let layers = match init {
+            Init::Text(_) | Init::Examples | Init::Vocab => self.computed(init, n)?,
+            Init::Prompt(LearnedPrompt::KeyValues(kv)) => {
+                let rows = |x: &Tensor| repeated(&x.transpose(0, 1)?.flatten_from(1)?, n);
+                kv.layers.iter().map(|l| Ok([rows(&l.keys)?, rows(&l.values)?])).collect::<Result<_>>()?
+            }
+            Init::Prompt(other) => return Err(other_kind(other, method, "key-values")),
+            Init::Random => {
+                let mut rng = order::rng(self.seed, order::INIT);
+                let like = self.computed(&Init::Vocab, n)?;
+                like.into_iter().map(|kv| kv.map(|x| noise(&mut rng, x.len(), root_mean_square(&x)))).collect()
+            }
+        };
+        Ok(layers.concat().concat())
+    }
+
+    /// The keys and values that the model computes for words. They begin with what the tokenizer
+    /// puts before every text: attention rests there.
+    fn computed(&self, init: &Init, n: usize) -> std::result::Result<Vec<[Vec<f32>; 2]>, InitError> {
+        let device = &self.model.info().device;
+        let mut ids = self.text.encode("")?;
+        ids.truncate(n);
+        ids.extend(self.words(init, n - ids.len())?);
+        let positions: Vec<u32> = (0..n as u32).collect();
+        let mut kernels = DenseKernels::new(&[n], device)?.recording();
+        let x = self.model.embed(&Tensor::new(ids, device)?)?;
+        self.model.forward(&x, &Tensor::new(positions, device)?, &mut kernels)?;
+        Ok(kernels.into_recorded().iter().map(|(k, v)| Ok([host(k)?, host(v)?])).collect::<Result<_>>()?)
+    }
+
+    /// `n` token ids.
+    fn words(&self, init: &Init, n: usize) -> std::result::Result<Vec<u32>, InitError> {
+        match init {
+            Init::Text(words) => {
+                let ids = self.text.encode_continuation(words)?;
+                if ids.is_empty() {
+                    return Err(InitError::EmptyText);
+                }
+                Ok(ids.iter().copied().cycle().take(n).collect())
+            }
+            Init::Examples => {
+                let line_break = self.text.encode_continuation("\n")?;
+                let mut ids = Vec::new();
+                for i in order::shuffled(self.examples.len(), self.seed, order::INIT) {
+                    let Encoded { prompt, answer } = &self.examples[i];
+                    ids.extend(prompt.iter().chain(answer).filter(|id| !self.text.is_special(**id)));
+                    ids.extend(&line_break);
+                    if ids.len() >= n {
+                        break;
+                    }
+                }
+                if ids.is_empty() {
+                    return Err(InitError::EmptyText);
+                }
+                // The end is whole, so that what follows the prompt follows an answer.
+                ids.reverse();
+                let mut words: Vec<u32> = ids.iter().copied().cycle().take(n).collect();
+                words.reverse();
+                Ok(words)
+            }
+            Init::Vocab | Init::Prompt(_) | Init::Random => {
+                let mut rng = order::rng(self.seed, order::INIT);
+                let rows = self.model.info().vocab_size.min(self.text.vocab_size()) as u32;
+                let words: Vec<u32> = (0..rows).filter(|&id| !self.text.is_special(id)).take(FREQUENT).collect();
+                if words.is_empty() {
+                    return Err(InitError::NoVocabulary);
+                }
+                Ok((0..n).map(|_| words[rng.random_range(0..words.len())]).collect())
+            }
         }
     }
 }
 
-fn rows_of(model: &Model, ids: Vec<u32>) -> Result<Vec<f32>> {
-    let rows = model.embed(&Tensor::new(ids, &model.info().device)?)?;
-    rows.to_dtype(DType::F32)?.to_device(&Device::Cpu)?.flatten_all()?.to_vec1()
+fn other_kind(found: &LearnedPrompt, method: Method, expected: &'static str) -> InitError {
+    InitError::OtherKind { found: found.kind(), method: method.name(), expected }
+}
+
+/// `n` rows of a matrix, from the first again after the last.
+fn repeated(rows: &Tensor, n: usize) -> Result<Vec<f32>> {
+    let rows = rows.to_dtype(DType::F32)?.to_device(&Device::Cpu)?.to_vec2::<f32>()?;
+    Ok(rows.iter().cycle().take(n).flatten().copied().collect())
+}
+
+fn host(x: &Tensor) -> Result<Vec<f32>> {
+    x.to_dtype(DType::F32)?.to_device(&Device::Cpu)?.flatten_all()?.to_vec1()
+}
+
+fn noise(rng: &mut impl Rng, n: usize, std: f64) -> Vec<f32> {
+    (0..n).map(|_| rng.sample::<f64, _>(StandardNormal) * std).map(|x| x as f32).collect()
+}
+
+fn root_mean_square(values: &[f32]) -> f64 {
+    (values.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>() / values.len().max(1) as f64).sqrt()
 }
 
 /// The root mean square of the embedding table's values: the natural unit of a prompt's values,
@@ -97,4 +195,14 @@ pub fn embedding_scale(model: &Model) -> Result<f64> {
     // Rows past the tokenizer's vocabulary are often zero, but few.
     let mean_square = model.embedding_table()?.to_dtype(DType::F32)?.sqr()?.mean_all()?;
     Ok(f64::from(mean_square.to_scalar::<f32>()?).sqrt())
+}
+
+/// The unit of a run's learning rate: how large what is learned is. An encoder's weights are of
+/// one size for every model.
+pub fn rate_unit(parameters: &Parameters, initial: &[f32], model: &Model) -> Result<f64> {
+    match parameters.method() {
+        Method::PromptTuning => embedding_scale(model),
+        Method::PTuning(_) => Ok(1.0),
+        Method::PrefixTuning => Ok(root_mean_square(initial)),
+    }
 }

@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use candle_core::{DType, Tensor};
+use candle_core::Device;
 
 use super::{
     TuneError,
@@ -19,7 +19,7 @@ use super::{
 use crate::{
     model::Model,
     prompt::{
-        LearnedPrompt, Version,
+        Version,
         format::Fit,
         spec::{BaseModel, Defaults, TaskSpec},
     },
@@ -70,7 +70,7 @@ pub struct Outcome {
 /// has been read back.
 pub fn run(model: &Model, plan: &Plan, places: &Places, observer: &mut dyn Observer) -> Result<Outcome, TuneError> {
     output::check(&places.output)?;
-    let trainer = Trainer { model, train: &plan.train, held_out: &plan.held_out };
+    let trainer = Trainer { model, parameters: &plan.parameters, train: &plan.train, held_out: &plan.held_out };
     let (rate, mut state) = match places.resume {
         true => {
             let checkpoint = Checkpoint::read(&places.checkpoint, &plan.identity)?;
@@ -108,9 +108,9 @@ pub fn run(model: &Model, plan: &Plan, places: &Places, observer: &mut dyn Obser
     };
     let bare = trainer.held(&settings, None)?;
     let spec = spec(model, plan, &settings, &state, best.held);
-    let rows =
-        Tensor::from_slice(&best.prompt, (plan.virtual_tokens, model.info().hidden_size), &candle_core::Device::Cpu)?;
-    let version = output::write(&places.output, &plan.task, &rows, &spec, model, &fit(model))?;
+    let prompt = plan.parameters.prompt_of(&best.values, &Device::Cpu)?;
+    let files = output::encode(&plan.parameters, &prompt, &spec, model)?;
+    let version = output::write(&places.output, &plan.task, &files, &fit(model))?;
     output::write_curve(&places.output, plan, &state)?;
     output::remove_checkpoint(&places.checkpoint);
     Ok(Outcome { version, ended, rate, bare, before, after: best.held, best_step: best.step, state })
@@ -160,14 +160,6 @@ fn spec(model: &Model, plan: &Plan, settings: &Settings, state: &State, held: He
 /// To four significant digits, for people.
 fn digits(x: f64) -> f64 {
     format!("{x:.3e}").parse().unwrap_or(x)
-}
-
-/// The prompt's rows of a version in f32, row by row.
-pub fn rows_of(version: &Version) -> candle_core::Result<Vec<f32>> {
-    match version.prompt.as_ref() {
-        LearnedPrompt::Embeddings(embeddings) => embeddings.rows.to_dtype(DType::F32)?.flatten_all()?.to_vec1(),
-        other => candle_core::bail!("a prompt of {} has no rows", other.kind()),
-    }
 }
 
 /// Where the state of an unfinished run is kept by default: beside the finished prompt, hidden, so

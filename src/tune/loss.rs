@@ -1,16 +1,18 @@
 //! The loss of a prompt on a batch: the cross-entropy of the answers' tokens, through the forward
 //! that serves.
 
-use candle_core::{D, DType, Result, Tensor, Var, bail};
+use candle_core::{D, DType, Device, Result, Tensor, Var, bail};
 
-use super::data::Encoded;
+use super::{data::Encoded, parameters::Parameters};
 use crate::{
     kernels::{
         Kernels,
         dense::DenseKernels,
         fused::{FusedKernels, LogProbabilities},
+        given::GivenKeyValues,
     },
     model::Model,
+    prompt::learned::{KeyValues, LearnedPrompt},
 };
 
 /// What a forward pass over a batch gives.
@@ -57,12 +59,12 @@ impl Scored {
     }
 }
 
-/// One forward pass over `[prompt][input][answer]` of each example. `prompt` is `[n, hidden]` in
-/// any float type; with none, the model answers on its own. The prompt's rows are computed once
-/// for the whole batch.
-pub fn score(model: &Model, prompt: Option<&Tensor>, batch: &[&Encoded]) -> Result<Scored> {
+/// One forward pass over `[prompt][input][answer]` of each example. `prompt` is in any float type;
+/// with none, the model answers on its own. The prompt's rows are computed once for the whole batch.
+pub fn score(model: &Model, prompt: Option<&LearnedPrompt>, batch: &[&Encoded]) -> Result<Scored> {
     let device = &model.info().device;
-    let n = prompt.map_or(Ok(0), |p| p.dim(0))?;
+    let n = prompt.map_or(0, LearnedPrompt::num_virtual_tokens);
+    let given = matches!(prompt, Some(LearnedPrompt::KeyValues(_)));
     let mut ids: Vec<u32> = Vec::new();
     let mut positions: Vec<u32> = (0..n as u32).collect();
     let mut lengths = Vec::with_capacity(batch.len());
@@ -70,6 +72,9 @@ pub fn score(model: &Model, prompt: Option<&Tensor>, batch: &[&Encoded]) -> Resu
     for example in batch {
         if n + example.prompt.len() == 0 {
             bail!("an example has neither virtual tokens nor an input");
+        }
+        if given && example.prompt.is_empty() {
+            bail!("an example has no input, and key-values need a text to continue; its template should add one");
         }
         let start = n + ids.len();
         ids.extend(&example.prompt);
@@ -91,13 +96,16 @@ pub fn score(model: &Model, prompt: Option<&Tensor>, batch: &[&Encoded]) -> Resu
     }
     let tokens = targets.len();
     let mut x = model.embed(&Tensor::new(ids, device)?)?;
-    if let Some(prompt) = prompt {
-        x = Tensor::cat(&[&prompt.to_dtype(x.dtype())?, &x], 0)?;
-    }
-    let mut kernels: Box<dyn Kernels> = match FusedKernels::fit(device, x.dtype()) {
-        true => Box::new(FusedKernels::with_prefix(n, &lengths)),
-        false => Box::new(DenseKernels::with_prefix(n, &lengths, device)?),
+    let rows = match prompt {
+        Some(LearnedPrompt::Embeddings(embeddings)) => Some(embeddings.rows.to_dtype(x.dtype())?),
+        // The rows only take the places: attention reads what is given instead.
+        Some(LearnedPrompt::KeyValues(_)) => Some(Tensor::zeros((n, x.dim(1)?), x.dtype(), device)?),
+        None => None,
     };
+    if let Some(rows) = rows {
+        x = Tensor::cat(&[&rows, &x], 0)?;
+    }
+    let mut kernels = kernels(prompt, &lengths, device, x.dtype())?;
     let hidden = model.forward(&x, &Tensor::new(positions, device)?, kernels.as_mut())?;
     let logits = model.logits(&hidden.index_select(&Tensor::new(answer_rows, device)?, 0)?)?;
     let likeliest = logits.detach().argmax(D::Minus1)?;
@@ -112,23 +120,53 @@ pub fn score(model: &Model, prompt: Option<&Tensor>, batch: &[&Encoded]) -> Resu
     Ok(Scored { sum, tokens, likeliest, log_probs: log_probs.detach() })
 }
 
-/// The loss on a batch and its gradient to the prompt, both as sums over the answer tokens.
-pub fn gradient(model: &Model, prompt: &[f32], batch: &[&Encoded]) -> Result<(f64, Vec<f32>)> {
-    let info = model.info();
-    let var = Var::from_slice(prompt, (prompt.len() / info.hidden_size, info.hidden_size), &info.device)?;
-    let scored = score(model, Some(var.as_tensor()), batch)?;
-    let gradient = gradient_of(&scored.sum, &var)?;
-    let gradient = gradient.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?;
-    Ok((scalar(&scored.sum)?, gradient))
+/// The tuning kernels for `[prompt][text]` of these lengths of text.
+fn kernels(
+    prompt: Option<&LearnedPrompt>,
+    lengths: &[usize],
+    device: &Device,
+    dtype: DType,
+) -> Result<Box<dyn Kernels>> {
+    let n = prompt.map_or(0, LearnedPrompt::num_virtual_tokens);
+    let given = match prompt {
+        Some(LearnedPrompt::KeyValues(prompt)) => Some(given(prompt)?),
+        _ => None,
+    };
+    Ok(match (FusedKernels::fit(device, dtype), given) {
+        (true, None) => Box::new(FusedKernels::with_prefix(n, lengths)),
+        (true, Some(given)) => Box::new(FusedKernels::with_prefix(n, lengths).with_given(given)),
+        (false, None) => Box::new(DenseKernels::with_prefix(n, lengths, device)?),
+        (false, Some(given)) => Box::new(DenseKernels::with_prefix(n, lengths, device)?.with_given(given)),
+    })
 }
 
-/// The gradient of a scalar to a variable. That there is one is checked: candle's fused operations
-/// drop it without a word.
-pub fn gradient_of(scalar: &Tensor, var: &Var) -> Result<Tensor> {
-    match scalar.backward()?.remove(var.as_tensor()) {
+fn given(prompt: &KeyValues) -> Result<GivenKeyValues> {
+    let layers = prompt.layers.iter().map(|l| Ok((l.keys.transpose(0, 1)?, l.values.transpose(0, 1)?)));
+    Ok(GivenKeyValues { layers: layers.collect::<Result<_>>()? })
+}
+
+/// The loss on a batch and its gradient to the values that are learned, both as sums over the answer
+/// tokens.
+pub fn gradient(model: &Model, parameters: &Parameters, values: &[f32], batch: &[&Encoded]) -> Result<(f64, Vec<f32>)> {
+    let variables = parameters.variables(values, &model.info().device)?;
+    let tensors: Vec<Tensor> = variables.iter().map(|v| v.as_tensor().clone()).collect();
+    let scored = score(model, Some(&parameters.prompt(&tensors)?), batch)?;
+    let mut all = Vec::with_capacity(values.len());
+    for gradient in gradients_of(&scored.sum, &variables)? {
+        all.extend(gradient.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?);
+    }
+    Ok((scalar(&scored.sum)?, all))
+}
+
+/// The gradients of a scalar to variables. That there are all is checked: candle's fused operations
+/// drop them without a word.
+pub fn gradients_of(scalar: &Tensor, variables: &[Var]) -> Result<Vec<Tensor>> {
+    let mut gradients = scalar.backward()?;
+    let found = variables.iter().map(|variable| match gradients.remove(variable.as_tensor()) {
         Some(gradient) => Ok(gradient),
         None => bail!("no gradient reached the prompt: an operation of the forward pass has no backward"),
-    }
+    });
+    found.collect()
 }
 
 /// The value of a scalar of any float type.
@@ -138,17 +176,15 @@ pub fn scalar(x: &Tensor) -> Result<f64> {
 
 /// The mean loss of a prompt over examples and the part of them it answers exactly, without
 /// gradients.
-pub fn evaluate(model: &Model, prompt: Option<&[f32]>, examples: &[&Encoded], batch_size: usize) -> Result<Held> {
-    let info = model.info();
-    let prompt = match prompt {
-        Some(values) => {
-            Some(Tensor::from_slice(values, (values.len() / info.hidden_size, info.hidden_size), &info.device)?)
-        }
-        None => None,
-    };
+pub fn evaluate(
+    model: &Model,
+    prompt: Option<&LearnedPrompt>,
+    examples: &[&Encoded],
+    batch_size: usize,
+) -> Result<Held> {
     let (mut sum, mut tokens, mut exact) = (0.0, 0, 0);
     for batch in examples.chunks(batch_size.max(1)) {
-        let scored = score(model, prompt.as_ref(), batch)?;
+        let scored = score(model, prompt, batch)?;
         sum += scalar(&scored.sum)?;
         tokens += scored.tokens;
         exact += scored.exact(batch)?;

@@ -1,18 +1,19 @@
-//! Learns a soft prompt by differentiating the forward that serves, and measures it.
+//! Learns a prompt by differentiating the forward that serves, and measures it.
 //!
 //! [`plan`] checks what was asked for, [`job`] runs it; the rest are their parts, usable alone:
 //!
 //! - [`data`]: JSON Lines to token ids, every fault listed
+//! - [`parameters`], [`encoder`]: what is learned in each way, and the prompt that it makes
 //! - [`init`]: initial values
 //! - [`loss`]: the loss of a prompt and its gradient
 //! - [`optim`], [`schedule`], [`order`]: AdamW, the learning rate and the examples of each step
 //! - [`trainer`], [`sweep`]: the loop, and the search for its learning rate
 //! - [`checkpoint`], [`output`], [`report`]: what is left on disk
-//! - [`generate`], [`metrics`], [`evaluate`]: a prompt on test data, beside the bare model
 //! - [`generate`], [`metrics`], [`evaluate`]: how good a prompt is, beside what a text prompt gives
 
 pub mod checkpoint;
 pub mod data;
+pub mod encoder;
 pub mod evaluate;
 pub mod generate;
 pub mod init;
@@ -22,6 +23,7 @@ pub mod metrics;
 pub mod optim;
 pub mod order;
 pub mod output;
+pub mod parameters;
 pub mod plan;
 pub mod report;
 pub mod schedule;
@@ -80,8 +82,6 @@ pub enum TuneError {
     Interrupted { checkpoint: PathBuf },
     #[error("interrupted while the learning rate was chosen; nothing was saved yet")]
     InterruptedSweep,
-    #[error("the prompt is one of {kind}, and only prompts of embeddings can be evaluated")]
-    NoRows { kind: &'static str },
     #[error("the forward pass failed: {0}")]
     Tensor(#[from] candle_core::Error),
 }

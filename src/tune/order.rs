@@ -7,6 +7,8 @@ use rand::{SeedableRng, rngs::StdRng, seq::SliceRandom};
 pub const SPLIT: u64 = u64::MAX;
 /// The stream of the initial values.
 pub const INIT: u64 = u64::MAX - 1;
+/// The stream of an encoder's initial weights.
+pub const ENCODER: u64 = u64::MAX - 2;
 
 /// A generator for one purpose, independent of those for others.
 pub fn rng(seed: u64, stream: u64) -> StdRng {

@@ -6,16 +6,20 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use candle_core::Tensor;
-
-use super::{TuneError, plan::Plan, report, trainer::State};
+use super::{
+    TuneError,
+    parameters::{Method, Parameters, matrix},
+    plan::Plan,
+    report,
+    trainer::State,
+};
 use crate::{
     model::Model,
     prompt::{
-        TaskName, Version,
+        LearnedPrompt, TaskName, Version,
+        encode::{PeftConfig, PeftEncoder, encode_p_tuning, encode_prefix_tuning, encode_prompt_tuning},
         files::{self, PromptFiles},
         format::{self, Fit},
-        peft::{PeftConfig, encode_prompt_tuning},
         spec::TaskSpec,
     },
 };
@@ -34,23 +38,37 @@ pub fn check(output: &Path) -> Result<(), TuneError> {
     probe.map(drop).map_err(|source| TuneError::Write { path: output.to_owned(), source })
 }
 
-/// Writes the prompt's three files and returns what `serve` makes of them.
-pub fn write(
-    output: &Path,
-    task: &TaskName,
-    rows: &Tensor,
+/// The files of a prompt, as PEFT would write them.
+pub fn encode(
+    parameters: &Parameters,
+    prompt: &LearnedPrompt,
     spec: &TaskSpec,
     model: &Model,
-    fit: &Fit,
-) -> Result<Version, TuneError> {
-    let fail = |source: io::Error| TuneError::Write { path: output.to_owned(), source };
+) -> Result<PromptFiles, TuneError> {
+    let method = parameters.method();
     let config = PeftConfig {
         base_model_name: model.info().name.clone(),
         tokenizer_name: Some(model.info().name.clone()),
         num_layers: model.config().num_layers,
-        num_attention_heads: model.config().num_heads,
+        num_attention_heads: match method {
+            Method::PrefixTuning => model.config().num_kv_heads,
+            Method::PromptTuning | Method::PTuning(_) => model.config().num_heads,
+        },
     };
-    let encoded = encode_prompt_tuning(rows, &config, spec)?;
+    let matrix = matrix(prompt)?;
+    Ok(match method {
+        Method::PromptTuning => encode_prompt_tuning(&matrix, &config, spec)?,
+        Method::PTuning(encoder) => {
+            let encoder = PeftEncoder { kind: encoder.kind.name(), hidden_size: encoder.hidden_size };
+            encode_p_tuning(&matrix, encoder, &config, spec)?
+        }
+        Method::PrefixTuning => encode_prefix_tuning(&matrix, &config, spec)?,
+    })
+}
+
+/// Writes the prompt's three files and returns what `serve` makes of them.
+pub fn write(output: &Path, task: &TaskName, encoded: &PromptFiles, fit: &Fit) -> Result<Version, TuneError> {
+    let fail = |source: io::Error| TuneError::Write { path: output.to_owned(), source };
     let staging = tempfile::Builder::new().prefix(".tune-").tempdir_in(parent(output)).map_err(fail)?;
     encoded.write_dir(staging.path()).map_err(fail)?;
     let staged = PromptFiles::read_dir(staging.path())?;

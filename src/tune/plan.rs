@@ -7,8 +7,10 @@ use super::{
     TuneError,
     checkpoint::Identity,
     data::{self, Dataset, Encoded},
-    init::{self, Init},
+    encoder::{Encoder, EncoderKind},
+    init::{self, Init, Source},
     optim::AdamW,
+    parameters::{Method, Parameters},
     schedule::{Decay, Schedule},
     sweep,
     trainer::Settings,
@@ -35,6 +37,46 @@ const EPOCHS: usize = 15;
 /// Evaluations in a run where no interval is asked for.
 const EVALUATIONS: usize = 20;
 
+/// The least units of an encoder where none are asked for. As many as there are rows make any rows.
+const ENCODER_SIZE: usize = 128;
+
+/// The most units of an encoder's layer.
+const MAX_ENCODER_SIZE: usize = 16384;
+
+/// Which type of prompt is learned.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PromptType {
+    Prompt,
+    PTuning {
+        encoder: EncoderKind,
+        /// Units of a layer; by the number of rows where there is none.
+        hidden_size: Option<usize>,
+    },
+    Prefix,
+}
+
+impl PromptType {
+    /// What a prompt begins as where nothing is asked for.
+    pub fn default_init(self) -> Init {
+        match self {
+            Self::Prompt | Self::PTuning { .. } => Init::Vocab,
+            Self::Prefix => Init::Examples,
+        }
+    }
+
+    fn method(self, virtual_tokens: usize, model: &Model) -> Result<Method, TuneError> {
+        Ok(match self {
+            Self::Prompt => Method::PromptTuning,
+            Self::Prefix => Method::PrefixTuning,
+            Self::PTuning { encoder, hidden_size } => Method::PTuning(Encoder {
+                kind: encoder,
+                hidden_size: hidden_size.unwrap_or(virtual_tokens.max(ENCODER_SIZE)),
+                scale: init::embedding_scale(model)?,
+            }),
+        })
+    }
+}
+
 /// The options of a run.
 #[derive(Debug, Clone)]
 pub struct Options {
@@ -46,6 +88,7 @@ pub struct Options {
     pub template: Option<String>,
     pub labels: Option<Verbalizer>,
     pub description: Option<String>,
+    pub prompt_type: PromptType,
     /// [`VIRTUAL_TOKENS`] where there is none.
     pub virtual_tokens: Option<usize>,
     pub init: Init,
@@ -85,6 +128,7 @@ impl Options {
             template: None,
             labels: None,
             description: None,
+            prompt_type: PromptType::Prompt,
             virtual_tokens: None,
             init: Init::Vocab,
             init_name: "vocab".to_owned(),
@@ -124,9 +168,10 @@ pub struct Plan {
     pub train: Vec<Encoded>,
     pub held_out: Vec<Encoded>,
     pub held_out_is: HeldOut,
-    /// `[n, hidden]` initial values, row by row.
+    /// What is learned.
+    pub parameters: Parameters,
+    /// Its initial values.
     pub initial: Vec<f32>,
-    pub virtual_tokens: usize,
     /// The schedule's peak is the given rate; zero until a sweep has found one.
     pub settings: Settings,
     /// The rates of a sweep; empty where one is given.
@@ -171,7 +216,10 @@ impl Plan {
         };
         let batch_size = options.batch_size.min(train.len());
         let steps = steps(options.length, train.len(), batch_size * options.accumulate);
-        let scale = init::embedding_scale(model)?;
+        let parameters = Parameters::new(options.prompt_type.method(n, model)?, n, model);
+        let source = Source { model, text, examples: &train, seed: options.seed };
+        let initial = source.values(&options.init, &parameters)?;
+        let unit = init::rate_unit(&parameters, &initial, model)?;
         let settings = Settings {
             batch_size,
             accumulate: options.accumulate,
@@ -191,13 +239,13 @@ impl Plan {
             task: options.task.clone(),
             description: options.description.clone(),
             max_tokens: max_tokens(&train, &held_out, data.labels.is_some()),
-            initial: init::values(&options.init, n, model, text, options.seed)?,
-            virtual_tokens: n,
             rates: if options.rate.is_some() {
                 vec![]
             } else {
-                sweep::RELATIVE_RATES.map(|r| round(r * scale)).to_vec()
+                sweep::relative_rates(parameters.method()).map(|r| round(r * unit)).to_vec()
             },
+            parameters,
+            initial,
             labels: data.labels.clone(),
             template,
             train,
@@ -231,6 +279,9 @@ fn check_numbers(options: &Options) -> Result<(), TuneError> {
     count("--batch-size", options.batch_size)?;
     count("--accumulate", options.accumulate)?;
     count("--eval-every", options.eval_every.unwrap_or(1))?;
+    if let PromptType::PTuning { hidden_size: Some(size), .. } = options.prompt_type {
+        range("--encoder-hidden", size as f64, 1.0, MAX_ENCODER_SIZE as f64, "1 to 16384")?;
+    }
     match options.length {
         Length::Auto => Ok(()),
         Length::Steps(n) => count("--steps", n),
@@ -277,6 +328,10 @@ fn round(x: f64) -> f64 {
 fn identity(plan: &Plan, model: &Model, options: &Options, data: &Dataset, eval: Option<&Dataset>) -> Identity {
     let settings = &plan.settings;
     let labels = plan.labels.as_ref().map(|l| l.iter().map(|(label, words)| format!("{label}={}", words.join("|"))));
+    let encoder = match plan.parameters.method() {
+        Method::PTuning(encoder) => format!("{} of {} units", encoder.kind.name(), encoder.hidden_size),
+        Method::PromptTuning | Method::PrefixTuning => "none".to_owned(),
+    };
     let entries = [
         ("model", format!("{} ({})", model.info().name, model.info().fingerprint)),
         ("dtype", format!("{:?}", model.info().dtype)),
@@ -284,7 +339,9 @@ fn identity(plan: &Plan, model: &Model, options: &Options, data: &Dataset, eval:
         ("held-out data", eval.map_or("a split".to_owned(), |e| e.digest.clone())),
         ("template", format!("{:?}", plan.template.source())),
         ("labels", labels.map_or("none".to_owned(), |l| l.collect::<Vec<_>>().join(","))),
-        ("virtual tokens", plan.virtual_tokens.to_string()),
+        ("type", plan.parameters.method().name().to_owned()),
+        ("encoder", encoder),
+        ("virtual tokens", plan.parameters.virtual_tokens().to_string()),
         ("initial values", options.init_name.clone()),
         ("learning rate", options.rate.map_or("auto".to_owned(), |r| r.to_string())),
         ("steps", settings.schedule.steps.to_string()),

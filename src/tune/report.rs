@@ -36,7 +36,15 @@ fn draw(svg: &mut String, plan: &Plan, state: &State) -> Result<(), Box<dyn std:
     let top = if highest > 0.0 { highest * 1.08 } else { 1.0 };
 
     let mut chart = ChartBuilder::on(&root)
-        .caption(format!("{}: {} virtual tokens", plan.task, plan.virtual_tokens), (FONT, 20))
+        .caption(
+            format!(
+                "{}: {} virtual tokens, {}",
+                plan.task,
+                plan.parameters.virtual_tokens(),
+                plan.parameters.method().title()
+            ),
+            (FONT, 20),
+        )
         .margin(16)
         .x_label_area_size(44)
         .y_label_area_size(60)

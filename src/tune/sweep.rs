@@ -7,13 +7,20 @@ use candle_core::Result;
 
 use super::{
     loss::Held,
+    parameters::Method,
     schedule::{Decay, Schedule},
     trainer::{Ended, Settings, State, Trainer},
 };
 
-/// The rates tried, in units of the embedding table's scale: what Adam may move a value in a step,
-/// compared to how large values are.
-pub const RELATIVE_RATES: [f64; 5] = [0.03, 0.1, 0.3, 1.0, 3.0];
+/// The rates tried, in units of how large what is learned is: what Adam may move a value in a step,
+/// compared to the values.
+pub fn relative_rates(method: Method) -> [f64; 5] {
+    match method {
+        Method::PromptTuning => [0.03, 0.1, 0.3, 1.0, 3.0],
+        Method::PTuning(_) => [1e-4, 3e-4, 1e-3, 3e-3, 1e-2],
+        Method::PrefixTuning => [0.003, 0.01, 0.03, 0.1, 0.3],
+    }
+}
 
 /// Steps of each short run.
 pub const STEPS: usize = 30;

@@ -10,6 +10,7 @@ use super::{
     loss::{self, Held},
     optim::{self, AdamW, Moments},
     order,
+    parameters::Parameters,
     schedule::Schedule,
 };
 use crate::model::Model;
@@ -38,8 +39,8 @@ pub struct Settings {
 pub struct State {
     /// Updates done.
     pub step: usize,
-    /// `[n, hidden]`, row by row.
-    pub prompt: Vec<f32>,
+    /// What is learned, as its [`Parameters`] lay it out.
+    pub values: Vec<f32>,
     pub moments: Moments,
     /// The best prompt so far.
     pub best: Option<Best>,
@@ -52,19 +53,19 @@ pub struct State {
     pub evaluations: Vec<(usize, Held)>,
 }
 
-/// A prompt and what it reached.
+/// The values of a prompt and what it reached.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Best {
     pub step: usize,
-    pub prompt: Vec<f32>,
+    pub values: Vec<f32>,
     pub held: Held,
 }
 
 impl State {
     /// Before the first step.
-    pub fn new(prompt: Vec<f32>) -> Self {
-        let moments = Moments::zeros(prompt.len());
-        Self { step: 0, prompt, moments, best: None, stale: 0, mark: None, losses: vec![], evaluations: vec![] }
+    pub fn new(values: Vec<f32>) -> Self {
+        let moments = Moments::zeros(values.len());
+        Self { step: 0, values, moments, best: None, stale: 0, mark: None, losses: vec![], evaluations: vec![] }
     }
 }
 
@@ -94,6 +95,7 @@ pub enum Ended {
 #[derive(Debug, Clone, Copy)]
 pub struct Trainer<'a> {
     pub model: &'a Model,
+    pub parameters: &'a Parameters,
     pub train: &'a [Encoded],
     /// Examples that choose the learning rate and the best prompt and are not trained on.
     pub held_out: &'a [Encoded],
@@ -115,7 +117,7 @@ impl Trainer<'_> {
         while state.step < of {
             let rate = settings.schedule.at(state.step);
             let loss = self.step(settings, state, rate)?;
-            if !loss.is_finite() || state.prompt.iter().any(|x| !x.is_finite()) {
+            if !loss.is_finite() || state.values.iter().any(|x| !x.is_finite()) {
                 return Ok(Ended::Diverged);
             }
             if observe(Progress::Step { step: state.step, of, loss, rate })?.is_break() {
@@ -145,9 +147,9 @@ impl Trainer<'_> {
         // Each answer token weighs the same, in whichever forward pass it is.
         let tokens: usize = batches.iter().flatten().map(|e| e.answer.len()).sum();
         let mut total = 0.0;
-        let mut gradient = vec![0f32; state.prompt.len()];
+        let mut gradient = vec![0f32; state.values.len()];
         for batch in &batches {
-            let (sum, part) = loss::gradient(self.model, &state.prompt, batch)?;
+            let (sum, part) = loss::gradient(self.model, self.parameters, &state.values, batch)?;
             total += sum;
             gradient.iter_mut().zip(part).for_each(|(g, p)| *g += p);
         }
@@ -156,16 +158,20 @@ impl Trainer<'_> {
             optim::clip(&mut gradient, settings.clip);
         }
         state.step += 1;
-        settings.optimizer.update(&mut state.prompt, &gradient, &mut state.moments, state.step, rate);
+        settings.optimizer.update(&mut state.values, &gradient, &mut state.moments, state.step, rate);
         let mean = total / tokens as f64;
         state.losses.push(mean);
         Ok(mean)
     }
 
-    /// The prompt on the held-out examples.
-    pub fn held(&self, settings: &Settings, prompt: Option<&[f32]>) -> Result<Held> {
+    /// The prompt that values make on the held-out examples; without any the model on its own.
+    pub fn held(&self, settings: &Settings, values: Option<&[f32]>) -> Result<Held> {
         let examples: Vec<&Encoded> = self.held_out.iter().collect();
-        loss::evaluate(self.model, prompt, &examples, settings.batch_size)
+        let prompt = match values {
+            Some(values) => Some(self.parameters.prompt_of(values, &self.model.info().device)?),
+            None => None,
+        };
+        loss::evaluate(self.model, prompt.as_ref(), &examples, settings.batch_size)
     }
 
     fn evaluate(
@@ -174,10 +180,10 @@ impl Trainer<'_> {
         state: &mut State,
         observe: &mut dyn FnMut(Progress<'_>) -> Result<ControlFlow<()>>,
     ) -> Result<ControlFlow<()>> {
-        let held = self.held(settings, Some(&state.prompt))?;
+        let held = self.held(settings, Some(&state.values))?;
         let best = state.best.as_ref().is_none_or(|best| held.better_than(&best.held));
         if best {
-            state.best = Some(Best { step: state.step, prompt: state.prompt.clone(), held });
+            state.best = Some(Best { step: state.step, values: state.values.clone(), held });
         }
         if state.mark.is_none_or(|mark| held.clearly_better_than(&mark)) {
             (state.stale, state.mark) = (0, Some(held));

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod bench;
+mod convert;
 mod demo;
 mod engine;
 mod families;
@@ -11,8 +12,10 @@ mod hot_swap;
 mod http;
 #[cfg(feature = "hub")]
 mod hub;
+mod inspect;
 mod model;
 mod openapi;
+mod parsers;
 mod peft;
 mod problems;
 mod process;
@@ -24,3 +27,4 @@ mod tidy;
 mod tiny_model;
 mod tune;
 mod tune_job;
+mod tune_types;

@@ -3,7 +3,10 @@
 
 use std::{path::Path, process::Command};
 
-use crate::process::{output, softserve};
+use crate::{
+    process::{output, softserve},
+    tune_types::{TYPES, head, tune},
+};
 
 /// A Python with PEFT: `SOFTSERVE_TEST_PYTHON`, or `python3`.
 fn python() -> Option<String> {
@@ -21,39 +24,33 @@ fn python() -> Option<String> {
 }
 
 #[test]
-fn a_prompt_tuned_here_loads_in_peft_and_answers_the_same_there() {
+fn a_prompt_of_each_type_that_is_tuned_here_loads_in_peft_and_answers_the_same_there() {
     let Some(python) = python() else { return };
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let home = tempfile::tempdir().unwrap();
-    let data = root.join("examples/data/sentiment");
-    let head = |file: &str, n: usize| {
-        let text = std::fs::read_to_string(data.join(file)).unwrap();
-        let to = home.path().join(file);
-        std::fs::write(&to, text.lines().take(n).map(|l| format!("{l}\n")).collect::<String>()).unwrap();
-        to
-    };
-    let (train, test) = (head("train.jsonl", 16), head("test.jsonl", 24));
-    let mut tune = softserve(home.path());
-    tune.args(["tune", "--task", "mood", "--lr", "0.05", "--steps", "12", "--virtual-tokens", "9", "--prompts", "out"]);
-    let (code, _, log) = output({
-        tune.arg("--data").arg(train);
-        tune
-    });
-    assert_eq!(code, Some(0), "{log}");
-    let mut eval = softserve(home.path());
-    eval.args(["eval", "--prompt", "out/mood", "--show", "1000", "--data"]).arg(&test);
-    let (code, shown, log) = output(eval);
-    assert_eq!(code, Some(0), "{log}");
-    std::fs::write(home.path().join("shown.txt"), shown).unwrap();
-    let check = Command::new(python)
-        .arg(root.join("tests/peft/check_tuned.py"))
-        .arg("--model")
-        .arg(root.join("models/demo"))
-        .args(["--prompt", "out/mood", "--shown", "shown.txt", "--data"])
-        .arg(test)
-        .current_dir(home.path())
-        .output()
-        .unwrap();
-    let said = String::from_utf8_lossy(&[check.stdout, check.stderr].concat()).into_owned();
-    assert!(check.status.success() && said.contains("24 of 24 answers are PEFT's"), "{said}");
+    let (train, test) = (head(home.path(), "train.jsonl", 16), head(home.path(), "test.jsonl", 24));
+    for (task, options) in TYPES {
+        let mut command = tune(home.path(), "out", task, &train, options);
+        command.args(["--steps", "12", "--virtual-tokens", "9"]);
+        let (code, _, log) = output(command);
+        assert_eq!(code, Some(0), "{task}: {log}");
+        let mut eval = softserve(home.path());
+        eval.args(["eval", "--task", task, "--prompts", "out", "--show", "1000", "--data"]).arg(&test);
+        let (code, shown, log) = output(eval);
+        assert_eq!(code, Some(0), "{task}: {log}");
+        std::fs::write(home.path().join("shown.txt"), shown).unwrap();
+        let check = Command::new(&python)
+            .arg(root.join("tests/peft/check_tuned.py"))
+            .arg("--model")
+            .arg(root.join("models/demo"))
+            .arg("--prompt")
+            .arg(Path::new("out").join(task))
+            .args(["--shown", "shown.txt", "--data"])
+            .arg(&test)
+            .current_dir(home.path())
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&[check.stdout, check.stderr].concat()).into_owned();
+        assert!(check.status.success() && said.contains("24 of 24 answers are PEFT's"), "{task}: {said}");
+    }
 }

@@ -285,7 +285,7 @@ fn help_says_what_every_option_does_and_shows_no_key() {
     };
     assert!(help(&["--version"]).starts_with("softserve "));
     let top = help(&["--help"]);
-    for command in ["serve", "push", "health", "openapi"] {
+    for command in ["serve", "convert", "inspect", "push", "health", "openapi"] {
         assert!(top.lines().any(|line| line.trim_start().starts_with(command)), "{top}");
         help(&[command, "--help"]);
     }

@@ -228,6 +228,25 @@ fn alone_mixed_unshared_cut_small_put_off_and_evicted_all_types_answer_as_peft_d
 }
 
 #[test]
+fn in_bf16_what_is_shared_and_copied_in_parts_answers_as_what_is_not() {
+    let name = "qwen2";
+    let fit = Fit::from(fixtures::load(name, DType::BF16).info());
+    let cases = cases(name);
+    let versions: Vec<_> = cases.iter().map(|case| version(&dir(name), &fit, case)).collect();
+    let answers = [true, false].map(|prefix_sharing| {
+        let config = EngineConfig { prefix_sharing, ..Default::default() };
+        let (engine, _thread) = Engine::start(fixtures::load(name, DType::BF16), config).unwrap();
+        let mut answer = |(case, version)| collect(engine.submit(request(version, case)).unwrap());
+        let mut turn = || cases.iter().zip(&versions).map(&mut answer).collect::<Vec<_>>();
+        let (first, second) = (turn(), turn());
+        assert_eq!(first.iter().chain(&second).any(|answer| answer.1 > 0), prefix_sharing);
+        [first, second].map(|turn| turn.into_iter().map(|answer| answer.0).collect::<Vec<_>>())
+    });
+    let [[first, second], unshared] = answers;
+    assert!(first == second && [&first, &second] == [&unshared[0], &unshared[1]]);
+}
+
+#[test]
 fn warmed_keys_and_values_are_found_in_full_by_the_first_request() {
     let name = "llama-tied";
     let model = fixtures::load(name, DType::F32);

@@ -7,7 +7,7 @@ use std::{
 };
 
 /// Each module, and the modules of this crate it may name.
-const ARROWS: [(&str, &[&str]); 13] = [
+const ARROWS: [(&str, &[&str]); 14] = [
     // Only for the facts of the model that a prompt must fit.
     ("prompt", &["model"]),
     ("kernels", &[]),
@@ -17,6 +17,7 @@ const ARROWS: [(&str, &[&str]); 13] = [
     ("registry", &["prompt"]),
     ("demo", &["model"]),
     ("tune", &["prompt", "text", "model", "kernels"]),
+    ("convert", &["prompt"]),
     // It measures from outside.
     ("bench", &[]),
     ("telemetry", &["config"]),
@@ -28,6 +29,7 @@ const ARROWS: [(&str, &[&str]); 13] = [
         &[
             "bench",
             "config",
+            "convert",
             "demo",
             "engine",
             "http",

@@ -6,11 +6,14 @@ use std::ops::ControlFlow;
 use candle_core::{DType, Device, Tensor, Var};
 use softserve::{
     model::Model,
+    prompt::learned::{Embeddings, LearnedPrompt},
     tune::{
         checkpoint::{Checkpoint, Identity},
         data::Encoded,
+        encoder::{Encoder, EncoderKind},
         loss,
         optim::AdamW,
+        parameters::{Method, Parameters},
         schedule::{Decay, Schedule},
         sweep,
         trainer::{Ended, Progress, Settings, State, Trainer},
@@ -54,6 +57,26 @@ fn initial(model: &Model, n: usize) -> Vec<f32> {
     rows.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1().unwrap()
 }
 
+/// Small values that are the same in each run.
+fn noise(n: usize) -> Vec<f32> {
+    (0..n).map(|i| ((i * 7919 + i / 13) % 101) as f32 / 50.0 - 1.0).collect()
+}
+
+/// One way to learn of each kind.
+fn methods() -> [Method; 4] {
+    let encoder = |kind| Method::PTuning(Encoder { kind, hidden_size: 12, scale: 0.5 });
+    [Method::PromptTuning, encoder(EncoderKind::Mlp), encoder(EncoderKind::Lstm), Method::PrefixTuning]
+}
+
+fn begin(model: &Model, parameters: &Parameters) -> Vec<f32> {
+    let n = parameters.virtual_tokens();
+    match parameters.method() {
+        Method::PromptTuning => initial(model, n),
+        Method::PTuning(encoder) => encoder.values(&initial(model, n), n, 1).unwrap(),
+        Method::PrefixTuning => noise(parameters.len()),
+    }
+}
+
 fn settings(steps: usize) -> Settings {
     Settings {
         batch_size: 4,
@@ -68,7 +91,8 @@ fn settings(steps: usize) -> Settings {
 }
 
 fn run(model: &Model, data: &[Encoded], settings: &Settings, state: &mut State) -> Ended {
-    let trainer = Trainer { model, train: data, held_out: data };
+    let parameters = Parameters::new(Method::PromptTuning, state.values.len() / model.info().hidden_size, model);
+    let trainer = Trainer { model, parameters: &parameters, train: data, held_out: data };
     trainer.run(settings, state, &mut |_| Ok(ControlFlow::Continue(()))).unwrap()
 }
 
@@ -79,13 +103,16 @@ fn the_gradient_of_every_prompt_row_is_that_of_central_differences() {
     let batch: Vec<&Encoded> = data.iter().collect();
     let (n, hidden) = (5, model.info().hidden_size);
     let values: Vec<f64> = initial(&model, n).into_iter().map(f64::from).collect();
-    let prompt = |values: &[f64]| Tensor::from_slice(values, (n, hidden), &Device::Cpu).unwrap();
-    let loss_of =
-        |values: &[f64]| loss::scalar(&loss::score(&model, Some(&prompt(values)), &batch).unwrap().sum).unwrap();
+    let tensor = |values: &[f64]| Tensor::from_slice(values, (n, hidden), &Device::Cpu).unwrap();
+    let score = |rows: &Tensor| {
+        let prompt = LearnedPrompt::Embeddings(Embeddings { rows: rows.clone() });
+        loss::score(&model, Some(&prompt), &batch).unwrap().sum
+    };
+    let loss_of = |values: &[f64]| loss::scalar(&score(&tensor(values))).unwrap();
 
-    let var = Var::from_tensor(&prompt(&values)).unwrap();
-    let scored = loss::score(&model, Some(var.as_tensor()), &batch).unwrap();
-    let gradient = loss::gradient_of(&scored.sum, &var).unwrap().to_vec2::<f64>().unwrap();
+    let var = Var::from_tensor(&tensor(&values)).unwrap();
+    let gradients = loss::gradients_of(&score(var.as_tensor()), std::slice::from_ref(&var)).unwrap();
+    let gradient = gradients[0].to_vec2::<f64>().unwrap();
 
     let step = 1e-5;
     for (row, gradient) in gradient.iter().enumerate() {
@@ -108,22 +135,67 @@ fn the_gradient_of_every_prompt_row_is_that_of_central_differences() {
 }
 
 #[test]
+fn the_gradient_of_every_key_and_value_is_that_of_central_differences() {
+    let model = model(DType::F64);
+    let data = [example("some text\n", "yes"), example("x", "no, not at all"), example("", "ok")];
+    let batch: Vec<&Encoded> = data.iter().collect();
+    let parameters = Parameters::new(Method::PrefixTuning, 3, &model);
+    let tensors: Vec<Tensor> = parameters
+        .variables(&noise(parameters.len()), &Device::Cpu)
+        .unwrap()
+        .iter()
+        .map(|v| v.to_dtype(DType::F64).unwrap())
+        .collect();
+    let score =
+        |tensors: &[Tensor]| loss::score(&model, Some(&parameters.prompt(tensors).unwrap()), &batch).unwrap().sum;
+    let vars: Vec<Var> = tensors.iter().map(|t| Var::from_tensor(t).unwrap()).collect();
+    let inputs: Vec<Tensor> = vars.iter().map(|v| v.as_tensor().clone()).collect();
+    let gradients = loss::gradients_of(&score(&inputs), &vars).unwrap();
+    let step = 1e-5;
+    for (i, (named, gradient)) in parameters.tensors().iter().zip(&gradients).enumerate() {
+        let gradient = gradient.flatten_all().unwrap().to_vec1::<f64>().unwrap();
+        let values = tensors[i].flatten_all().unwrap().to_vec1::<f64>().unwrap();
+        let moved = |at: usize, by: f64| {
+            let mut values = values.clone();
+            values[at] += by;
+            let mut tensors = tensors.clone();
+            tensors[i] = Tensor::from_vec(values, tensors[i].shape(), &Device::Cpu).unwrap();
+            loss::scalar(&score(&tensors)).unwrap()
+        };
+        let numeric: Vec<f64> =
+            (0..values.len()).map(|at| (moved(at, step) - moved(at, -step)) / (2.0 * step)).collect();
+        let size = numeric.iter().map(|x| x * x).sum::<f64>().sqrt();
+        let error = numeric.iter().zip(&gradient).map(|(a, b)| (a - b).powi(2)).sum::<f64>().sqrt();
+        assert!(size > 1e-3, "{} has no gradient to compare: {size}", named.name);
+        assert!(error < 1e-5 * size, "{}: error {error} of {size}", named.name);
+    }
+}
+
+#[test]
 fn the_fast_gradient_in_f32_is_the_plain_one_in_f64() {
     let (slow, fast) = (model(DType::F64), model(DType::F32));
     let data = [example("some text\n", "yes"), example("x", "no, not at all"), example("", "ok")];
     let batch: Vec<&Encoded> = data.iter().collect();
-    let values = initial(&fast, 5);
-    let (sum, gradient) = loss::gradient(&fast, &values, &batch).unwrap();
+    for method in methods() {
+        let parameters = Parameters::new(method, 5, &fast);
+        let values = begin(&fast, &parameters);
+        let (sum, gradient) = loss::gradient(&fast, &parameters, &values, &batch).unwrap();
 
-    let var = Var::from_tensor(&Tensor::from_slice(&values, (5, 32), &Device::Cpu).unwrap()).unwrap();
-    let exact = loss::score(&slow, Some(var.as_tensor()), &batch).unwrap().sum;
-    let expected = loss::gradient_of(&exact, &var).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
-    let exact = loss::scalar(&exact).unwrap();
-    assert!((sum - exact).abs() < 1e-4 * exact, "{sum} {exact}");
-    for (row, (got, expected)) in gradient.chunks(32).zip(expected.chunks(32)).enumerate() {
-        let size = expected.iter().map(|x| x * x).sum::<f32>().sqrt();
-        let error = got.iter().zip(expected).map(|(a, b)| (a - b).powi(2)).sum::<f32>().sqrt();
-        assert!(size > 1e-3 && error < 1e-3 * size, "row {row}: error {error} of {size}");
+        let vars = parameters.variables(&values, &Device::Cpu).unwrap();
+        let tensors: Vec<Tensor> = vars.iter().map(|v| v.as_tensor().clone()).collect();
+        let exact = loss::score(&slow, Some(&parameters.prompt(&tensors).unwrap()), &batch).unwrap().sum;
+        let expected = loss::gradients_of(&exact, &vars).unwrap();
+        let exact = loss::scalar(&exact).unwrap();
+        assert!((sum - exact).abs() < 1e-4 * exact, "{sum} {exact}");
+        let mut rest = gradient.as_slice();
+        for (named, expected) in parameters.tensors().iter().zip(expected) {
+            let expected = expected.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            let (got, after) = rest.split_at(expected.len());
+            rest = after;
+            let size = expected.iter().map(|x| x * x).sum::<f32>().sqrt();
+            let error = got.iter().zip(&expected).map(|(a, b)| (a - b).powi(2)).sum::<f32>().sqrt();
+            assert!(size > 1e-3 && error < 2e-3 * size, "{method:?} {}: error {error} of {size}", named.name);
+        }
     }
 }
 
@@ -131,8 +203,10 @@ fn the_fast_gradient_in_f32_is_the_plain_one_in_f64() {
 fn a_batch_costs_what_its_examples_cost_alone_and_counts_exact_answers() {
     let model = model(DType::F32);
     let data = examples();
-    let prompt = Tensor::from_vec(initial(&model, 6), (6, 32), &Device::Cpu).unwrap();
-    for prompt in [Some(&prompt), None] {
+    let rows = Parameters::new(Method::PromptTuning, 6, &model).prompt_of(&initial(&model, 6), &Device::Cpu).unwrap();
+    let key_values = Parameters::new(Method::PrefixTuning, 6, &model);
+    let key_values = key_values.prompt_of(&noise(key_values.len()), &Device::Cpu).unwrap();
+    for prompt in [Some(&rows), Some(&key_values), None] {
         let all: Vec<&Encoded> = data.iter().collect();
         let together = loss::score(&model, prompt, &all).unwrap();
         let alone: f64 =
@@ -159,6 +233,22 @@ fn eight_examples_of_a_random_model_are_learned_by_heart() {
 }
 
 #[test]
+fn every_way_to_learn_lowers_the_loss() {
+    let model = model(DType::F32);
+    let data = examples();
+    for (method, peak) in methods().into_iter().zip([0.05, 0.01, 0.01, 0.05]) {
+        let parameters = Parameters::new(method, 16, &model);
+        let trainer = Trainer { model: &model, parameters: &parameters, train: &data, held_out: &data };
+        let schedule = Schedule { peak, warmup: 6, steps: 120, decay: Decay::Linear };
+        let settings = Settings { batch_size: 8, eval_every: 120, schedule, ..settings(120) };
+        let mut state = State::new(begin(&model, &parameters));
+        trainer.run(&settings, &mut state, &mut |_| Ok(ControlFlow::Continue(()))).unwrap();
+        let losses: Vec<f64> = state.evaluations.iter().map(|e| e.1.loss).collect();
+        assert!(losses[1] < 0.5 * losses[0], "{method:?}: {losses:?}");
+    }
+}
+
+#[test]
 fn a_seed_gives_the_same_prompt_bit_for_bit_and_another_seed_another() {
     let model = model(DType::F32);
     let tuned = |seed: u64| {
@@ -167,7 +257,7 @@ fn a_seed_gives_the_same_prompt_bit_for_bit_and_another_seed_another() {
         state
     };
     assert_eq!(tuned(1), tuned(1));
-    assert_ne!(tuned(1).prompt, tuned(2).prompt);
+    assert_ne!(tuned(1).values, tuned(2).values);
 }
 
 #[test]
@@ -188,14 +278,21 @@ fn accumulated_batches_are_one_large_batch() {
 fn a_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_does() {
     let model = model(DType::F32);
     let data = examples();
+    for method in methods() {
+        let parameters = Parameters::new(method, 4, &model);
+        resumes(&Trainer { model: &model, parameters: &parameters, train: &data, held_out: &data[..3] });
+    }
+}
+
+fn resumes(trainer: &Trainer<'_>) {
     let settings = Settings { accumulate: 2, ..settings(17) };
-    let trainer = Trainer { model: &model, train: &data, held_out: &data[..3] };
-    let mut whole = State::new(initial(&model, 4));
+    let begin = || State::new(begin(trainer.model, trainer.parameters));
+    let mut whole = begin();
     trainer.run(&settings, &mut whole, &mut |_| Ok(ControlFlow::Continue(()))).unwrap();
 
     let dir = tempfile::tempdir().unwrap();
     let identity = Identity::new();
-    let mut cut = State::new(initial(&model, 4));
+    let mut cut = begin();
     let ended = trainer
         .run(&settings, &mut cut, &mut |progress| {
             if let Progress::Evaluated { state, .. } = progress {
@@ -234,7 +331,8 @@ fn a_run_without_a_gain_ends_early_and_keeps_its_best() {
 fn the_sweep_leaves_out_rates_that_diverge() {
     let model = model(DType::F32);
     let data = examples();
-    let trainer = Trainer { model: &model, train: &data, held_out: &data };
+    let parameters = Parameters::new(Method::PromptTuning, 4, &model);
+    let trainer = Trainer { model: &model, parameters: &parameters, train: &data, held_out: &data };
     let initial = initial(&model, 4);
     let rates = [1e-9, 0.05, 1e300];
     let mut steps = 0;

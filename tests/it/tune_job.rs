@@ -10,9 +10,12 @@ use softserve::{
     tune::{
         TuneError,
         checkpoint::CheckpointError,
+        encoder::EncoderKind,
         generate,
+        init::Init,
         job::{self, Observer, Outcome, Places},
-        plan::{HeldOut, Length, Options, Plan},
+        parameters,
+        plan::{HeldOut, Length, Options, Plan, PromptType},
         sweep::Sweep,
         trainer::{Progress, Settings},
     },
@@ -84,6 +87,18 @@ impl Room {
     }
 }
 
+/// The matrix that is saved, row by row.
+fn flat(prompt: &LearnedPrompt) -> Vec<f32> {
+    parameters::matrix(prompt).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+}
+
+/// The types beside plain rows.
+const TYPES: [PromptType; 3] = [
+    PromptType::PTuning { encoder: EncoderKind::Mlp, hidden_size: Some(24) },
+    PromptType::PTuning { encoder: EncoderKind::Lstm, hidden_size: Some(12) },
+    PromptType::Prefix,
+];
+
 fn files(dir: &Path) -> BTreeMap<String, Vec<u8>> {
     let entries = fs::read_dir(dir).unwrap().map(|e| e.unwrap());
     entries.map(|e| (e.file_name().into_string().unwrap(), fs::read(e.path()).unwrap())).collect()
@@ -105,7 +120,7 @@ fn a_run_writes_a_prompt_that_serve_reads_and_leaves_the_model_as_it_was() {
     assert!(String::from_utf8_lossy(&written["loss.svg"]).contains("</svg>"));
     assert!(!places.checkpoint.exists(), "the state of a finished run is of no use");
     let best = outcome.state.best.unwrap();
-    assert_eq!(job::rows_of(&outcome.version).unwrap(), best.prompt);
+    assert_eq!(flat(&outcome.version.prompt), best.values);
     let spec = &outcome.version.spec;
     assert_eq!(spec.template.as_deref(), Some("{{ input }}\n"));
     assert_eq!(spec.labels.keys().collect::<Vec<_>>(), ["a", "b"]);
@@ -120,14 +135,113 @@ fn greedy_answers_on_the_serving_kernels_are_those_that_tuning_counts_as_exact()
     let plan = Plan::new(&room.model, &room.text, &options).unwrap();
     assert_eq!(plan.held_out_is, HeldOut::Training);
     let outcome = job::run(&room.model, &plan, &room.places("out"), &mut { NEVER }).unwrap();
-    let LearnedPrompt::Embeddings(prompt) = outcome.version.prompt.as_ref() else { panic!("not embeddings") };
     let inputs: Vec<Vec<u32>> = plan.train.iter().map(|e| e.prompt.clone()).collect();
     let mut answered = 0;
-    let outputs = generate::greedy(&room.model, Some(&prompt.rows), &inputs, 5, &mut |done| answered = done).unwrap();
+    let outputs =
+        generate::greedy(&room.model, Some(&outcome.version.prompt), &inputs, 5, &mut |done| answered = done).unwrap();
     assert_eq!(answered, 8);
     let right = outputs.iter().zip(&plan.train).filter(|(o, e)| o[..] == e.answer[..e.answer.len() - 1]).count();
     assert_eq!(right as f64 / 8.0, outcome.after.exact);
     assert!(right >= 5, "too little was learned to say anything: {right}");
+}
+
+#[test]
+fn each_type_is_written_as_peft_writes_it_read_back_and_answers_as_it_was_measured() {
+    let room = Room::new();
+    for (i, prompt_type) in TYPES.into_iter().enumerate() {
+        let places = room.places(&format!("out-{i}"));
+        let init = prompt_type.default_init();
+        let options = Options { prompt_type, init, rate: None, length: Length::Steps(150), ..room.options() };
+        let plan = Plan::new(&room.model, &room.text, &options).unwrap();
+        let outcome = job::run(&room.model, &plan, &places, &mut { NEVER }).unwrap();
+        assert!(outcome.after.loss < 0.7 * outcome.before.loss, "{prompt_type:?}: {outcome:?}");
+        let best = outcome.state.best.as_ref().unwrap();
+        let made = plan.parameters.prompt_of(&best.values, &Device::Cpu).unwrap();
+        assert_eq!(flat(&outcome.version.prompt), flat(&made));
+
+        let config: serde_json::Value = serde_json::from_slice(&files(&places.output)["adapter_config.json"]).unwrap();
+        let (peft_type, token_dim, heads, own) = match prompt_type {
+            PromptType::Prefix => ("PREFIX_TUNING", 16, 2, "prefix_projection"),
+            _ => ("P_TUNING", 32, 4, "encoder_reparameterization_type"),
+        };
+        assert_eq!(config["peft_type"], peft_type);
+        assert_eq!(config["token_dim"], token_dim);
+        assert_eq!(config["num_attention_heads"], heads);
+        assert!(config.get(own).is_some(), "{config}");
+
+        let inputs: Vec<Vec<u32>> = plan.train.iter().map(|e| e.prompt.clone()).collect();
+        let outputs = generate::greedy(&room.model, Some(&outcome.version.prompt), &inputs, 5, &mut |_| {}).unwrap();
+        let right = outputs.iter().zip(&plan.train).filter(|(o, e)| o[..] == e.answer[..e.answer.len() - 1]).count();
+        assert_eq!(right as f64 / 8.0, outcome.after.exact, "{prompt_type:?}");
+        assert!(right >= 5, "{prompt_type:?}: too little was learned to say anything: {right}");
+    }
+}
+
+#[test]
+fn an_interrupted_run_of_each_type_goes_on_to_the_same_files_and_not_to_those_of_another() {
+    let room = Room::new();
+    for (i, prompt_type) in TYPES.into_iter().enumerate() {
+        let rate = if prompt_type == PromptType::Prefix { 0.1 } else { 0.003 };
+        let options = Options { prompt_type, init: prompt_type.default_init(), rate: Some(rate), ..room.options() };
+        let whole = room.places(&format!("whole-{i}"));
+        room.tune(&options, &whole, NEVER).unwrap();
+        let mut cut = room.places(&format!("cut-{i}"));
+        assert!(matches!(room.tune(&options, &cut, StopAt(14)), Err(TuneError::Interrupted { .. })));
+        cut.resume = true;
+        let other = Options { prompt_type: PromptType::Prompt, ..options.clone() };
+        let refused = room.tune(&other, &cut, NEVER).expect_err("refused").to_string();
+        assert!(refused.contains("type is prompt, was "), "{refused}");
+        room.tune(&options, &cut, NEVER).unwrap();
+        assert_eq!(files(&cut.output), files(&whole.output));
+    }
+}
+
+#[test]
+fn a_prompt_begins_as_another_of_its_kind_whichever_way_it_is_learned() {
+    let room = Room::new();
+    let tuned = |prompt_type: PromptType, name: &str| {
+        let rate = if matches!(prompt_type, PromptType::PTuning { .. }) { 0.003 } else { 0.1 };
+        let options = Options { prompt_type, init: prompt_type.default_init(), rate: Some(rate), ..room.options() };
+        room.tune(&options, &room.places(name), NEVER).unwrap().version.prompt.as_ref().clone()
+    };
+    let (rows, prefix) = (tuned(PromptType::Prompt, "rows"), tuned(PromptType::Prefix, "prefix"));
+    let begun = |prompt_type: PromptType, from: &LearnedPrompt| {
+        let options = Options { prompt_type, init: Init::Prompt(from.clone()), ..room.options() };
+        let plan = Plan::new(&room.model, &room.text, &options)?;
+        Ok::<_, TuneError>(flat(&plan.parameters.prompt_of(&plan.initial, &Device::Cpu).unwrap()))
+    };
+    for (prompt_type, from) in [(PromptType::Prompt, &rows), (TYPES[0], &rows), (TYPES[1], &rows), (TYPES[2], &prefix)]
+    {
+        let began = begun(prompt_type, from).unwrap();
+        let error = began.iter().zip(flat(from)).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(error < 5e-3, "{prompt_type:?} begins {error} away");
+    }
+    for (prompt_type, from, said) in [
+        (PromptType::Prefix, &rows, "is one of embeddings, and --type prefix learns key-values"),
+        (TYPES[0], &prefix, "is one of key-values, and --type p-tuning learns embeddings"),
+    ] {
+        let refused = begun(prompt_type, from).expect_err("refused").to_string();
+        assert!(refused.contains(said), "{refused}");
+    }
+}
+
+#[test]
+fn a_prefix_of_words_begins_as_the_words_themselves_in_front_of_the_input() {
+    let room = Room::new();
+    let words = room.text.encode("a text of words").unwrap();
+    let options = Options {
+        prompt_type: PromptType::Prefix,
+        virtual_tokens: Some(words.len()),
+        init: Init::Text("a text of words".to_owned()),
+        ..room.options()
+    };
+    let plan = Plan::new(&room.model, &room.text, &options).unwrap();
+    let prefix = plan.parameters.prompt_of(&plan.initial, &Device::Cpu).unwrap();
+    let inputs: Vec<Vec<u32>> = plan.train.iter().map(|e| e.prompt.clone()).collect();
+    let behind = generate::greedy(&room.model, Some(&prefix), &inputs, 8, &mut |_| {}).unwrap();
+    let whole: Vec<Vec<u32>> = inputs.iter().map(|input| [words.as_slice(), input].concat()).collect();
+    assert_eq!(behind, generate::greedy(&room.model, None, &whole, 8, &mut |_| {}).unwrap());
+    assert!(behind.iter().any(|answer| !answer.is_empty()));
 }
 
 #[test]

@@ -110,7 +110,7 @@ def v4(folder):
         scaling = config["rope_scaling"]
         if scaling and scaling["rope_type"] == "longrope":
             # As Phi-3's own files have it.
-            config["rope_scaling"] = {"type": "su", **{k: scaling[k] for k in ("short_factor", "long_factor")}}
+            config["rope_scaling"] = {"type": "longrope", **{k: scaling[k] for k in ("short_factor", "long_factor")}}
     edit(folder, change)
 
 

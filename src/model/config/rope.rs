@@ -149,7 +149,7 @@ impl Reader<'_> {
             (partial, default) => partial.or(default).unwrap_or(1.0),
         };
         let dims = (self.head_dim as f64 * partial) as usize;
-        if dims == 0 || dims % 2 != 0 || dims > self.head_dim {
+        if dims == 0 || !dims.is_multiple_of(2) || dims > self.head_dim {
             return Err(match self.defaults.partial {
                 None => format!("head_dim {dims} is not a positive even number, as rope needs"),
                 Some(_) => format!(
@@ -227,6 +227,9 @@ impl Reader<'_> {
             |turns: f64| dims * (original / (turns * std::f64::consts::TAU)).ln() / (2.0 * plain.theta.ln());
         let mut low = dimension(given("beta_fast")?.unwrap_or(32.0));
         let mut high = dimension(given("beta_slow")?.unwrap_or(1.0));
+        if !(low.is_finite() && high.is_finite() && attention_factor.is_finite()) {
+            return Err(format!("rope type \"yarn\" with rope_theta {} has no finite frequencies", plain.theta));
+        }
         if parameters.flag("truncate", true)? {
             (low, high) = (low.floor(), high.ceil());
         }
@@ -234,9 +237,6 @@ impl Reader<'_> {
         let mut high = high.min(dims - 1.0);
         if low == high {
             high += 0.001;
-        }
-        if !(low.is_finite() && high.is_finite() && attention_factor.is_finite()) {
-            return Err(format!("rope type \"yarn\" with theta {} has no finite frequencies", plain.theta));
         }
         Ok(Rope { scaling: RopeScaling::Yarn { factor, low, high }, attention_factor, ..plain })
     }
@@ -263,6 +263,9 @@ impl Reader<'_> {
             None if factor <= 1.0 => 1.0,
             None => (1.0 + factor.ln() / original.ln()).sqrt(),
         };
+        if !attention_factor.is_finite() {
+            return Err(format!("rope original_max_position_embeddings {original} is too small for longrope"));
+        }
         if short != long {
             self.limit = self.limit.min(original as usize).max(1);
         }

@@ -4,6 +4,7 @@
 use bytes::Bytes;
 use candle_core::{DType, Tensor};
 use half::f16;
+use proptest::prelude::*;
 use safetensors::Dtype;
 use serde_json::{Value, json};
 
@@ -203,4 +204,52 @@ fn rows_are_scaled_where_task_json_asks_and_the_model_scales_its_embeddings() {
     assert_eq!(rows(&check(&prompt(0.5), &gemma).expect("good"))[4][7], 0.5);
     let files = PromptFiles { task: files.task, ..prefix(json!({})) };
     refused(&files, FaultKind::Task, "these are keys and values");
+}
+
+/// A good file with some bytes changed or its end cut off.
+fn mutated(good: Option<Bytes>) -> impl Strategy<Value = Bytes> {
+    let good = good.expect("a file").to_vec();
+    let edits = proptest::collection::vec((0..good.len(), any::<u8>()), 0..4);
+    let cut = prop_oneof![3 => Just(good.len()), 1 => 0..good.len()];
+    (edits, cut).prop_map(move |(edits, cut)| {
+        let mut bytes = good.clone();
+        edits.into_iter().for_each(|(at, byte)| bytes[at] = byte);
+        bytes.truncate(cut);
+        bytes.into()
+    })
+}
+
+fn all_finite(prompt: &LearnedPrompt) -> bool {
+    let finite = |x: &Tensor| {
+        let values = x.flatten_all().and_then(|x| x.to_vec1::<f32>()).expect("values");
+        values.iter().all(|value| value.is_finite())
+    };
+    match prompt {
+        LearnedPrompt::Embeddings(e) => finite(&e.rows),
+        LearnedPrompt::KeyValues(kv) => kv.layers.iter().all(|layer| finite(&layer.keys) && finite(&layer.values)),
+    }
+}
+
+proptest! {
+    #[test]
+    fn mutated_files_never_panic_and_what_is_accepted_is_finite_and_of_the_models_shape(
+        (is_prefix, (config, weights)) in any::<bool>().prop_flat_map(|is_prefix| {
+            let files = if is_prefix { prefix(json!({})) } else { multitask(None, json!({})) };
+            (Just(is_prefix), (mutated(files.adapter_config), mutated(files.weights)))
+        }),
+        task_id in 0usize..5,
+    ) {
+        let task = (!is_prefix).then(|| json!({"task_id": task_id}).to_string().into());
+        let files = PromptFiles { adapter_config: Some(config), weights: Some(weights), task };
+        match check(&files, &fit()) {
+            Ok(version) => {
+                prop_assert!(all_finite(&version.prompt));
+                match version.prompt.as_ref() {
+                    LearnedPrompt::Embeddings(e) => prop_assert_eq!(e.rows.dims()[1], 8),
+                    LearnedPrompt::KeyValues(kv) => prop_assert_eq!(kv.layers[1].values.dims(), [1, 3, 4]),
+                }
+            }
+            Err(faults) => prop_assert!(!faults.0.is_empty()),
+        }
+    }
 }

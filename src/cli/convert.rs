@@ -1,0 +1,100 @@
+//! `softserve convert`: a prompt that another program wrote becomes a PEFT directory.
+
+use std::{
+    io::Write,
+    path::{Path, PathBuf},
+};
+
+use clap::Args;
+
+use crate::{
+    convert::{
+        self, Converted, Foreign, Target, TaskType, peft,
+        tensor::{RawTensor, Summary},
+    },
+    prompt::TaskName,
+};
+
+const EXAMPLES: &str = "\
+Examples:
+  softserve convert prompt.npy --out prompts/story
+  softserve convert story.zip --out prompts/story              # KoboldAI
+  softserve convert store/story/decoder.pt --out prompts/story # TGIS
+  softserve convert my-peft-folder --out prompts/story         # PEFT with adapter_model.bin
+  softserve convert weights.safetensors --tensor soft_prompt --out prompts/story
+  softserve convert tasks.nemo --tensor sentiment --out prompts/sentiment
+
+Read are: safetensors with a matrix of any name; NumPy .npy and .npz (f2, f4, f8, and V2 for
+bf16); KoboldAI and mkultra zips; what torch.save writes (.pt, .bin); NeMo p-tuning archives. A
+torch file is a Python pickle: it is read by a machine that can build tensors and nothing else,
+so no code in it runs, and one that asks for anything else is refused by name.
+
+Values stay in their number format. Without --base-model the result does not say which model it
+was tuned on: only its hidden size can then tell whether a model fits.";
+
+/// Turn a prompt that another program wrote into a PEFT directory, which serve, push and PEFT take.
+#[derive(Debug, Clone, Args)]
+#[command(after_help = EXAMPLES)]
+pub struct ConvertArgs {
+    /// The file, or a folder with adapter_model.bin, decoder.pt or encoder.pt
+    #[arg(value_name = "INPUT")]
+    input: PathBuf,
+
+    /// The folder to write; it must not exist yet, or be empty
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+
+    /// Which tensor is the prompt, where a file has several; of a .nemo archive, which task
+    #[arg(long, value_name = "NAME")]
+    tensor: Option<String>,
+
+    /// The model that the prompt was tuned on, as a folder or hub id; written into adapter_config.json
+    #[arg(long, value_name = "NAME")]
+    base_model: Option<String>,
+
+    /// The kind of model that it is for [default: CAUSAL_LM]
+    #[arg(long, value_name = "TYPE")]
+    task_type: Option<TaskType>,
+}
+
+/// Runs the sub-command; says on `out` what was found and where it went.
+pub fn run(args: &ConvertArgs, out: &mut dyn Write) -> anyhow::Result<()> {
+    peft::check_free(&args.out)?;
+    let foreign = convert::open(&args.input, convert::MAX_BYTES)?;
+    let target = Target { tensor: args.tensor.clone(), base_model: args.base_model.clone(), task_type: args.task_type };
+    let converted = foreign.to_peft(&target)?;
+    peft::write(&converted.files, &args.out)?;
+    report(out, args, &foreign, &converted)?;
+    Ok(())
+}
+
+fn report(out: &mut dyn Write, args: &ConvertArgs, foreign: &Foreign, converted: &Converted) -> std::io::Result<()> {
+    writeln!(out, "{}: {}", args.input.display(), foreign.format.name())?;
+    for tensor in &converted.tensors {
+        writeln!(out, "  tensor       {}", tensor.describe())?;
+    }
+    if let Some(norms) = norms(&converted.tensors) {
+        writeln!(out, "  norms        mean {:.3}, from {:.3} to {:.3}", norms.mean, norms.min, norms.max)?;
+    }
+    for note in foreign.notes.iter().chain(&converted.warnings) {
+        writeln!(out, "  note         {note}")?;
+    }
+    let files: Vec<&str> = converted.files.present().map(|(name, _)| name).collect();
+    let dir = args.out.display();
+    writeln!(out, "wrote {dir}: {}", files.join(", "))?;
+    writeln!(out, "  look at it   softserve inspect {dir} --model MODEL")?;
+    let name = args.out.file_name().unwrap_or_default().to_string_lossy();
+    let task = name.parse::<TaskName>();
+    writeln!(out, "  push it      softserve push {dir} --task {}", task.as_ref().map_or("NAME", TaskName::as_str))?;
+    if task.is_ok() {
+        let parent = args.out.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        writeln!(out, "  serve it     softserve serve --model MODEL --prompts {}", parent.display())?;
+    }
+    Ok(())
+}
+
+/// Of the rows, where there are any.
+fn norms(tensors: &[RawTensor]) -> Option<Summary> {
+    let rows = tensors.iter().find(|tensor| tensor.name == peft::TENSOR)?;
+    Summary::of(&rows.row_norms())
+}

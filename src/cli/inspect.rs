@@ -1,0 +1,106 @@
+//! `softserve inspect`: what a prompt's files hold, and whether a model would take them.
+
+mod report;
+mod subject;
+mod vocabulary;
+
+use std::{io::Write, path::PathBuf};
+
+use anyhow::bail;
+use clap::Args;
+
+use super::model::ModelArgs;
+use crate::{demo, model::Model, prompt::format, tune::job};
+use report::{ModelReport, Report};
+use subject::Subject;
+use vocabulary::Vocabulary;
+
+const EXAMPLES: &str = "\
+Examples:
+  softserve inspect prompts/sentiment
+  softserve inspect my-peft-folder --model ./Llama-3.2-1B
+  softserve inspect prompt.npy --model org/model --nearest 5
+  softserve inspect story.zip --json | jq .model.faults
+
+The norm of a virtual token is compared with those of the vocabulary: a prompt whose norms are
+far above them was tuned with a high learning rate, or on another model. The nearest tokens are
+those whose embeddings point the same way (cosine similarity, 1 at most). A virtual token that
+began as a word often still is close to it; else they are far, and say little.
+
+The exit code is 0 if the model would take the prompt, 1 if not, with every reason. Without
+--model the demo model is asked if the prompt names it, and else only what is wrong for every
+model counts.";
+
+/// Show what a learned prompt is, and whether a model would take it and why not.
+#[derive(Debug, Clone, Args)]
+#[command(after_help = EXAMPLES)]
+pub struct InspectArgs {
+    /// A PEFT directory, packed or not, a task's folder of a server, a .safetensors file, or any file
+    /// that convert reads
+    #[arg(value_name = "FILE|DIR|TASK-FOLDER")]
+    path: PathBuf,
+
+    /// Which tensor is the prompt, where a file of another program has several; of a .nemo archive,
+    /// which task
+    #[arg(long, value_name = "NAME")]
+    tensor: Option<String>,
+
+    #[command(flatten)]
+    model: ModelArgs,
+
+    /// How many of the nearest tokens to show for each virtual token
+    #[arg(long, value_name = "N", default_value_t = 3)]
+    nearest: usize,
+
+    /// Print JSON instead of tables
+    #[arg(long)]
+    json: bool,
+}
+
+/// Runs the sub-command; writes what it found to `out`.
+pub fn run(args: &InspectArgs, out: &mut dyn Write) -> anyhow::Result<()> {
+    let subject = Subject::open(&args.path, args.tensor.clone())?;
+    let mut report = Report::new(&args.path, &subject);
+    let named_demo = report.base_models().any(|name| name.ends_with(demo::MODEL_NAME));
+    if args.model.model.is_some() || args.model.random_weights.is_some() || named_demo {
+        let (model, text) = args.model.load()?;
+        report.model = Some(judge(&subject, &model));
+        if let Some(rows) = subject.rows().filter(|rows| rows.columns == model.info().hidden_size) {
+            let vocabulary = Vocabulary::of(&model, &text, &rows, args.nearest)?;
+            report.compare(&vocabulary, &text);
+        }
+    }
+    match args.json {
+        true => writeln!(out, "{}", serde_json::to_string_pretty(&report)?)?,
+        false => report.write(out)?,
+    }
+    let (whose, faults) = match &report.model {
+        Some(model) => (model.name.as_str(), &model.faults),
+        None => ("any model", &report.faults),
+    };
+    match faults.len() {
+        0 => Ok(()),
+        1 => bail!("{whose} would not take {}: 1 fault", args.path.display()),
+        n => bail!("{whose} would not take {}: {n} faults", args.path.display()),
+    }
+}
+
+/// What `serve` would say with this model.
+fn judge(subject: &Subject, model: &Model) -> ModelReport {
+    let info = model.info();
+    let read = subject.task_name().map(|task| format::read(task, &subject.files, &job::fit(model)));
+    let (faults, warnings) = match read {
+        Some(Ok(version)) => (Vec::new(), version.warnings),
+        Some(Err(faults)) => (faults.0.into_iter().map(|fault| fault.detail).collect(), Vec::new()),
+        None => (Vec::new(), Vec::new()),
+    };
+    ModelReport {
+        name: info.name.clone(),
+        fingerprint: info.fingerprint.clone(),
+        hidden_size: info.hidden_size,
+        takes: faults.is_empty(),
+        faults,
+        warnings,
+        vocabulary: None,
+    }
+}

@@ -1,0 +1,57 @@
+//! Why a foreign file is not converted.
+
+use std::path::PathBuf;
+
+/// Says what was found, what was expected and what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum ConvertError {
+    #[error("cannot read {}: {source}", path.display())]
+    Read { path: PathBuf, source: std::io::Error },
+    #[error("cannot write {}: {source}", path.display())]
+    Write { path: PathBuf, source: std::io::Error },
+    #[error("{what} has more than {limit} bytes; a learned prompt is far smaller")]
+    TooLarge { what: String, limit: u64 },
+    /// None of the formats.
+    #[error(
+        "this is none of the formats that are read ({found}); expected safetensors, NumPy .npy or .npz, a KoboldAI \
+         zip, a torch file (.pt, .bin) or a .nemo archive"
+    )]
+    Unknown { found: String },
+    /// A known format that is broken or holds what is not read.
+    #[error("the {format} cannot be read: {reason}")]
+    Damaged { format: &'static str, reason: String },
+    /// A pickle that wants more than tensors.
+    #[error(
+        "the torch file asks Python for {global}, and only tensors are built from a pickle, never objects or calls; if \
+         you trust the file, load it in Python and save its tensor: \
+         safetensors.torch.save_file({{\"prompt_embeddings\": tensor.contiguous()}}, \"prompt.safetensors\")"
+    )]
+    Global { global: String },
+    #[error(
+        "{} is a PEFT directory with safetensors already, which needs no conversion: softserve push {} --task NAME",
+        path.display(), path.display()
+    )]
+    AlreadyPeft { path: PathBuf },
+    #[error(
+        "there is no adapter_config.json beside {}, so its type is unknown; put the one that PEFT wrote there, or \
+         rename the file to prompt.pt if it holds nothing but the rows of a soft prompt",
+        path.display()
+    )]
+    NoConfig { path: PathBuf },
+    #[error(
+        "{} is a folder with {} adapter_model.bin, decoder.pt and encoder.pt; name the file that you mean",
+        path.display(), if *several { "more than one of" } else { "none of" }
+    )]
+    Folder { path: PathBuf, several: bool },
+    /// No tensor, or more than one, that may be the prompt.
+    #[error("{reason}; the file has {found}")]
+    Choose { reason: String, found: String },
+    /// A tensor that is no prompt.
+    #[error("{0}")]
+    Unfit(String),
+    /// What `serve` would say of the result.
+    #[error("the result is not a prompt that can be served: {0}")]
+    Faults(#[from] crate::prompt::format::Faults),
+    #[error("{} exists and is not empty; choose another --out, or remove it first", path.display())]
+    Exists { path: PathBuf },
+}

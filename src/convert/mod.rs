@@ -1,0 +1,173 @@
+//! Prompts that other programs wrote, as PEFT directories: a reader a format gives tensors by name,
+//! and [`peft`] makes the files that `serve` takes of one of them.
+//!
+//! No reader runs code, follows a path that a file names, or allocates more than it is allowed to.
+
+pub mod archive;
+mod error;
+pub mod nemo;
+pub mod npy;
+pub mod peft;
+pub mod pickle;
+pub mod safetensors;
+pub mod tensor;
+pub mod torch;
+
+use std::{
+    fs,
+    io::Read as _,
+    path::{Path, PathBuf},
+};
+
+use bytes::Bytes;
+
+pub use error::ConvertError;
+pub use peft::{Converted, Target, TaskType};
+pub use tensor::RawTensor;
+
+use crate::prompt::files::{ADAPTER_CONFIG, MAX_JSON_BYTES, MAX_WEIGHTS_BYTES, PICKLE, TASK, WEIGHTS};
+
+/// The most bytes of a file, and of what is unpacked from it.
+pub const MAX_BYTES: u64 = MAX_WEIGHTS_BYTES;
+
+/// The files of a folder that are known by their names: PEFT's older form, and TGIS.
+pub const PICKLES: [&str; 3] = [PICKLE, "decoder.pt", "encoder.pt"];
+
+/// What a file turned out to be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Format {
+    Safetensors,
+    Npy,
+    Npz,
+    Kobold,
+    Torch,
+    TorchLegacy,
+    PeftPickle,
+    Nemo,
+}
+
+impl Format {
+    /// The format's name in messages.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Safetensors => "safetensors file",
+            Self::Npy => "NumPy array",
+            Self::Npz => "NumPy npz archive",
+            Self::Kobold => "KoboldAI soft prompt",
+            Self::Torch => "torch file",
+            Self::TorchLegacy => "torch file (the form before torch 1.6)",
+            Self::PeftPickle => "PEFT directory with adapter_model.bin",
+            Self::Nemo => "NeMo p-tuning archive",
+        }
+    }
+}
+
+/// What a foreign file holds.
+#[derive(Debug, Clone)]
+pub struct Foreign {
+    pub format: Format,
+    /// In the file's order.
+    pub tensors: Vec<RawTensor>,
+    /// What it says of itself, for `task.json`.
+    pub description: Option<String>,
+    /// `adapter_config.json` beside it, and `task.json`.
+    pub adapter_config: Option<Bytes>,
+    pub task: Option<Bytes>,
+    /// What a person should know of it.
+    pub notes: Vec<String>,
+}
+
+impl Foreign {
+    fn new(format: Format, tensors: Vec<RawTensor>) -> Self {
+        Self { format, tensors, description: None, adapter_config: None, task: None, notes: Vec::new() }
+    }
+}
+
+/// Reads a file, or a folder with one of the files that this knows by name. At most `limit` bytes
+/// are read, and unpacked.
+pub fn open(path: &Path, limit: u64) -> Result<Foreign, ConvertError> {
+    let file = if path.is_dir() { file_in(path)? } else { path.to_owned() };
+    let name = file.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let beside = |name: &str| {
+        let path = file.with_file_name(name);
+        if path.exists() { read_file(&path, MAX_JSON_BYTES).map(Some) } else { Ok(None) }
+    };
+    if name == WEIGHTS && file.with_file_name(ADAPTER_CONFIG).exists() {
+        return Err(ConvertError::AlreadyPeft { path: path.to_owned() });
+    }
+    let mut foreign = parse(read_file(&file, limit)?, limit)?;
+    if name == PICKLE {
+        foreign.format = Format::PeftPickle;
+        foreign.adapter_config = beside(ADAPTER_CONFIG)?;
+        foreign.task = beside(TASK)?;
+        if foreign.adapter_config.is_none() {
+            return Err(ConvertError::NoConfig { path: file });
+        }
+    }
+    Ok(foreign)
+}
+
+/// Reads a file's bytes, whatever it is called. At most `limit` bytes are unpacked.
+pub fn parse(bytes: Bytes, limit: u64) -> Result<Foreign, ConvertError> {
+    let start = &bytes[..bytes.len().min(16)];
+    if start.starts_with(npy::MAGIC) {
+        return Ok(Foreign::new(Format::Npy, vec![npy::read("", bytes, limit)?]));
+    }
+    if start.starts_with(b"PK\x03\x04") || start.starts_with(b"PK\x05\x06") {
+        return archive::read_zip(&bytes, limit);
+    }
+    if start.starts_with(b"\x1f\x8b") || bytes.get(257..262) == Some(b"ustar") {
+        return nemo::read(&bytes, limit);
+    }
+    if bytes.starts_with(torch::LEGACY_MAGIC) {
+        return Ok(Foreign::new(Format::TorchLegacy, torch::read_legacy(&bytes, limit)?));
+    }
+    let header = bytes.first_chunk::<8>().map(|n| u64::from_le_bytes(*n));
+    if start.get(8) == Some(&b'{') && header.is_some_and(|n| n <= bytes.len() as u64) {
+        return Ok(Foreign::new(Format::Safetensors, safetensors::read(&bytes)?));
+    }
+    Err(ConvertError::Unknown { found: describe(start) })
+}
+
+/// What the first bytes look like.
+fn describe(start: &[u8]) -> String {
+    match start {
+        [] => "it is empty".to_owned(),
+        [b'\x80', 2..=5, ..] => {
+            "a bare Python pickle; load it in Python and save its tensor with safetensors".to_owned()
+        }
+        [b'{' | b'[', ..] => "JSON; an mkultra JSON file holds a pickle: load it in Python and save its tensor with \
+                              numpy.save or safetensors"
+            .to_owned(),
+        [b'G', b'G', b'U', b'F', ..] => "GGUF, which holds models".to_owned(),
+        _ => format!("it begins with the bytes {}", hex::encode(&start[..start.len().min(8)])),
+    }
+}
+
+/// The file of a folder that is meant.
+fn file_in(folder: &Path) -> Result<PathBuf, ConvertError> {
+    if folder.join(WEIGHTS).exists() {
+        return Err(ConvertError::AlreadyPeft { path: folder.to_owned() });
+    }
+    let found: Vec<PathBuf> = PICKLES.iter().map(|name| folder.join(name)).filter(|p| p.exists()).collect();
+    match &found[..] {
+        [file] => Ok(file.clone()),
+        _ => Err(ConvertError::Folder { path: folder.to_owned(), several: !found.is_empty() }),
+    }
+}
+
+/// Reads a whole file of at most `limit` bytes.
+pub fn read_file(path: &Path, limit: u64) -> Result<Bytes, ConvertError> {
+    let fail = |source| ConvertError::Read { path: path.to_owned(), source };
+    let too_large = || ConvertError::TooLarge { what: path.display().to_string(), limit };
+    let meta = fs::metadata(path).map_err(fail)?;
+    if !meta.is_file() {
+        return Err(fail(std::io::Error::other("it is not a file")));
+    }
+    if meta.len() > limit {
+        return Err(too_large());
+    }
+    let mut bytes = Vec::with_capacity(meta.len() as usize + 1);
+    fs::File::open(path).and_then(|file| file.take(limit + 1).read_to_end(&mut bytes)).map_err(fail)?;
+    if bytes.len() as u64 > limit { Err(too_large()) } else { Ok(bytes.into()) }
+}

@@ -1,0 +1,167 @@
+//! What a run learns: named tensors, laid one after another into the flat values that the optimiser
+//! moves and a checkpoint keeps, and the prompt that they make.
+
+use candle_core::{DType, Device, Result, Tensor, Var, bail};
+
+use super::encoder::Encoder;
+use crate::{
+    model::Model,
+    prompt::learned::{Embeddings, KeyValues, LayerKeyValues, LearnedPrompt},
+};
+
+/// How a prompt is learned.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Method {
+    /// The rows themselves (Lester et al. 2021).
+    PromptTuning,
+    /// The rows by way of a network that makes them (Liu et al. 2021).
+    PTuning(Encoder),
+    /// Keys and values of each layer (Li & Liang 2021), without a network.
+    PrefixTuning,
+}
+
+/// One of the tensors that are learned.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Named {
+    pub name: String,
+    pub shape: Vec<usize>,
+}
+
+impl Named {
+    pub(super) fn new(name: &str, shape: &[usize]) -> Self {
+        Self { name: name.to_owned(), shape: shape.to_vec() }
+    }
+
+    /// How many values it has; never 0.
+    #[expect(clippy::len_without_is_empty, reason = "none is empty")]
+    pub fn len(&self) -> usize {
+        self.shape.iter().product()
+    }
+}
+
+/// The tensors of a run and what the forward pass takes of them.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Parameters {
+    method: Method,
+    virtual_tokens: usize,
+    kv_heads: usize,
+    tensors: Vec<Named>,
+}
+
+impl Method {
+    /// Its name for people.
+    pub fn title(self) -> &'static str {
+        match self {
+            Self::PromptTuning => "prompt tuning",
+            Self::PTuning(_) => "P-tuning",
+            Self::PrefixTuning => "prefix tuning",
+        }
+    }
+
+    /// What the command line and a checkpoint call it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::PromptTuning => "prompt",
+            Self::PTuning(_) => "p-tuning",
+            Self::PrefixTuning => "prefix",
+        }
+    }
+}
+
+impl Parameters {
+    /// The tensors of a prompt of `n` virtual tokens for a model.
+    pub fn new(method: Method, n: usize, model: &Model) -> Self {
+        let (width, kv) = (model.info().hidden_size, model.kv_shape());
+        let tensors = match method {
+            Method::PromptTuning => vec![Named::new("prompt_embeddings", &[n, width])],
+            Method::PTuning(encoder) => encoder.named(n, width),
+            Method::PrefixTuning => (0..kv.num_layers)
+                .flat_map(|layer| ["key", "value"].map(|part| format!("layers.{layer}.{part}")))
+                .map(|name| Named::new(&name, &[n, kv.num_kv_heads * kv.head_dim]))
+                .collect(),
+        };
+        Self { method, virtual_tokens: n, kv_heads: kv.num_kv_heads, tensors }
+    }
+
+    /// How the prompt is learned.
+    pub fn method(&self) -> Method {
+        self.method
+    }
+
+    /// Positions that the prompt takes.
+    pub fn virtual_tokens(&self) -> usize {
+        self.virtual_tokens
+    }
+
+    /// The tensors, in the order of their values.
+    pub fn tensors(&self) -> &[Named] {
+        &self.tensors
+    }
+
+    /// How many values are learned; never 0.
+    #[expect(clippy::len_without_is_empty, reason = "a prompt has a virtual token or more")]
+    pub fn len(&self) -> usize {
+        self.tensors.iter().map(Named::len).sum()
+    }
+
+    /// The values as variables, one for each tensor.
+    pub fn variables(&self, values: &[f32], device: &Device) -> Result<Vec<Var>> {
+        self.split(values, device)?.iter().map(Var::from_tensor).collect()
+    }
+
+    /// The prompt that the tensors make, in their dtype; differentiable.
+    pub fn prompt(&self, tensors: &[Tensor]) -> Result<LearnedPrompt> {
+        if tensors.len() != self.tensors.len() {
+            bail!("{} tensors are learned, found {}", self.tensors.len(), tensors.len());
+        }
+        match self.method {
+            Method::PromptTuning => Ok(LearnedPrompt::Embeddings(Embeddings { rows: tensors[0].clone() })),
+            Method::PTuning(encoder) => Ok(LearnedPrompt::Embeddings(Embeddings { rows: encoder.rows(tensors)? })),
+            Method::PrefixTuning => {
+                let heads = |x: &Tensor| {
+                    let (n, width) = x.dims2()?;
+                    x.reshape((n, self.kv_heads, width / self.kv_heads))?.transpose(0, 1)
+                };
+                let layers = tensors
+                    .chunks_exact(2)
+                    .map(|kv| Ok(LayerKeyValues { keys: heads(&kv[0])?, values: heads(&kv[1])? }));
+                Ok(LearnedPrompt::KeyValues(KeyValues { layers: layers.collect::<Result<_>>()? }))
+            }
+        }
+    }
+
+    /// The prompt that values make, in f32 and without gradients.
+    pub fn prompt_of(&self, values: &[f32], device: &Device) -> Result<LearnedPrompt> {
+        self.prompt(&self.split(values, device)?)
+    }
+
+    fn split(&self, values: &[f32], device: &Device) -> Result<Vec<Tensor>> {
+        if values.len() != self.len() {
+            bail!("{} values are learned, found {}", self.len(), values.len());
+        }
+        let mut rest = values;
+        self.tensors
+            .iter()
+            .map(|named| {
+                let (own, after) = rest.split_at(named.len());
+                rest = after;
+                Tensor::from_slice(own, named.shape.as_slice(), device)
+            })
+            .collect()
+    }
+}
+
+/// The matrix of a prompt as PEFT saves it, in f32: rows `[n, hidden]`, or keys and values
+/// `[n, 2 * layers * kv_dim]` with the key and the value of each layer in turn.
+pub fn matrix(prompt: &LearnedPrompt) -> Result<Tensor> {
+    let matrix = match prompt {
+        LearnedPrompt::Embeddings(embeddings) => embeddings.rows.clone(),
+        LearnedPrompt::KeyValues(kv) => {
+            let flat = |x: &Tensor| x.transpose(0, 1)?.flatten_from(1);
+            let parts: Vec<Tensor> =
+                kv.layers.iter().flat_map(|l| [&l.keys, &l.values]).map(flat).collect::<Result<_>>()?;
+            Tensor::cat(&parts, 1)?
+        }
+    };
+    matrix.detach().to_dtype(DType::F32)?.to_device(&Device::Cpu)
+}
