@@ -3,11 +3,16 @@
 //! Every row is computed by itself, in one order, so its result does not depend on which other
 //! rows are in the step.
 
-use candle_core::{Device, Result, Tensor};
+use candle_core::{Device, Result, Tensor, bail};
 
 use super::{
     Activation, AttentionParams, Kernels,
-    cpu::{Isa, attention, pool, rows, tensors::with_values},
+    cpu::{
+        Isa, attention, pool, rows,
+        tensors::with_values,
+        unmasked::{self, Heads, Span},
+    },
+    cross::CrossKeyValues,
     kv_cache::{BlockId, KvCache},
 };
 
@@ -18,7 +23,8 @@ pub struct Segment {
     pub rows: usize,
     /// The first row's position in its sequence; earlier positions are in the cache.
     pub start: usize,
-    /// The sequence's blocks, position p in block p / BLOCK_SIZE.
+    /// The sequence's blocks, position p in block p / BLOCK_SIZE; none for the rows of an encoder, of
+    /// which nothing is kept.
     pub blocks: Vec<BlockId>,
 }
 
@@ -27,6 +33,8 @@ pub struct Segment {
 pub struct PagedKernels<'a> {
     cache: &'a mut KvCache,
     segments: &'a [Segment],
+    /// For each segment, what its encoder made; empty for a model without an encoder.
+    encoded: &'a [&'a CrossKeyValues],
     isa: Isa,
 }
 
@@ -38,7 +46,37 @@ impl<'a> PagedKernels<'a> {
 
     /// As [`new`](Self::new), with other instructions than the best.
     pub fn with_isa(cache: &'a mut KvCache, segments: &'a [Segment], isa: Isa) -> Self {
-        Self { cache, segments, isa }
+        Self { cache, segments, encoded: &[], isa }
+    }
+
+    /// With an encoder's output for each segment, in their order.
+    pub fn with_encoded(self, encoded: &'a [&'a CrossKeyValues]) -> Self {
+        Self { encoded, ..self }
+    }
+
+    /// Attention among the rows of each segment, before and after.
+    fn unmasked(&self, q: &Tensor, k: &Tensor, v: &Tensor, params: &AttentionParams) -> Result<Tensor> {
+        let ((t, heads, head_dim), kv_heads) = (q.dims3()?, k.dim(1)?);
+        let rows: usize = self.segments.iter().map(|s| s.rows).sum();
+        if t != rows || k.dims() != [t, kv_heads, head_dim] || v.dims() != k.dims() || params.window.is_some() {
+            bail!("attention was given {:?} and {:?} for an encoder's {rows} rows", q.dims(), k.dims())
+        }
+        let width = kv_heads * head_dim;
+        let y = with_values(q, |q| {
+            with_values(k, |k| {
+                with_values(v, |v| {
+                    let mut first = 0;
+                    let span = |segment: &Segment| {
+                        let part = first * width..(first + segment.rows) * width;
+                        first += segment.rows;
+                        Span { rows: segment.rows, keys: &k[part.clone()], values: &v[part] }
+                    };
+                    let spans: Vec<Span> = self.segments.iter().map(span).collect();
+                    Ok(unmasked::attend(pool::global(), &spans, q, Heads { heads, kv_heads, head_dim }, params))
+                })
+            })
+        })?;
+        Tensor::from_vec(y, (t, heads * head_dim), &Device::Cpu)
     }
 }
 
@@ -84,6 +122,9 @@ impl Kernels for PagedKernels<'_> {
         v: &Tensor,
         params: &AttentionParams,
     ) -> Result<Tensor> {
+        if !params.causal {
+            return self.unmasked(q, k, v, params);
+        }
         let (t, heads, head_dim) = q.dims3()?;
         let rows: usize = self.segments.iter().map(|s| s.rows).sum();
         let shape = self.cache.shape();
@@ -102,6 +143,25 @@ impl Kernels for PagedKernels<'_> {
                 })
             })
         })?;
+        Tensor::from_vec(y, (t, heads * head_dim), &Device::Cpu)
+    }
+
+    fn cross_attention(&mut self, layer: usize, q: &Tensor, params: &AttentionParams) -> Result<Tensor> {
+        let (t, heads, head_dim) = q.dims3()?;
+        let rows: usize = self.segments.iter().map(|s| s.rows).sum();
+        if t != rows || self.encoded.len() != self.segments.len() {
+            let (encoded, segments) = (self.encoded.len(), self.segments.len());
+            bail!("cross-attention was given {t} rows and {encoded} inputs for {rows} rows of {segments} sequences")
+        }
+        let mut spans = Vec::with_capacity(self.segments.len());
+        let mut kv_heads = 1;
+        for (segment, encoded) in self.segments.iter().zip(self.encoded) {
+            let found = encoded.layer(layer)?;
+            kv_heads = found.keys.len() / (encoded.positions() * head_dim).max(1);
+            spans.push(Span { rows: segment.rows, keys: &found.keys, values: &found.values });
+        }
+        let shape = Heads { heads, kv_heads, head_dim };
+        let y = with_values(q, |q| Ok(unmasked::attend(pool::global(), &spans, q, shape, params)))?;
         Tensor::from_vec(y, (t, heads * head_dim), &Device::Cpu)
     }
 }

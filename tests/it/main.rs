@@ -3,6 +3,7 @@
 
 mod bench;
 mod demo;
+mod encoder_decoder;
 mod engine;
 mod families;
 mod fixtures;

@@ -10,6 +10,7 @@ const LIMITS: Limits = Limits {
     fair_step_tokens: 32,
     num_blocks: 64,
     prefix_sharing: true,
+    max_encoded: 0,
 };
 
 fn input(n: usize) -> Sequence {
@@ -31,7 +32,7 @@ fn id(n: u64) -> SequenceId {
 }
 
 fn chunk(n: u64, start: usize, len: usize, samples: bool) -> Chunk {
-    Chunk { id: id(n), start, len, samples }
+    Chunk { id: id(n), start, len, samples, encodes: false }
 }
 
 /// Runs one step, in which each sampling sequence gets token 9; returns it.
