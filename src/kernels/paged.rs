@@ -174,6 +174,7 @@ mod tests {
     use crate::kernels::{
         cpu::Precision,
         dense::DenseKernels,
+        distance_bias::DistanceBias,
         kv_cache::{BLOCK_SIZE, KvShape},
     };
 
@@ -255,6 +256,53 @@ mod tests {
         }
     }
 
+    fn bias(heads: usize) -> std::sync::Arc<DistanceBias> {
+        DistanceBias::new(heads, 20, |head, distance| (head as f32 + 0.3 * distance as f32).sin()).into()
+    }
+
+    #[test]
+    fn attention_without_a_mask_and_to_an_encoders_output_equals_the_dense_one_and_is_the_same_alone() {
+        let lengths = [1, 17, 40];
+        for (heads, kv_heads, dim) in [(6, 2, 20), (4, 4, 16), (3, 1, 64)] {
+            let case = Case::new(&lengths, heads, kv_heads, dim);
+            let params = AttentionParams { causal: false, softcap: Some(4.0), ..AttentionParams::scaled(0.4) };
+            let biased = AttentionParams { distance_bias: Some(bias(heads)), ..params.clone() };
+            let mut cache = KvCache::new(
+                KvShape { num_layers: 1, num_kv_heads: kv_heads, head_dim: dim, precision: Precision::F32 },
+                1,
+            )
+            .unwrap();
+            let segment = |&rows: &usize| Segment { rows, start: 0, blocks: Vec::new() };
+            let segments: Vec<_> = lengths.iter().map(segment).collect();
+            // The queries of one sequence against the keys of another.
+            let encoded: Vec<(Tensor, Tensor)> = [(18, 40), (1, 17), (0, 1)]
+                .map(|(at, n)| (case.k.narrow(0, at, n).unwrap(), case.v.narrow(0, at, n).unwrap()))
+                .to_vec();
+            let kept: Vec<_> = encoded
+                .iter()
+                .map(|kv| CrossKeyValues::of_rows(std::slice::from_ref(kv), 0, kv.0.dims()[0]).unwrap())
+                .collect();
+            let kept: Vec<_> = kept.iter().collect();
+            let mut dense = DenseKernels::new(&lengths, &Device::Cpu)
+                .unwrap()
+                .with_encoded(encoded.iter().map(|kv| vec![kv.clone()]).collect());
+            let mut paged = PagedKernels::new(&mut cache, &segments).with_encoded(&kept);
+            let own = paged.attention(0, &case.q, &case.k, &case.v, &biased).unwrap();
+            let cross = paged.cross_attention(0, &case.q, &params).unwrap();
+            let expected = dense.attention(0, &case.q, &case.k, &case.v, &biased).unwrap();
+            assert!(largest_difference(&own, &expected) < 2e-5);
+            assert!(largest_difference(&cross, &dense.cross_attention(0, &case.q, &params).unwrap()) < 2e-5);
+            assert!(paged.cross_attention(1, &case.q, &params).is_err(), "there is one layer");
+            let [q, k, v] = [&case.q, &case.k, &case.v].map(|x| x.narrow(0, 1, 17).unwrap());
+            let mut alone = PagedKernels::new(&mut cache, &segments[1..2]).with_encoded(&kept[1..2]);
+            let part = |x: &Tensor| bits(&x.narrow(0, 1, 17).unwrap());
+            assert!(bits(&alone.attention(0, &q, &k, &v, &biased).unwrap()) == part(&own));
+            assert!(bits(&alone.cross_attention(0, &q, &params).unwrap()) == part(&cross));
+            let mut none = PagedKernels::new(&mut cache, &segments);
+            assert!(none.cross_attention(0, &case.q, &params).is_err(), "there is no encoder's output");
+        }
+    }
+
     /// Every option of attention, for so many heads.
     fn options(heads: usize, scale: f32) -> Vec<AttentionParams> {
         let plain = AttentionParams::scaled(scale);
@@ -266,6 +314,7 @@ mod tests {
             AttentionParams { softcap: Some(0.5), scale: 1.0, ..plain.clone() },
             AttentionParams { alibi_slopes: Some(slopes.clone()), ..plain.clone() },
             AttentionParams { alibi_slopes: Some(slopes), window: Some(32), softcap: Some(5.0), ..plain.clone() },
+            AttentionParams { distance_bias: Some(bias(heads)), scale: 0.3, ..plain.clone() },
             plain,
         ]
     }
