@@ -5,6 +5,7 @@
 
 pub mod block_manager;
 pub mod cache;
+mod encoder;
 pub mod fairness;
 mod places;
 pub mod prefix;
@@ -31,6 +32,8 @@ use std::{
 use tokio::sync::mpsc::{self, error::TrySendError};
 
 use crate::{model::Model, prompt::LearnedPrompt};
+use encoder::EncoderLimits;
+pub use encoder::Room;
 use places::{Place, Places};
 use request::{CacheRoot, Event, InputToken, Request};
 use runner::Runner;
@@ -52,7 +55,7 @@ pub struct EngineConfig {
     /// accounts quick beside busy ones, more gives busy ones more throughput. `None` is as many as
     /// can be computed in about twice the time of one, which is measured at the start.
     pub fair_step_tokens: Option<usize>,
-    /// Bytes for keys and values.
+    /// Bytes for keys and values; with an encoder half of them for those of its output.
     pub kv_cache_bytes: usize,
     /// Whether keys and values are shared among sequences of one root.
     pub prefix_sharing: bool,
@@ -102,6 +105,8 @@ enum Mail {
 #[derive(Debug)]
 struct Job {
     request: Request,
+    /// The encoder's input, if the model has an encoder; the request's tokens are the decoder's.
+    encoder: Vec<InputToken>,
     events: mpsc::Sender<Event>,
     cached_tokens: Arc<AtomicUsize>,
     place: Place,
@@ -120,6 +125,8 @@ struct WarmUp {
 struct Shared {
     /// The longest sequence, new tokens included: the context, or what the cache can hold.
     max_sequence: usize,
+    /// What there is to know of the model's encoder, if it has one.
+    encoder: Option<EncoderLimits>,
     /// Requests submitted and not yet in the batch.
     waiting: Arc<Places>,
     warm_ups: Arc<Places>,
@@ -133,6 +140,7 @@ struct Shared {
     kv_blocks_used: AtomicUsize,
     kv_blocks_cached: AtomicUsize,
     kv_blocks_total: usize,
+    encoded_positions: AtomicUsize,
     steps: AtomicU64,
     prompt_tokens: AtomicU64,
     cached_tokens: AtomicU64,
@@ -159,6 +167,9 @@ pub enum SubmitError {
     /// The input leaves no position for a new token.
     #[error("the input takes {found} positions and at least one must be left of {limit}")]
     TooLong { found: usize, limit: usize },
+    /// The encoder's input is longer than it may be.
+    #[error("the encoder's input takes {found} positions, at most {limit} are taken")]
+    EncoderTooLong { found: usize, limit: usize },
 }
 
 /// A running request's events. Dropping it is the one way to cancel.
@@ -198,6 +209,8 @@ pub struct EngineStats {
     /// Blocks that nobody holds and whose content may be found again.
     pub kv_blocks_cached: usize,
     pub kv_blocks_total: usize,
+    /// Positions of encoders' inputs whose output is kept for a running sequence.
+    pub encoded_positions: usize,
     /// Learned prompts whose keys and values are in the cache as a whole.
     pub cached_prompts: usize,
     /// Forward passes since the start.
@@ -223,11 +236,11 @@ impl Engine {
         // More than every place in the batch at full length would never be used.
         let context = model.info().context_length;
         let useful = config.max_batch * context.div_ceil(crate::kernels::kv_cache::BLOCK_SIZE);
-        let num_blocks = (config.kv_cache_bytes / block_bytes).min(useful);
+        let (kv_cache_bytes, encoder) = EncoderLimits::of(&model, &config)?;
+        let num_blocks = (kv_cache_bytes / block_bytes).min(useful);
         if num_blocks == 0 {
             candle_core::bail!(
-                "the key-value cache of {} bytes does not hold one block of {block_bytes} bytes",
-                config.kv_cache_bytes
+                "the key-value cache of {kv_cache_bytes} bytes does not hold one block of {block_bytes} bytes"
             );
         }
         let max_sequence = context.min(num_blocks * crate::kernels::kv_cache::BLOCK_SIZE);
@@ -240,6 +253,7 @@ impl Engine {
         tracing::debug!(fair_step_tokens, num_blocks, "the engine is ready");
         let shared = Arc::new(Shared {
             max_sequence,
+            encoder,
             waiting: Places::for_requests(config.max_waiting),
             warm_ups: Places::new(MAX_WARM_UPS, MAX_WARM_UPS),
             cached_prompts: Mutex::new(HashSet::new()),
@@ -250,6 +264,7 @@ impl Engine {
             kv_blocks_used: AtomicUsize::new(0),
             kv_blocks_cached: AtomicUsize::new(0),
             kv_blocks_total: num_blocks,
+            encoded_positions: AtomicUsize::new(0),
             steps: AtomicU64::new(0),
             prompt_tokens: AtomicU64::new(0),
             cached_tokens: AtomicU64::new(0),
@@ -265,6 +280,7 @@ impl Engine {
             max_prefill_tokens: config.max_prefill_tokens.max(1),
             fair_step_tokens: fair_step_tokens.max(1),
             num_blocks,
+            max_encoded: shared.encoder.as_ref().map_or(0, |encoder| encoder.max_positions),
             prefix_sharing: config.prefix_sharing,
         };
         let worker = worker::Worker::new(runner, limits, inbox, shared.clone());
@@ -275,11 +291,12 @@ impl Engine {
         Ok((Engine { mail, shared }, EngineThread { thread }))
     }
 
-    /// Hands over a request. Never waits. `max_tokens` is cut to what the context leaves.
+    /// Hands over a request. Never waits. `max_tokens` is cut to what the context leaves. With an
+    /// encoder, its tokens are the encoder's input and the decoder begins with its start token; a
+    /// prompt of keys and values is the decoder's.
     pub fn submit(&self, mut request: Request) -> Result<EventStream, SubmitError> {
         let shared = &self.shared;
-        let (found, limit) = (request.tokens.len(), shared.max_sequence);
-        if found == 0 || request.sampling.max_tokens == 0 {
+        if request.tokens.is_empty() || request.sampling.max_tokens == 0 {
             return Err(SubmitError::Empty);
         }
         if matches!(request.prompt.as_deref(), Some(LearnedPrompt::KeyValues(_)))
@@ -287,6 +304,11 @@ impl Engine {
         {
             return Err(SubmitError::NoText);
         }
+        let encoder = match &shared.encoder {
+            Some(encoder) => encoder.take_input(&mut request)?,
+            None => Vec::new(),
+        };
+        let (found, limit) = (request.tokens.len(), shared.max_sequence);
         if found >= limit {
             return Err(SubmitError::TooLong { found, limit });
         }
@@ -298,7 +320,7 @@ impl Engine {
         // One event a token and one at the end: sending never has to wait.
         let (events, stream) = mpsc::channel(request.sampling.max_tokens + 1);
         let cached_tokens = Arc::new(AtomicUsize::new(0));
-        let job = Job { request, events, cached_tokens: Arc::clone(&cached_tokens), place };
+        let job = Job { request, encoder, events, cached_tokens: Arc::clone(&cached_tokens), place };
         self.mail.try_send(Mail::Job(job)).map_err(|e| match e {
             TrySendError::Full(_) => SubmitError::Full { limit: shared.waiting.limit() },
             TrySendError::Closed(_) => SubmitError::Closed,
@@ -310,7 +332,8 @@ impl Engine {
     /// that its first request finds them. `root` is the digest of its content, as in
     /// [`Request::root`]. Never waits; what cannot be done now is left to the first request.
     pub fn warm_up(&self, prompt: Arc<LearnedPrompt>, root: CacheRoot) {
-        if self.is_cached(root) || self.shared.draining.load(Relaxed) {
+        // What goes into an encoder is computed with every text anew.
+        if self.shared.encoder.is_some() || self.is_cached(root) || self.shared.draining.load(Relaxed) {
             return;
         }
         if let Ok(place) = Places::take(&self.shared.warm_ups, 0) {
@@ -329,6 +352,11 @@ impl Engine {
         self.shared.max_sequence
     }
 
+    /// What a learned prompt leaves for a text and an answer.
+    pub fn room(&self, prompt: &LearnedPrompt) -> Room {
+        Room::after(prompt, self.shared.max_sequence, self.shared.encoder.as_ref())
+    }
+
     /// A snapshot of the counters.
     pub fn stats(&self) -> EngineStats {
         let s = &self.shared;
@@ -339,6 +367,7 @@ impl Engine {
             kv_blocks_used: s.kv_blocks_used.load(Relaxed),
             kv_blocks_cached: s.kv_blocks_cached.load(Relaxed),
             kv_blocks_total: s.kv_blocks_total,
+            encoded_positions: s.encoded_positions.load(Relaxed),
             cached_prompts: s.cached_prompts.lock().unwrap_or_else(PoisonError::into_inner).len(),
             steps: s.steps.load(Relaxed),
             prompt_tokens: s.prompt_tokens.load(Relaxed),

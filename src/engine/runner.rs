@@ -9,6 +9,7 @@ use super::{cache::BlockCopy, request::InputToken};
 use crate::{
     kernels::{
         cpu::tensors::with_values,
+        cross::CrossKeyValues,
         kv_cache::{BlockId, KvCache},
         paged::{PagedKernels, Segment},
     },
@@ -31,6 +32,8 @@ pub struct Part<'a> {
     pub start: usize,
     pub blocks: &'a [BlockId],
     pub prompt: Option<&'a Arc<LearnedPrompt>>,
+    /// What the encoder made of the sequence's input, if the model has an encoder.
+    pub encoded: Option<&'a CrossKeyValues>,
     /// Whether the logits after the last of them are wanted.
     pub samples: bool,
 }
@@ -87,6 +90,25 @@ impl Runner {
         self.forward(&computed)
     }
 
+    /// Computes all inputs of the encoder in one forward pass, each in one part: a prompt's rows and a
+    /// text. Returns what the decoder finds in each, in order.
+    pub fn encode(&mut self, inputs: &[Part]) -> Result<Vec<CrossKeyValues>> {
+        if inputs.is_empty() {
+            return Ok(Vec::new());
+        }
+        let x = self.embed(inputs, &self.model.info().device)?;
+        let segments: Vec<Segment> =
+            inputs.iter().map(|input| Segment { rows: input.tokens.len(), start: 0, blocks: Vec::new() }).collect();
+        let hidden = self.model.encode(&x, &mut PagedKernels::new(&mut self.cache, &segments))?;
+        let layers = self.model.cross_key_values(&hidden)?;
+        let mut first = 0;
+        let of = |segment: &Segment| {
+            first += segment.rows;
+            CrossKeyValues::of_rows(&layers, first - segment.rows, segment.rows)
+        };
+        segments.iter().map(of).collect()
+    }
+
     /// Writes the keys and values that a part's prompt has for its positions. Returns what is left
     /// to compute.
     fn place<'a>(&mut self, part: Part<'a>) -> Result<Option<Part<'a>>> {
@@ -124,7 +146,9 @@ impl Runner {
         let positions = Tensor::new(positions, &device)?;
         let segments: Vec<Segment> =
             parts.iter().map(|p| Segment { rows: p.tokens.len(), start: p.start, blocks: p.blocks.to_vec() }).collect();
-        let hidden = self.model.forward(&x, &positions, &mut PagedKernels::new(&mut self.cache, &segments))?;
+        let encoded: Vec<&CrossKeyValues> = parts.iter().filter_map(|p| p.encoded).collect();
+        let mut kernels = PagedKernels::new(&mut self.cache, &segments).with_encoded(&encoded);
+        let hidden = self.model.forward(&x, &positions, &mut kernels)?;
         let ends = parts.iter().scan(0, |end, p| {
             *end += p.tokens.len();
             Some((*end as u32 - 1, p.samples))

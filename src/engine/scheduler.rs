@@ -47,6 +47,8 @@ pub struct Limits {
     pub fair_step_tokens: usize,
     /// Blocks in the cache.
     pub num_blocks: usize,
+    /// Positions of encoders' inputs whose output is kept at once; 0 without an encoder.
+    pub max_encoded: usize,
     /// Whether sequences of one root share what is equal.
     pub prefix_sharing: bool,
 }
@@ -66,6 +68,8 @@ pub struct Chunk {
     pub len: usize,
     /// The chunk ends at the sequence's last token, so the next one is to be chosen.
     pub samples: bool,
+    /// The encoder's input is computed first, all of it.
+    pub encodes: bool,
 }
 
 /// Waiting and running sequences and the blocks they hold.
@@ -193,6 +197,7 @@ impl Scheduler {
         for chunk in &step.chunks {
             if let Some(sequence) = self.sequences.get_mut(&chunk.id) {
                 sequence.num_computed = chunk.start + chunk.len;
+                sequence.encoded |= chunk.encodes;
                 self.cache.learn(sequence);
             }
         }
@@ -250,7 +255,7 @@ impl Scheduler {
             let is_found = sequence.root.is_some_and(|root| self.cache.contains_prompt(root));
             let found = if is_found { sequence.num_virtual.saturating_sub(sequence.num_computed) } else { 0 };
             let (positions, sequences) = wanted.entry(sequence.account.key).or_default();
-            *positions += sequence.num_pending() - found;
+            *positions += sequence.work() - found;
             *sequences += 1;
         }
         let tokens = self.limits.max_step_tokens;
@@ -294,11 +299,11 @@ impl Scheduler {
         // What each account will take of the step, by what it wants and may.
         let mut planned: HashMap<u64, usize> = HashMap::new();
         for sequence in self.running.iter().filter_map(|id| self.sequences.get(id)) {
-            *planned.entry(sequence.account.key).or_default() += sequence.num_pending();
+            *planned.entry(sequence.account.key).or_default() += sequence.work();
         }
         planned.iter_mut().for_each(|(&account, tokens)| *tokens = (*tokens).min(quota.left(account)));
         let running = self.running.iter().filter_map(|id| self.sequences.get(id));
-        let most = match running.filter(|s| s.num_pending() == 1).count() {
+        let most = match running.filter(|s| s.work() == 1).count() {
             0 => self.limits.max_step_tokens,
             tokens => self.limits.max_step_tokens.min(tokens + self.limits.max_prefill_tokens),
         };
@@ -315,8 +320,8 @@ impl Scheduler {
             if !self.join(id, step) {
                 break;
             }
-            let pending = self.sequences.get(&id).map_or(0, Sequence::num_pending);
-            *tokens = (*tokens + pending).min(quota.left(account));
+            let work = self.sequences.get(&id).map_or(0, Sequence::work);
+            *tokens = (*tokens + work).min(quota.left(account));
         }
     }
 
@@ -325,8 +330,11 @@ impl Scheduler {
         loop {
             // Each running sequence may soon want one more block.
             let spare = self.running.len().min(self.limits.num_blocks / 16);
+            let running = self.running.iter().filter_map(|id| self.sequences.get(id));
+            let encoded: usize = running.map(|s| s.encoder.len()).sum();
             let Some(sequence) = self.sequences.get_mut(&id) else { return false };
-            let has_place = self.running.len() < self.limits.max_batch;
+            let has_place = self.running.len() < self.limits.max_batch
+                && encoded + sequence.encoder.len() <= self.limits.max_encoded;
             if has_place && let Some(copy) = self.cache.join(sequence, spare) {
                 step.copies.extend(copy);
                 sequence.joined = self.now;
@@ -334,7 +342,8 @@ impl Scheduler {
                 if sequence.cached_tokens.is_none() {
                     let cached = sequence.num_computed.min(sequence.num_input);
                     sequence.cached_tokens = Some(cached);
-                    self.ledger.charge(account, (sequence.num_input - cached) as f64 * INPUT_COST);
+                    let input = sequence.num_input - cached + sequence.encoder.len();
+                    self.ledger.charge(account, input as f64 * INPUT_COST);
                 }
                 self.queue.remove(priority, account, id);
                 self.running.push(id);
@@ -388,6 +397,7 @@ impl Scheduler {
         self.running.retain(|&running| running != id);
         if let Some(sequence) = self.sequences.get_mut(&id) {
             self.cache.release(sequence);
+            sequence.encoded = false;
             self.queue.push_front(sequence.priority, sequence.account.key, id);
             self.preemptions += 1;
         }
@@ -397,7 +407,7 @@ impl Scheduler {
     fn fill(&mut self, quota: &mut Quota, step: &mut Step) {
         let ranked = self.running.iter().filter_map(|&id| {
             let s = self.sequences.get(&id)?;
-            let is_input = s.num_pending() > 1;
+            let is_input = s.work() > 1;
             // Where not all can have their token, they take turns; inputs are finished one by one.
             let turn = if is_input { 0 } else { s.last_turn };
             Some((is_input, s.priority, self.ledger.counter(s.account.key), turn, id))
@@ -405,20 +415,30 @@ impl Scheduler {
         let mut order: Vec<_> = ranked.collect();
         order.sort_by(|a, b| (a.0, a.1).cmp(&(b.0, b.1)).then(a.2.total_cmp(&b.2)).then((a.3, a.4).cmp(&(b.3, b.4))));
         let mut inputs_left = self.limits.max_step_tokens;
+        let mut encodes = false;
         for (is_input, .., id) in order {
             let Some(sequence) = self.sequences.get_mut(&id) else { continue };
-            let wanted = if is_input { sequence.num_pending().min(inputs_left) } else { 1 };
-            let len = quota.take(sequence.account.key, wanted);
+            let wanted = if is_input { sequence.work().min(inputs_left) } else { 1 };
+            // An encoder's input cannot be cut: the first of a step is taken in any case, others if
+            // they fit.
+            let (unencoded, account) = (sequence.num_unencoded(), sequence.account.key);
+            if unencoded > 0 && encodes && unencoded >= wanted.min(quota.left(account)) {
+                continue;
+            }
+            let taken = quota.take(account, wanted);
             if is_input {
-                inputs_left -= len;
-            } else if len > 0 {
+                inputs_left -= taken;
+            } else if taken > 0 {
                 inputs_left = self.limits.max_prefill_tokens;
             }
-            if len > 0 {
+            if taken > 0 {
+                let len = taken.saturating_sub(unencoded).max(1);
+                encodes |= unencoded > 0;
                 let start = sequence.num_computed;
                 self.turns += 1;
                 sequence.last_turn = self.turns;
-                step.chunks.push(Chunk { id, start, len, samples: start + len == sequence.tokens.len() });
+                let samples = start + len == sequence.tokens.len();
+                step.chunks.push(Chunk { id, start, len, samples, encodes: unencoded > 0 });
             }
         }
     }
@@ -448,7 +468,7 @@ impl Scheduler {
         if let Some((id, sequence)) = self.warming.and_then(|id| Some((id, self.sequences.get(&id)?))) {
             let len = sequence.num_pending().min(quota.remaining()).min(most);
             if len > 0 {
-                step.chunks.push(Chunk { id, start: sequence.num_computed, len, samples: false });
+                step.chunks.push(Chunk { id, start: sequence.num_computed, len, samples: false, encodes: false });
             }
         }
     }

@@ -19,6 +19,10 @@ pub struct Sequence {
     pub num_input: usize,
     /// How many of them, at the beginning, are rows of a learned prompt.
     pub num_virtual: usize,
+    /// An encoder's input, if the model has an encoder.
+    pub encoder: Vec<InputToken>,
+    /// Whether the encoder's output for it is there.
+    pub encoded: bool,
     /// Positions whose keys and values are in `blocks`; it catches up with `tokens`.
     pub num_computed: usize,
     /// The block table: position p is in block p / BLOCK_SIZE.
@@ -46,6 +50,8 @@ impl Sequence {
             num_input: tokens.len(),
             num_virtual,
             tokens,
+            encoder: Vec::new(),
+            encoded: false,
             num_computed: 0,
             blocks: Vec::new(),
             root: None,
@@ -58,8 +64,18 @@ impl Sequence {
         }
     }
 
-    /// Positions still to compute before a token can be chosen.
+    /// Positions still to compute before a token can be chosen, without those of an encoder.
     pub fn num_pending(&self) -> usize {
         self.tokens.len() - self.num_computed
+    }
+
+    /// Positions that an encoder has still to compute, all at once.
+    pub fn num_unencoded(&self) -> usize {
+        if self.encoded { 0 } else { self.encoder.len() }
+    }
+
+    /// All positions still to compute before a token can be chosen.
+    pub fn work(&self) -> usize {
+        self.num_unencoded() + self.num_pending()
     }
 }

@@ -19,7 +19,10 @@ use super::{
     scheduler::{Limits, Scheduler, Step},
     sequence::{Sequence, SequenceId},
 };
-use crate::{kernels::kv_cache::BlockId, prompt::LearnedPrompt};
+use crate::{
+    kernels::{cross::CrossKeyValues, kv_cache::BlockId},
+    prompt::LearnedPrompt,
+};
 
 /// Everything the thread owns.
 pub(super) struct Worker {
@@ -36,6 +39,8 @@ pub(super) struct Worker {
 /// A sequence's side that the scheduler need not see.
 struct Running {
     prompt: Option<Arc<LearnedPrompt>>,
+    /// What the encoder made of the input, while the sequence runs.
+    encoded: Option<CrossKeyValues>,
     sampler: Sampler,
     stop_tokens: Vec<u32>,
     remaining: usize,
@@ -50,13 +55,25 @@ struct Running {
 /// Computes one token, so that the first request finds everything in place and a model that
 /// cannot run is known before anyone asks.
 pub(super) fn warm_up(runner: &mut Runner) -> candle_core::Result<()> {
-    let part = Part { tokens: &[InputToken::Vocab(0)], start: 0, blocks: &[0], prompt: None, samples: true };
+    let encoded = one_token_encoded(runner)?;
+    let tokens = [InputToken::Vocab(0)];
+    let part = Part { tokens: &tokens, start: 0, blocks: &[0], prompt: None, encoded: encoded.as_ref(), samples: true };
     let logits = runner.run(&[part])?;
     let finite = logits.with_rows(|mut rows| Ok(rows.all(|row| row.iter().all(|x| x.is_finite()))))?;
     match finite {
         true => Ok(()),
         false => candle_core::bail!("the model's first logits are not finite; the weights or the dtype are wrong"),
     }
+}
+
+/// An input of one token for a model with an encoder.
+fn one_token_encoded(runner: &mut Runner) -> candle_core::Result<Option<CrossKeyValues>> {
+    if runner.model().info().encoder.is_none() {
+        return Ok(None);
+    }
+    let tokens = [InputToken::Vocab(0)];
+    let input = Part { tokens: &tokens, start: 0, blocks: &[], prompt: None, encoded: None, samples: false };
+    Ok(runner.encode(&[input])?.pop())
 }
 
 /// The numbers of rows that [`cheap_rows`] tries.
@@ -66,10 +83,12 @@ const ROWS: [usize; 6] = [8, 16, 24, 32, 48, 64];
 /// long as reading the weights is what takes the time, more rows cost little.
 pub(super) fn cheap_rows(runner: &mut Runner, most: usize) -> candle_core::Result<usize> {
     let blocks: Vec<BlockId> = (0..most as BlockId).collect();
+    let encoded = one_token_encoded(runner)?;
+    let encoded = encoded.as_ref();
     // The best of three, or the first that is good enough.
     let mut time = |rows: usize, enough: Duration| -> candle_core::Result<Duration> {
         let tokens = [InputToken::Vocab(0)];
-        let part = |blocks| Part { tokens: &tokens, start: 0, blocks, prompt: None, samples: true };
+        let part = |blocks| Part { tokens: &tokens, start: 0, blocks, prompt: None, encoded, samples: true };
         let parts: Vec<Part> = blocks.chunks(1).take(rows).map(part).collect();
         let mut best = Duration::MAX;
         for _ in 0..3 {
@@ -155,7 +174,7 @@ impl Worker {
         SequenceId(self.next_id)
     }
 
-    fn accept(&mut self, Job { request, events, cached_tokens, place }: Job) {
+    fn accept(&mut self, Job { request, encoder, events, cached_tokens, place }: Job) {
         let id = self.new_id();
         let text = request.tokens.iter().filter_map(|t| match t {
             InputToken::Vocab(id) => Some(*id),
@@ -164,6 +183,7 @@ impl Worker {
         let running = Running {
             sampler: Sampler::new(request.sampling.clone(), text),
             prompt: request.prompt,
+            encoded: None,
             stop_tokens: request.sampling.stop_tokens,
             remaining: request.sampling.max_tokens,
             deadline: request.deadline,
@@ -173,7 +193,7 @@ impl Worker {
         };
         self.jobs.insert(id, running);
         let Request { root, account, priority, .. } = request;
-        self.scheduler.add(id, Sequence { root, account, priority, ..Sequence::new(request.tokens) });
+        self.scheduler.add(id, Sequence { root, account, priority, encoder, ..Sequence::new(request.tokens) });
     }
 
     /// Ends sequences whose reader went away, whose deadline passed, or that the drain's end cuts.
@@ -206,6 +226,10 @@ impl Worker {
             }
         }
         self.runner.copy(&step.copies);
+        // Of those that were put off nothing is kept.
+        for (id, job) in &mut self.jobs {
+            job.encoded.take_if(|_| self.scheduler.get(*id).is_none_or(|s| !s.encoded));
+        }
         if !step.chunks.is_empty() {
             let result = self.compute(&step);
             self.shared.steps.fetch_add(1, Relaxed);
@@ -219,6 +243,7 @@ impl Worker {
     }
 
     fn compute(&mut self, step: &Step) -> candle_core::Result<Logits> {
+        self.encode(step)?;
         let mut parts = Vec::with_capacity(step.chunks.len());
         for chunk in &step.chunks {
             let prompt = match (self.jobs.get(&chunk.id), self.warm_ups.get(&chunk.id)) {
@@ -233,10 +258,31 @@ impl Worker {
                 start: chunk.start,
                 blocks: &sequence.blocks,
                 prompt,
+                encoded: self.jobs.get(&chunk.id).and_then(|job| job.encoded.as_ref()),
                 samples: chunk.samples,
             });
         }
         self.runner.run(&parts)
+    }
+
+    /// Computes the encoder's inputs of a step.
+    fn encode(&mut self, step: &Step) -> candle_core::Result<()> {
+        let mut inputs = Vec::new();
+        let encodes = || step.chunks.iter().filter(|chunk| chunk.encodes);
+        for chunk in encodes() {
+            let (Some(sequence), Some(job)) = (self.scheduler.get(chunk.id), self.jobs.get(&chunk.id)) else {
+                candle_core::bail!("sequence {:?} was scheduled but is not known", chunk.id)
+            };
+            let (tokens, prompt) = (&sequence.encoder[..], job.prompt.as_ref());
+            inputs.push(Part { tokens, start: 0, blocks: &[], prompt, encoded: None, samples: false });
+        }
+        let made = self.runner.encode(&inputs)?;
+        for (chunk, encoded) in encodes().zip(made) {
+            if let Some(job) = self.jobs.get_mut(&chunk.id) {
+                job.encoded = Some(encoded);
+            }
+        }
+        Ok(())
     }
 
     fn fail(&mut self, step: &Step, error: &candle_core::Error) {
@@ -292,8 +338,10 @@ impl Worker {
         let input = |id| self.scheduler.get(id).map_or(0, |s| s.num_input);
         let computed: usize =
             step.chunks.iter().map(|c| (c.start + c.len).min(input(c.id)).saturating_sub(c.start)).sum();
+        let encoder = |id| self.scheduler.get(id).map_or(0, |s| s.encoder.len());
+        let encoded: usize = step.chunks.iter().filter(|c| c.encodes).map(|c| encoder(c.id)).sum();
         self.scheduler.commit(step, &chosen);
-        self.shared.prompt_tokens.fetch_add(computed as u64, Relaxed);
+        self.shared.prompt_tokens.fetch_add((computed + encoded) as u64, Relaxed);
         self.shared.generated_tokens.fetch_add(chosen.len() as u64, Relaxed);
         for (id, reason) in ended {
             let event = reason.map_or(Event::Failed, |reason| self.finished(id, reason));
@@ -320,6 +368,8 @@ impl Worker {
         let changes = self.scheduler.take_prompt_changes();
         let (s, cache) = (&self.shared, self.scheduler.cache());
         s.running.store(self.scheduler.num_running(), Relaxed);
+        let encoded = self.jobs.values().filter_map(|job| job.encoded.as_ref()).map(CrossKeyValues::positions);
+        s.encoded_positions.store(encoded.sum(), Relaxed);
         s.kv_blocks_used.store(cache.num_held(), Relaxed);
         s.kv_blocks_cached.store(cache.num_kept(), Relaxed);
         s.evictions.store(cache.evictions(), Relaxed);

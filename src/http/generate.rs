@@ -110,8 +110,8 @@ pub async fn generate_batch(
             "description": "positive or negative", "fields": ["input"], "labels": ["negative", "positive"],
             "virtual_tokens": 20, "limits": {"max_input_tokens": 491, "max_tokens": 492}}]}))))]
 pub async fn list_tasks(State(app): State<AppState>) -> axum::Json<TaskList> {
-    let context = app.engine.max_sequence();
-    let tasks = app.registry.active().iter().map(|version| TaskInfo::new(version, context)).collect();
+    let active = app.registry.active();
+    let tasks = active.iter().map(|version| TaskInfo::new(version, app.engine.room(&version.prompt))).collect();
     axum::Json(TaskList { tasks })
 }
 
@@ -123,7 +123,7 @@ pub async fn list_tasks(State(app): State<AppState>) -> axum::Json<TaskList> {
     responses((status = 200, body = TaskInfo, description = "The task")),
     extensions(("x-problems" = json!(["task_not_found", "no_active_version"]))))]
 pub async fn get_task(State(app): State<AppState>, ResolvedTask(version): ResolvedTask) -> axum::Json<TaskInfo> {
-    axum::Json(TaskInfo::new(&version, app.engine.max_sequence()))
+    axum::Json(TaskInfo::new(&version, app.engine.room(&version.prompt)))
 }
 
 async fn start_item(

@@ -105,6 +105,18 @@ pub fn room_for_answer(app: &App, version: &Version, prompt_tokens: usize) -> Re
         let detail = format!("the input has {prompt_tokens} tokens, the task takes at most {limit}: shorten it");
         return Err(Problem::new(Code::InputTooLong, detail));
     }
+    let room = app.engine.room(&version.prompt);
+    if !room.shared {
+        if prompt_tokens > room.text || room.answer == 0 {
+            let detail = format!(
+                "the input has {prompt_tokens} tokens, the encoder takes at most {} beside the learned prompt, and an \
+                 answer may have {}: shorten the input",
+                room.text, room.answer
+            );
+            return Err(Problem::new(Code::InputTooLong, detail));
+        }
+        return Ok(room.answer);
+    }
     match context.checked_sub(virtual_tokens + prompt_tokens) {
         None | Some(0) => {
             let most = context.saturating_sub(virtual_tokens + 1);

@@ -265,6 +265,13 @@ impl From<SubmitError> for Problem {
                 Code::InputTooLong,
                 format!("the learned prompt and the input take {found} positions of {limit}: shorten the input"),
             ),
+            SubmitError::EncoderTooLong { found, limit } => Self::new(
+                Code::InputTooLong,
+                format!(
+                    "the learned prompt and the input take {found} positions and the encoder takes at most {limit}: \
+                     shorten the input"
+                ),
+            ),
         }
     }
 }

@@ -9,7 +9,7 @@ use utoipa::{
 };
 
 use crate::{
-    engine::request::FinishReason,
+    engine::{Room, request::FinishReason},
     prompt::{
         TaskName, Version,
         spec::{BaseModel, Limits},
@@ -317,10 +317,9 @@ pub struct VersionMeta {
 }
 
 impl TaskInfo {
-    /// The active version of a task, for a model of this context.
-    pub fn new(version: &Version, context_length: usize) -> Self {
+    /// The active version of a task, with what its prompt leaves room for.
+    pub fn new(version: &Version, room: Room) -> Self {
         let virtual_tokens = version.prompt.num_virtual_tokens();
-        let room = context_length.saturating_sub(virtual_tokens);
         let limits = &version.spec.limits;
         Self {
             task: version.task.clone(),
@@ -332,8 +331,8 @@ impl TaskInfo {
             peft_type: version.peft_type.as_str(),
             virtual_tokens,
             limits: TaskLimits {
-                max_input_tokens: limits.max_input_tokens.unwrap_or(room).min(room.saturating_sub(1)),
-                max_tokens: limits.max_tokens.unwrap_or(room).min(room),
+                max_input_tokens: limits.max_input_tokens.unwrap_or(room.text).min(room.text),
+                max_tokens: limits.max_tokens.unwrap_or(room.answer).min(room.answer),
             },
         }
     }

@@ -5,7 +5,7 @@
 
 use candle_core::{D, Device, Result, Tensor};
 
-use super::{AttentionParams, Kernels, given::GivenKeyValues, widened};
+use super::{AttentionParams, Kernels, distance_bias::DistanceBias, given::GivenKeyValues, widened};
 
 /// Attention over whole sequences that lie one after another in the packed rows; no cache.
 ///
@@ -24,6 +24,10 @@ pub struct DenseKernels {
     given: Option<GivenKeyValues>,
     /// The keys and values of each layer, where they are asked for.
     recorded: Option<Vec<(Tensor, Tensor)>>,
+    /// The rows of each sequence, if each has its own.
+    lengths: Vec<usize>,
+    /// Keys and values of an encoder's output, by sequence and layer.
+    encoded: Vec<Vec<(Tensor, Tensor)>>,
 }
 
 impl DenseKernels {
@@ -56,6 +60,8 @@ impl DenseKernels {
             longest,
             given: None,
             recorded: None,
+            lengths: if prefix == 0 { lengths.to_vec() } else { Vec::new() },
+            encoded: Vec::new(),
         })
     }
 
@@ -72,6 +78,42 @@ impl DenseKernels {
     /// What was recorded, layer by layer.
     pub fn into_recorded(self) -> Vec<(Tensor, Tensor)> {
         self.recorded.unwrap_or_default()
+    }
+
+    /// With what an encoder made of each sequence's input: for each layer of the decoder keys and
+    /// values `[positions, kv_heads, head_dim]`.
+    pub fn with_encoded(self, encoded: Vec<Vec<(Tensor, Tensor)>>) -> Self {
+        Self { encoded, ..self }
+    }
+
+    /// Each sequence's rows of `q` against all of its keys and values.
+    fn unmasked(&self, q: &Tensor, keys: &[(Tensor, Tensor)], params: &AttentionParams) -> Result<Tensor> {
+        let (t, heads, dim) = q.dims3()?;
+        if self.lengths.iter().sum::<usize>() != t || keys.len() != self.lengths.len() {
+            candle_core::bail!("{t} rows and {} inputs do not fit sequences of {:?}", keys.len(), self.lengths)
+        }
+        let mut first = 0;
+        let mut out = Vec::with_capacity(keys.len());
+        for (&rows, (k, v)) in self.lengths.iter().zip(keys) {
+            let (positions, kv_heads, _) = k.dims3()?;
+            let heads_first = |x: &Tensor| {
+                let x = x.unsqueeze(2)?.expand((positions, kv_heads, heads / kv_heads, dim))?;
+                x.reshape((positions, heads, dim))?.transpose(0, 1)?.contiguous()
+            };
+            let q = q.narrow(0, first, rows)?.transpose(0, 1)?.contiguous()?;
+            let scores = (q.matmul(&heads_first(k)?.t()?)? * f64::from(params.scale))?;
+            let mut scores = scores.to_dtype(widened(q.dtype()))?;
+            if let Some(softcap) = params.softcap.map(f64::from) {
+                scores = ((scores / softcap)?.tanh()? * softcap)?;
+            }
+            if let Some(bias) = &params.distance_bias {
+                scores = (&scores + distances(bias, rows, positions, q.device())?.to_dtype(scores.dtype())?)?;
+            }
+            let weights = candle_nn::ops::softmax(&scores, D::Minus1)?.to_dtype(v.dtype())?;
+            out.push(weights.matmul(&heads_first(v)?)?.transpose(0, 1)?.reshape((rows, heads * dim))?);
+            first += rows;
+        }
+        Tensor::cat(&out, 0)
     }
 
     /// The mask of a window.
@@ -142,6 +184,15 @@ impl Kernels for DenseKernels {
         if let Some(recorded) = &mut self.recorded {
             recorded.push((k.clone(), v.clone()));
         }
+        if !params.causal {
+            let mut first = 0;
+            let own = |&rows: &usize| {
+                first += rows;
+                Ok((k.narrow(0, first - rows, rows)?, v.narrow(0, first - rows, rows)?))
+            };
+            let keys = self.lengths.iter().map(own).collect::<Result<Vec<_>>>()?;
+            return self.unmasked(q, &keys, params);
+        }
         let (_, heads, dim) = q.dims3()?;
         let groups = heads / k.dim(1)?;
         let mask = self.mask(params.window)?;
@@ -154,11 +205,32 @@ impl Kernels for DenseKernels {
         if let Some(slopes) = &params.alibi_slopes {
             scores = scores.broadcast_add(&self.alibi(slopes)?.to_dtype(scores.dtype())?)?;
         }
+        if let Some(bias) = &params.distance_bias {
+            let bias = distances(bias, self.longest, self.longest, q.device())?;
+            scores = scores.broadcast_add(&bias.to_dtype(scores.dtype())?)?;
+        }
         let scores = scores.broadcast_add(&mask.to_dtype(scores.dtype())?)?;
         let weights = candle_nn::ops::softmax(&scores, D::Minus1)?.to_dtype(v.dtype())?;
         let out = weights.matmul(&v)?.transpose(1, 2)?.contiguous()?;
         out.reshape((self.sequences * self.longest, heads * dim))?.index_select(&self.unpad, 0)
     }
+
+    fn cross_attention(&mut self, layer: usize, q: &Tensor, params: &AttentionParams) -> Result<Tensor> {
+        let of = |layers: &Vec<(Tensor, Tensor)>| match layers.get(layer) {
+            Some((k, v)) => Ok((k.clone(), v.clone())),
+            None => candle_core::bail!("layer {layer} has no keys and values of an encoder"),
+        };
+        let keys = self.encoded.iter().map(of).collect::<Result<Vec<_>>>()?;
+        self.unmasked(q, &keys, params)
+    }
+}
+
+/// `[heads, queries, keys]`: what is added to each score for the distance, both counted from 0.
+fn distances(bias: &DistanceBias, queries: usize, keys: usize, device: &Device) -> Result<Tensor> {
+    let heads = bias.heads();
+    let places = (0..heads).flat_map(|h| (0..queries).flat_map(move |i| (0..keys).map(move |j| (h, i, j))));
+    let values: Vec<f32> = places.map(|(head, query, key)| bias.at(head, query, key)).collect();
+    Tensor::from_vec(values, (heads, queries, keys), device)
 }
 
 #[cfg(test)]

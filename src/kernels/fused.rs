@@ -75,6 +75,9 @@ impl Kernels for FusedKernels {
             None => (k.clone(), v.clone()),
         };
         let (t, heads, head_dim) = q.dims3()?;
+        if params.distance_bias.is_some() || !params.causal {
+            bail!("the kernels for tuning have no attention of encoder-decoder models");
+        }
         if t != self.rows.0.len() {
             bail!("attention was given {t} rows for sequences of {}", self.rows.0.len());
         }
@@ -215,7 +218,7 @@ impl Attention {
     /// The softmax of a query's scores over the rows it sees, in their order; `slopes` becomes how
     /// much each score moves with the product of query and key.
     fn weights(&self, q: &[f32], k: &[f32], row: usize, head: usize, out: &mut Vec<f32>, slopes: &mut Vec<f32>) {
-        let AttentionParams { scale, softcap, window, alibi_slopes } = &self.params;
+        let AttentionParams { scale, softcap, window, alibi_slopes, .. } = &self.params;
         let kv_head = head / (self.heads / self.kv_heads);
         out.clear();
         out.extend(self.rows.seen(row, *window).map(|j| dot(q, self.head(k, self.kv_heads, j, kv_head)) * scale));

@@ -2,7 +2,9 @@
 //! these and knows nothing else of where it runs.
 
 pub mod cpu;
+pub mod cross;
 pub mod dense;
+pub mod distance_bias;
 pub mod fused;
 pub mod given;
 pub mod kv_cache;
@@ -10,7 +12,9 @@ pub mod paged;
 
 use std::sync::Arc;
 
-use candle_core::{D, DType, Result, Tensor};
+use candle_core::{D, DType, Result, Tensor, bail};
+
+use distance_bias::DistanceBias;
 
 /// What is between a score and its weight, and which positions are seen at all.
 #[derive(Debug, Clone, PartialEq)]
@@ -24,12 +28,17 @@ pub struct AttentionParams {
     /// `[heads]`: to a score is added its head's slope times the key's distance, which is not above
     /// zero (ALiBi, Press et al. 2022).
     pub alibi_slopes: Option<Arc<[f32]>>,
+    /// What is added to a score for its head and its key's distance (T5).
+    pub distance_bias: Option<Arc<DistanceBias>>,
+    /// Whether a position sees only itself and those before it. If not, it sees all of its sequence,
+    /// which has to be in one call then, with no window and no slopes (an encoder).
+    pub causal: bool,
 }
 
 impl AttentionParams {
     /// Scores times `scale`, and nothing else.
     pub fn scaled(scale: f32) -> Self {
-        Self { scale, softcap: None, window: None, alibi_slopes: None }
+        Self { scale, softcap: None, window: None, alibi_slopes: None, distance_bias: None, causal: true }
     }
 }
 
@@ -87,7 +96,7 @@ pub trait Kernels {
     /// other dimensions stay.
     fn rope(&mut self, x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor>;
 
-    /// Causal attention of layer `layer`: `q` `[t, heads, head_dim]` against the keys and values
+    /// Attention of layer `layer`, causal unless `params` says otherwise: `q` `[t, heads, head_dim]` against the keys and values
     /// of the same sequence, those of this call `[t, kv_heads, head_dim]` and those of earlier
     /// calls. Returns `[t, heads * head_dim]`.
     fn attention(
@@ -98,6 +107,13 @@ pub trait Kernels {
         v: &Tensor,
         params: &AttentionParams,
     ) -> Result<Tensor>;
+
+    /// Attention of a decoder's layer `layer` to what its encoder made of each sequence's input, all of
+    /// it: `q` `[t, heads, head_dim]` to `[t, heads * head_dim]`.
+    fn cross_attention(&mut self, layer: usize, q: &Tensor, params: &AttentionParams) -> Result<Tensor> {
+        let _ = (q, params);
+        bail!("layer {layer} attends to an encoder's output, and these kernels were given none")
+    }
 
     /// The activation function of an MLP, of every value of `x` `[t, intermediate]`.
     fn activate(&mut self, activation: Activation, x: &Tensor) -> Result<Tensor> {

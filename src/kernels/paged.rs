@@ -3,11 +3,16 @@
 //! Every row is computed by itself, in one order, so its result does not depend on which other
 //! rows are in the step.
 
-use candle_core::{Device, Result, Tensor};
+use candle_core::{Device, Result, Tensor, bail};
 
 use super::{
     Activation, AttentionParams, Kernels,
-    cpu::{Isa, attention, pool, rows, tensors::with_values},
+    cpu::{
+        Isa, attention, pool, rows,
+        tensors::with_values,
+        unmasked::{self, Heads, Span},
+    },
+    cross::CrossKeyValues,
     kv_cache::{BlockId, KvCache},
 };
 
@@ -18,7 +23,8 @@ pub struct Segment {
     pub rows: usize,
     /// The first row's position in its sequence; earlier positions are in the cache.
     pub start: usize,
-    /// The sequence's blocks, position p in block p / BLOCK_SIZE.
+    /// The sequence's blocks, position p in block p / BLOCK_SIZE; none for the rows of an encoder, of
+    /// which nothing is kept.
     pub blocks: Vec<BlockId>,
 }
 
@@ -27,6 +33,8 @@ pub struct Segment {
 pub struct PagedKernels<'a> {
     cache: &'a mut KvCache,
     segments: &'a [Segment],
+    /// For each segment, what its encoder made; empty for a model without an encoder.
+    encoded: &'a [&'a CrossKeyValues],
     isa: Isa,
 }
 
@@ -38,7 +46,37 @@ impl<'a> PagedKernels<'a> {
 
     /// As [`new`](Self::new), with other instructions than the best.
     pub fn with_isa(cache: &'a mut KvCache, segments: &'a [Segment], isa: Isa) -> Self {
-        Self { cache, segments, isa }
+        Self { cache, segments, encoded: &[], isa }
+    }
+
+    /// With an encoder's output for each segment, in their order.
+    pub fn with_encoded(self, encoded: &'a [&'a CrossKeyValues]) -> Self {
+        Self { encoded, ..self }
+    }
+
+    /// Attention among the rows of each segment, before and after.
+    fn unmasked(&self, q: &Tensor, k: &Tensor, v: &Tensor, params: &AttentionParams) -> Result<Tensor> {
+        let ((t, heads, head_dim), kv_heads) = (q.dims3()?, k.dim(1)?);
+        let rows: usize = self.segments.iter().map(|s| s.rows).sum();
+        if t != rows || k.dims() != [t, kv_heads, head_dim] || v.dims() != k.dims() || params.window.is_some() {
+            bail!("attention was given {:?} and {:?} for an encoder's {rows} rows", q.dims(), k.dims())
+        }
+        let width = kv_heads * head_dim;
+        let y = with_values(q, |q| {
+            with_values(k, |k| {
+                with_values(v, |v| {
+                    let mut first = 0;
+                    let span = |segment: &Segment| {
+                        let part = first * width..(first + segment.rows) * width;
+                        first += segment.rows;
+                        Span { rows: segment.rows, keys: &k[part.clone()], values: &v[part] }
+                    };
+                    let spans: Vec<Span> = self.segments.iter().map(span).collect();
+                    Ok(unmasked::attend(pool::global(), &spans, q, Heads { heads, kv_heads, head_dim }, params))
+                })
+            })
+        })?;
+        Tensor::from_vec(y, (t, heads * head_dim), &Device::Cpu)
     }
 }
 
@@ -84,6 +122,9 @@ impl Kernels for PagedKernels<'_> {
         v: &Tensor,
         params: &AttentionParams,
     ) -> Result<Tensor> {
+        if !params.causal {
+            return self.unmasked(q, k, v, params);
+        }
         let (t, heads, head_dim) = q.dims3()?;
         let rows: usize = self.segments.iter().map(|s| s.rows).sum();
         let shape = self.cache.shape();
@@ -104,6 +145,25 @@ impl Kernels for PagedKernels<'_> {
         })?;
         Tensor::from_vec(y, (t, heads * head_dim), &Device::Cpu)
     }
+
+    fn cross_attention(&mut self, layer: usize, q: &Tensor, params: &AttentionParams) -> Result<Tensor> {
+        let (t, heads, head_dim) = q.dims3()?;
+        let rows: usize = self.segments.iter().map(|s| s.rows).sum();
+        if t != rows || self.encoded.len() != self.segments.len() {
+            let (encoded, segments) = (self.encoded.len(), self.segments.len());
+            bail!("cross-attention was given {t} rows and {encoded} inputs for {rows} rows of {segments} sequences")
+        }
+        let mut spans = Vec::with_capacity(self.segments.len());
+        let mut kv_heads = 1;
+        for (segment, encoded) in self.segments.iter().zip(self.encoded) {
+            let found = encoded.layer(layer)?;
+            kv_heads = found.keys.len() / (encoded.positions() * head_dim).max(1);
+            spans.push(Span { rows: segment.rows, keys: &found.keys, values: &found.values });
+        }
+        let shape = Heads { heads, kv_heads, head_dim };
+        let y = with_values(q, |q| Ok(unmasked::attend(pool::global(), &spans, q, shape, params)))?;
+        Tensor::from_vec(y, (t, heads * head_dim), &Device::Cpu)
+    }
 }
 
 #[cfg(test)]
@@ -114,6 +174,7 @@ mod tests {
     use crate::kernels::{
         cpu::Precision,
         dense::DenseKernels,
+        distance_bias::DistanceBias,
         kv_cache::{BLOCK_SIZE, KvShape},
     };
 
@@ -195,6 +256,53 @@ mod tests {
         }
     }
 
+    fn bias(heads: usize) -> std::sync::Arc<DistanceBias> {
+        DistanceBias::new(heads, 20, |head, distance| (head as f32 + 0.3 * distance as f32).sin()).into()
+    }
+
+    #[test]
+    fn attention_without_a_mask_and_to_an_encoders_output_equals_the_dense_one_and_is_the_same_alone() {
+        let lengths = [1, 17, 40];
+        for (heads, kv_heads, dim) in [(6, 2, 20), (4, 4, 16), (3, 1, 64)] {
+            let case = Case::new(&lengths, heads, kv_heads, dim);
+            let params = AttentionParams { causal: false, softcap: Some(4.0), ..AttentionParams::scaled(0.4) };
+            let biased = AttentionParams { distance_bias: Some(bias(heads)), ..params.clone() };
+            let mut cache = KvCache::new(
+                KvShape { num_layers: 1, num_kv_heads: kv_heads, head_dim: dim, precision: Precision::F32 },
+                1,
+            )
+            .unwrap();
+            let segment = |&rows: &usize| Segment { rows, start: 0, blocks: Vec::new() };
+            let segments: Vec<_> = lengths.iter().map(segment).collect();
+            // The queries of one sequence against the keys of another.
+            let encoded: Vec<(Tensor, Tensor)> = [(18, 40), (1, 17), (0, 1)]
+                .map(|(at, n)| (case.k.narrow(0, at, n).unwrap(), case.v.narrow(0, at, n).unwrap()))
+                .to_vec();
+            let kept: Vec<_> = encoded
+                .iter()
+                .map(|kv| CrossKeyValues::of_rows(std::slice::from_ref(kv), 0, kv.0.dims()[0]).unwrap())
+                .collect();
+            let kept: Vec<_> = kept.iter().collect();
+            let mut dense = DenseKernels::new(&lengths, &Device::Cpu)
+                .unwrap()
+                .with_encoded(encoded.iter().map(|kv| vec![kv.clone()]).collect());
+            let mut paged = PagedKernels::new(&mut cache, &segments).with_encoded(&kept);
+            let own = paged.attention(0, &case.q, &case.k, &case.v, &biased).unwrap();
+            let cross = paged.cross_attention(0, &case.q, &params).unwrap();
+            let expected = dense.attention(0, &case.q, &case.k, &case.v, &biased).unwrap();
+            assert!(largest_difference(&own, &expected) < 2e-5);
+            assert!(largest_difference(&cross, &dense.cross_attention(0, &case.q, &params).unwrap()) < 2e-5);
+            assert!(paged.cross_attention(1, &case.q, &params).is_err(), "there is one layer");
+            let [q, k, v] = [&case.q, &case.k, &case.v].map(|x| x.narrow(0, 1, 17).unwrap());
+            let mut alone = PagedKernels::new(&mut cache, &segments[1..2]).with_encoded(&kept[1..2]);
+            let part = |x: &Tensor| bits(&x.narrow(0, 1, 17).unwrap());
+            assert!(bits(&alone.attention(0, &q, &k, &v, &biased).unwrap()) == part(&own));
+            assert!(bits(&alone.cross_attention(0, &q, &params).unwrap()) == part(&cross));
+            let mut none = PagedKernels::new(&mut cache, &segments);
+            assert!(none.cross_attention(0, &case.q, &params).is_err(), "there is no encoder's output");
+        }
+    }
+
     /// Every option of attention, for so many heads.
     fn options(heads: usize, scale: f32) -> Vec<AttentionParams> {
         let plain = AttentionParams::scaled(scale);
@@ -206,6 +314,7 @@ mod tests {
             AttentionParams { softcap: Some(0.5), scale: 1.0, ..plain.clone() },
             AttentionParams { alibi_slopes: Some(slopes.clone()), ..plain.clone() },
             AttentionParams { alibi_slopes: Some(slopes), window: Some(32), softcap: Some(5.0), ..plain.clone() },
+            AttentionParams { distance_bias: Some(bias(heads)), scale: 0.3, ..plain.clone() },
             plain,
         ]
     }

@@ -2,6 +2,7 @@
 //! computed, in the form of transformers v4 and of v5. An option that is not supported is an
 //! error that names it, never an approximation.
 
+mod encoder_decoder;
 mod families;
 mod keys;
 mod rope;
@@ -11,12 +12,13 @@ mod tests;
 use serde_json::Value;
 
 use crate::kernels::Activation;
+pub use encoder_decoder::{EncoderConfig, RelativeBias};
 use families::{Bias, FAMILIES, Family, Order, Windows};
 use keys::Keys;
 pub use keys::OneOrMany;
 pub use rope::{Rope, RopeScaling};
 
-/// The shape of a decoder-only transformer.
+/// The shape of a transformer: a decoder, and perhaps an encoder before it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ModelConfig {
     /// `model_type`, such as `llama`.
@@ -48,6 +50,12 @@ pub struct ModelConfig {
     pub learned_positions: Option<usize>,
     /// Scores fall with the distance, by the slopes of ALiBi.
     pub alibi: bool,
+    /// Scores get a bias for the distance, by a table that the first layer has for all.
+    pub relative_bias: Option<RelativeBias>,
+    /// Whether a position sees only those before it, as in every decoder.
+    pub causal: bool,
+    /// The encoder whose output the decoder's layers attend to.
+    pub encoder: Option<EncoderConfig>,
     /// What is particular to each layer, `[num_layers]`.
     pub layers: Vec<LayerConfig>,
     /// What caps the scores of attention.
@@ -56,14 +64,18 @@ pub struct ModelConfig {
     pub final_softcap: Option<f64>,
     /// What token embeddings are multiplied with; rows that are given instead of tokens are not.
     pub embedding_scale: Option<f64>,
+    /// What the last hidden states are multiplied with before they meet the output matrix.
+    pub output_scale: Option<f64>,
     /// Whether a norm follows the embeddings.
     pub embedding_norm: bool,
+    /// Whether the MLP is gated, in a family that has both kinds.
+    pub gated_mlp: bool,
     /// Biases of the query, key and value projections.
     pub qkv_bias: bool,
     /// Bias of the attention's output projection.
     pub attention_output_bias: bool,
     pub mlp_bias: bool,
-    /// The output matrix is the embedding table.
+    /// The output matrix is the embedding table; with an encoder only if the file has no other.
     pub tie_word_embeddings: bool,
     pub eos_token_ids: Vec<u32>,
 }
@@ -157,12 +169,15 @@ struct Reader<'a> {
 impl Reader<'_> {
     fn read(&self) -> Result<ModelConfig, String> {
         let (keys, family) = (self.keys, self.family);
-        let hidden_size = self.needed(&["n_embed", "n_embd", "hidden_size"])?;
-        let num_layers = self.needed(&["n_layer", "num_hidden_layers"])?;
+        let hidden_size = self.needed(&["d_model", "n_embed", "n_embd", "hidden_size"])?;
+        let num_layers = match family.encoder {
+            true => self.needed(&["num_decoder_layers", "num_layers"])?,
+            false => self.needed(&["n_layer", "num_hidden_layers"])?,
+        };
         if num_layers > MAX_LAYERS {
             return Err(format!("num_hidden_layers is {num_layers}, expected 1 to {MAX_LAYERS}"));
         }
-        let num_heads = self.needed(&["n_head", "num_attention_heads"])?;
+        let num_heads = self.needed(&["num_heads", "n_head", "num_attention_heads"])?;
         let num_kv_heads = match family.grouped {
             true => self.size(&["num_key_value_heads"])?.unwrap_or(num_heads),
             false => num_heads,
@@ -172,7 +187,11 @@ impl Reader<'_> {
                 "num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}"
             ));
         }
-        let given = if family.grouped { self.size(&["head_dim"])? } else { None };
+        let given = match family {
+            Family { encoder: true, .. } => Some(self.needed(&["d_kv"])?),
+            Family { grouped: true, .. } => self.size(&["head_dim"])?,
+            _ => None,
+        };
         let head_dim = match given {
             Some(d) => d,
             None if hidden_size % num_heads == 0 => hidden_size / num_heads,
@@ -184,6 +203,7 @@ impl Reader<'_> {
             "bloom" => 4 * hidden_size,
             "gpt2" => self.size(&["n_inner"])?.unwrap_or(4 * hidden_size),
             "opt" => self.needed(&["ffn_dim"])?,
+            "t5" | "mt5" => self.needed(&["d_ff"])?,
             _ => self.needed(&["intermediate_size"])?,
         };
         let norm_eps = keys.get(family.norm_eps.0)?.unwrap_or(family.norm_eps.1);
@@ -193,6 +213,7 @@ impl Reader<'_> {
         let context_length = self.needed(match family.name {
             "gpt2" => &["n_positions", "max_position_embeddings"],
             "bloom" => &["seq_length", "max_position_embeddings"],
+            "t5" | "mt5" => &["n_positions"],
             _ => &["max_position_embeddings"],
         })?;
         let ropes = match family.order {
@@ -225,10 +246,15 @@ impl Reader<'_> {
                 _ => None,
             },
             alibi: matches!(family.order, Order::Alibi),
+            relative_bias: None,
+            causal: true,
+            encoder: None,
             attention_softcap,
             final_softcap,
             embedding_scale: family.scaled_embeddings.then(|| (hidden_size as f64).sqrt()),
+            output_scale: None,
             embedding_norm: family.embedding_norm,
+            gated_mlp: true,
             qkv_bias: self.bias(family.qkv_bias)?,
             attention_output_bias: self.bias(family.output_bias)?,
             mlp_bias: self.bias(family.mlp_bias)?,
@@ -237,6 +263,9 @@ impl Reader<'_> {
         };
         if family.name == "opt" {
             self.opt(&mut config)?;
+        }
+        if family.encoder {
+            self.encoder_decoder(&mut config)?;
         }
         Ok(config)
     }
@@ -263,6 +292,12 @@ impl Reader<'_> {
     fn activation(&self) -> Result<Activation, String> {
         let (key, default) = self.family.activation;
         let name: String = self.keys.get(key)?.unwrap_or_else(|| default.to_owned());
+        // T5's key says both in one.
+        let name = match name.strip_prefix("gated-").filter(|_| self.family.encoder) {
+            Some("gelu") => "gelu_new".to_owned(),
+            Some(other) => other.to_owned(),
+            None => name,
+        };
         match name.as_str() {
             "silu" | "swish" => Ok(Activation::Silu),
             // The first Gemma's files say so and mean the other one.
@@ -296,6 +331,10 @@ impl Reader<'_> {
         }
         let gpt2 = self.family.name == "gpt2";
         if gpt2 && !keys.flag("scale_attn_weights", true)? {
+            scale = 1.0;
+        }
+        if self.family.encoder {
+            // Its weights are drawn so that no scale is needed.
             scale = 1.0;
         }
         let by_depth = gpt2 && keys.flag("scale_attn_by_inverse_layer_idx", false)?;

@@ -25,6 +25,7 @@ pub struct Decoder {
     layers: Vec<Layer>,
     final_norm: Option<Norm>,
     head: Linear,
+    output_scale: Option<f64>,
     softcap: Option<f64>,
     /// Cosines and sines of every position, `[context_length, dims / 2]`, for each rotary embedding.
     rotations: Vec<Rotation>,
@@ -50,8 +51,10 @@ impl Decoder {
         let mut norm = |is: bool, name| is.then(|| source.norm(None, name, hidden)).transpose();
         let embedding_norm = norm(config.embedding_norm, names.embedding_norm)?;
         let final_norm = norm(config.final_norm, names.final_norm)?;
-        let layers = (0..config.num_layers).map(|i| Layer::load(config, i, &mut source)).collect::<Loaded<_>>()?;
-        let head = match config.tie_word_embeddings {
+        let bias = source.distance_bias(config)?;
+        let layer = |i| Layer::load(config, i, bias.as_ref(), &mut source);
+        let layers = (0..config.num_layers).map(layer).collect::<Loaded<_>>()?;
+        let head = match config.tie_word_embeddings && (config.encoder.is_none() || !source.has_head()) {
             true => embeddings.clone(),
             false => source.head(vocab, hidden)?,
         };
@@ -69,6 +72,7 @@ impl Decoder {
             layers,
             final_norm,
             head: Linear::new(head, None),
+            output_scale: config.output_scale,
             softcap: config.final_softcap,
             rotations: config.ropes.iter().map(tables).collect::<Result<_>>()?,
             dtype,
@@ -124,7 +128,10 @@ impl Decoder {
 
     /// `[t, hidden]` to `[t, vocab]`, in f32; in f64 for a model in f64.
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
-        let logits = self.head.forward(hidden)?;
+        let logits = match self.output_scale {
+            Some(scale) => self.head.forward(&(hidden * scale)?)?,
+            None => self.head.forward(hidden)?,
+        };
         let logits = match logits.dtype() {
             DType::F64 => logits,
             _ => logits.to_dtype(DType::F32)?,
@@ -133,6 +140,11 @@ impl Decoder {
             Some(cap) => (logits / cap)?.tanh()? * cap,
             None => Ok(logits),
         }
+    }
+
+    /// See [`Model::cross_key_values`](super::Model::cross_key_values).
+    pub fn cross_key_values(&self, encoded: &Tensor) -> Result<Vec<(Tensor, Tensor)>> {
+        self.layers.iter().map(|layer| layer.cross_key_values(encoded)).collect()
     }
 
     /// Every weight, in a fixed order, one at a time.

@@ -1,15 +1,18 @@
-//! One layer of the decoder: attention and an MLP, each with its norms and its residual.
+//! One layer: attention, perhaps attention to an encoder's output, and an MLP, each with its norms and
+//! its residual.
 
-use candle_core::{Result, Tensor};
+use std::sync::Arc;
+
+use candle_core::{Result, Tensor, bail};
 
 use super::{
     ModelConfig,
     config::{NormPlaces, QkNorm},
     linear::Linear,
-    names::{Mlp as MlpNames, NormNames, Qkv},
+    names::{CrossNames, Mlp as MlpNames, NormNames, Qkv},
     source::{Loaded, Norm, Source},
 };
-use crate::kernels::{Activation, AttentionParams, Kernels};
+use crate::kernels::{Activation, AttentionParams, Kernels, distance_bias::DistanceBias};
 
 /// Cosines and sines of the rows of a step, each `[t, dims / 2]`.
 pub type Rotation = (Tensor, Tensor);
@@ -20,6 +23,7 @@ pub struct Layer {
     attention: Attention,
     attention_norms: BranchNorms,
     output: Linear,
+    cross: Option<CrossAttention>,
     mlp: Mlp,
     mlp_norms: BranchNorms,
     down: Linear,
@@ -27,14 +31,23 @@ pub struct Layer {
 }
 
 impl Layer {
-    /// Takes layer `index` out of a file.
-    pub fn load(config: &ModelConfig, index: usize, source: &mut Source) -> Loaded<Self> {
+    /// Takes layer `index` out of a file. The position bias is that of all layers.
+    pub fn load(
+        config: &ModelConfig,
+        index: usize,
+        bias: Option<&Arc<DistanceBias>>,
+        source: &mut Source,
+    ) -> Loaded<Self> {
         let (names, hidden) = (source.names(), config.hidden_size);
         let attended = config.num_heads * config.head_dim;
         Ok(Self {
-            attention: Attention::load(config, index, source)?,
+            attention: Attention::load(config, index, bias, source)?,
             attention_norms: BranchNorms::load(source, index, names.attention_norms, config.attention_norms, hidden)?,
             output: source.linear(index, names.output, hidden, attended, config.attention_output_bias)?.whole()?,
+            cross: match (&config.encoder, names.cross) {
+                (Some(_), Some(names)) => Some(CrossAttention::load(config, index, names, source)?),
+                _ => None,
+            },
             mlp: Mlp::load(config, index, source)?,
             mlp_norms: BranchNorms::load(source, index, names.mlp_norms, config.mlp_norms, hidden)?,
             down: source.linear(index, names.down, hidden, config.intermediate_size, config.mlp_bias)?.whole()?,
@@ -52,18 +65,31 @@ impl Layer {
     ) -> Result<Tensor> {
         let h = self.attention_norms.enter(x, kernels)?;
         let attended = self.attention.forward(index, &h, rotations, kernels)?;
-        let y = self.attention_norms.leave(&self.output, &attended, x, kernels)?;
+        let mut y = self.attention_norms.leave(&self.output, &attended, x, kernels)?;
+        if let Some(cross) = &self.cross {
+            y = cross.forward(index, &y, kernels)?;
+        }
         let h = self.mlp_norms.enter(if self.parallel_residual { x } else { &y }, kernels)?;
         let inner = self.mlp.forward(&h, kernels)?;
         self.mlp_norms.leave(&self.down, &inner, &y, kernels)
     }
 
+    /// Keys and values of an encoder's output `[t, hidden]`, both `[t, kv_heads, head_dim]`.
+    pub fn cross_key_values(&self, encoded: &Tensor) -> Result<(Tensor, Tensor)> {
+        match &self.cross {
+            Some(cross) => cross.key_values(encoded),
+            None => bail!("the layer does not attend to an encoder's output"),
+        }
+    }
+
     /// Every weight, in a fixed order.
     pub fn tensors(&self) -> impl Iterator<Item = Result<Tensor>> {
-        let norms =
-            self.attention_norms.all().chain(self.mlp_norms.all()).chain(self.attention.qk_norms.iter().flatten());
-        let linear =
-            self.attention.linear().into_iter().chain([&self.output]).chain(self.mlp.linear()).chain([&self.down]);
+        let cross_norms = self.cross.iter().flat_map(|cross| cross.norms.all());
+        let norms = self.attention_norms.all().chain(cross_norms).chain(self.mlp_norms.all());
+        let norms = norms.chain(self.attention.qk_norms.iter().flatten());
+        let cross = self.cross.iter().flat_map(|cross| [&cross.q, &cross.k, &cross.v, &cross.output]);
+        let linear = self.attention.linear().into_iter().chain([&self.output]).chain(cross);
+        let linear = linear.chain(self.mlp.linear()).chain([&self.down]);
         norms.flat_map(|norm| norm.tensors().map(Ok)).chain(linear.flat_map(Linear::tensors))
     }
 }
@@ -129,7 +155,7 @@ struct Attention {
 }
 
 impl Attention {
-    fn load(config: &ModelConfig, index: usize, source: &mut Source) -> Loaded<Self> {
+    fn load(config: &ModelConfig, index: usize, bias: Option<&Arc<DistanceBias>>, source: &mut Source) -> Loaded<Self> {
         let ModelConfig { num_heads, num_kv_heads, head_dim, hidden_size, qkv_bias, .. } = *config;
         let (queries, keys) = (num_heads * head_dim, num_kv_heads * head_dim);
         let [q, k, v] = match source.names().qkv {
@@ -164,6 +190,8 @@ impl Attention {
             softcap: config.attention_softcap.map(|cap| cap as f32),
             window: layer.window,
             alibi_slopes: config.alibi.then(|| alibi_slopes(num_heads).into()),
+            distance_bias: bias.cloned(),
+            causal: config.causal,
         };
         let whole_norms = config.qk_norm == Some(QkNorm::Projection);
         Ok(Self { q, k, v, qk_norms, whole_norms, rope: layer.rope, params, num_heads, num_kv_heads, head_dim })
@@ -206,6 +234,47 @@ impl Attention {
     }
 }
 
+/// Attention to an encoder's output, with its norms and its residual.
+#[derive(Debug)]
+struct CrossAttention {
+    norms: BranchNorms,
+    q: Linear,
+    k: Linear,
+    v: Linear,
+    output: Linear,
+    params: AttentionParams,
+    num_heads: usize,
+    num_kv_heads: usize,
+    head_dim: usize,
+}
+
+impl CrossAttention {
+    fn load(config: &ModelConfig, index: usize, names: CrossNames, source: &mut Source) -> Loaded<Self> {
+        let ModelConfig { num_heads, num_kv_heads, head_dim, hidden_size, qkv_bias, .. } = *config;
+        let (queries, keys) = (num_heads * head_dim, num_kv_heads * head_dim);
+        let norms = BranchNorms::load(source, index, names.norms, config.attention_norms, hidden_size)?;
+        let mut linear = |name, rows| source.linear(index, name, rows, hidden_size, qkv_bias)?.whole();
+        let [q, k, v] = names.qkv;
+        let (q, k, v) = (linear(q, queries)?, linear(k, keys)?, linear(v, keys)?);
+        let output = source.linear(index, names.output, hidden_size, queries, config.attention_output_bias)?.whole()?;
+        let params = AttentionParams { causal: false, ..AttentionParams::scaled(config.layers[index].scale as f32) };
+        Ok(Self { norms, q, k, v, output, params, num_heads, num_kv_heads, head_dim })
+    }
+
+    fn forward(&self, index: usize, x: &Tensor, kernels: &mut dyn Kernels) -> Result<Tensor> {
+        let h = self.norms.enter(x, kernels)?;
+        let q = self.q.forward(&h)?.reshape((x.dims()[0], self.num_heads, self.head_dim))?;
+        let attended = kernels.cross_attention(index, &q, &self.params)?;
+        self.norms.leave(&self.output, &attended, x, kernels)
+    }
+
+    fn key_values(&self, encoded: &Tensor) -> Result<(Tensor, Tensor)> {
+        let [k, v] = Linear::forward_all([&self.k, &self.v], encoded)?;
+        let shape = (encoded.dims()[0], self.num_kv_heads, self.head_dim);
+        Ok((k.reshape(shape)?, v.reshape(shape)?))
+    }
+}
+
 /// The slope of each head (Press et al. 2022, as transformers' modeling_bloom.py has them).
 fn alibi_slopes(heads: usize) -> Vec<f32> {
     let power = 1usize << heads.ilog2();
@@ -226,7 +295,7 @@ impl Mlp {
     fn load(config: &ModelConfig, index: usize, source: &mut Source) -> Loaded<Self> {
         let ModelConfig { intermediate_size: inner, hidden_size: hidden, mlp_bias: bias, activation, .. } = *config;
         Ok(match source.names().mlp {
-            MlpNames::Gated([gate, up]) => {
+            MlpNames::Gated([gate, up]) | MlpNames::Either { gated: [gate, up], .. } if config.gated_mlp => {
                 let mut linear = |name| source.linear(index, name, inner, hidden, bias)?.whole();
                 Self::Gated(linear(gate)?, linear(up)?, activation)
             }
@@ -234,7 +303,9 @@ impl Mlp {
                 let both = source.linear(index, name, 2 * inner, hidden, bias)?;
                 Self::Gated(both.rows(0, inner)?, both.rows(inner, inner)?, activation)
             }
-            MlpNames::Plain(name) => Self::Plain(source.linear(index, name, inner, hidden, bias)?.whole()?, activation),
+            MlpNames::Gated([_, name]) | MlpNames::Plain(name) | MlpNames::Either { plain: name, .. } => {
+                Self::Plain(source.linear(index, name, inner, hidden, bias)?.whole()?, activation)
+            }
         })
     }
 

@@ -2,6 +2,7 @@
 
 pub mod config;
 pub mod decoder;
+mod encoder;
 pub mod files;
 pub mod gguf;
 #[cfg(feature = "hub")]
@@ -10,13 +11,14 @@ mod layer;
 pub mod linear;
 mod names;
 pub mod random;
+mod relative;
 mod source;
 pub mod weights;
 
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor, bail};
 use sha2::{Digest as _, Sha256};
 
-pub use config::ModelConfig;
+pub use config::{EncoderConfig, ModelConfig};
 pub use files::{ModelError, ModelFiles};
 
 use crate::kernels::{
@@ -25,12 +27,14 @@ use crate::kernels::{
     kv_cache::KvShape,
 };
 use decoder::Decoder;
+use encoder::Encoder;
 
 /// A loaded model: weights that nothing changes.
 #[derive(Debug)]
 pub struct Model {
     config: ModelConfig,
     info: ModelInfo,
+    encoder: Option<Encoder>,
     decoder: Decoder,
 }
 
@@ -43,7 +47,10 @@ pub struct ModelInfo {
     pub fingerprint: String,
     pub hidden_size: usize,
     pub vocab_size: usize,
+    /// Layers of the decoder.
     pub num_layers: usize,
+    /// The encoder before the decoder, if there is one.
+    pub encoder: Option<EncoderConfig>,
     /// Heads of keys and values.
     pub num_kv_heads: usize,
     pub head_dim: usize,
@@ -67,6 +74,7 @@ impl Model {
         let config = files.config()?;
         let mut weights = weights::Weights::read(files, device, dtype)?;
         let num_parameters = weights.num_parameters();
+        let encoder = Encoder::load(&config, &mut weights)?;
         let decoder = Decoder::load(&config, &mut weights)?;
         weights.finish()?;
         let info = ModelInfo {
@@ -75,6 +83,7 @@ impl Model {
             hidden_size: config.hidden_size,
             vocab_size: config.vocab_size,
             num_layers: config.num_layers,
+            encoder: config.encoder.clone(),
             num_kv_heads: config.num_kv_heads,
             head_dim: config.head_dim,
             context_length: config.context_length,
@@ -85,7 +94,7 @@ impl Model {
             device: device.clone(),
             dtype,
         };
-        Ok(Self { config, info, decoder })
+        Ok(Self { config, info, encoder, decoder })
     }
 
     /// What the model is.
@@ -132,6 +141,31 @@ impl Model {
         self.decoder.forward(x, positions, kernels)
     }
 
+    /// Packed embeddings `[t, hidden]` of any number of inputs of an encoder, each in one piece, to its
+    /// hidden states `[t, hidden]`.
+    ///
+    /// # Errors
+    /// The model has no encoder, or a kernel fails.
+    pub fn encode(&self, x: &Tensor, kernels: &mut dyn Kernels) -> Result<Tensor> {
+        match &self.encoder {
+            Some(encoder) => encoder.forward(x, kernels),
+            None => bail!("the model {} has no encoder", self.info.name),
+        }
+    }
+
+    /// What the decoder's layers find in hidden states of the encoder `[t, hidden]`: for each layer
+    /// keys and values, both `[t, kv_heads, head_dim]`.
+    pub fn cross_key_values(&self, encoded: &Tensor) -> Result<Vec<(Tensor, Tensor)>> {
+        self.decoder.cross_key_values(encoded)
+    }
+
+    /// Bytes of keys and values that one position of an encoder's input takes; 0 without an encoder.
+    pub fn cross_bytes(&self) -> usize {
+        let c = &self.config;
+        let values = 2 * c.num_layers * c.num_kv_heads * c.head_dim;
+        c.encoder.as_ref().map_or(0, |_| values * size_of::<f32>())
+    }
+
     /// Hidden states `[t, hidden]` to logits `[t, vocab]` in f32; in f64 for a model in f64.
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
         self.decoder.logits(hidden)
@@ -141,7 +175,8 @@ impl Model {
     /// must not change the model.
     pub fn weights_digest(&self) -> Result<[u8; 32]> {
         let mut hash = Sha256::new();
-        for tensor in self.decoder.tensors() {
+        let encoder = self.encoder.iter().flat_map(Encoder::tensors);
+        for tensor in self.decoder.tensors().chain(encoder) {
             // bf16 to f32 and f32 to f64 are exact, so this hashes the very bits.
             let values = tensor?.to_device(&Device::Cpu)?.flatten_all()?.to_dtype(DType::F64)?.to_vec1::<f64>()?;
             values.iter().for_each(|x| hash.update(x.to_bits().to_le_bytes()));

@@ -7,6 +7,10 @@ pub struct Names {
     /// What comes before every name but that of the output matrix; the first that a file uses.
     pub prefixes: &'static [&'static str],
     pub embeddings: &'static str,
+    /// The first layer's table of a relative position bias.
+    pub relative_bias: &'static str,
+    /// Attention to the encoder's output.
+    pub cross: Option<CrossNames>,
     /// The table of learned positions.
     pub positions: &'static str,
     pub embedding_norm: &'static str,
@@ -45,6 +49,15 @@ pub enum Qkv {
     ByHead(&'static str),
 }
 
+/// Attention to an encoder's output.
+#[derive(Debug, Clone, Copy)]
+pub struct CrossNames {
+    pub norms: NormNames,
+    /// Queries, keys and values.
+    pub qkv: [&'static str; 3],
+    pub output: &'static str,
+}
+
 /// How the inner layers of an MLP are stored.
 #[derive(Debug, Clone, Copy)]
 pub enum Mlp {
@@ -52,11 +65,18 @@ pub enum Mlp {
     /// All rows of the gate, then those of what it lets through.
     GatedStacked(&'static str),
     Plain(&'static str),
+    /// The one or the other; see [`ModelConfig::gated_mlp`](super::config::ModelConfig::gated_mlp).
+    Either {
+        gated: [&'static str; 2],
+        plain: &'static str,
+    },
 }
 
 const LLAMA: Names = Names {
     prefixes: &["model.", ""],
     embeddings: "embed_tokens",
+    relative_bias: "",
+    cross: None,
     positions: "",
     embedding_norm: "",
     layers: "layers",
@@ -138,7 +158,53 @@ const BLOOM: Names = Names {
     ..GPT_NEOX
 };
 
+/// The decoder of T5 and mT5, and the embeddings that it shares with the encoder.
+const T5: Names = Names {
+    prefixes: &[""],
+    embeddings: "shared",
+    relative_bias: "layer.0.SelfAttention.relative_attention_bias",
+    cross: Some(CrossNames {
+        norms: NormNames { before: "layer.1.layer_norm", after: "", sum: "" },
+        qkv: ["layer.1.EncDecAttention.q", "layer.1.EncDecAttention.k", "layer.1.EncDecAttention.v"],
+        output: "layer.1.EncDecAttention.o",
+    }),
+    layers: "decoder.block",
+    attention_norms: NormNames { before: "layer.0.layer_norm", after: "", sum: "" },
+    qkv: Qkv::Apart(["layer.0.SelfAttention.q", "layer.0.SelfAttention.k", "layer.0.SelfAttention.v"]),
+    output: "layer.0.SelfAttention.o",
+    mlp_norms: NormNames { before: "layer.2.layer_norm", after: "", sum: "" },
+    mlp: Mlp::Either {
+        gated: ["layer.2.DenseReluDense.wi_0", "layer.2.DenseReluDense.wi_1"],
+        plain: "layer.2.DenseReluDense.wi",
+    },
+    down: "layer.2.DenseReluDense.wo",
+    final_norm: "decoder.final_layer_norm",
+    ..LLAMA
+};
+
+/// The encoder of T5 and mT5.
+const T5_ENCODER: Names = Names {
+    cross: None,
+    layers: "encoder.block",
+    mlp_norms: NormNames { before: "layer.1.layer_norm", after: "", sum: "" },
+    mlp: Mlp::Either {
+        gated: ["layer.1.DenseReluDense.wi_0", "layer.1.DenseReluDense.wi_1"],
+        plain: "layer.1.DenseReluDense.wi",
+    },
+    down: "layer.1.DenseReluDense.wo",
+    final_norm: "encoder.final_layer_norm",
+    ..T5
+};
+
 impl Names {
+    /// The names of an encoder-decoder model's encoder.
+    pub fn of_encoder(family: &str) -> Self {
+        match family {
+            "t5" | "mt5" => T5_ENCODER,
+            other => Self::of(other),
+        }
+    }
+
     /// The names of a family; most call their tensors as Llama does.
     pub fn of(family: &str) -> Self {
         match family {
@@ -148,6 +214,7 @@ impl Names {
             "gpt_neox" => GPT_NEOX,
             "opt" => OPT,
             "bloom" => BLOOM,
+            "t5" | "mt5" => T5,
             _ => LLAMA,
         }
     }

@@ -156,8 +156,7 @@ fn tensors(config: &ModelConfig) -> Vec<RandomTensor> {
     let names = Names::of(&config.family);
     let prefix = names.prefixes.first().copied().unwrap_or_default();
     let mut list = List { config, names, prefix: prefix.to_owned(), tensors: Vec::new() };
-    let (hidden, inner, vocab) = (config.hidden_size, config.intermediate_size, config.vocab_size);
-    let (q, kv) = (config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim);
+    let (hidden, vocab) = (config.hidden_size, config.vocab_size);
     list.table(names.embeddings, vocab);
     if let Some(offset) = config.learned_positions {
         list.table(names.positions, config.context_length + offset);
@@ -167,34 +166,13 @@ fn tensors(config: &ModelConfig) -> Vec<RandomTensor> {
             list.norm(name, hidden);
         }
     }
-    for layer in 0..config.num_layers {
-        list.prefix = format!("{prefix}{}.{layer}.", names.layers);
-        match names.qkv {
-            Qkv::Apart(names) => names.into_iter().zip([q, kv, kv]).for_each(|(name, outer)| {
-                list.linear(name, outer, hidden, config.qkv_bias);
-            }),
-            Qkv::Stacked(name) | Qkv::ByHead(name) => list.linear(name, q + 2 * kv, hidden, config.qkv_bias),
-        }
-        list.linear(names.output, hidden, q, config.attention_output_bias);
-        match names.mlp {
-            Mlp::Gated(names) => names.into_iter().for_each(|name| list.linear(name, inner, hidden, config.mlp_bias)),
-            Mlp::GatedStacked(name) => list.linear(name, 2 * inner, hidden, config.mlp_bias),
-            Mlp::Plain(name) => list.linear(name, inner, hidden, config.mlp_bias),
-        }
-        list.linear(names.down, hidden, inner, config.mlp_bias);
-        for (places, names) in [(config.attention_norms, names.attention_norms), (config.mlp_norms, names.mlp_norms)] {
-            for (is, name) in [(places.before, names.before), (places.after, names.after), (places.sum, names.sum)] {
-                if is {
-                    list.norm(name, hidden);
-                }
-            }
-        }
-        let widths = match config.qk_norm {
-            None => None,
-            Some(QkNorm::Head) => Some([config.head_dim; 2]),
-            Some(QkNorm::Projection) => Some([q, kv]),
-        };
-        names.qk_norms.into_iter().zip(widths.into_iter().flatten()).for_each(|(name, width)| list.norm(name, width));
+    list.layers();
+    if let Some(encoder) = config.of_encoder() {
+        let names = Names::of_encoder(&config.family);
+        list.norm(names.final_norm, hidden);
+        let mut of_encoder = List { config: &encoder, names, prefix: list.prefix.clone(), tensors: Vec::new() };
+        of_encoder.layers();
+        list.tensors.append(&mut of_encoder.tensors);
     }
     if !config.tie_word_embeddings {
         list.prefix.clear();
@@ -212,6 +190,64 @@ struct List<'a> {
 }
 
 impl List<'_> {
+    /// Those of all layers.
+    fn layers(&mut self) {
+        let (config, names, prefix) = (self.config, self.names, self.prefix.clone());
+        let (hidden, inner) = (config.hidden_size, config.intermediate_size);
+        let (q, kv) = (config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim);
+        for layer in 0..config.num_layers {
+            self.prefix = format!("{prefix}{}.{layer}.", names.layers);
+            if let Some(bias) = config.relative_bias.filter(|_| layer == 0) {
+                self.add(&format!("{}.weight", names.relative_bias), &[bias.buckets, config.num_heads], Fill::Normal);
+            }
+            match names.qkv {
+                Qkv::Apart(names) => names.into_iter().zip([q, kv, kv]).for_each(|(name, outer)| {
+                    self.linear(name, outer, hidden, config.qkv_bias);
+                }),
+                Qkv::Stacked(name) | Qkv::ByHead(name) => self.linear(name, q + 2 * kv, hidden, config.qkv_bias),
+            }
+            self.linear(names.output, hidden, q, config.attention_output_bias);
+            match names.mlp {
+                Mlp::Gated(names) | Mlp::Either { gated: names, .. } if config.gated_mlp => {
+                    names.into_iter().for_each(|name| self.linear(name, inner, hidden, config.mlp_bias))
+                }
+                Mlp::GatedStacked(name) => self.linear(name, 2 * inner, hidden, config.mlp_bias),
+                Mlp::Plain(name) | Mlp::Either { plain: name, .. } | Mlp::Gated([_, name]) => {
+                    self.linear(name, inner, hidden, config.mlp_bias)
+                }
+            }
+            self.linear(names.down, hidden, inner, config.mlp_bias);
+            for (places, names) in
+                [(config.attention_norms, names.attention_norms), (config.mlp_norms, names.mlp_norms)]
+            {
+                for (is, name) in [(places.before, names.before), (places.after, names.after), (places.sum, names.sum)]
+                {
+                    if is {
+                        self.norm(name, hidden);
+                    }
+                }
+            }
+            let widths = match config.qk_norm {
+                None => None,
+                Some(QkNorm::Head) => Some([config.head_dim; 2]),
+                Some(QkNorm::Projection) => Some([q, kv]),
+            };
+            names
+                .qk_norms
+                .into_iter()
+                .zip(widths.into_iter().flatten())
+                .for_each(|(name, width)| self.norm(name, width));
+            if let Some(names) = names.cross.filter(|_| config.encoder.is_some()) {
+                for (name, outer) in names.qkv.into_iter().zip([q, kv, kv]) {
+                    self.linear(name, outer, hidden, config.qkv_bias);
+                }
+                self.linear(names.output, hidden, q, config.attention_output_bias);
+                self.norm(names.norms.before, hidden);
+            }
+        }
+        self.prefix = prefix;
+    }
+
     fn add(&mut self, name: &str, shape: &[usize], fill: Fill) {
         let name = format!("{}{name}", self.prefix);
         self.tensors.push(RandomTensor { name, shape: shape.to_vec(), fill });

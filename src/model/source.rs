@@ -1,6 +1,8 @@
 //! The decoder's parts as they come out of a file: found by their family's names, unpacked, in the type
 //! of activations or ready for the kernels.
 
+use std::sync::Arc;
+
 use candle_core::{DType, Device, Result, Tensor};
 
 use super::{
@@ -8,9 +10,10 @@ use super::{
     config::NormKind,
     linear::{Linear, Weight},
     names::Names,
+    relative,
     weights::{Matrix, Weights},
 };
-use crate::kernels::Kernels;
+use crate::kernels::{Kernels, distance_bias::DistanceBias};
 
 /// What reading a part gives.
 pub type Loaded<T> = std::result::Result<T, ModelError>;
@@ -33,6 +36,24 @@ impl<'a> Source<'a> {
         let found = prefixes.find(|prefix| weights.has(&format!("{prefix}{}.weight", names.embeddings)));
         let prefix = found.or(names.prefixes.first().copied()).unwrap_or_default();
         Self { weights, names, prefix, norm: config.norm, norm_eps: config.norm_eps }
+    }
+
+    /// As [`new`](Self::new), by the names of the encoder, whose shape `config` is.
+    pub fn of_encoder(config: &ModelConfig, weights: &'a mut Weights) -> Self {
+        Self { names: Names::of_encoder(&config.family), ..Self::new(config, weights) }
+    }
+
+    /// Whether the file has an output matrix of its own.
+    pub fn has_head(&self) -> bool {
+        self.names.heads.iter().any(|name| self.weights.has(&format!("{name}.weight")))
+    }
+
+    /// The relative position bias that the first layer has for all, if the model has one.
+    pub fn distance_bias(&mut self, config: &ModelConfig) -> Loaded<Option<Arc<DistanceBias>>> {
+        let Some(bias) = config.relative_bias else { return Ok(None) };
+        let name = format!("{}.weight", self.path(0, self.names.relative_bias));
+        let table = self.weights.take(&name, (bias.buckets, config.num_heads))?;
+        Ok(Some(Arc::new(relative::distance_bias(&table, bias, config.causal)?)))
     }
 
     /// The names of its family.

@@ -19,6 +19,7 @@ pub(crate) fn fit() -> Fit {
         fingerprint: "0123456789abcdef".into(),
         hidden_size: HIDDEN,
         num_layers: 2,
+        encoder_layers: None,
         num_kv_heads: 1,
         head_dim: 4,
         embedding_scale: None,

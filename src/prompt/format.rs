@@ -9,7 +9,7 @@ use super::{
     LearnedPrompt, PeftType, TaskName, Version,
     labels::Verbalizer,
     layout::{self, Meaning},
-    peft,
+    peft::{self, Declared},
     spec::TaskSpec,
     template::{DEFAULT_TEMPLATE, PromptTemplate},
     weights,
@@ -27,7 +27,10 @@ pub struct Fit {
     /// See `model::ModelInfo::fingerprint`.
     pub fingerprint: String,
     pub hidden_size: usize,
+    /// Layers of the decoder.
     pub num_layers: usize,
+    /// Layers of the encoder, if the model has one.
+    pub encoder_layers: Option<usize>,
     /// Heads of keys and values.
     pub num_kv_heads: usize,
     pub head_dim: usize,
@@ -46,6 +49,7 @@ impl From<&ModelInfo> for Fit {
             fingerprint: info.fingerprint.clone(),
             hidden_size: info.hidden_size,
             num_layers: info.num_layers,
+            encoder_layers: info.encoder.as_ref().map(|encoder| encoder.num_layers),
             num_kv_heads: info.num_kv_heads,
             head_dim: info.head_dim,
             embedding_scale: info.embedding_scale,
@@ -62,9 +66,14 @@ impl Fit {
         self.num_kv_heads * self.head_dim
     }
 
+    /// The layers of keys and values that a file has: PEFT counts those of the encoder, if there is one.
+    pub fn key_values_layers(&self) -> usize {
+        self.encoder_layers.unwrap_or(self.num_layers)
+    }
+
     /// Keys and values of one position in all layers.
     pub fn key_values_columns(&self) -> usize {
-        2 * self.num_layers * self.kv_dim()
+        2 * self.key_values_layers() * self.kv_dim()
     }
 }
 
@@ -165,17 +174,23 @@ fn read_prompt(
         };
         return Err(vec![fault(kind, format!("the tensors are those of {foreign}, {reason}"))]);
     }
-    if let (Some(found), Some(expected)) = (weights::num_rows(bytes), declared.rows)
-        && found != expected
+    if let (Some(found), Some(n)) = (weights::num_rows(bytes), declared.virtual_tokens)
+        && !declared.submodules.iter().any(|submodules| found == n.saturating_mul(*submodules))
     {
+        let expected = match declared.submodules.as_slice() {
+            [2] => ", of which there must be twice as many",
+            [1, 2] => ", of which there must be as many or twice as many",
+            _ => "; they must be equal",
+        };
         let detail = format!(
-            "prompt_embeddings has {found} rows and adapter_config.json says num_virtual_tokens {expected}; they must \
-             be equal: use the two files of one run"
+            "prompt_embeddings has {found} rows and adapter_config.json says num_virtual_tokens {n}{expected}: use the \
+             two files of one run"
         );
         faults.push(fault(FaultKind::Shape, detail));
     }
     let peft_type = declared.peft_type.unwrap_or(PeftType::PromptTuning);
-    let meaning = Meaning { peft_type, tasks: declared.tasks, ranks: declared.ranks, task };
+    let Declared { virtual_tokens, tasks, ranks, .. } = declared;
+    let meaning = Meaning { peft_type, virtual_tokens, tasks, ranks, task };
     match layout::read(bytes, meaning, fit) {
         Ok(prompt) if faults.is_empty() => Ok((prompt, peft_type, declared.warnings)),
         Ok(_) => Err(faults),

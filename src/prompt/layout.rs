@@ -21,11 +21,20 @@ const MIN_FREE_POSITIONS: usize = 2;
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Meaning<'a> {
     pub peft_type: PeftType,
+    /// The rows that are used, the first ones, if `adapter_config.json` says it.
+    pub virtual_tokens: Option<usize>,
     /// The tasks and ranks that `adapter_config.json` says a multitask prompt has.
     pub tasks: Option<usize>,
     pub ranks: Option<usize>,
     /// `task.json`; `None` if it is wrong itself, so that nothing can be missed in it.
     pub task: Option<&'a TaskSpec>,
+}
+
+impl Meaning<'_> {
+    /// How many of a file's rows are used.
+    fn used(&self, rows: usize) -> usize {
+        self.virtual_tokens.map_or(rows, |n| n.min(rows))
+    }
 }
 
 /// Reads the tensors' file into what the model is given, on its device and in its dtype.
@@ -57,7 +66,7 @@ fn embeddings(
     meaning: Meaning<'_>,
     fit: &Fit,
 ) -> Result<LearnedPrompt, Vec<Fault>> {
-    let mut faults = shape_faults(prompt.shape(), fit, fit.hidden_size, |columns| {
+    let mut faults = shape_faults(prompt.shape(), meaning, fit, fit.hidden_size, |columns| {
         let (name, hidden) = (&fit.model_name, fit.hidden_size);
         let advice = match columns == fit.key_values_columns() {
             true => {
@@ -87,7 +96,7 @@ fn embeddings(
             let scale = Tensor::new(scale as f32, &Device::Cpu)?.to_dtype(fit.dtype)?.to_dtype(DType::F32)?;
             rows = rows.to_dtype(fit.dtype)?.to_dtype(DType::F32)?.broadcast_mul(&scale)?;
         }
-        Ok(rows)
+        rows.narrow(0, 0, meaning.used(shape.0))?.copy()
     };
     let rows = rows().map_err(not_loaded)?;
     if is_changed {
@@ -98,10 +107,13 @@ fn embeddings(
 }
 
 /// `[n, 2 * layers * kv_dim]` seen as `[n, 2 * layers, kv_heads, head_dim]`: layer i has its keys in
-/// row 2i and its values in row 2i + 1.
+/// row 2i and its values in row 2i + 1. For an encoder-decoder model PEFT doubles the rows, deals four to
+/// each layer and uses the first two, for the decoder's self-attention: row 4i and row 4i + 1 of twice
+/// as many.
 fn key_values(prompt: &Stored<'_>, meaning: Meaning<'_>, fit: &Fit) -> Result<LearnedPrompt, Vec<Fault>> {
-    let &Fit { num_layers, num_kv_heads, head_dim, .. } = fit;
-    let mut faults = shape_faults(prompt.shape(), fit, fit.key_values_columns(), |columns| {
+    let &Fit { num_kv_heads, head_dim, .. } = fit;
+    let num_layers = fit.key_values_layers();
+    let mut faults = shape_faults(prompt.shape(), meaning, fit, fit.key_values_columns(), |columns| {
         let (name, expected) = (&fit.model_name, fit.key_values_columns());
         let advice = match columns == 2 * num_layers * fit.hidden_size {
             true => UNADJUSTED,
@@ -117,6 +129,14 @@ fn key_values(prompt: &Stored<'_>, meaning: Meaning<'_>, fit: &Fit) -> Result<Le
                       remove it";
         faults.push(fault(FaultKind::Task, detail));
     }
+    if fit.num_layers > num_layers {
+        let detail = format!(
+            "keys and values are those of {num_layers} layers, and the decoder has {}: PEFT cannot apply them either; \
+             use prompt tuning",
+            fit.num_layers
+        );
+        faults.push(fault(FaultKind::Shape, detail));
+    }
     faults.extend(prompt.value_faults(fit.dtype));
     if !faults.is_empty() {
         return Err(faults);
@@ -125,13 +145,22 @@ fn key_values(prompt: &Stored<'_>, meaning: Meaning<'_>, fit: &Fit) -> Result<Le
     let layers = || -> candle_core::Result<Vec<LayerKeyValues>> {
         let all = Tensor::from_vec(prompt.to_f32(), shape, &Device::Cpu)?.to_dtype(fit.dtype)?;
         let of = |row: usize| all.narrow(1, row, 1)?.squeeze(1)?.transpose(0, 1)?.contiguous()?.to_device(&fit.device);
-        (0..num_layers).map(|i| Ok(LayerKeyValues { keys: of(2 * i)?, values: of(2 * i + 1)? })).collect()
+        let step = if fit.encoder_layers.is_some() { 4 } else { 2 };
+        let row = |i: usize| of(i % (2 * num_layers));
+        let layer = |i| Ok(LayerKeyValues { keys: row(step * i)?, values: row(step * i + 1)? });
+        (0..fit.num_layers).map(layer).collect()
     };
     Ok(LearnedPrompt::KeyValues(KeyValues { layers: layers().map_err(not_loaded)? }))
 }
 
 /// What is wrong with a matrix that should be `[n, columns]`.
-fn shape_faults(shape: &[usize], fit: &Fit, columns: usize, other_columns: impl Fn(usize) -> String) -> Vec<Fault> {
+fn shape_faults(
+    shape: &[usize],
+    meaning: Meaning<'_>,
+    fit: &Fit,
+    columns: usize,
+    other_columns: impl Fn(usize) -> String,
+) -> Vec<Fault> {
     let &[rows, found] = shape else {
         let shown = &shape[..shape.len().min(8)];
         let detail =
@@ -145,6 +174,7 @@ fn shape_faults(shape: &[usize], fit: &Fit, columns: usize, other_columns: impl 
     if rows == 0 {
         details.push(format!("{TENSOR} has no rows, expected at least one virtual token"));
     }
+    let rows = meaning.used(rows);
     if rows.saturating_add(MIN_FREE_POSITIONS) > fit.context_length {
         details.push(format!(
             "{TENSOR} has {rows} virtual tokens and the model's context has {} positions, of which a text and its \

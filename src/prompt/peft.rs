@@ -31,8 +31,10 @@ const KNOWN_KEYS: [&str; 36] = [
 pub(super) struct Declared {
     /// The type, if it is one that is served.
     pub peft_type: Option<PeftType>,
-    /// Rows that the file must have.
-    pub rows: Option<usize>,
+    /// Rows that are used.
+    pub virtual_tokens: Option<usize>,
+    /// The file has so many times as many rows; one of these.
+    pub submodules: Vec<usize>,
     /// Tasks and ranks of a multitask prompt.
     pub tasks: Option<usize>,
     pub ranks: Option<usize>,
@@ -54,9 +56,9 @@ pub(super) fn check_config(bytes: &[u8], fit: &Fit) -> Declared {
     let Some(peft_type) = check_type(&mut keys) else {
         return Declared { faults: keys.faults, ..Declared::default() };
     };
-    check_purpose(&mut keys);
-    check_submodules(&mut keys);
-    let rows = keys.count("num_virtual_tokens");
+    check_purpose(&mut keys, fit);
+    let submodules = check_submodules(&mut keys, peft_type, fit);
+    let virtual_tokens = keys.count("num_virtual_tokens");
     match peft_type.is_key_values() {
         true => check_key_values(&mut keys, fit),
         false => check_embeddings(&mut keys, fit),
@@ -74,7 +76,7 @@ pub(super) fn check_config(bytes: &[u8], fit: &Fit) -> Declared {
         let shown = unknown.iter().take(8).map(|k| format!("{k:?}")).collect::<Vec<_>>().join(", ");
         warnings.push(format!("adapter_config.json has {} unknown keys, ignored: {shown}", unknown.len()));
     }
-    Declared { peft_type: Some(peft_type), rows, tasks, ranks, warnings, faults: keys.faults }
+    Declared { peft_type: Some(peft_type), virtual_tokens, submodules, tasks, ranks, warnings, faults: keys.faults }
 }
 
 /// Whether two model names mean one model: the last part of a path or hub id, in any letter case.
@@ -157,7 +159,7 @@ fn check_embeddings(keys: &mut Keys<'_>, fit: &Fit) {
 /// The numbers of a prompt of keys and values are those of the model's keys.
 fn check_key_values(keys: &mut Keys<'_>, fit: &Fit) {
     for (key, expected, what) in [
-        ("num_layers", fit.num_layers, "layers"),
+        ("num_layers", fit.key_values_layers(), "layers"),
         ("num_attention_heads", fit.num_kv_heads, "heads of keys and values"),
         ("token_dim", fit.kv_dim(), "dimensions of keys in a layer"),
     ] {
@@ -174,11 +176,17 @@ fn check_key_values(keys: &mut Keys<'_>, fit: &Fit) {
     }
 }
 
-fn check_purpose(keys: &mut Keys<'_>) {
+fn check_purpose(keys: &mut Keys<'_>, fit: &Fit) {
+    let expected = if fit.encoder_layers.is_some() { "SEQ_2_SEQ_LM" } else { "CAUSAL_LM" };
     match keys.text("task_type") {
-        None | Some("CAUSAL_LM") => {}
+        None => {}
+        Some(found) if found == expected => {}
         Some(found) => {
             let reason = match found {
+                "CAUSAL_LM" => {
+                    "is for a decoder-only model and this one has an encoder: serve it with the model it was tuned on, \
+                     or tune it on this one"
+                }
                 "SEQ_2_SEQ_LM" => {
                     "is for an encoder-decoder model and this one is decoder-only: serve it with the model it was \
                      tuned on, or tune it on this one"
@@ -188,7 +196,7 @@ fn check_purpose(keys: &mut Keys<'_>) {
                 }
                 _ => "does not make text",
             };
-            let detail = format!("task_type is {:?}, which {reason}; expected CAUSAL_LM or null", short(found));
+            let detail = format!("task_type is {:?}, which {reason}; expected {expected} or null", short(found));
             keys.fault(FaultKind::UnsupportedType, detail);
         }
     }
@@ -203,12 +211,32 @@ fn check_purpose(keys: &mut Keys<'_>) {
     }
 }
 
-fn check_submodules(keys: &mut Keys<'_>) {
+/// How many times as many rows as virtual tokens a file may have. An encoder-decoder model's has rows for
+/// both, of which PEFT uses the encoder's.
+fn check_submodules(keys: &mut Keys<'_>, peft_type: PeftType, fit: &Fit) -> Vec<usize> {
+    if fit.encoder_layers.is_some() {
+        let found = keys.count("num_transformer_submodules");
+        return match (found, peft_type.is_key_values()) {
+            (None | Some(2), true) => vec![1],
+            (None, false) => vec![1, 2],
+            (Some(found @ (1 | 2)), false) => vec![found],
+            (Some(found), is_key_values) => {
+                let expected = if is_key_values { "2" } else { "1 or 2" };
+                let detail = format!(
+                    "num_transformer_submodules is {found}; a prompt of this type for an encoder-decoder model has \
+                     {expected}: tune it with task_type SEQ_2_SEQ_LM"
+                );
+                keys.fault(FaultKind::UnsupportedType, detail);
+                vec![1, 2]
+            }
+        };
+    }
     if let Some(found) = keys.count("num_transformer_submodules").filter(|&n| n != 1) {
         let whose = if found == 2 { ", as for an encoder-decoder model" } else { "" };
         let detail = format!("num_transformer_submodules is {found}{whose}; this model is decoder-only and takes 1");
         keys.fault(FaultKind::UnsupportedType, detail);
     }
+    vec![1]
 }
 
 #[cfg(test)]

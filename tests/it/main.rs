@@ -4,6 +4,7 @@
 mod bench;
 mod convert;
 mod demo;
+mod encoder_decoder;
 mod engine;
 mod families;
 mod fixtures;

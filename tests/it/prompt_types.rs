@@ -89,7 +89,7 @@ fn logits(runner: &mut Runner, prompt: &Arc<LearnedPrompt>, case: &Case, chunk: 
     let mut last = None;
     for (i, tokens) in tokens.chunks(chunk).enumerate() {
         let samples = (i + 1) * chunk >= prompt.num_virtual_tokens() + case.input_ids.len();
-        let part = Part { tokens, start: i * chunk, blocks: &blocks, prompt: Some(prompt), samples };
+        let part = Part { tokens, start: i * chunk, blocks: &blocks, prompt: Some(prompt), encoded: None, samples };
         last = Some(runner.run(&[part]).unwrap());
     }
     last.unwrap().with_rows(|mut rows| Ok(rows.next().unwrap().to_vec())).unwrap()

@@ -37,6 +37,8 @@ pub struct Server {
 
 /// What differs from a server with default options on a loopback address.
 pub struct Options {
+    /// The fixture model, with its prompts.
+    pub model: &'static str,
     pub engine: EngineConfig,
     pub limits: Limits,
     pub access: Access,
@@ -46,7 +48,7 @@ impl Default for Options {
     fn default() -> Self {
         let config = ServeArgs::default().check().unwrap();
         let engine = EngineConfig { kv_cache_bytes: 8 << 20, ..EngineConfig::default() };
-        Self { engine, limits: config.limits, access: config.access }
+        Self { model: MODEL, engine, limits: config.limits, access: config.access }
     }
 }
 
@@ -59,8 +61,8 @@ impl Options {
 
     pub fn start(self) -> Server {
         let prompts = tempfile::tempdir().unwrap();
-        copy(&fixtures::dir(MODEL).join("prompts"), prompts.path());
-        let model = fixtures::load(MODEL, DType::F32);
+        copy(&fixtures::dir(self.model).join("prompts"), prompts.path());
+        let model = fixtures::load(self.model, DType::F32);
         let info = model.info().clone();
         let (engine, _thread) = Engine::start(model, self.engine).unwrap();
         let fit = Fit::from(&info);
@@ -71,7 +73,7 @@ impl Options {
             max_versions_per_task: self.limits.max_versions,
         })
         .unwrap();
-        let app = App::new(engine, registry, fixtures::text(MODEL), info, self.limits, self.access);
+        let app = App::new(engine, registry, fixtures::text(self.model), info, self.limits, self.access);
         Server { router: router(Arc::clone(&app)), app, prompts }
     }
 }

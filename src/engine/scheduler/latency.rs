@@ -30,6 +30,7 @@ fn waits(busy: usize, floor: usize, fair: usize) -> (Vec<usize>, Vec<usize>) {
         max_prefill_tokens: 256,
         fair_step_tokens: fair,
         num_blocks: 4096,
+        max_encoded: 0,
         prefix_sharing: true,
     });
     let mut numbers = Numbers(7);

@@ -181,7 +181,7 @@ proptest! {
     ) {
         let num_blocks = MOST_BLOCKS + spare_blocks;
         let limits =
-            Limits { max_batch, max_step_tokens, max_prefill_tokens, fair_step_tokens, num_blocks, prefix_sharing };
+            Limits { max_batch, max_step_tokens, max_prefill_tokens, fair_step_tokens, num_blocks, max_encoded: 0, prefix_sharing };
         let mut s = Scheduler::new(limits);
         let mut memory = Memory(vec![[NOTHING; BLOCK_SIZE]; num_blocks]);
         let mut given: BTreeMap<SequenceId, usize> = BTreeMap::new();

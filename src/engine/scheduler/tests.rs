@@ -10,6 +10,7 @@ const LIMITS: Limits = Limits {
     fair_step_tokens: 32,
     num_blocks: 64,
     prefix_sharing: true,
+    max_encoded: 0,
 };
 
 fn input(n: usize) -> Sequence {
@@ -31,7 +32,7 @@ fn id(n: u64) -> SequenceId {
 }
 
 fn chunk(n: u64, start: usize, len: usize, samples: bool) -> Chunk {
-    Chunk { id: id(n), start, len, samples }
+    Chunk { id: id(n), start, len, samples, encodes: false }
 }
 
 /// Runs one step, in which each sampling sequence gets token 9; returns it.
@@ -328,4 +329,43 @@ fn two_busy_accounts_get_service_by_their_weights_however_much_more_one_asks_for
             assert!(apart <= bound, "{served:?} for weights {weights:?}");
         }
     }
+}
+
+/// A sequence with an encoder's input of `n` positions.
+fn encoding(n: usize) -> Sequence {
+    Sequence { encoder: vec![InputToken::Vocab(0); n], ..input(1) }
+}
+
+#[test]
+fn an_encoders_input_is_taken_whole_and_counts_toward_the_step() {
+    let mut s = Scheduler::new(Limits { max_step_tokens: 30, max_encoded: 1000, ..LIMITS });
+    let encoded = |n| Chunk { encodes: true, ..chunk(n, 0, 1, true) };
+    s.add(id(1), encoding(20));
+    s.add(id(2), encoding(8));
+    s.add(id(3), encoding(5));
+    assert_eq!(turn(&mut s).chunks, [encoded(1), encoded(2)]);
+    assert_eq!(turn(&mut s).chunks, [chunk(1, 1, 1, true), chunk(2, 1, 1, true), encoded(3)]);
+    // Longer than any step: it has one, and no other input is in it.
+    s.add(id(4), encoding(100));
+    assert_eq!(turn(&mut s).chunks[3..], [encoded(4)]);
+    assert_eq!(turn(&mut s).chunks.len(), 4);
+}
+
+#[test]
+fn inputs_of_an_encoder_wait_for_room_and_are_encoded_anew_after_their_sequence_was_put_off() {
+    let mut s = Scheduler::new(Limits { max_encoded: 50, num_blocks: 3, ..LIMITS });
+    s.add(id(1), encoding(30));
+    s.add(id(2), encoding(30));
+    assert_eq!(turn(&mut s).chunks.len(), 1);
+    assert_eq!((s.num_running(), s.num_waiting()), (1, 1));
+    s.add(id(3), Sequence { priority: -1, ..encoding(50) });
+    let step = turn(&mut s);
+    assert_eq!((step.chunks.len(), step.chunks[0].id, step.chunks[0].encodes), (1, id(3), true));
+    assert!(!s.get(id(1)).unwrap().encoded && s.preemptions() == 1);
+    s.remove(id(3));
+    let step = turn(&mut s);
+    // All of its two tokens, after its input.
+    assert_eq!(step.chunks, [Chunk { encodes: true, ..chunk(1, 0, 3, true) }]);
+    s.remove(id(1));
+    assert!(turn(&mut s).chunks[0].encodes && s.get(id(2)).unwrap().encoded);
 }

@@ -19,6 +19,7 @@ pub mod quantized;
 pub mod rows;
 mod simd;
 pub mod tensors;
+pub mod unmasked;
 
 use std::sync::OnceLock;
 

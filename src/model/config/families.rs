@@ -1,6 +1,6 @@
 //! The families that the decoder computes: what sets one apart from another, as data.
 
-use super::{NormKind, NormPlaces, QkNorm, rope::RopeDefaults};
+use super::{NormKind, NormPlaces, QkNorm, encoder_decoder::POSITIONS, rope::RopeDefaults};
 
 /// How the order of tokens comes in.
 #[derive(Debug, Clone, Copy)]
@@ -11,6 +11,8 @@ pub enum Order {
         offset: usize,
     },
     Alibi,
+    /// A bias for the distance, by a table of each head (T5).
+    Relative,
 }
 
 /// Whether linear layers have biases.
@@ -65,6 +67,8 @@ pub struct Family {
     pub softcaps: Option<[Option<f64>; 2]>,
     /// Whether `query_pre_attn_scalar` takes the place of the head size in the scale of scores.
     pub query_scalar: bool,
+    /// Whether an encoder goes before the decoder.
+    pub encoder: bool,
     /// Sizes that a file may leave out.
     pub sizes: &'static [(&'static str, usize)],
     /// Options that are refused when they have this value.
@@ -92,6 +96,7 @@ const LLAMA: Family = Family {
     embedding_norm: false,
     softcaps: None,
     query_scalar: false,
+    encoder: false,
     sizes: &[],
     refused: &[],
 };
@@ -144,8 +149,24 @@ const GPT2: Family = Family {
     ..LLAMA
 };
 
+/// 1.0 and, with a gated MLP, 1.1 and Flan-T5.
+const T5: Family = Family {
+    name: "t5",
+    norm_eps: ("layer_norm_epsilon", 1e-6),
+    activation: ("feed_forward_proj", "relu"),
+    order: Order::Relative,
+    qkv_bias: Bias::Never,
+    output_bias: Bias::Never,
+    mlp_bias: Bias::Never,
+    grouped: false,
+    tied: true,
+    encoder: true,
+    sizes: &[("n_positions", POSITIONS)],
+    ..LLAMA
+};
+
 /// All of them.
-pub const FAMILIES: [Family; 14] = [
+pub const FAMILIES: [Family; 16] = [
     LLAMA,
     Family {
         name: "mistral",
@@ -243,4 +264,6 @@ pub const FAMILIES: [Family; 14] = [
         refused: &[("apply_residual_connection_post_layernorm", true)],
         ..GPT2
     },
+    T5,
+    Family { name: "mt5", activation: ("feed_forward_proj", "gated-gelu"), ..T5 },
 ];

@@ -1,0 +1,45 @@
+//! The encoder of an encoder-decoder model: layers in which every row sees all of its input.
+
+use candle_core::{Result, Tensor};
+
+use super::{
+    ModelConfig,
+    layer::Layer,
+    source::{Loaded, Norm, Source},
+    weights::Weights,
+};
+use crate::kernels::Kernels;
+
+/// The layers of an encoder. Its embeddings are the decoder's.
+#[derive(Debug)]
+pub struct Encoder {
+    layers: Vec<Layer>,
+    final_norm: Norm,
+}
+
+impl Encoder {
+    /// Takes the encoder's tensors out of `weights`, if the model has one.
+    pub fn load(config: &ModelConfig, weights: &mut Weights) -> Loaded<Option<Self>> {
+        let Some(config) = config.of_encoder() else { return Ok(None) };
+        let mut source = Source::of_encoder(&config, weights);
+        let bias = source.distance_bias(&config)?;
+        let layer = |i| Layer::load(&config, i, bias.as_ref(), &mut source);
+        let layers = (0..config.num_layers).map(layer).collect::<Loaded<_>>()?;
+        let name = source.names().final_norm;
+        Ok(Some(Self { layers, final_norm: source.norm(None, name, config.hidden_size)? }))
+    }
+
+    /// See [`Model::encode`](super::Model::encode).
+    pub fn forward(&self, x: &Tensor, kernels: &mut dyn Kernels) -> Result<Tensor> {
+        let mut x = x.clone();
+        for (i, layer) in self.layers.iter().enumerate() {
+            x = layer.forward(i, &x, &[], kernels)?;
+        }
+        self.final_norm.forward(&x, kernels)
+    }
+
+    /// Every weight, in a fixed order, one at a time.
+    pub fn tensors(&self) -> impl Iterator<Item = Result<Tensor>> {
+        self.layers.iter().flat_map(Layer::tensors).chain(self.final_norm.tensors().map(Ok))
+    }
+}

@@ -1,0 +1,382 @@
+//! T5 and mT5 with every type of prompt against what `tests/peft/make_encoder_decoder.py` had PEFT
+//! answer: alone, mixed, in small steps, put off; and what becomes of the encoder's output.
+
+use std::{
+    path::Path,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use candle_core::{DType, Device, Tensor};
+use serde::Deserialize;
+use serde_json::json;
+use softserve::{
+    engine::{
+        Engine, EngineConfig, EventStream, SubmitError,
+        request::{CacheRoot, Event, FinishReason, InputToken, Request, SamplingParams},
+        runner::{Part, Runner},
+    },
+    kernels::{
+        cross::CrossKeyValues,
+        dense::DenseKernels,
+        kv_cache::{BLOCK_SIZE, BlockId},
+    },
+    model::{Model, ModelFiles, random::RandomModel},
+    prompt::{
+        LearnedPrompt, Version,
+        format::{self, Fit, PromptFiles},
+    },
+};
+
+use crate::{
+    fixtures,
+    support::{LONG, Options, post},
+};
+
+const MODELS: [&str; 3] = ["encoder-decoder/t5", "encoder-decoder/flan-t5", "encoder-decoder/mt5"];
+
+/// One answer of PEFT's.
+#[derive(Debug, Deserialize)]
+struct Case {
+    /// The prompt's folder; none for the bare model.
+    prompt: Option<String>,
+    task_id: Option<usize>,
+    text: String,
+    input_ids: Vec<u32>,
+    greedy_ids: Vec<u32>,
+    /// The five best logits of the first new token, with their ids.
+    top: Vec<(u32, f32)>,
+}
+
+fn cases(name: &str) -> Vec<Case> {
+    let cases: Vec<Case> =
+        serde_json::from_slice(&std::fs::read(fixtures::dir(name).join("expected.json")).unwrap()).unwrap();
+    let types = ["prompt7", "prompt33-one", "ptuning5", "multitask5", "prefix6", "prefix35"];
+    for prompt in types.into_iter().filter(|prompt| name != MODELS[2] || !prompt.starts_with("prefix")) {
+        assert!(cases.iter().any(|case| case.prompt.as_deref() == Some(prompt)), "{name} has no {prompt}");
+    }
+    cases
+}
+
+fn files(name: &str, case: &Case) -> PromptFiles {
+    let folder = fixtures::dir(name).join("prompts").join(case.prompt.as_ref().unwrap());
+    let mut files = PromptFiles::read_dir(&folder).unwrap();
+    files.task = case.task_id.map(|task_id| json!({"task_id": task_id}).to_string().into());
+    files
+}
+
+fn version(name: &str, fit: &Fit, case: &Case) -> Option<Version> {
+    case.prompt.as_ref()?;
+    Some(format::read("task".parse().unwrap(), &files(name, case), fit).unwrap())
+}
+
+/// So many new tokens that sequences outgrow a small cache.
+const MANY: usize = 40;
+
+fn request(version: Option<&Version>, case: &Case) -> Request {
+    let sampling = SamplingParams { max_tokens: MANY, ..Default::default() };
+    let request = Request::new(version.map(|v| v.prompt.clone()), &case.input_ids, sampling);
+    Request { root: Some(version.map_or(CacheRoot::TEXT, |v| CacheRoot(v.digest.0))), ..request }
+}
+
+fn collect(mut stream: EventStream) -> (Vec<u32>, FinishReason) {
+    let mut ids = Vec::new();
+    loop {
+        match stream.blocking_next().expect("an event before the end") {
+            Event::Token(token) => ids.push(token.id),
+            Event::Finished { reason, cached_tokens } => {
+                assert_eq!(cached_tokens, 0, "nothing of one input is of use to another");
+                return (ids, reason);
+            }
+            Event::Failed => panic!("the request failed"),
+        }
+    }
+}
+
+fn of_encoder(prompt: Option<&Arc<LearnedPrompt>>, case: &Case) -> Vec<InputToken> {
+    let n = match prompt.map(Arc::as_ref) {
+        Some(LearnedPrompt::Embeddings(prompt)) => prompt.rows.dims()[0],
+        _ => 0,
+    };
+    let text = case.input_ids.iter().map(|&id| InputToken::Vocab(id));
+    (0..n as u32).map(InputToken::Virtual).chain(text).collect()
+}
+
+/// The outputs of the encoder for several inputs in one step.
+fn encode(runner: &mut Runner, inputs: &[(&Case, Option<&Arc<LearnedPrompt>>)]) -> Vec<CrossKeyValues> {
+    let tokens: Vec<_> = inputs.iter().map(|(case, prompt)| of_encoder(*prompt, case)).collect();
+    let part = |(tokens, (_, prompt)): (_, &(_, Option<_>))| {
+        let tokens: &Vec<_> = tokens;
+        Part { tokens, start: 0, blocks: &[], prompt: *prompt, encoded: None, samples: false }
+    };
+    let parts: Vec<Part> = tokens.iter().zip(inputs).map(part).collect();
+    runner.encode(&parts).unwrap()
+}
+
+/// The logits after the decoder's start, its positions computed `chunk` at a time.
+fn logits(
+    runner: &mut Runner,
+    prompt: Option<&Arc<LearnedPrompt>>,
+    encoded: &CrossKeyValues,
+    chunk: usize,
+) -> Vec<f32> {
+    let n = match prompt.map(Arc::as_ref) {
+        Some(prompt @ LearnedPrompt::KeyValues(_)) => prompt.num_virtual_tokens(),
+        _ => 0,
+    };
+    let tokens: Vec<_> = (0..n as u32).map(InputToken::Virtual).chain([InputToken::Vocab(0)]).collect();
+    let blocks: Vec<BlockId> = (0..tokens.len().div_ceil(BLOCK_SIZE) as BlockId).rev().collect();
+    let mut last = None;
+    for (i, part) in tokens.chunks(chunk).enumerate() {
+        let samples = (i + 1) * chunk >= tokens.len();
+        let encoded = Some(encoded);
+        let part = Part { tokens: part, start: i * chunk, blocks: &blocks, prompt, encoded, samples };
+        last = Some(runner.run(&[part]).unwrap());
+    }
+    last.unwrap().with_rows(|mut rows| Ok(rows.next().unwrap().to_vec())).unwrap()
+}
+
+/// The same by the plain kernels, for a prompt of rows or none.
+fn plain_logits(model: &Model, prompt: Option<&Arc<LearnedPrompt>>, case: &Case) -> Vec<f32> {
+    let embed = |ids: &[u32]| model.embed(&Tensor::new(ids, &Device::Cpu).unwrap()).unwrap();
+    let text = embed(&case.input_ids);
+    let x = match prompt.map(Arc::as_ref) {
+        Some(LearnedPrompt::Embeddings(prompt)) => Tensor::cat(&[&prompt.rows, &text], 0).unwrap(),
+        _ => text,
+    };
+    let hidden = model.encode(&x, &mut DenseKernels::new(&[x.dims()[0]], &Device::Cpu).unwrap()).unwrap();
+    let encoded = model.cross_key_values(&hidden).unwrap();
+    let mut kernels = DenseKernels::new(&[1], &Device::Cpu).unwrap().with_encoded(vec![encoded]);
+    let position = Tensor::new(&[0u32], &Device::Cpu).unwrap();
+    let hidden = model.forward(&embed(&[0]), &position, &mut kernels).unwrap();
+    model.logits(&hidden).unwrap().squeeze(0).unwrap().to_vec1().unwrap()
+}
+
+fn near(case: &Case, logits: &[f32], tolerance: f32, what: &str) {
+    for (id, expected) in &case.top {
+        let got = logits[*id as usize];
+        assert!((got - expected).abs() < tolerance, "{what} {:?}: token {id} {got} {expected}", case.prompt);
+    }
+}
+
+#[test]
+fn logits_are_those_of_peft_by_the_plain_kernels_and_by_those_that_serve() {
+    for name in MODELS {
+        let model = fixtures::load(name, DType::F32);
+        let fit = Fit::from(model.info());
+        let cases = cases(name);
+        let versions: Vec<_> = cases.iter().map(|case| version(name, &fit, case)).collect();
+        let prompts: Vec<_> = versions.iter().map(|v| v.as_ref().map(|v| &v.prompt)).collect();
+        for (case, prompt) in cases.iter().zip(&prompts) {
+            if prompt.is_none_or(|prompt| prompt.kind() == "embeddings") {
+                near(case, &plain_logits(&model, *prompt, case), 1e-3, name);
+            }
+        }
+        let mut runner = Runner::new(model, 8).unwrap();
+        let inputs: Vec<_> = cases.iter().zip(prompts.iter().copied()).collect();
+        let together = encode(&mut runner, &inputs);
+        for ((case, prompt), encoded) in inputs.iter().zip(&together) {
+            let served = logits(&mut runner, *prompt, encoded, 1000);
+            near(case, &served, 1e-3, name);
+            let alone = encode(&mut runner, &[(case, *prompt)]).pop().unwrap();
+            assert!(logits(&mut runner, *prompt, &alone, 1000) == served, "{name} {:?} alone", case.prompt);
+            assert!(logits(&mut runner, *prompt, &alone, 5) == served, "{name} {:?} in parts", case.prompt);
+        }
+    }
+}
+
+#[test]
+fn in_bf16_neighbours_and_cuts_change_no_bit() {
+    for name in MODELS {
+        let model = fixtures::load(name, DType::BF16);
+        let fit = Fit::from(model.info());
+        let mut runner = Runner::new(model, 8).unwrap();
+        let cases = cases(name);
+        let versions: Vec<_> = cases.iter().map(|case| version(name, &fit, case)).collect();
+        let inputs: Vec<_> = cases.iter().zip(versions.iter().map(|v| v.as_ref().map(|v| &v.prompt))).collect();
+        let together = encode(&mut runner, &inputs);
+        for ((case, prompt), encoded) in inputs.iter().zip(&together) {
+            let served = logits(&mut runner, *prompt, encoded, 1000);
+            let alone = encode(&mut runner, &[(case, *prompt)]).pop().unwrap();
+            assert!(logits(&mut runner, *prompt, &alone, 5) == served, "{name} {:?}", case.prompt);
+        }
+    }
+}
+
+#[test]
+fn alone_mixed_in_small_steps_and_put_off_all_types_answer_as_peft_does() {
+    for name in MODELS {
+        let model = fixtures::load(name, DType::F32);
+        let (fit, block_bytes) = (Fit::from(model.info()), model.kv_shape().block_bytes());
+        let cases = cases(name);
+        let versions: Vec<_> = cases.iter().map(|case| version(name, &fit, case)).collect();
+        let longest = cases.iter().map(|case| case.input_ids.len()).max().unwrap() + 40;
+        // Half for the encoder's output: of the longest input and little more.
+        let small =
+            EngineConfig { kv_cache_bytes: 2 * longest.div_ceil(BLOCK_SIZE) * block_bytes, ..Default::default() };
+        let tiny_steps = EngineConfig { max_step_tokens: 5, ..Default::default() };
+        let both = EngineConfig { max_step_tokens: 5, ..small.clone() };
+        let mut alone = Vec::new();
+        for (kind, config) in
+            [("usual", EngineConfig::default()), ("small", small), ("cut", tiny_steps), ("both", both)]
+        {
+            let (engine, _thread) = Engine::start(fixtures::load(name, DType::F32), config).unwrap();
+            if kind == "usual" {
+                for (case, version) in cases.iter().zip(&versions) {
+                    let (ids, reason) = collect(engine.submit(request(version.as_ref(), case)).unwrap());
+                    assert_eq!(ids[..case.greedy_ids.len()], case.greedy_ids, "{name} {:?} alone", case.prompt);
+                    assert_eq!((ids.len(), reason), (MANY, FinishReason::Length));
+                    alone.push(ids);
+                }
+            }
+            let submit =
+                |(case, version): (&Case, &Option<Version>)| engine.submit(request(version.as_ref(), case)).unwrap();
+            let streams: Vec<_> = cases.iter().zip(&versions).chain(cases.iter().zip(&versions)).map(submit).collect();
+            for (stream, (case, alone)) in streams.into_iter().zip(cases.iter().zip(&alone).cycle()) {
+                assert_eq!(&collect(stream).0, alone, "{name} {:?} {:?} {kind}", case.prompt, case.text);
+            }
+            let stats = engine.stats();
+            assert_eq!((stats.kv_blocks_used, stats.running, stats.encoded_positions), (0, 0, 0), "{kind}");
+            assert!(kind != "small" || stats.preemptions > 0, "{name} {kind}: {stats:?}");
+        }
+    }
+}
+
+/// Waits until nothing of any sequence is held.
+fn is_released(engine: &Engine) -> bool {
+    let until = Instant::now() + LONG;
+    while Instant::now() < until {
+        let stats = engine.stats();
+        if (stats.running, stats.encoded_positions, stats.kv_blocks_used) == (0, 0, 0) {
+            return true;
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    false
+}
+
+#[test]
+fn the_encoders_output_is_counted_while_its_sequence_runs_and_freed_by_cancel_deadline_and_stop() {
+    let (engine, _thread) = Engine::start(fixtures::load(MODELS[1], DType::F32), EngineConfig::default()).unwrap();
+    let long = |ids: &[u32]| Request::new(None, ids, SamplingParams { max_tokens: 100_000, ..Default::default() });
+    let mut streams: Vec<_> = (0..3).map(|i| engine.submit(long(&[40 + i; 50])).unwrap()).collect();
+    for stream in &mut streams {
+        assert!(matches!(stream.blocking_next(), Some(Event::Token(_))));
+    }
+    assert_eq!(engine.stats().encoded_positions, 150);
+    drop(streams);
+    assert!(is_released(&engine), "{:?}", engine.stats());
+
+    let late = Request { deadline: Some(Instant::now() + Duration::from_millis(200)), ..long(&[50; 60]) };
+    assert_eq!(collect(engine.submit(late).unwrap()).1, FinishReason::Timeout);
+    assert!(is_released(&engine));
+
+    // The decoder's own positions end with its context.
+    let (ids, reason) = collect(engine.submit(long(&[50; 60])).unwrap());
+    assert_eq!((ids.len(), reason), (engine.max_sequence() - 1, FinishReason::Length));
+    assert!(is_released(&engine));
+}
+
+#[test]
+fn an_input_that_is_too_long_or_empty_is_refused_before_it_runs() {
+    let (engine, _thread) = Engine::start(fixtures::load(MODELS[0], DType::F32), EngineConfig::default()).unwrap();
+    let of = |ids: &[u32]| Request::new(None, ids, SamplingParams { max_tokens: 2, ..Default::default() });
+    assert_eq!(engine.submit(of(&[])).unwrap_err(), SubmitError::Empty);
+    let error = engine.submit(of(&[5; 2049])).unwrap_err();
+    assert_eq!(error, SubmitError::EncoderTooLong { found: 2049, limit: 2048 });
+    assert_eq!(collect(engine.submit(of(&[5; 2048])).unwrap()).0.len(), 2);
+}
+
+/// The faults of a prompt with some keys of its configuration changed.
+fn faults(name: &str, prompt: &str, changes: serde_json::Value) -> String {
+    let folder = fixtures::dir(name).join("prompts").join(prompt);
+    let fit = Fit::from(fixtures::load(name, DType::F32).info());
+    faults_of(&folder, changes, &fit)
+}
+
+fn faults_of(folder: &Path, changes: serde_json::Value, fit: &Fit) -> String {
+    let mut files = PromptFiles::read_dir(folder).unwrap();
+    let mut config: serde_json::Value = serde_json::from_slice(files.adapter_config.as_ref().unwrap()).unwrap();
+    config.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
+    files.adapter_config = Some(config.to_string().into());
+    format::read("task".parse().unwrap(), &files, fit).map(|_| ()).map_err(|e| e.to_string()).unwrap_err()
+}
+
+#[test]
+fn a_prompt_for_another_kind_of_model_or_with_other_rows_is_refused_with_what_to_do() {
+    let name = MODELS[0];
+    for (prompt, changes, words) in [
+        ("prompt7", json!({"task_type": "CAUSAL_LM"}), "has an encoder"),
+        ("prompt7", json!({"task_type": "CAUSAL_LM"}), "expected SEQ_2_SEQ_LM or null"),
+        ("prompt7", json!({"num_transformer_submodules": 1}), "14 rows"),
+        ("prompt7", json!({"num_virtual_tokens": 5}), "twice as many"),
+        ("prompt33-one", json!({"num_transformer_submodules": 2}), "33 rows"),
+        ("prompt7", json!({"num_transformer_submodules": 3}), "1 or 2"),
+        ("prefix6", json!({"num_transformer_submodules": 1}), "has 2"),
+        ("prefix6", json!({"num_layers": 3}), "num_layers is 3"),
+    ] {
+        let found = faults(name, prompt, changes);
+        assert!(found.contains(words), "{prompt}: {words}: {found}");
+    }
+    // And the reverse.
+    let llama = Fit::from(fixtures::load("llama-tied", DType::F32).info());
+    let folder = fixtures::dir(name).join("prompts/prompt7");
+    let found = faults_of(&folder, json!({}), &llama);
+    assert!(found.contains("this one is decoder-only"), "{found}");
+}
+
+#[test]
+fn rows_past_those_of_the_encoder_are_dead_weight_also_where_no_key_says_so() {
+    let name = MODELS[0];
+    let fit = Fit::from(fixtures::load(name, DType::F32).info());
+    let mut files = PromptFiles::read_dir(&fixtures::dir(name).join("prompts/prompt7")).unwrap();
+    let mut config: serde_json::Value = serde_json::from_slice(files.adapter_config.as_ref().unwrap()).unwrap();
+    config["num_transformer_submodules"] = json!(null);
+    files.adapter_config = Some(config.to_string().into());
+    let version = format::read("task".parse().unwrap(), &files, &fit).unwrap();
+    assert_eq!(version.prompt.num_virtual_tokens(), 7);
+}
+
+#[tokio::test]
+async fn a_task_of_an_encoder_decoder_model_answers_over_http_with_the_encoders_tokens_counted() {
+    for name in &MODELS[..2] {
+        let server = Options { model: name, ..Options::default() }.start();
+        for case in cases(name).iter().filter(|case| case.prompt.is_some() && case.task_id.is_none()) {
+            let task = case.prompt.as_deref().unwrap();
+            let shown = server.get(&format!("/v1/tasks/{task}")).await.ok();
+            let n: u64 =
+                task.trim_start_matches(|c: char| !c.is_ascii_digit()).trim_end_matches("-one").parse().unwrap();
+            let prefix = task.starts_with("prefix");
+            assert_eq!(shown["virtual_tokens"], n, "{shown}");
+            assert_eq!(shown["limits"]["max_input_tokens"], if prefix { 2048 } else { 2048 - n }, "{shown}");
+            assert_eq!(shown["limits"]["max_tokens"], if prefix { 2047 - n } else { 2047 }, "{shown}");
+            let body =
+                json!({"input": case.text, "max_tokens": case.greedy_ids.len(), "ignore_eos": true, "logprobs": 0});
+            let answer = server.post(&format!("/v1/tasks/{task}/generate"), &body).await.ok();
+            let tokens = answer["tokens"].as_array().unwrap();
+            let ids: Vec<_> = tokens.iter().map(|t| t["id"].as_u64().unwrap() as u32).collect();
+            assert_eq!(ids, case.greedy_ids, "{name} {task}");
+            let usage = &answer["usage"];
+            assert_eq!(usage["prompt_tokens"], case.input_ids.len(), "{usage}");
+            assert_eq!(usage["virtual_tokens"], n, "{usage}");
+        }
+        let body = json!({"input": "the cat ".repeat(3000)}).to_string();
+        let problem = server.call(post("/v1/tasks/prompt7/generate", "application/json", body)).await;
+        assert_eq!(problem.status, 400, "{}", problem.text());
+        assert_eq!(problem.json()["code"], "input_too_long");
+        assert!(problem.text().contains("the encoder takes at most 2041"), "{}", problem.text());
+    }
+}
+
+#[test]
+fn a_random_model_of_an_encoder_decoder_shape_loads_and_runs() {
+    for name in MODELS {
+        let config = fixtures::dir(name).join("config.json");
+        let files = ModelFiles::random(RandomModel::open(config.to_str().unwrap()).unwrap());
+        let model = Model::load(&files, &Device::Cpu, DType::F32).unwrap();
+        assert_eq!(model.cross_bytes(), fixtures::load(name, DType::F32).cross_bytes());
+        let (engine, _thread) = Engine::start(model, EngineConfig::default()).unwrap();
+        let sampling = SamplingParams { max_tokens: 3, ..Default::default() };
+        assert_eq!(collect(engine.submit(Request::new(None, &[5, 6], sampling)).unwrap()).0.len(), 3);
+    }
+}
