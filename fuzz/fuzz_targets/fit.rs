@@ -16,6 +16,7 @@ pub fn read(files: &PromptFiles) {
         fingerprint: "0123456789abcdef".into(),
         hidden_size: 8,
         num_layers: 2,
+        encoder_layers: None,
         num_kv_heads: 1,
         head_dim: 4,
         embedding_scale: None,

@@ -225,11 +225,13 @@ pub fn own_fit(files: &PromptFiles) -> Fit {
     let num_layers = count("num_layers").unwrap_or(1);
     let num_kv_heads = count("num_attention_heads").unwrap_or(1);
     let kv_dim = count("token_dim").unwrap_or(columns / num_layers.saturating_mul(2));
+    let encodes = config.get("task_type").and_then(Value::as_str) == Some("SEQ_2_SEQ_LM");
     Fit {
         model_name: "any model".to_owned(),
         fingerprint: fingerprint.unwrap_or_default(),
         hidden_size: columns,
         num_layers: num_layers.min(MAX_COUNT),
+        encoder_layers: encodes.then_some(num_layers.min(MAX_COUNT)),
         num_kv_heads: num_kv_heads.min(MAX_COUNT),
         head_dim: (kv_dim / num_kv_heads).min(MAX_COUNT),
         embedding_scale: Some((columns as f64).sqrt()),
