@@ -21,6 +21,7 @@ mod peft;
 mod problems;
 mod process;
 mod prompt_types;
+mod readme;
 mod sharing;
 mod soak;
 mod support;
