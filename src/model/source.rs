@@ -52,7 +52,12 @@ impl<'a> Source<'a> {
     pub fn distance_bias(&mut self, config: &ModelConfig) -> Loaded<Option<Arc<DistanceBias>>> {
         let Some(bias) = config.relative_bias else { return Ok(None) };
         let name = format!("{}.weight", self.path(0, self.names.relative_bias));
-        let table = self.weights.take(&name, (bias.buckets, config.num_heads))?;
+        let shape = [bias.buckets, config.num_heads];
+        let is_there = self.weights.shape(&name).is_some_and(|found| found == shape);
+        let table = self.weights.take(&name, shape.as_slice())?;
+        if !is_there {
+            return Ok(None);
+        }
         Ok(Some(Arc::new(relative::distance_bias(&table, bias, config.causal)?)))
     }
 

@@ -80,15 +80,19 @@ impl Weights {
         self.tensors.contains_key(name) || self.gguf.as_ref().is_some_and(|gguf| gguf.has(name))
     }
 
+    /// The shape of a tensor, if it is there.
+    pub fn shape(&self, name: &str) -> Option<Vec<usize>> {
+        match &self.gguf {
+            Some(gguf) => gguf.shape(name),
+            None => self.tensors.get(name).map(|tensor| tensor.dims().to_vec()),
+        }
+    }
+
     /// Takes a tensor out. One that is missing or of another shape is noted for
     /// [`finish`](Self::finish), and zeros stand in for it until then.
     pub fn take(&mut self, name: &str, shape: impl Into<Shape>) -> Result<Tensor, ModelError> {
         let shape = shape.into();
-        let found = match &self.gguf {
-            Some(gguf) => gguf.shape(name),
-            None => self.tensors.get(name).map(|tensor| tensor.dims().to_vec()),
-        };
-        match found {
+        match self.shape(name) {
             Some(found) if found == shape.dims() => {
                 if let Some(tensor) = self.remove(name)? {
                     return Ok(tensor);

@@ -365,7 +365,7 @@ fn inputs_of_an_encoder_wait_for_room_and_are_encoded_anew_after_their_sequence_
     s.remove(id(3));
     let step = turn(&mut s);
     // All of its two tokens, after its input.
-    assert_eq!(step.chunks, [Chunk { encodes: true, ..chunk(1, 0, 3, true) }]);
+    assert_eq!(step.chunks, [Chunk { encodes: true, ..chunk(1, 0, 2, true) }]);
     s.remove(id(1));
     assert!(turn(&mut s).chunks[0].encodes && s.get(id(2)).unwrap().encoded);
 }

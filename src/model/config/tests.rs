@@ -185,3 +185,44 @@ fn what_is_not_supported_is_named() {
     assert!(ModelConfig::from_json(b"{").unwrap_err().contains("not understood"));
     assert!(ModelConfig::from_json(b"[]").unwrap_err().contains("not an object"));
 }
+
+const T5: &str = r#"{"model_type":"t5","vocab_size":384,"d_model":64,"d_ff":128,"d_kv":24,"num_layers":3,"num_heads":4,
+    "decoder_start_token_id":0,"eos_token_id":1}"#;
+
+fn t5(change: &str) -> Result<ModelConfig, String> {
+    let mut config: serde_json::Value = serde_json::from_str(T5).unwrap();
+    let change: serde_json::Value = serde_json::from_str(change).unwrap();
+    config.as_object_mut().unwrap().extend(change.as_object().unwrap().clone());
+    ModelConfig::from_json(config.to_string().as_bytes())
+}
+
+#[test]
+fn an_encoder_decoder_config_says_both_stacks_and_each_version_of_t5_is_told_from_the_others() {
+    let first = t5("{}").unwrap();
+    assert_eq!((first.num_layers, first.head_dim, first.intermediate_size, first.context_length), (3, 24, 128, 2048));
+    assert_eq!(first.relative_bias, Some(RelativeBias { buckets: 32, max_distance: 128 }));
+    assert_eq!((first.activation, first.gated_mlp, first.output_scale), (Activation::Relu, false, Some(0.125)));
+    let encoder = t5(r#"{"num_decoder_layers":2}"#).unwrap().of_encoder().unwrap();
+    assert_eq!((encoder.num_layers, encoder.layers.len(), encoder.causal), (3, 3, false));
+    assert_eq!(encoder.of_encoder(), None);
+
+    let second = r#"{"feed_forward_proj":"gated-gelu","tie_word_embeddings":false,"n_positions":512}"#;
+    let second = t5(second).unwrap();
+    assert_eq!((second.activation, second.gated_mlp, second.output_scale), (Activation::GeluTanh, true, None));
+    // Where transformers v5 has saved it.
+    assert_eq!(t5(r#"{"tie_word_embeddings":true,"scale_decoder_outputs":false}"#).unwrap().output_scale, None);
+    let multilingual = t5(r#"{"model_type":"mt5"}"#).unwrap();
+    assert_eq!((multilingual.gated_mlp, multilingual.output_scale), (true, None));
+
+    for (change, words) in [
+        (r#"{"relative_attention_num_buckets":3}"#, "relative_attention_num_buckets 3"),
+        (r#"{"relative_attention_max_distance":16}"#, "more than half"),
+        (r#"{"decoder_start_token_id":384}"#, "decoder_start_token_id is 384"),
+        (r#"{"is_encoder_decoder":false}"#, "is_encoder_decoder"),
+        (r#"{"feed_forward_proj":"gated-tanh"}"#, "tanh"),
+        (r#"{"num_layers":null}"#, "num_layers is missing"),
+    ] {
+        let error = t5(change).unwrap_err();
+        assert!(error.contains(words), "{words}: {error}");
+    }
+}
