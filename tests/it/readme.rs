@@ -5,8 +5,7 @@ use std::{collections::BTreeSet, fs, path::Path};
 
 use serde_json::Value;
 
-const TYPES: [&str; 6] =
-    ["PROMPT_TUNING", "P_TUNING", "CPT", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "CARTRIDGE"];
+const TYPES: [&str; 6] = ["PROMPT_TUNING", "P_TUNING", "CPT", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "CARTRIDGE"];
 
 /// What people call a family, and its `model_type`s.
 const FAMILIES: [(&str, &[&str]); 16] = [
