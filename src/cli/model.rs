@@ -6,7 +6,7 @@ use clap::Args;
 use super::model_source;
 use crate::{
     config::{ConfigError, DeviceChoice, DtypeChoice, ModelSource},
-    model::Model,
+    model::{Model, ModelFiles},
     text::Text,
 };
 
@@ -39,10 +39,14 @@ impl ModelArgs {
         ModelSource::chosen(self.model.as_deref(), self.random_weights.as_deref())
     }
 
-    /// Reads the model and its tokenizer, for tuning and evaluating.
+    /// Reads the model and its tokenizer.
     pub fn load(&self) -> anyhow::Result<(Model, Text)> {
+        self.read(&model_source::files(&self.source()?)?)
+    }
+
+    /// As [`load`](Self::load), for tuning and evaluating, which models with an encoder are refused for.
+    pub fn load_decoder(&self) -> anyhow::Result<(Model, Text)> {
         let files = model_source::files(&self.source()?)?;
-        let device = model_source::device(self.device.unwrap_or_default())?;
         if files.config()?.encoder.is_some() {
             bail!(
                 "the model {} has an encoder, and prompts of such models are served but not tuned or evaluated here: tune \
@@ -50,8 +54,13 @@ impl ModelArgs {
                 files.name()
             );
         }
-        let text = Text::load(&files)?;
-        let model = Model::load(&files, &device, model_source::dtype(self.dtype.unwrap_or_default()))?;
+        self.read(&files)
+    }
+
+    fn read(&self, files: &ModelFiles) -> anyhow::Result<(Model, Text)> {
+        let device = model_source::device(self.device.unwrap_or_default())?;
+        let text = Text::load(files)?;
+        let model = Model::load(files, &device, model_source::dtype(self.dtype.unwrap_or_default()))?;
         Ok((model, text))
     }
 }
