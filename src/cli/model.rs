@@ -6,7 +6,7 @@ use clap::Args;
 use super::model_source;
 use crate::{
     config::{ConfigError, DeviceChoice, DtypeChoice, ModelSource},
-    model::{Model, ModelFiles},
+    model::Model,
     text::Text,
 };
 
@@ -41,26 +41,22 @@ impl ModelArgs {
 
     /// Reads the model and its tokenizer.
     pub fn load(&self) -> anyhow::Result<(Model, Text)> {
-        self.read(&model_source::files(&self.source()?)?)
-    }
-
-    /// As [`load`](Self::load), for tuning and evaluating, which models with an encoder are refused for.
-    pub fn load_decoder(&self) -> anyhow::Result<(Model, Text)> {
         let files = model_source::files(&self.source()?)?;
-        if files.config()?.encoder.is_some() {
-            bail!(
-                "the model {} has an encoder, and prompts of such models are served but not tuned or evaluated here: tune \
-                 with PEFT (task_type SEQ_2_SEQ_LM), or name a decoder-only model",
-                files.name()
-            );
-        }
-        self.read(&files)
-    }
-
-    fn read(&self, files: &ModelFiles) -> anyhow::Result<(Model, Text)> {
         let device = model_source::device(self.device.unwrap_or_default())?;
-        let text = Text::load(files)?;
-        let model = Model::load(files, &device, model_source::dtype(self.dtype.unwrap_or_default()))?;
+        let text = Text::load(&files)?;
+        let model = Model::load(&files, &device, model_source::dtype(self.dtype.unwrap_or_default()))?;
         Ok((model, text))
     }
+}
+
+/// Fails for a model with an encoder, which is neither tuned nor evaluated.
+pub fn decoder_only(model: &Model) -> anyhow::Result<()> {
+    if model.info().encoder.is_some() {
+        bail!(
+            "the model {} has an encoder, and prompts of such models are served but not tuned or evaluated here: tune \
+             with PEFT (task_type SEQ_2_SEQ_LM), or name a decoder-only model",
+            model.info().name
+        );
+    }
+    Ok(())
 }
