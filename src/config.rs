@@ -81,8 +81,9 @@ pub struct ServeArgs {
     #[arg(long, value_name = "N", env = "SOFTSERVE_MAX_PREFILL_TOKENS")]
     pub max_prefill_tokens: Option<usize>,
 
-    /// Memory for the keys and values of running and shared texts, such as 512MiB [default: a
-    /// quarter of the free memory, 4GiB at most]
+    /// Memory for the keys and values of running and shared texts, such as 512MiB; of an
+    /// encoder-decoder model half of it is for its inputs [default: a quarter of the free memory, 4GiB
+    /// at most]
     #[arg(long, value_name = "SIZE", env = "SOFTSERVE_KV_CACHE")]
     pub kv_cache: Option<ByteSize>,
 

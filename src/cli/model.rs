@@ -39,19 +39,24 @@ impl ModelArgs {
         ModelSource::chosen(self.model.as_deref(), self.random_weights.as_deref())
     }
 
-    /// Reads the model and its tokenizer, for tuning and evaluating.
+    /// Reads the model and its tokenizer.
     pub fn load(&self) -> anyhow::Result<(Model, Text)> {
         let files = model_source::files(&self.source()?)?;
         let device = model_source::device(self.device.unwrap_or_default())?;
-        if files.config()?.encoder.is_some() {
-            bail!(
-                "the model {} has an encoder, and prompts of such models are served but not tuned or evaluated here: tune \
-                 with PEFT (task_type SEQ_2_SEQ_LM), or name a decoder-only model",
-                files.name()
-            );
-        }
         let text = Text::load(&files)?;
         let model = Model::load(&files, &device, model_source::dtype(self.dtype.unwrap_or_default()))?;
         Ok((model, text))
     }
+}
+
+/// Fails for a model with an encoder, which is neither tuned nor evaluated.
+pub fn decoder_only(model: &Model) -> anyhow::Result<()> {
+    if model.info().encoder.is_some() {
+        bail!(
+            "the model {} has an encoder, and prompts of such models are served but not tuned or evaluated here: tune \
+             with PEFT (task_type SEQ_2_SEQ_LM), or name a decoder-only model",
+            model.info().name
+        );
+    }
+    Ok(())
 }

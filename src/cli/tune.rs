@@ -16,7 +16,7 @@ use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use super::{
-    model::ModelArgs,
+    model::{ModelArgs, decoder_only},
     prompts::{self, DEFAULT_ROOT},
 };
 use crate::{
@@ -208,6 +208,7 @@ pub enum DecayArg {
 pub fn run(args: &TuneArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     let started = Instant::now();
     let (model, text) = args.model.load()?;
+    decoder_only(&model)?;
     let options = args.options(&model)?;
     let plan = Plan::new(&model, &text, &options)?;
     let output = args.output.clone().unwrap_or_else(|| args.prompts.join(args.task.as_str()));

@@ -50,7 +50,7 @@ impl Reader<'_> {
         }
         let buckets = keys.size(&["relative_attention_num_buckets"])?.unwrap_or(32);
         let max_distance = keys.size(&["relative_attention_max_distance"])?.unwrap_or(128);
-        if buckets < 4 || buckets % 4 != 0 || max_distance <= buckets / 2 || max_distance > 1 << 12 {
+        if buckets < 4 || !buckets.is_multiple_of(4) || max_distance <= buckets / 2 || max_distance > 1 << 12 {
             return Err(format!(
                 "relative_attention_num_buckets {buckets} and relative_attention_max_distance {max_distance} are not \
                  supported; expected a multiple of 4, and a distance of more than half of it"
