@@ -14,7 +14,10 @@ mod push;
 mod serve;
 mod tune;
 
-use std::{io::Write as _, process::ExitCode};
+use std::{
+    io::{self, Write as _},
+    process::ExitCode,
+};
 
 use clap::{Parser, Subcommand};
 
@@ -55,10 +58,10 @@ pub fn run() -> ExitCode {
     let done = match Cli::parse() {
         Cli { command: Some(Command::Serve(args)), .. } => serve::run(*args),
         Cli { command: None, serve: args } => serve::run(args),
-        Cli { command: Some(Command::Tune(args)), .. } => tune::run(&args, &mut std::io::stdout()),
-        Cli { command: Some(Command::Eval(args)), .. } => eval::run(&args, &mut std::io::stdout()),
-        Cli { command: Some(Command::Convert(args)), .. } => convert::run(&args, &mut std::io::stdout()),
-        Cli { command: Some(Command::Inspect(args)), .. } => inspect::run(&args, &mut std::io::stdout()),
+        Cli { command: Some(Command::Tune(args)), .. } => tune::run(&args, &mut io::stdout()),
+        Cli { command: Some(Command::Eval(args)), .. } => eval::run(&args, &mut io::stdout()),
+        Cli { command: Some(Command::Convert(args)), .. } => convert::run(&args, &mut io::stdout()),
+        Cli { command: Some(Command::Inspect(args)), .. } => inspect::run(&args, &mut io::stdout()),
         Cli { command: Some(Command::Push(args)), .. } => push::run(&args),
         Cli { command: Some(Command::Bench(args)), .. } => bench::run(&args),
         Cli { command: Some(Command::Health(args)), .. } => health::run(&args),
@@ -66,9 +69,13 @@ pub fn run() -> ExitCode {
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
+        // Whoever read our output has read enough (`| head`).
+        Err(error) if error.downcast_ref().is_some_and(|e: &io::Error| e.kind() == io::ErrorKind::BrokenPipe) => {
+            ExitCode::SUCCESS
+        }
         Err(error) => {
             // Nobody may be reading; the exit code says it too.
-            let _ = writeln!(std::io::stderr(), "error: {error:#}");
+            let _ = writeln!(io::stderr(), "error: {error:#}");
             ExitCode::from(if error.is::<ConfigError>() { 2 } else { 1 })
         }
     }

@@ -311,6 +311,15 @@ fn the_specification_is_printed_as_it_is_served() {
 }
 
 #[test]
+fn a_reader_that_has_read_enough_is_no_error() {
+    let home = tempfile::tempdir().unwrap();
+    let mut child = softserve(home.path()).arg("openapi").spawn().unwrap();
+    drop(child.stdout.take());
+    let Output { status, stderr, .. } = child.wait_with_output().unwrap();
+    assert_eq!((status.code(), String::from_utf8_lossy(&stderr).as_ref()), (Some(0), ""));
+}
+
+#[test]
 fn an_address_that_others_can_reach_needs_an_admin_key_which_is_never_logged() {
     let home = tempfile::tempdir().unwrap();
     let start = |key: Option<&str>| {
