@@ -6,7 +6,7 @@ use bytes::Bytes;
 use candle_core::{DType, Device};
 use clap::ValueEnum;
 use safetensors::tensor::TensorView;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use super::{ConvertError, Foreign, RawTensor, safetensors as raw};
 use crate::prompt::{
@@ -225,7 +225,7 @@ pub fn own_fit(files: &PromptFiles) -> Fit {
     let num_layers = count("num_layers").unwrap_or(1);
     let num_kv_heads = count("num_attention_heads").unwrap_or(1);
     let kv_dim = count("token_dim").unwrap_or(columns / num_layers.saturating_mul(2));
-    let encodes = config.get("task_type").and_then(Value::as_str) == Some("SEQ_2_SEQ_LM");
+    let encodes = config.as_object().is_some_and(is_for_encoder_decoder);
     Fit {
         model_name: "any model".to_owned(),
         fingerprint: fingerprint.unwrap_or_default(),
@@ -238,6 +238,15 @@ pub fn own_fit(files: &PromptFiles) -> Fit {
         context_length: usize::MAX,
         device: Device::Cpu,
         dtype: DType::F32,
+    }
+}
+
+/// Whether a configuration is one of a prompt for a model with an encoder: by its task, or where that is
+/// not said, by the number of the model's parts.
+pub fn is_for_encoder_decoder(config: &Map<String, Value>) -> bool {
+    match config.get("task_type").and_then(Value::as_str) {
+        Some(task) => task == "SEQ_2_SEQ_LM",
+        None => config.get("num_transformer_submodules").and_then(Value::as_u64) == Some(2),
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::{fs, path::Path};
 
+use candle_core::Device;
 use serde_json::Value;
 
 use crate::{
@@ -203,4 +204,54 @@ fn keys_and_values_are_shown_by_layer() {
     assert_eq!(report["num_virtual_tokens"], 3);
     let (_, said, _) = inspect(home.path(), &folder, &[]);
     assert!(said.contains("norms of keys") && said.contains("6.000 (6.000, 6.000)"), "{said}");
+}
+
+#[test]
+fn of_a_prompt_for_an_encoder_and_a_decoder_the_encoders_rows_are_counted_and_the_others_called_dead_weight() {
+    let home = tempfile::tempdir().unwrap();
+    let model = fixtures::dir("encoder-decoder/t5");
+    let named = ["--model", model.to_str().unwrap()];
+    for (prompt, n, is_doubled) in
+        [("prompt7", 7, true), ("ptuning5", 5, true), ("multitask5", 5, true), ("prompt33-one", 33, false)]
+    {
+        let folder = home.path().join(prompt);
+        copy(&model.join("prompts").join(prompt), &folder);
+        if prompt == "multitask5" {
+            fs::write(folder.join("task.json"), r#"{"task_id": 1}"#).unwrap();
+        }
+        for arguments in [&[][..], &named] {
+            let (code, report) = inspect_json(home.path(), &folder, arguments);
+            assert_eq!((code, &report["num_virtual_tokens"]), (Some(0), &n.into()), "{report}");
+            assert_eq!(report["virtual_tokens"].as_array().unwrap().len(), n);
+            let (_, said, _) = inspect(home.path(), &folder, arguments);
+            assert!(said.contains(&format!("virtual tokens  {n}\n")), "{said}");
+            let words = format!("the other {n} rows are dead weight");
+            assert_eq!(said.contains(&words), is_doubled, "{prompt}: {said}");
+        }
+        // Its own norms only.
+        let weights = candle_core::safetensors::load(folder.join("adapter_model.safetensors"), &Device::Cpu).unwrap();
+        let rows = weights["prompt_embeddings"].narrow(0, 0, n).unwrap().to_vec2::<f32>().unwrap();
+        let norms = rows.iter().map(|row| row.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt());
+        let (_, report) = inspect_json(home.path(), &folder, &[]);
+        let largest = report["norms"]["max"].as_f64().unwrap();
+        assert!((norms.fold(0.0, f64::max) - largest).abs() < 1e-6, "{prompt}: {report}");
+    }
+    // Where the type of task is not said, the two parts of the model are.
+    let folder = home.path().join("prompt7");
+    let config = fs::read_to_string(folder.join("adapter_config.json")).unwrap();
+    fs::write(folder.join("adapter_config.json"), config.replace("\"SEQ_2_SEQ_LM\"", "null")).unwrap();
+    let (code, report) = inspect_json(home.path(), &folder, &[]);
+    assert_eq!((code, &report["num_virtual_tokens"]), (Some(0), &7.into()), "{report}");
+}
+
+#[test]
+fn the_layers_of_a_prefix_for_an_encoder_decoder_model_have_the_rows_that_peft_gives_them() {
+    let home = tempfile::tempdir().unwrap();
+    let folder = fixtures::dir("encoder-decoder/t5").join("prompts/prefix6");
+    let (code, report) = inspect_json(home.path(), &folder, &[]);
+    assert_eq!((code, &report["num_virtual_tokens"]), (Some(0), &6.into()), "{report}");
+    // Of 2 layers, row 4 of twice 4 rows is row 0 again.
+    let layers = report["layers"].as_array().unwrap();
+    assert_eq!((layers.len(), &layers[0]), (2, &layers[1]));
+    assert_ne!(layers[0]["keys"], layers[0]["values"]);
 }

@@ -125,6 +125,14 @@ impl Report {
         let faults = subject.task_name().and_then(|task| {
             format::read(task, &subject.files, &peft::own_fit(&subject.files)).err().map(|faults| faults.0)
         });
+        let num_virtual_tokens = subject.num_virtual_tokens();
+        let mut notes = subject.notes.clone();
+        if let Some((_, unused @ 1..)) = num_virtual_tokens {
+            notes.push(format!(
+                "the other {unused} rows are dead weight: PEFT's for a second part of the model, the decoder, and never \
+                 read"
+            ));
+        }
         Self {
             path: path.display().to_string(),
             format: subject.format.clone(),
@@ -139,7 +147,7 @@ impl Report {
                 .iter()
                 .map(|t| TensorReport { name: t.name.clone(), dtype: format!("{:?}", t.dtype), shape: t.shape.clone() })
                 .collect(),
-            num_virtual_tokens: subject.main_tensor().and_then(|tensor| tensor.matrix()).map(|(rows, _)| rows),
+            num_virtual_tokens: num_virtual_tokens.map(|(used, _)| used),
             norms: Summary::of(&norms),
             virtual_tokens: norms
                 .into_iter()
@@ -154,7 +162,7 @@ impl Report {
                 base_model: spec.base_model,
                 metrics: spec.metrics,
             }),
-            notes: subject.notes.clone(),
+            notes,
             faults: faults.unwrap_or_default().into_iter().map(|fault| fault.detail).collect(),
             model: None,
         }
@@ -304,5 +312,8 @@ fn layers(subject: &Subject) -> Vec<Layer> {
             values.chunks(columns).filter_map(|row| row.get(part * width..(part + 1) * width)).map(norm).collect();
         Summary::of(&norms)
     };
-    (0..num_layers).map(|layer| Layer { keys: norms(2 * layer), values: norms(2 * layer + 1) }).collect()
+    // PEFT doubles the rows for an encoder-decoder model, deals four to a layer and uses the first two.
+    let step = if subject.is_for_encoder_decoder() { 4 } else { 2 };
+    let of = |part: usize| norms(part % (2 * num_layers));
+    (0..num_layers).map(|layer| Layer { keys: of(step * layer), values: of(step * layer + 1) }).collect()
 }

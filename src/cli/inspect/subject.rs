@@ -120,6 +120,23 @@ impl Subject {
         (["PREFIX_TUNING", "CARTRIDGE"].contains(&kind) && fits).then_some(layers)
     }
 
+    /// Whether it is for a model with an encoder.
+    pub fn is_for_encoder_decoder(&self) -> bool {
+        self.config().is_some_and(|config| peft::is_for_encoder_decoder(&config))
+    }
+
+    /// The rows of the tensor that are virtual tokens, and how many more there are. Of a prompt for an
+    /// encoder-decoder model the second half, if there is one, would be the decoder's: PEFT writes it and
+    /// never reads it.
+    pub fn num_virtual_tokens(&self) -> Option<(usize, usize)> {
+        let (rows, _) = self.main_tensor()?.matrix()?;
+        let declared = self.config().and_then(|config| config.get("num_virtual_tokens")?.as_u64());
+        match declared.map(|n| n as usize) {
+            Some(n) if n.checked_mul(2) == Some(rows) && self.is_for_encoder_decoder() => Some((n, rows - n)),
+            _ => Some((rows, 0)),
+        }
+    }
+
     /// The virtual tokens' embeddings, if the prompt is made of such.
     pub fn rows(&self) -> Option<Rows> {
         let tensor = self.main_tensor().filter(|tensor| tensor.is_float())?;
@@ -127,7 +144,10 @@ impl Subject {
         if self.num_layers().is_some() {
             return None;
         }
-        Some(Rows { columns, values: tensor.values() })
+        let (used, _) = self.num_virtual_tokens()?;
+        let mut values = tensor.values();
+        values.truncate(used * columns);
+        Some(Rows { columns, values })
     }
 }
 
