@@ -13,8 +13,8 @@ import shutil
 
 import torch
 from peft import (
-    MultitaskPromptTuningConfig, PeftModel, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, TaskType,
-    get_peft_model,
+    CartridgeConfig, MultitaskPromptTuningConfig, PeftModel, PrefixTuningConfig, PromptEncoderConfig,
+    PromptTuningConfig, TaskType, get_peft_model,
 )
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
@@ -30,14 +30,18 @@ SHAPE = dict(vocab_size=320, d_model=32, d_ff=48, num_layers=2, num_heads=4, d_k
              decoder_start_token_id=0)
 
 
-def tokenizer():
-    """Unigram, with the end of the text appended, as T5's own."""
-    tok = Tokenizer(models.Unigram())
-    tok.pre_tokenizer = pre_tokenizers.Metaspace()
-    tok.decoder = decoders.Metaspace()
-    tok.train_from_iterator([TEXT * 4] + INPUTS, trainers.UnigramTrainer(
-        vocab_size=300, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False))
-    tok.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+def tokenizer(path):
+    """Unigram, with the end of the text appended, as T5's own. One that is there stays: its training does not
+    give the same pieces twice."""
+    if path.exists():
+        tok = Tokenizer.from_file(str(path))
+    else:
+        tok = Tokenizer(models.Unigram())
+        tok.pre_tokenizer = pre_tokenizers.Metaspace()
+        tok.decoder = decoders.Metaspace()
+        tok.train_from_iterator([TEXT * 4] + INPUTS, trainers.UnigramTrainer(
+            vocab_size=300, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False))
+        tok.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     return PreTrainedTokenizerFast(tokenizer_object=tok, eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
 
 
@@ -54,7 +58,7 @@ def build():
     yield "t5", None, T5ForConditionalGeneration(T5Config(**SHAPE))
     yield "flan-t5", version_1_1, T5ForConditionalGeneration(T5Config(
         **{**SHAPE, "num_layers": 3}, num_decoder_layers=2, feed_forward_proj="gated-gelu"))
-    # Heads that are wider than the hidden size: PEFT has no prefix tuning for these.
+    # Heads that are together wider than the hidden size; those of mT5-small are narrower.
     yield "mt5", None, MT5ForConditionalGeneration(MT5Config(
         **{**SHAPE, "d_kv": 12}, relative_attention_num_buckets=8,
         relative_attention_max_distance=20))
@@ -66,9 +70,11 @@ def adapters(name):
     yield "prompt33-one", [None], PromptTuningConfig(num_virtual_tokens=33, num_transformer_submodules=1, **common)
     yield "ptuning5", [None], PromptEncoderConfig(num_virtual_tokens=5, encoder_hidden_size=16, **common)
     yield "multitask5", [0, 2], MultitaskPromptTuningConfig(num_virtual_tokens=5, num_tasks=3, num_ranks=2, **common)
-    if name != "mt5":
-        yield "prefix6", [None], PrefixTuningConfig(num_virtual_tokens=6, **common)
-        yield "prefix35", [None], PrefixTuningConfig(num_virtual_tokens=35, **common)
+    # For keys and values PEFT takes the hidden size for the width of all heads unless it is told better.
+    width = dict(token_dim=48) if name == "mt5" else {}
+    yield "prefix6", [None], PrefixTuningConfig(num_virtual_tokens=6, **width, **common)
+    yield "prefix35", [None], PrefixTuningConfig(num_virtual_tokens=35, **width, **common)
+    yield "cartridge4", [None], CartridgeConfig(num_virtual_tokens=4, num_frozen_tokens=1, **width, **common)
 
 
 @torch.no_grad()
@@ -97,14 +103,16 @@ def main():
             p.data = torch.randn_like(p) * (0.2 if p.dim() == 1 else 0.3) + (1.0 if p.dim() == 1 else 0.0)
         if change:
             model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight) * 0.3)
-        tok = tokenizer()
         folder = OUT / "encoder-decoder" / name
+        tok = tokenizer(folder / "tokenizer.json")
         shutil.rmtree(folder, ignore_errors=True)
         model.save_pretrained(folder)
         tok.save_pretrained(folder)
         if change:
             edit(folder, change)
         model = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.float32).eval()
+        # What adapters say of their model; not the path on this machine.
+        model.name_or_path = name
 
         def three_of(label, model, **named):
             return list(itertools.islice(cases_of(label, model, tok, **named), 3))
