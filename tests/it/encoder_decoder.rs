@@ -8,11 +8,10 @@ use std::{
 };
 
 use candle_core::{DType, Device, Tensor};
-use serde::Deserialize;
 use serde_json::json;
 use softserve::{
     engine::{
-        Engine, EngineConfig, EngineStats, EventStream, SubmitError,
+        Engine, EngineConfig, EngineStats, SubmitError,
         request::{CacheRoot, Event, FinishReason, InputToken, Request, SamplingParams},
         runner::{Part, Runner},
     },
@@ -29,44 +28,22 @@ use softserve::{
 };
 
 use crate::{
-    fixtures,
-    support::{LONG, Options, post},
+    fixtures::{self, Case},
+    support::{LONG, Options, collect, post},
 };
 
 const MODELS: [&str; 3] = ["encoder-decoder/t5", "encoder-decoder/flan-t5", "encoder-decoder/mt5"];
 
-/// One answer of PEFT's.
-#[derive(Debug, Deserialize)]
-struct Case {
-    /// The prompt's folder; none for the bare model.
-    prompt: Option<String>,
-    task_id: Option<usize>,
-    text: String,
-    input_ids: Vec<u32>,
-    greedy_ids: Vec<u32>,
-    /// The five best logits of the first new token, with their ids.
-    top: Vec<(u32, f32)>,
-}
-
 fn cases(name: &str) -> Vec<Case> {
-    let cases: Vec<Case> =
-        serde_json::from_slice(&std::fs::read(fixtures::dir(name).join("expected.json")).unwrap()).unwrap();
+    let cases = fixtures::cases(name);
     for prompt in ["prompt7", "prompt33-one", "ptuning5", "multitask5", "prefix6", "prefix35", "cartridge4"] {
-        assert!(cases.iter().any(|case| case.prompt.as_deref() == Some(prompt)), "{name} has no {prompt}");
+        assert!(cases.iter().any(|case| case.prompt == prompt), "{name} has no {prompt}");
     }
     cases
 }
 
-fn files(name: &str, case: &Case) -> PromptFiles {
-    let folder = fixtures::dir(name).join("prompts").join(case.prompt.as_ref().unwrap());
-    let mut files = PromptFiles::read_dir(&folder).unwrap();
-    files.task = case.task_id.map(|task_id| json!({"task_id": task_id}).to_string().into());
-    files
-}
-
 fn version(name: &str, fit: &Fit, case: &Case) -> Option<Version> {
-    case.prompt.as_ref()?;
-    Some(format::read("task".parse().unwrap(), &files(name, case), fit).unwrap())
+    case.version(&fixtures::dir(name).join("prompts"), fit)
 }
 
 /// So many new tokens that sequences outgrow a small cache.
@@ -76,20 +53,6 @@ fn request(version: Option<&Version>, case: &Case) -> Request {
     let sampling = SamplingParams { max_tokens: MANY, ..Default::default() };
     let request = Request::new(version.map(|v| v.prompt.clone()), &case.input_ids, sampling);
     Request { root: Some(version.map_or(CacheRoot::TEXT, |v| CacheRoot(v.digest.0))), ..request }
-}
-
-fn collect(mut stream: EventStream) -> (Vec<u32>, FinishReason) {
-    let mut ids = Vec::new();
-    loop {
-        match stream.blocking_next().expect("an event before the end") {
-            Event::Token(token) => ids.push(token.id),
-            Event::Finished { reason, cached_tokens } => {
-                assert_eq!(cached_tokens, 0, "nothing of one input is of use to another");
-                return (ids, reason);
-            }
-            Event::Failed => panic!("the request failed"),
-        }
-    }
 }
 
 fn of_encoder(prompt: Option<&Arc<LearnedPrompt>>, case: &Case) -> Vec<InputToken> {
@@ -151,13 +114,6 @@ fn plain_logits(model: &Model, prompt: Option<&Arc<LearnedPrompt>>, case: &Case)
     model.logits(&hidden).unwrap().squeeze(0).unwrap().to_vec1().unwrap()
 }
 
-fn near(case: &Case, logits: &[f32], tolerance: f32, what: &str) {
-    for (id, expected) in &case.top {
-        let got = logits[*id as usize];
-        assert!((got - expected).abs() < tolerance, "{what} {:?}: token {id} {got} {expected}", case.prompt);
-    }
-}
-
 #[test]
 fn logits_are_those_of_peft_by_the_plain_kernels_and_by_those_that_serve() {
     for name in MODELS {
@@ -168,7 +124,7 @@ fn logits_are_those_of_peft_by_the_plain_kernels_and_by_those_that_serve() {
         let prompts: Vec<_> = versions.iter().map(|v| v.as_ref().map(|v| &v.prompt)).collect();
         for (case, prompt) in cases.iter().zip(&prompts) {
             if prompt.is_none_or(|prompt| prompt.kind() == "embeddings") {
-                near(case, &plain_logits(&model, *prompt, case), 1e-3, name);
+                case.assert_near(&plain_logits(&model, *prompt, case), 1e-3, name);
             }
         }
         let mut runner = Runner::new(model, 8).unwrap();
@@ -176,7 +132,7 @@ fn logits_are_those_of_peft_by_the_plain_kernels_and_by_those_that_serve() {
         let together = encode(&mut runner, &inputs);
         for ((case, prompt), encoded) in inputs.iter().zip(&together) {
             let served = logits(&mut runner, *prompt, encoded, 1000);
-            near(case, &served, 1e-3, name);
+            case.assert_near(&served, 1e-3, name);
             let alone = encode(&mut runner, &[(case, *prompt)]).pop().unwrap();
             assert!(logits(&mut runner, *prompt, &alone, 1000) == served, "{name} {:?} alone", case.prompt);
             assert!(logits(&mut runner, *prompt, &alone, 5) == served, "{name} {:?} in parts", case.prompt);
@@ -222,9 +178,10 @@ fn alone_mixed_in_small_steps_and_put_off_all_types_answer_as_peft_does() {
             let (engine, _thread) = Engine::start(fixtures::load(name, DType::F32), config).unwrap();
             if kind == "usual" {
                 for (case, version) in cases.iter().zip(&versions) {
-                    let (ids, reason) = collect(engine.submit(request(version.as_ref(), case)).unwrap());
+                    let (ids, reason, cached) = collect(engine.submit(request(version.as_ref(), case)).unwrap());
                     assert_eq!(ids[..case.greedy_ids.len()], case.greedy_ids, "{name} {:?} alone", case.prompt);
                     assert_eq!((ids.len(), reason), (MANY, FinishReason::Length));
+                    assert_eq!(cached, 0, "nothing of one input is of use to another");
                     alone.push(ids);
                 }
             }
@@ -275,7 +232,7 @@ fn the_encoders_output_is_counted_while_its_sequence_runs_and_freed_by_cancel_de
     assert!(is_released(&engine));
 
     // The decoder's own positions end with its context.
-    let (ids, reason) = collect(engine.submit(long(&[50; 60])).unwrap());
+    let (ids, reason, _) = collect(engine.submit(long(&[50; 60])).unwrap());
     assert_eq!((ids.len(), reason), (engine.max_sequence() - 1, FinishReason::Length));
     assert!(is_released(&engine));
 }
@@ -344,8 +301,8 @@ fn rows_past_those_of_the_encoder_are_dead_weight_also_where_no_key_says_so() {
 async fn a_task_of_an_encoder_decoder_model_answers_over_http_with_the_encoders_tokens_counted() {
     for name in MODELS {
         let server = Options { model: name, ..Options::default() }.start();
-        for case in cases(name).iter().filter(|case| case.prompt.is_some() && case.task_id.is_none()) {
-            let task = case.prompt.as_deref().unwrap();
+        for case in cases(name).iter().filter(|case| !case.prompt.is_empty() && case.task_id.is_none()) {
+            let task = &case.prompt;
             let shown = server.get(&format!("/v1/tasks/{task}")).await.ok();
             let n: u64 =
                 task.trim_start_matches(|c: char| !c.is_ascii_digit()).trim_end_matches("-one").parse().unwrap();

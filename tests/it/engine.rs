@@ -4,11 +4,11 @@ use std::time::{Duration, Instant};
 
 use candle_core::DType;
 use softserve::engine::{
-    Engine, EngineConfig, EngineThread, EventStream, SubmitError,
+    Engine, EngineConfig, EngineThread, SubmitError,
     request::{Event, FinishReason, Request, SamplingParams},
 };
 
-use crate::fixtures;
+use crate::{fixtures, support::collect};
 
 fn start(model: &str, config: EngineConfig) -> (Engine, EngineThread) {
     Engine::start(fixtures::load(model, DType::F32), config).unwrap()
@@ -17,18 +17,6 @@ fn start(model: &str, config: EngineConfig) -> (Engine, EngineThread) {
 fn request(model: &str, case: &fixtures::Case) -> Request {
     let sampling = SamplingParams { max_tokens: case.greedy_ids.len(), logprobs: Some(5), ..Default::default() };
     Request::new(Some(fixtures::prompt(model, &case.prompt)), &case.input_ids, sampling)
-}
-
-/// All tokens and the reason for the end.
-fn collect(mut stream: EventStream) -> (Vec<u32>, FinishReason) {
-    let mut ids = Vec::new();
-    loop {
-        match stream.blocking_next().expect("an event before the end") {
-            Event::Token(token) => ids.push(token.id),
-            Event::Finished { reason, .. } => return (ids, reason),
-            Event::Failed => panic!("the request failed"),
-        }
-    }
 }
 
 fn long_request(max_tokens: usize) -> Request {
@@ -41,7 +29,7 @@ fn every_answer_is_that_of_peft_alone_and_in_a_mixed_batch() {
         let (engine, _thread) = start(model, EngineConfig::default());
         let cases = fixtures::cases(model);
         for case in &cases {
-            let (ids, reason) = collect(engine.submit(request(model, case)).unwrap());
+            let (ids, reason, _) = collect(engine.submit(request(model, case)).unwrap());
             assert_eq!((ids, reason), (case.greedy_ids.clone(), FinishReason::Length), "{model}/{}", case.prompt);
         }
         let streams: Vec<_> = cases.iter().map(|case| engine.submit(request(model, case)).unwrap()).collect();
@@ -70,7 +58,7 @@ fn answers_stay_the_same_in_small_chunks_and_when_sequences_are_preempted() {
         let submit = |(i, case)| (i, engine.submit(longer(case)).unwrap());
         let streams: Vec<_> = cases.iter().enumerate().cycle().take(36).map(submit).collect();
         for (i, stream) in streams {
-            let (ids, _) = collect(stream);
+            let (ids, ..) = collect(stream);
             assert_eq!(ids, alone[i], "{}", cases[i].prompt);
             assert!(ids.starts_with(&cases[i].greedy_ids));
         }
@@ -107,15 +95,17 @@ fn a_request_ends_at_its_deadline_at_a_stop_token_and_at_the_contexts_end() {
     let (engine, _thread) = start("qwen2", EngineConfig::default());
     let mut late = long_request(10);
     late.deadline = Some(Instant::now());
-    assert_eq!(collect(engine.submit(late).unwrap()), (vec![], FinishReason::Timeout));
+    let (ids, reason, _) = collect(engine.submit(late).unwrap());
+    assert_eq!((ids, reason), (vec![], FinishReason::Timeout));
 
-    let (ids, _) = collect(engine.submit(long_request(8)).unwrap());
+    let (ids, ..) = collect(engine.submit(long_request(8)).unwrap());
     let stop_at = ids.iter().position(|id| *id == ids[5]).unwrap();
     let mut stopped = long_request(8);
     stopped.sampling.stop_tokens = vec![ids[5]];
-    assert_eq!(collect(engine.submit(stopped).unwrap()), (ids[..stop_at].to_vec(), FinishReason::Stop));
+    let (stopped, reason, _) = collect(engine.submit(stopped).unwrap());
+    assert_eq!((&stopped[..], reason), (&ids[..stop_at], FinishReason::Stop));
 
-    let (ids, reason) = collect(engine.submit(long_request(100_000)).unwrap());
+    let (ids, reason, _) = collect(engine.submit(long_request(100_000)).unwrap());
     assert_eq!((ids.len(), reason), (512 - 3, FinishReason::Length));
     let full = Request::new(None, &[5; 512], SamplingParams::default());
     assert_eq!(engine.submit(full).unwrap_err(), SubmitError::TooLong { found: 512, limit: 512 });
@@ -158,7 +148,7 @@ fn a_seeded_draw_is_the_same_whatever_runs_beside_it() {
         request.sampling = SamplingParams { temperature: 1.0, top_p: 0.9, seed, ..request.sampling };
         request
     };
-    let (alone, _) = collect(engine.submit(sampled(7)).unwrap());
+    let (alone, ..) = collect(engine.submit(sampled(7)).unwrap());
     let streams: Vec<_> = (0..12).map(|seed| engine.submit(sampled(seed)).unwrap()).collect();
     let together: Vec<_> = streams.into_iter().map(|s| collect(s).0).collect();
     assert_eq!(together[7], alone);

@@ -4,8 +4,8 @@
 use candle_core::{DType, Device, Tensor, Var};
 use softserve::{
     engine::{
-        Engine, EngineConfig, EventStream,
-        request::{Event, Request, SamplingParams},
+        Engine, EngineConfig,
+        request::{Request, SamplingParams},
     },
     kernels::{
         Kernels,
@@ -22,7 +22,10 @@ use softserve::{
     },
 };
 
-use crate::fixtures::{self, Case};
+use crate::{
+    fixtures::{self, Case},
+    support::collect,
+};
 
 /// The prompt of a case, none for the bare model.
 fn prompt(model: &str, case: &Case) -> Option<std::sync::Arc<LearnedPrompt>> {
@@ -60,22 +63,8 @@ fn logits_are_those_of_peft_by_the_plain_kernels_and_by_those_that_serve() {
             let mut cache = KvCache::new(model.kv_shape(), blocks).unwrap();
             let segment = [Segment { rows: t, start: 0, blocks: (0..blocks as u32).rev().collect() }];
             let served = logits(&model, &x, &mut PagedKernels::new(&mut cache, &segment));
-            for (id, expected) in &case.top {
-                let (plain, served) = (plain[*id as usize], served[*id as usize]);
-                let what = format!("{name}/{}: token {id}, {plain} and {served}, expected {expected}", case.prompt);
-                assert!((plain - expected).abs() < 1e-3 && (served - expected).abs() < 1e-3, "{what}");
-            }
-        }
-    }
-}
-
-fn collect(mut stream: EventStream) -> Vec<u32> {
-    let mut ids = Vec::new();
-    loop {
-        match stream.blocking_next().expect("an event before the end") {
-            Event::Token(token) => ids.push(token.id),
-            Event::Finished { .. } => return ids,
-            Event::Failed => panic!("the request failed"),
+            case.assert_near(&plain, 1e-3, &name);
+            case.assert_near(&served, 1e-3, &name);
         }
     }
 }
@@ -94,14 +83,14 @@ fn tokens_are_those_of_peft_alone_in_a_mixed_batch_and_in_small_chunks() {
         };
         let (engine, _thread) = start(EngineConfig::default().max_step_tokens);
         for case in &cases {
-            let ids = collect(engine.submit(request(case)).unwrap());
+            let ids = collect(engine.submit(request(case)).unwrap()).0;
             assert_eq!(ids, case.greedy_ids, "{name}/{} alone", case.prompt);
         }
         let (chunked, _thread) = start(5);
         for engine in [&engine, &chunked] {
             let streams: Vec<_> = cases.iter().map(|case| engine.submit(request(case)).unwrap()).collect();
             for (case, stream) in cases.iter().zip(streams) {
-                assert_eq!(collect(stream), case.greedy_ids, "{name}/{} mixed", case.prompt);
+                assert_eq!(collect(stream).0, case.greedy_ids, "{name}/{} mixed", case.prompt);
             }
         }
     }

@@ -1,12 +1,20 @@
-//! The tiny models, prompts and answers that `tests/peft/make_fixtures.py` made with PEFT.
+//! The tiny models, prompts and answers that the scripts in `tests/peft` made with PEFT.
 
-use std::{path::PathBuf, sync::Arc};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use candle_core::{DType, Device};
 use serde::Deserialize;
+use serde_json::json;
 use softserve::{
     model::{Model, ModelFiles},
-    prompt::{LearnedPrompt, learned::Embeddings},
+    prompt::{
+        LearnedPrompt, Version,
+        format::{self, Fit, PromptFiles},
+        learned::Embeddings,
+    },
     text::Text,
 };
 
@@ -21,6 +29,8 @@ pub struct Case {
     /// Missing where all prompts are embeddings.
     #[serde(default)]
     pub peft_type: Option<String>,
+    /// Of a multitask prompt.
+    pub task_id: Option<usize>,
     pub text: String,
     pub input_ids: Vec<u32>,
     pub greedy_ids: Vec<u32>,
@@ -30,6 +40,26 @@ pub struct Case {
 
 fn or_empty<'de, D: serde::Deserializer<'de>>(value: D) -> Result<String, D::Error> {
     Ok(Option::deserialize(value)?.unwrap_or_default())
+}
+
+impl Case {
+    /// Its prompt as the registry reads it from the folder of all; none for the bare model.
+    pub fn version(&self, prompts: &Path, fit: &Fit) -> Option<Version> {
+        if self.prompt.is_empty() {
+            return None;
+        }
+        let mut files = PromptFiles::read_dir(&prompts.join(&self.prompt)).unwrap();
+        files.task = self.task_id.map(|task_id| json!({"task_id": task_id}).to_string().into());
+        Some(format::read("task".parse().unwrap(), &files, fit).unwrap())
+    }
+
+    /// Holds the logits after the input against PEFT's best.
+    pub fn assert_near(&self, logits: &[f32], tolerance: f32, model: &str) {
+        for (id, expected) in &self.top {
+            let got = logits[*id as usize];
+            assert!((got - expected).abs() < tolerance, "{model}/{}: token {id} {got} {expected}", self.prompt);
+        }
+    }
 }
 
 /// The models of every family, as [`dir`] takes them.

@@ -3,72 +3,44 @@
 
 use std::{
     io::{Cursor, Write as _},
-    path::{Path, PathBuf},
+    path::PathBuf,
     sync::Arc,
 };
 
 use candle_core::DType;
-use serde::Deserialize;
 use serde_json::{Value, json};
 use softserve::{
     engine::{
         Engine, EngineConfig, SubmitError,
-        request::{CacheRoot, Event, InputToken, Request, SamplingParams},
+        request::{CacheRoot, InputToken, Request, SamplingParams},
         runner::{Part, Runner},
     },
     http::problem::Problem,
     kernels::kv_cache::{BLOCK_SIZE, BlockId},
-    prompt::{
-        LearnedPrompt, PeftType, Version,
-        format::{self, Fit, PromptFiles},
-    },
+    prompt::{LearnedPrompt, PeftType, Version, format::Fit},
 };
 
 use crate::{
-    fixtures::{self, MODELS},
-    support::{Answer, Options, Server},
+    fixtures::{self, Case, MODELS},
+    support::{Answer, Options, Server, collect},
 };
-
-/// One answer of PEFT's.
-#[derive(Debug, Deserialize)]
-struct Case {
-    /// The prompt's folder; none for the bare model.
-    prompt: Option<String>,
-    task_id: Option<usize>,
-    text: String,
-    input_ids: Vec<u32>,
-    greedy_ids: Vec<u32>,
-    /// The five best logits of the first new token, with their ids.
-    top: Vec<(u32, f32)>,
-}
 
 fn dir(model: &str) -> PathBuf {
     fixtures::dir("prompt-types").join(model)
 }
 
-impl Case {
-    fn prompt(&self) -> &str {
-        self.prompt.as_deref().unwrap_or("")
-    }
-}
-
-fn read_cases(folder: &Path) -> Vec<Case> {
-    let cases: Vec<Case> = serde_json::from_slice(&std::fs::read(folder.join("expected.json")).unwrap()).unwrap();
-    cases.into_iter().filter(|case| case.prompt.is_some()).collect()
-}
-
-fn cases(model: &str) -> Vec<Case> {
-    let cases = read_cases(&dir(model));
-    let has = |prompt| cases.iter().filter(|case| case.prompt() == prompt).count() >= 2;
-    assert!(["prefix7", "prefix33", "cartridge40", "multitask9", "cpt6", "named"].into_iter().all(has), "{model}");
+/// Answers after a prompt.
+fn prompted(model: &str) -> Vec<Case> {
+    let mut cases = fixtures::cases(model);
+    cases.retain(|case| !case.prompt.is_empty());
     cases
 }
 
-/// A case's prompt, as the registry reads it from the folder of all.
-fn version(folder: &Path, fit: &Fit, case: &Case) -> Version {
-    let mut files = PromptFiles::read_dir(&folder.join(case.prompt())).unwrap();
-    files.task = case.task_id.map(|task_id| json!({"task_id": task_id}).to_string().into());
-    format::read("task".parse().unwrap(), &files, fit).unwrap()
+fn cases(model: &str) -> Vec<Case> {
+    let cases = prompted(&format!("prompt-types/{model}"));
+    let has = |prompt| cases.iter().filter(|case| case.prompt == prompt).count() >= 2;
+    assert!(["prefix7", "prefix33", "cartridge40", "multitask9", "cpt6", "named"].into_iter().all(has), "{model}");
+    cases
 }
 
 fn request(version: &Version, case: &Case) -> Request {
@@ -95,30 +67,22 @@ fn logits(runner: &mut Runner, prompt: &Arc<LearnedPrompt>, case: &Case, chunk: 
     last.unwrap().with_rows(|mut rows| Ok(rows.next().unwrap().to_vec())).unwrap()
 }
 
-/// Holds the best logits against PEFT's.
-fn near(case: &Case, logits: &[f32], tolerance: f32, name: &str) {
-    for (id, expected) in &case.top {
-        let got = logits[*id as usize];
-        assert!((got - expected).abs() < tolerance, "{name}/{}: token {id} {got} {expected}", case.prompt());
-    }
-}
-
 #[test]
 fn every_type_on_every_family_gives_the_logits_and_the_tokens_of_peft() {
     for name in fixtures::families() {
         let model = fixtures::load(&name, DType::F32);
         let fit = Fit::from(model.info());
         let folder = fixtures::dir(&name);
-        let cases = read_cases(&folder);
-        let versions: Vec<_> = cases.iter().map(|case| version(&folder.join("prompts"), &fit, case)).collect();
+        let cases = prompted(&name);
+        let versions: Vec<_> = cases.iter().map(|case| case.version(&folder.join("prompts"), &fit).unwrap()).collect();
         for peft_type in PeftType::ALL {
             assert!(versions.iter().any(|version| version.peft_type == peft_type), "{name} has no {peft_type}");
         }
         let mut runner = Runner::new(model, 8).unwrap();
         for (case, version) in cases.iter().zip(&versions) {
             let whole = logits(&mut runner, &version.prompt, case, 1000);
-            near(case, &whole, 1e-3, &name);
-            assert!(logits(&mut runner, &version.prompt, case, 3) == whole, "{name}/{}", case.prompt());
+            case.assert_near(&whole, 1e-3, &name);
+            assert!(logits(&mut runner, &version.prompt, case, 3) == whole, "{name}/{}", case.prompt);
         }
         let config = EngineConfig { kv_cache_bytes: 4 << 20, ..Default::default() };
         let (engine, _thread) = Engine::start(fixtures::load(&name, DType::F32), config).unwrap();
@@ -126,8 +90,8 @@ fn every_type_on_every_family_gives_the_logits_and_the_tokens_of_peft() {
             let streams: Vec<_> =
                 cases.iter().zip(&versions).map(|(c, v)| engine.submit(request(v, c)).unwrap()).collect();
             for (case, stream) in cases.iter().zip(streams) {
-                let (ids, _) = collect(stream);
-                assert_eq!(ids[..case.greedy_ids.len()], case.greedy_ids, "{name}/{}", case.prompt());
+                let (ids, ..) = collect(stream);
+                assert_eq!(ids[..case.greedy_ids.len()], case.greedy_ids, "{name}/{}", case.prompt);
             }
         }
     }
@@ -140,12 +104,12 @@ fn the_logits_after_a_prompt_of_each_type_are_those_of_peft_however_its_position
         let fit = Fit::from(model.info());
         let mut runner = Runner::new(model, 8).unwrap();
         for case in cases(name) {
-            let version = version(&dir(name), &fit, &case);
+            let version = case.version(&dir(name), &fit).unwrap();
             let whole = logits(&mut runner, &version.prompt, &case, 1000);
-            near(&case, &whole, 1e-3, name);
+            case.assert_near(&whole, 1e-3, name);
             for chunk in [5, 32] {
                 let cut = logits(&mut runner, &version.prompt, &case, chunk);
-                assert!(cut == whole, "{name}/{} by {chunk}", case.prompt());
+                assert!(cut == whole, "{name}/{} by {chunk}", case.prompt);
             }
         }
     }
@@ -158,22 +122,10 @@ fn in_bf16_the_logits_are_near_those_of_peft_and_cuts_change_no_bit() {
         let fit = Fit::from(model.info());
         let mut runner = Runner::new(model, 8).unwrap();
         for case in cases(name) {
-            let version = version(&dir(name), &fit, &case);
+            let version = case.version(&dir(name), &fit).unwrap();
             let whole = logits(&mut runner, &version.prompt, &case, 1000);
-            near(&case, &whole, 0.3, name);
-            assert!(logits(&mut runner, &version.prompt, &case, 3) == whole, "{name}/{}", case.prompt());
-        }
-    }
-}
-
-/// All tokens, and how many positions were found.
-fn collect(mut stream: softserve::engine::EventStream) -> (Vec<u32>, usize) {
-    let mut ids = Vec::new();
-    loop {
-        match stream.blocking_next().expect("an event before the end") {
-            Event::Token(token) => ids.push(token.id),
-            Event::Finished { cached_tokens, .. } => return (ids, cached_tokens),
-            Event::Failed => panic!("the request failed"),
+            case.assert_near(&whole, 0.3, name);
+            assert!(logits(&mut runner, &version.prompt, &case, 3) == whole, "{name}/{}", case.prompt);
         }
     }
 }
@@ -184,7 +136,7 @@ fn alone_mixed_unshared_cut_small_put_off_and_evicted_all_types_answer_as_peft_d
         let model = fixtures::load(name, DType::F32);
         let (fit, block_bytes) = (Fit::from(model.info()), model.kv_shape().block_bytes());
         let cases = cases(name);
-        let versions: Vec<_> = cases.iter().map(|case| version(&dir(name), &fit, case)).collect();
+        let versions: Vec<_> = cases.iter().map(|case| case.version(&dir(name), &fit).unwrap()).collect();
         let mut alone = Vec::new();
         let small = EngineConfig { kv_cache_bytes: 7 * block_bytes, ..Default::default() };
         let unshared = EngineConfig { prefix_sharing: false, ..Default::default() };
@@ -200,8 +152,8 @@ fn alone_mixed_unshared_cut_small_put_off_and_evicted_all_types_answer_as_peft_d
             let (engine, _thread) = Engine::start(fixtures::load(name, DType::F32), config).unwrap();
             if kind == "shared" {
                 for (case, version) in cases.iter().zip(&versions) {
-                    let (ids, _) = collect(engine.submit(request(version, case)).unwrap());
-                    assert_eq!(ids[..case.greedy_ids.len()], case.greedy_ids, "{name}/{} alone", case.prompt());
+                    let (ids, ..) = collect(engine.submit(request(version, case)).unwrap());
+                    assert_eq!(ids[..case.greedy_ids.len()], case.greedy_ids, "{name}/{} alone", case.prompt);
                     alone.push(ids);
                 }
             }
@@ -209,12 +161,12 @@ fn alone_mixed_unshared_cut_small_put_off_and_evicted_all_types_answer_as_peft_d
                 let streams: Vec<_> =
                     cases.iter().zip(&versions).map(|(c, v)| engine.submit(request(v, c)).unwrap()).collect();
                 for (((case, version), alone), stream) in cases.iter().zip(&versions).zip(&alone).zip(streams) {
-                    let (ids, cached) = collect(stream);
-                    assert_eq!(&ids, alone, "{name}/{} {:?} {kind}, turn {turn}", case.prompt(), case.text);
+                    let (ids, _, cached) = collect(stream);
+                    assert_eq!(&ids, alone, "{name}/{} {:?} {kind}, turn {turn}", case.prompt, case.text);
                     let input = version.prompt.num_virtual_tokens() + case.input_ids.len();
                     match kind {
                         "unshared" | "both" => assert_eq!(cached, 0),
-                        "shared" => assert_eq!(cached, input - 1, "{name}/{}", case.prompt()),
+                        "shared" => assert_eq!(cached, input - 1, "{name}/{}", case.prompt),
                         _ => assert!(cached < input),
                     }
                 }
@@ -232,14 +184,14 @@ fn in_bf16_what_is_shared_and_copied_in_parts_answers_as_what_is_not() {
     let name = "qwen2";
     let fit = Fit::from(fixtures::load(name, DType::BF16).info());
     let cases = cases(name);
-    let versions: Vec<_> = cases.iter().map(|case| version(&dir(name), &fit, case)).collect();
+    let versions: Vec<_> = cases.iter().map(|case| case.version(&dir(name), &fit).unwrap()).collect();
     let answers = [true, false].map(|prefix_sharing| {
         let config = EngineConfig { prefix_sharing, ..Default::default() };
         let (engine, _thread) = Engine::start(fixtures::load(name, DType::BF16), config).unwrap();
         let mut answer = |(case, version)| collect(engine.submit(request(version, case)).unwrap());
         let mut turn = || cases.iter().zip(&versions).map(&mut answer).collect::<Vec<_>>();
         let (first, second) = (turn(), turn());
-        assert_eq!(first.iter().chain(&second).any(|answer| answer.1 > 0), prefix_sharing);
+        assert_eq!(first.iter().chain(&second).any(|answer| answer.2 > 0), prefix_sharing);
         [first, second].map(|turn| turn.into_iter().map(|answer| answer.0).collect::<Vec<_>>())
     });
     let [[first, second], unshared] = answers;
@@ -253,9 +205,9 @@ fn warmed_keys_and_values_are_found_in_full_by_the_first_request() {
     let fit = Fit::from(model.info());
     let (engine, _thread) = Engine::start(model, EngineConfig::default()).unwrap();
     let cases = cases(name);
-    let of = |prompt: &str| cases.iter().find(|case| case.prompt() == prompt && case.input_ids.len() > 1).unwrap();
-    let chosen =
-        ["prefix7", "prefix33", "cartridge40"].map(|prompt| (of(prompt), version(&dir(name), &fit, of(prompt))));
+    let of = |prompt: &str| cases.iter().find(|case| case.prompt == prompt && case.input_ids.len() > 1).unwrap();
+    let chosen = ["prefix7", "prefix33", "cartridge40"]
+        .map(|prompt| (of(prompt), of(prompt).version(&dir(name), &fit).unwrap()));
     for (_, version) in &chosen {
         engine.warm_up(version.prompt.clone(), CacheRoot(version.digest.0));
     }
@@ -263,8 +215,8 @@ fn warmed_keys_and_values_are_found_in_full_by_the_first_request() {
     let other = Request::new(None, &[5, 6, 7], SamplingParams { max_tokens: 20, ..Default::default() });
     collect(engine.submit(other).unwrap());
     for (case, version) in &chosen {
-        assert!(engine.is_cached(CacheRoot(version.digest.0)), "{}", case.prompt());
-        let (ids, cached) = collect(engine.submit(request(version, case)).unwrap());
+        assert!(engine.is_cached(CacheRoot(version.digest.0)), "{}", case.prompt);
+        let (ids, _, cached) = collect(engine.submit(request(version, case)).unwrap());
         assert_eq!(
             (&ids[..case.greedy_ids.len()], cached),
             (&case.greedy_ids[..], version.prompt.num_virtual_tokens())
@@ -279,7 +231,7 @@ fn keys_and_values_with_no_text_after_them_are_refused_and_rows_are_not() {
     let fit = Fit::from(model.info());
     let (engine, _thread) = Engine::start(model, EngineConfig::default()).unwrap();
     for case in cases(name) {
-        let version = version(&dir(name), &fit, &case);
+        let version = case.version(&dir(name), &fit).unwrap();
         let request = Request::new(Some(version.prompt.clone()), &[], SamplingParams::default());
         match (version.prompt.kind(), engine.submit(request)) {
             ("key-values", Err(error @ SubmitError::NoText)) => {
@@ -324,10 +276,10 @@ async fn upload(server: &Server, task: &str, zip: Vec<u8>) -> Answer {
 async fn every_type_is_uploaded_listed_and_answers_over_http() {
     let server = Options::default().start();
     for case in cases("llama-tied") {
-        let task = format!("{}-{}", case.prompt(), case.task_id.unwrap_or(0));
+        let task = format!("{}-{}", case.prompt, case.task_id.unwrap_or(0));
         let spec = case.task_id.map(|task_id| json!({"task_id": task_id}));
-        let uploaded = upload(&server, &task, zipped("llama-tied", case.prompt(), spec)).await.ok();
-        let (kind, peft_type) = match case.prompt() {
+        let uploaded = upload(&server, &task, zipped("llama-tied", &case.prompt, spec)).await.ok();
+        let (kind, peft_type) = match case.prompt.as_str() {
             "prefix7" | "prefix33" => ("key-values", "PREFIX_TUNING"),
             "cartridge40" => ("key-values", "CARTRIDGE"),
             "multitask9" => ("embeddings", "MULTITASK_PROMPT_TUNING"),
@@ -344,7 +296,7 @@ async fn every_type_is_uploaded_listed_and_answers_over_http() {
         let shown = server.get(&format!("/v1/tasks/{task}")).await.ok();
         for meta in [&uploaded, &listed["versions"][0], &shown] {
             assert_eq!((&meta["kind"], &meta["peft_type"]), (&json!(kind), &json!(peft_type)), "{meta}");
-            let digits = case.prompt().trim_start_matches(|c: char| !c.is_ascii_digit());
+            let digits = case.prompt.trim_start_matches(|c: char| !c.is_ascii_digit());
             assert_eq!(meta["virtual_tokens"], digits.parse().unwrap_or(8), "{meta}");
         }
         assert_eq!(listed["versions"][0]["residency"]["cache"], "resident");

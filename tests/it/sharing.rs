@@ -5,15 +5,15 @@ use candle_core::DType;
 use serde_json::{Value, json};
 use softserve::{
     engine::{
-        Engine, EngineConfig, EngineThread, EventStream,
-        request::{Account, CacheRoot, Event, Request, SamplingParams},
+        Engine, EngineConfig, EngineThread,
+        request::{Account, CacheRoot, Request, SamplingParams},
     },
     prompt::Version,
 };
 
 use crate::{
     fixtures::{self, Case},
-    support::{Options, Server, TASK, form, prompt_files, weights},
+    support::{Options, Server, TASK, collect, form, prompt_files, weights},
 };
 
 fn start(model: &str, config: EngineConfig) -> (Engine, EngineThread) {
@@ -31,21 +31,6 @@ fn request(model: &str, case: &Case) -> Request {
     let sampling = SamplingParams { max_tokens: case.greedy_ids.len(), ..Default::default() };
     let request = Request::new(Some(fixtures::prompt(model, &case.prompt)), &case.input_ids, sampling);
     Request { root: Some(root(&case.prompt)), ..request }
-}
-
-/// All tokens, and how many positions were found.
-fn collect(mut stream: EventStream) -> (Vec<u32>, usize) {
-    let mut ids = Vec::new();
-    loop {
-        match stream.blocking_next().expect("an event before the end") {
-            Event::Token(token) => ids.push(token.id),
-            Event::Finished { cached_tokens, .. } => {
-                assert_eq!(stream.cached_tokens(), cached_tokens);
-                return (ids, cached_tokens);
-            }
-            Event::Failed => panic!("the request failed"),
-        }
-    }
 }
 
 /// How long a prompt of the fixtures is.
@@ -68,7 +53,7 @@ fn cold_repeated_unshared_and_evicted_all_answer_as_peft_does() {
             for turn in 0..3 {
                 let streams: Vec<_> = cases.iter().map(|case| engine.submit(request(model, case)).unwrap()).collect();
                 for (case, stream) in cases.iter().zip(streams) {
-                    let (ids, cached) = collect(stream);
+                    let (ids, _, cached) = collect(stream);
                     assert_eq!(ids, case.greedy_ids, "{model}/{} {name}, turn {turn}", case.prompt);
                     let input = rows(&case.prompt) + case.input_ids.len();
                     match name {
@@ -99,7 +84,7 @@ fn a_warmed_prompt_is_found_in_full_by_its_first_request() {
     collect(engine.submit(other).unwrap());
     for case in cases.iter().filter(|case| case.input_ids.len() == 3) {
         assert!(engine.is_cached(root(&case.prompt)), "{}", case.prompt);
-        let (ids, cached) = collect(engine.submit(request(model, case)).unwrap());
+        let (ids, _, cached) = collect(engine.submit(request(model, case)).unwrap());
         assert_eq!((ids, cached), (case.greedy_ids.clone(), rows(&case.prompt)));
     }
     assert_eq!(engine.stats().cached_prompts, 3);
@@ -114,7 +99,7 @@ fn the_same_words_after_another_prompt_are_not_found() {
     let answer = |root| collect(engine.submit(Request { root, ..request(model, case) }).unwrap());
     let input = rows(&case.prompt) + case.input_ids.len();
     let found = [Some(root("one")), Some(root("one")), Some(root("two")), None, Some(root("two"))].map(answer);
-    assert_eq!(found.each_ref().map(|f| f.1), [0, input - 1, 0, 0, input - 1]);
+    assert_eq!(found.each_ref().map(|f| f.2), [0, input - 1, 0, 0, input - 1]);
     assert!(found.iter().all(|f| f.0 == case.greedy_ids));
 }
 
@@ -134,7 +119,7 @@ fn a_light_account_is_answered_while_a_busy_one_fills_queue_and_batch() {
         }
     };
     assert!(matches!(refused, softserve::engine::SubmitError::Full { limit: 56 }), "{refused}");
-    let (ids, _) = collect(engine.submit(of(2, 20)).unwrap());
+    let (ids, ..) = collect(engine.submit(of(2, 20)).unwrap());
     assert_eq!(ids.len(), 20);
     // The busy one had its 8 places first, and 64 requests of 400 tokens: it is far from done.
     let stats = engine.stats();

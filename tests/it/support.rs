@@ -1,4 +1,4 @@
-//! A server without a socket, and what tests send to it and read from it.
+//! A server without a socket, and what tests send to it and read from it, or from its engine.
 
 use std::{path::Path, sync::Arc, time::Duration};
 
@@ -12,7 +12,10 @@ use candle_core::DType;
 use serde_json::{Value, json};
 use softserve::{
     config::{Access, Keys, Limits, ServeArgs},
-    engine::{Engine, EngineConfig},
+    engine::{
+        Engine, EngineConfig, EventStream,
+        request::{Event, FinishReason},
+    },
     http::{App, AppState, router},
     prompt::format::Fit,
     registry::{Registry, RegistryConfig},
@@ -124,6 +127,22 @@ impl Server {
             request.headers_mut().insert(header::IF_MATCH, tag.parse().unwrap());
         }
         self.call(request).await
+    }
+}
+
+/// All tokens of a stream, why it ended, and how many positions of its input were found in the cache.
+pub fn collect(mut stream: EventStream) -> (Vec<u32>, FinishReason, usize) {
+    let mut ids = Vec::new();
+    loop {
+        match stream.blocking_next().expect("an event before the end") {
+            Event::Token(token) => ids.push(token.id),
+            Event::Finished { reason, cached_tokens } => {
+                // Told with the first token.
+                assert!(ids.is_empty() || stream.cached_tokens() == cached_tokens);
+                return (ids, reason, cached_tokens);
+            }
+            Event::Failed => panic!("the request failed"),
+        }
     }
 }
 
