@@ -35,6 +35,10 @@ pub const KV_BLOCKS: &str = "softserve_engine_kv_blocks";
 pub const KV_BLOCKS_CACHED: &str = "softserve_engine_kv_blocks_cached";
 /// Blocks whose content had to make room for other content.
 pub const KV_EVICTIONS: &str = "softserve_engine_kv_evictions_total";
+/// Positions of encoders' inputs whose output is kept for running requests.
+pub const ENCODER_POSITIONS_USED: &str = "softserve_engine_encoder_positions_used";
+/// Positions of encoders' inputs whose output may be kept at once; 0 without an encoder.
+pub const ENCODER_POSITIONS: &str = "softserve_engine_encoder_positions";
 /// Learned prompts whose keys and values are all in the cache.
 pub const CACHED_PROMPTS: &str = "softserve_engine_cached_prompts";
 /// Running requests put back in the queue to make room for others.
@@ -102,6 +106,8 @@ fn describe() {
     describe_gauge!(KV_BLOCKS, "Blocks of keys and values there are");
     describe_gauge!(KV_BLOCKS_CACHED, "Blocks that nobody holds and whose content may be found again");
     describe_counter!(KV_EVICTIONS, "Blocks whose content had to make room for other content");
+    describe_gauge!(ENCODER_POSITIONS_USED, "Positions of encoders' inputs whose output is kept for running requests");
+    describe_gauge!(ENCODER_POSITIONS, "Positions of encoders' inputs whose output may be kept; 0 without an encoder");
     describe_gauge!(CACHED_PROMPTS, "Learned prompts whose keys and values are all in the cache");
     describe_counter!(PREEMPTIONS, "Running requests put back in the queue to make room for others");
     describe_counter!(STEPS, "Forward passes");

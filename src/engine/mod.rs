@@ -211,6 +211,8 @@ pub struct EngineStats {
     pub kv_blocks_total: usize,
     /// Positions of encoders' inputs whose output is kept for a running sequence.
     pub encoded_positions: usize,
+    /// How many of them there may be at once; 0 without an encoder.
+    pub encoded_positions_total: usize,
     /// Learned prompts whose keys and values are in the cache as a whole.
     pub cached_prompts: usize,
     /// Forward passes since the start.
@@ -368,6 +370,7 @@ impl Engine {
             kv_blocks_cached: s.kv_blocks_cached.load(Relaxed),
             kv_blocks_total: s.kv_blocks_total,
             encoded_positions: s.encoded_positions.load(Relaxed),
+            encoded_positions_total: s.encoder.as_ref().map_or(0, |encoder| encoder.max_positions),
             cached_prompts: s.cached_prompts.lock().unwrap_or_else(PoisonError::into_inner).len(),
             steps: s.steps.load(Relaxed),
             prompt_tokens: s.prompt_tokens.load(Relaxed),

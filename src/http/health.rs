@@ -64,6 +64,8 @@ fn record_engine(stats: &EngineStats, tasks: usize) {
     gauge!(telemetry::KV_BLOCKS_USED).set(stats.kv_blocks_used as f64);
     gauge!(telemetry::KV_BLOCKS).set(stats.kv_blocks_total as f64);
     gauge!(telemetry::KV_BLOCKS_CACHED).set(stats.kv_blocks_cached as f64);
+    gauge!(telemetry::ENCODER_POSITIONS_USED).set(stats.encoded_positions as f64);
+    gauge!(telemetry::ENCODER_POSITIONS).set(stats.encoded_positions_total as f64);
     gauge!(telemetry::CACHED_PROMPTS).set(stats.cached_prompts as f64);
     gauge!(telemetry::TASKS).set(tasks as f64);
     counter!(telemetry::STEPS).absolute(stats.steps);

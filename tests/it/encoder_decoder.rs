@@ -2,6 +2,7 @@
 //! answer: alone, mixed, in small steps, put off; and what becomes of the encoder's output.
 
 use std::{
+    io::{BufRead as _, BufReader},
     path::Path,
     sync::Arc,
     time::{Duration, Instant},
@@ -29,7 +30,8 @@ use softserve::{
 
 use crate::{
     fixtures::{self, Case},
-    support::{LONG, Options, collect, post},
+    process::{Process, agent, softserve},
+    support::{LONG, Options, collect, copy, post},
 };
 
 const MODELS: [&str; 3] = ["encoder-decoder/t5", "encoder-decoder/flan-t5", "encoder-decoder/mt5"];
@@ -326,6 +328,37 @@ async fn a_task_of_an_encoder_decoder_model_answers_over_http_with_the_encoders_
         assert_eq!(problem.json()["code"], "input_too_long");
         assert!(problem.text().contains("the encoder takes at most 2041"), "{}", problem.text());
     }
+}
+
+#[test]
+fn the_positions_that_the_encoder_holds_and_their_limit_are_in_the_metrics() {
+    let home = tempfile::tempdir().unwrap();
+    copy(&fixtures::dir(MODELS[0]).join("prompts"), &home.path().join("prompts"));
+    let mut command = softserve(home.path());
+    command.arg("--model").arg(fixtures::dir(MODELS[0])).args(["--listen=127.0.0.1:0", "--kv-cache=8MiB"]);
+    command.arg("--prompts=prompts");
+    let server = Process::start(command);
+    let limit = (4 << 20) / fixtures::load(MODELS[0], DType::F32).cross_bytes();
+    assert_eq!(server.metric("softserve_engine_encoder_positions"), limit as f64);
+    let used = || server.metric("softserve_engine_encoder_positions_used");
+    let comes_to = |expected: usize| {
+        let until = Instant::now() + LONG;
+        while used() != expected as f64 {
+            assert!(Instant::now() < until, "{} are used, expected {expected}", used());
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    };
+    comes_to(0);
+    let text = "the cat sat on the mat";
+    let positions = 7 + fixtures::text(MODELS[0]).encode(text).unwrap().len();
+    let body = json!({"input": text, "max_tokens": 2000, "ignore_eos": true, "stream": true});
+    let mut answer = agent().post(server.at("/v1/tasks/prompt7/generate")).send_json(body).unwrap();
+    let mut lines = BufReader::new(answer.body_mut().as_reader()).lines();
+    assert!(lines.next().unwrap().unwrap().starts_with("data: "));
+    comes_to(positions);
+    drop(lines);
+    drop(answer);
+    comes_to(0);
 }
 
 #[test]

@@ -76,6 +76,13 @@ impl Process {
         read(agent().get(self.at(path)).call())
     }
 
+    /// A number of `/metrics`, by its whole name.
+    pub fn metric(&self, name: &str) -> f64 {
+        let metrics = agent().get(self.at("/metrics")).call().unwrap().body_mut().read_to_string().unwrap();
+        let line = metrics.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        line.unwrap_or_else(|| panic!("no {name} in {metrics}")).parse().unwrap()
+    }
+
     pub fn generate(&self, task: &str, body: Value) -> (u16, Value) {
         read(agent().post(self.at(&format!("/v1/tasks/{task}/generate"))).send_json(body))
     }

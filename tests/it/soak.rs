@@ -239,13 +239,8 @@ impl Soak {
     fn wait_until_the_cache_is_free(&self) {
         let begun = Instant::now();
         loop {
-            let metrics = agent().get(self.server.at("/metrics")).call().unwrap().body_mut().read_to_string().unwrap();
-            let value = |name: &str| -> f64 {
-                let line = metrics.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
-                line.unwrap_or_else(|| panic!("no {name} in {metrics}")).parse().unwrap()
-            };
             let names = ["waiting_requests", "running_requests", "kv_blocks_used"];
-            let counts = names.map(|name| value(&format!("softserve_engine_{name}")));
+            let counts = names.map(|name| self.server.metric(&format!("softserve_engine_{name}")));
             if counts == [0.0; 3] {
                 return;
             }
