@@ -3,9 +3,27 @@
 
 use super::{
     EngineConfig, SubmitError,
+    prefix::ChainHash,
     request::{InputToken, Request},
+    sequence::SequenceId,
 };
 use crate::{model::Model, prompt::LearnedPrompt};
+
+/// What goes into an encoder for one sequence.
+#[derive(Debug, Clone)]
+pub struct EncoderInput {
+    pub key: InputKey,
+    pub tokens: Vec<InputToken>,
+}
+
+/// Names an input: those of one key are equal, and are computed once for all sequences that run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum InputKey {
+    /// By its content, a learned prompt's rows included.
+    Content(ChainHash),
+    /// Of a sequence that shares nothing.
+    Own(SequenceId),
+}
 
 /// The bounds of an encoder, and what the decoder begins with.
 #[derive(Debug, Clone, Copy)]
@@ -15,6 +33,8 @@ pub(super) struct EncoderLimits {
     max_input: usize,
     /// Positions of all inputs of the batch together.
     pub max_positions: usize,
+    /// Whether equal inputs are computed once.
+    shares: bool,
 }
 
 /// What is left after a learned prompt, at most.
@@ -46,23 +66,28 @@ impl EncoderLimits {
             );
         }
         let max_input = model.info().context_length.min(max_positions);
-        Ok((bytes / 2, Some(Self { start_token: encoder.start_token, max_input, max_positions })))
+        let (start_token, shares) = (encoder.start_token, config.prefix_sharing);
+        Ok((bytes / 2, Some(Self { start_token, max_input, max_positions, shares })))
     }
 
-    /// Takes the encoder's input out of a request and leaves what the decoder begins with. Nothing of
-    /// such a sequence is shared: what the decoder computes depends on all of the encoder's input.
-    pub fn take_input(&self, request: &mut Request) -> Result<Vec<InputToken>, SubmitError> {
+    /// Takes the encoder's input out of a request and leaves what the decoder begins with; returns it
+    /// with the name of its content, if it may be shared. Of the decoder's sequence nothing is: what it
+    /// computes depends on all of the encoder's input.
+    pub fn take_input(&self, request: &mut Request) -> Result<(Vec<InputToken>, Option<ChainHash>), SubmitError> {
         let of_decoder = match request.prompt.as_deref() {
             Some(LearnedPrompt::KeyValues(prompt)) => prompt.layers.first().map_or(0, |layer| layer.keys.dims()[1]),
             _ => 0,
         };
         let input = request.tokens.split_off(of_decoder.min(request.tokens.len()));
         request.tokens.push(InputToken::Vocab(self.start_token));
-        request.root = None;
+        let root = request.root.take().filter(|_| self.shares);
         match input.len() {
             0 => Err(SubmitError::Empty),
             found if found > self.max_input => Err(SubmitError::EncoderTooLong { found, limit: self.max_input }),
-            _ => Ok(input),
+            _ => {
+                let content = root.map(|root| ChainHash::root(root).next(&input));
+                Ok((input, content))
+            }
         }
     }
 }

@@ -5,7 +5,7 @@
 
 pub mod block_manager;
 pub mod cache;
-mod encoder;
+pub mod encoder;
 pub mod fairness;
 mod places;
 pub mod prefix;
@@ -35,6 +35,7 @@ use crate::{model::Model, prompt::LearnedPrompt};
 use encoder::EncoderLimits;
 pub use encoder::Room;
 use places::{Place, Places};
+use prefix::ChainHash;
 use request::{CacheRoot, Event, InputToken, Request};
 use runner::Runner;
 use scheduler::Limits;
@@ -57,7 +58,8 @@ pub struct EngineConfig {
     pub fair_step_tokens: Option<usize>,
     /// Bytes for keys and values; with an encoder half of them for those of its output.
     pub kv_cache_bytes: usize,
-    /// Whether keys and values are shared among sequences of one root.
+    /// Whether keys and values are shared among sequences of one root, and what an encoder makes of
+    /// equal inputs.
     pub prefix_sharing: bool,
 }
 
@@ -105,8 +107,9 @@ enum Mail {
 #[derive(Debug)]
 struct Job {
     request: Request,
-    /// The encoder's input, if the model has an encoder; the request's tokens are the decoder's.
-    encoder: Vec<InputToken>,
+    /// The encoder's input, if the model has an encoder, and the name of its content; the request's
+    /// tokens are the decoder's.
+    encoder: Option<(Vec<InputToken>, Option<ChainHash>)>,
     events: mpsc::Sender<Event>,
     cached_tokens: Arc<AtomicUsize>,
     place: Place,
@@ -209,7 +212,7 @@ pub struct EngineStats {
     /// Blocks that nobody holds and whose content may be found again.
     pub kv_blocks_cached: usize,
     pub kv_blocks_total: usize,
-    /// Positions of encoders' inputs whose output is kept for a running sequence.
+    /// Positions of encoders' inputs whose output is kept for running sequences; equal ones count once.
     pub encoded_positions: usize,
     /// How many of them there may be at once; 0 without an encoder.
     pub encoded_positions_total: usize,
@@ -306,10 +309,7 @@ impl Engine {
         {
             return Err(SubmitError::NoText);
         }
-        let encoder = match &shared.encoder {
-            Some(encoder) => encoder.take_input(&mut request)?,
-            None => Vec::new(),
-        };
+        let encoder = shared.encoder.as_ref().map(|encoder| encoder.take_input(&mut request)).transpose()?;
         let (found, limit) = (request.tokens.len(), shared.max_sequence);
         if found >= limit {
             return Err(SubmitError::TooLong { found, limit });

@@ -14,6 +14,7 @@ use std::collections::{HashMap, HashSet, VecDeque};
 pub use super::cache::BlockCopy;
 use super::{
     cache::Cache,
+    encoder::InputKey,
     fairness::{INPUT_COST, Ledger, OUTPUT_COST},
     queue::Queue,
     quota::Quota,
@@ -70,6 +71,13 @@ pub struct Chunk {
     pub samples: bool,
     /// The encoder's input is computed first, all of it.
     pub encodes: bool,
+}
+
+/// An encoder's input that running sequences have.
+struct RunningInput {
+    positions: usize,
+    /// Whether its output is there.
+    encoded: bool,
 }
 
 /// Waiting and running sequences and the blocks they hold.
@@ -201,6 +209,7 @@ impl Scheduler {
                 self.cache.learn(sequence);
             }
         }
+        self.share_encoded(step);
         for (id, token) in tokens {
             if let Some(sequence) = self.sequences.get_mut(id) {
                 sequence.tokens.push(InputToken::Vocab(*token));
@@ -210,6 +219,11 @@ impl Scheduler {
         if let Some(id) = self.warming.filter(|id| self.sequences.get(id).is_none_or(|s| s.num_pending() == 0)) {
             self.remove(id);
         }
+    }
+
+    /// The encoder's inputs whose output a running sequence needs again.
+    pub fn encoded_inputs(&self) -> HashSet<InputKey> {
+        self.encoder_inputs().into_iter().filter_map(|(key, input)| input.encoded.then_some(key)).collect()
     }
 
     /// Every sequence that waits or runs.
@@ -294,6 +308,32 @@ impl Scheduler {
         self.preemptions == before
     }
 
+    /// The encoder's inputs of all running sequences, equal ones once.
+    fn encoder_inputs(&self) -> HashMap<InputKey, RunningInput> {
+        let mut inputs = HashMap::new();
+        for sequence in self.running.iter().filter_map(|id| self.sequences.get(id)) {
+            if let Some(input) = &sequence.encoder {
+                let (positions, encoded) = (input.tokens.len(), sequence.encoded);
+                inputs.entry(input.key).or_insert(RunningInput { positions, encoded }).encoded |= encoded;
+            }
+        }
+        inputs
+    }
+
+    /// What a step encoded is there for all running sequences that have the same input.
+    fn share_encoded(&mut self, step: &Step) {
+        let key = |id| self.sequences.get(&id).and_then(Sequence::encoder_key);
+        let encoded: HashSet<_> = step.chunks.iter().filter(|c| c.encodes).filter_map(|c| key(c.id)).collect();
+        if encoded.is_empty() {
+            return;
+        }
+        for id in &self.running {
+            if let Some(sequence) = self.sequences.get_mut(id) {
+                sequence.encoded |= sequence.encoder_key().is_some_and(|key| encoded.contains(&key));
+            }
+        }
+    }
+
     /// Lets waiting sequences join while there are places, blocks and positions for them.
     fn admit(&mut self, quota: &Quota, step: &mut Step) {
         // What each account will take of the step, by what it wants and may.
@@ -330,19 +370,21 @@ impl Scheduler {
         loop {
             // Each running sequence may soon want one more block.
             let spare = self.running.len().min(self.limits.num_blocks / 16);
-            let running = self.running.iter().filter_map(|id| self.sequences.get(id));
-            let encoded: usize = running.map(|s| s.encoder.len()).sum();
+            let inputs = self.encoder_inputs();
+            let encoded: usize = inputs.values().map(|input| input.positions).sum();
             let Some(sequence) = self.sequences.get_mut(&id) else { return false };
-            let has_place = self.running.len() < self.limits.max_batch
-                && encoded + sequence.encoder.len() <= self.limits.max_encoded;
+            let same = sequence.encoder_key().and_then(|key| inputs.get(&key));
+            let more = if same.is_some() { 0 } else { sequence.num_encoder() };
+            let has_place = self.running.len() < self.limits.max_batch && encoded + more <= self.limits.max_encoded;
             if has_place && let Some(copy) = self.cache.join(sequence, spare) {
                 step.copies.extend(copy);
                 sequence.joined = self.now;
+                sequence.encoded = same.is_some_and(|input| input.encoded);
                 let (priority, account) = (sequence.priority, sequence.account.key);
                 if sequence.cached_tokens.is_none() {
                     let cached = sequence.num_computed.min(sequence.num_input);
                     sequence.cached_tokens = Some(cached);
-                    let input = sequence.num_input - cached + sequence.encoder.len();
+                    let input = sequence.num_input - cached + more;
                     self.ledger.charge(account, input as f64 * INPUT_COST);
                 }
                 self.queue.remove(priority, account, id);
@@ -415,14 +457,16 @@ impl Scheduler {
         let mut order: Vec<_> = ranked.collect();
         order.sort_by(|a, b| (a.0, a.1).cmp(&(b.0, b.1)).then(a.2.total_cmp(&b.2)).then((a.3, a.4).cmp(&(b.3, b.4))));
         let mut inputs_left = self.limits.max_step_tokens;
-        let mut encodes = false;
+        let mut encoding = HashSet::new();
         for (is_input, .., id) in order {
             let Some(sequence) = self.sequences.get_mut(&id) else { continue };
-            let wanted = if is_input { sequence.work().min(inputs_left) } else { 1 };
+            let (key, account) = (sequence.encoder_key(), sequence.account.key);
+            // One that is computed in this step for another sequence is there before the decoder runs.
+            let unencoded = if key.is_some_and(|key| encoding.contains(&key)) { 0 } else { sequence.num_unencoded() };
+            let wanted = if is_input { (unencoded + sequence.num_pending()).min(inputs_left) } else { 1 };
             // An encoder's input cannot be cut: the first of a step is taken in any case, others if
             // they fit.
-            let (unencoded, account) = (sequence.num_unencoded(), sequence.account.key);
-            if unencoded > 0 && encodes && unencoded >= wanted.min(quota.left(account)) {
+            if unencoded > 0 && !encoding.is_empty() && unencoded >= wanted.min(quota.left(account)) {
                 continue;
             }
             let taken = quota.take(account, wanted);
@@ -433,7 +477,7 @@ impl Scheduler {
             }
             if taken > 0 {
                 let len = taken.saturating_sub(unencoded).max(1);
-                encodes |= unencoded > 0;
+                encoding.extend(key.filter(|_| unencoded > 0));
                 let start = sequence.num_computed;
                 self.turns += 1;
                 sequence.last_turn = self.turns;

@@ -1,6 +1,7 @@
 //! One request as the scheduler sees it: its tokens, and how many of them are computed.
 
 use super::{
+    encoder::{EncoderInput, InputKey},
     prefix::ChainHash,
     request::{Account, CacheRoot, InputToken},
 };
@@ -20,7 +21,7 @@ pub struct Sequence {
     /// How many of them, at the beginning, are rows of a learned prompt.
     pub num_virtual: usize,
     /// An encoder's input, if the model has an encoder.
-    pub encoder: Vec<InputToken>,
+    pub encoder: Option<EncoderInput>,
     /// Whether the encoder's output for it is there.
     pub encoded: bool,
     /// Positions whose keys and values are in `blocks`; it catches up with `tokens`.
@@ -50,7 +51,7 @@ impl Sequence {
             num_input: tokens.len(),
             num_virtual,
             tokens,
-            encoder: Vec::new(),
+            encoder: None,
             encoded: false,
             num_computed: 0,
             blocks: Vec::new(),
@@ -69,9 +70,19 @@ impl Sequence {
         self.tokens.len() - self.num_computed
     }
 
+    /// Positions of the encoder's input.
+    pub fn num_encoder(&self) -> usize {
+        self.encoder.as_ref().map_or(0, |input| input.tokens.len())
+    }
+
+    /// The name of the encoder's input.
+    pub fn encoder_key(&self) -> Option<InputKey> {
+        self.encoder.as_ref().map(|input| input.key)
+    }
+
     /// Positions that an encoder has still to compute, all at once.
     pub fn num_unencoded(&self) -> usize {
-        if self.encoded { 0 } else { self.encoder.len() }
+        if self.encoded { 0 } else { self.num_encoder() }
     }
 
     /// All positions still to compute before a token can be chosen.

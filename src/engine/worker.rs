@@ -13,6 +13,7 @@ use tokio::sync::mpsc::{self, error::TryRecvError};
 
 use super::{
     Job, Mail, Place, Shared, WarmUp,
+    encoder::{EncoderInput, InputKey},
     request::{Event, FinishReason, GeneratedToken, InputToken, Request},
     runner::{Logits, Part, Runner},
     sampler::Sampler,
@@ -29,6 +30,8 @@ pub(super) struct Worker {
     runner: Runner,
     scheduler: Scheduler,
     jobs: HashMap<SequenceId, Running>,
+    /// What the encoder made of the inputs of running sequences.
+    encoded: HashMap<InputKey, CrossKeyValues>,
     /// The prompts that the scheduler is to warm.
     warm_ups: HashMap<SequenceId, WarmUp>,
     inbox: mpsc::Receiver<Mail>,
@@ -39,8 +42,6 @@ pub(super) struct Worker {
 /// A sequence's side that the scheduler need not see.
 struct Running {
     prompt: Option<Arc<LearnedPrompt>>,
-    /// What the encoder made of the input, while the sequence runs.
-    encoded: Option<CrossKeyValues>,
     sampler: Sampler,
     stop_tokens: Vec<u32>,
     remaining: usize,
@@ -115,7 +116,8 @@ pub(super) fn cheap_rows(runner: &mut Runner, most: usize) -> candle_core::Resul
 impl Worker {
     pub(super) fn new(runner: Runner, limits: Limits, inbox: mpsc::Receiver<Mail>, shared: Arc<Shared>) -> Self {
         let scheduler = Scheduler::new(limits);
-        Self { runner, scheduler, jobs: HashMap::new(), warm_ups: HashMap::new(), inbox, shared, next_id: 0 }
+        let (jobs, encoded, warm_ups) = (HashMap::new(), HashMap::new(), HashMap::new());
+        Self { runner, scheduler, jobs, encoded, warm_ups, inbox, shared, next_id: 0 }
     }
 
     /// Runs until drained, or until every handle is dropped and nothing is left to do.
@@ -183,7 +185,6 @@ impl Worker {
         let running = Running {
             sampler: Sampler::new(request.sampling.clone(), text),
             prompt: request.prompt,
-            encoded: None,
             stop_tokens: request.sampling.stop_tokens,
             remaining: request.sampling.max_tokens,
             deadline: request.deadline,
@@ -192,6 +193,10 @@ impl Worker {
             place: Some(place),
         };
         self.jobs.insert(id, running);
+        let encoder = encoder.map(|(tokens, content)| {
+            let key = content.map_or(InputKey::Own(id), InputKey::Content);
+            EncoderInput { key, tokens }
+        });
         let Request { root, account, priority, .. } = request;
         self.scheduler.add(id, Sequence { root, account, priority, encoder, ..Sequence::new(request.tokens) });
     }
@@ -227,9 +232,7 @@ impl Worker {
         }
         self.runner.copy(&step.copies);
         // Of those that were put off nothing is kept.
-        for (id, job) in &mut self.jobs {
-            job.encoded.take_if(|_| self.scheduler.get(*id).is_none_or(|s| !s.encoded));
-        }
+        self.forget_encoded();
         if !step.chunks.is_empty() {
             let result = self.compute(&step);
             self.shared.steps.fetch_add(1, Relaxed);
@@ -258,7 +261,7 @@ impl Worker {
                 start: chunk.start,
                 blocks: &sequence.blocks,
                 prompt,
-                encoded: self.jobs.get(&chunk.id).and_then(|job| job.encoded.as_ref()),
+                encoded: sequence.encoder_key().and_then(|key| self.encoded.get(&key)),
                 samples: chunk.samples,
             });
         }
@@ -267,22 +270,29 @@ impl Worker {
 
     /// Computes the encoder's inputs of a step.
     fn encode(&mut self, step: &Step) -> candle_core::Result<()> {
-        let mut inputs = Vec::new();
-        let encodes = || step.chunks.iter().filter(|chunk| chunk.encodes);
-        for chunk in encodes() {
+        let (mut keys, mut inputs) = (Vec::new(), Vec::new());
+        for chunk in step.chunks.iter().filter(|chunk| chunk.encodes) {
             let (Some(sequence), Some(job)) = (self.scheduler.get(chunk.id), self.jobs.get(&chunk.id)) else {
                 candle_core::bail!("sequence {:?} was scheduled but is not known", chunk.id)
             };
-            let (tokens, prompt) = (&sequence.encoder[..], job.prompt.as_ref());
+            let Some(input) = &sequence.encoder else {
+                candle_core::bail!("sequence {:?} was scheduled for an encoder and has no input for it", chunk.id)
+            };
+            let (tokens, prompt) = (&input.tokens[..], job.prompt.as_ref());
             inputs.push(Part { tokens, start: 0, blocks: &[], prompt, encoded: None, samples: false });
+            keys.push(input.key);
         }
         let made = self.runner.encode(&inputs)?;
-        for (chunk, encoded) in encodes().zip(made) {
-            if let Some(job) = self.jobs.get_mut(&chunk.id) {
-                job.encoded = Some(encoded);
-            }
-        }
+        self.encoded.extend(keys.into_iter().zip(made));
         Ok(())
+    }
+
+    /// Drops what the encoder made of inputs that no running sequence has any more.
+    fn forget_encoded(&mut self) {
+        if !self.encoded.is_empty() {
+            let needed = self.scheduler.encoded_inputs();
+            self.encoded.retain(|key, _| needed.contains(key));
+        }
     }
 
     fn fail(&mut self, step: &Step, error: &candle_core::Error) {
@@ -338,7 +348,7 @@ impl Worker {
         let input = |id| self.scheduler.get(id).map_or(0, |s| s.num_input);
         let computed: usize =
             step.chunks.iter().map(|c| (c.start + c.len).min(input(c.id)).saturating_sub(c.start)).sum();
-        let encoder = |id| self.scheduler.get(id).map_or(0, |s| s.encoder.len());
+        let encoder = |id| self.scheduler.get(id).map_or(0, |s| s.num_encoder());
         let encoded: usize = step.chunks.iter().filter(|c| c.encodes).map(|c| encoder(c.id)).sum();
         self.scheduler.commit(step, &chosen);
         self.shared.prompt_tokens.fetch_add((computed + encoded) as u64, Relaxed);
@@ -365,11 +375,11 @@ impl Worker {
     }
 
     fn publish(&mut self) {
+        self.forget_encoded();
         let changes = self.scheduler.take_prompt_changes();
         let (s, cache) = (&self.shared, self.scheduler.cache());
         s.running.store(self.scheduler.num_running(), Relaxed);
-        let encoded = self.jobs.values().filter_map(|job| job.encoded.as_ref()).map(CrossKeyValues::positions);
-        s.encoded_positions.store(encoded.sum(), Relaxed);
+        s.encoded_positions.store(self.encoded.values().map(CrossKeyValues::positions).sum(), Relaxed);
         s.kv_blocks_used.store(cache.num_held(), Relaxed);
         s.kv_blocks_cached.store(cache.num_kept(), Relaxed);
         s.evictions.store(cache.evictions(), Relaxed);

@@ -240,6 +240,43 @@ fn the_encoders_output_is_counted_while_its_sequence_runs_and_freed_by_cancel_de
 }
 
 #[test]
+fn choices_of_one_input_share_what_the_encoder_made_of_it_and_answer_as_they_do_alone() {
+    let name = MODELS[0];
+    let fit = Fit::from(fixtures::load(name, DType::F32).info());
+    let cases = cases(name);
+    let case = cases.iter().find(|case| case.prompt == "prompt7").unwrap();
+    let version = version(name, &fit, case).unwrap();
+    let positions = 7 + case.input_ids.len();
+    let choice = |seed: u64, max_tokens: usize| {
+        let request = request(Some(&version), case);
+        Request { sampling: SamplingParams { max_tokens, temperature: 1.0, seed, ..Default::default() }, ..request }
+    };
+    let mut answers = Vec::new();
+    for prefix_sharing in [true, false] {
+        let config = EngineConfig { prefix_sharing, ..Default::default() };
+        let (engine, _thread) = Engine::start(fixtures::load(name, DType::F32), config).unwrap();
+        let alone: Vec<_> = (0..4).map(|seed| collect(engine.submit(choice(seed, MANY)).unwrap()).0).collect();
+        assert!(alone[0] != alone[1]);
+        let before = engine.stats().prompt_tokens;
+        // One goes on for longer than the others are looked at.
+        let mut long = engine.submit(choice(9, 2000)).unwrap();
+        assert!(matches!(long.blocking_next(), Some(Event::Token(_))));
+        let streams: Vec<_> = (0..4).map(|seed| engine.submit(choice(seed, MANY)).unwrap()).collect();
+        let together: Vec<_> = streams.into_iter().map(|stream| collect(stream).0).collect();
+        assert_eq!(together, alone);
+        // The start token of each, and what was encoded.
+        let encoded = if prefix_sharing { positions } else { 5 * positions };
+        assert_eq!(engine.stats().prompt_tokens - before, (5 + encoded) as u64);
+        // With none left to share it with, it is still there for the long one.
+        assert!(comes_to(&engine, |stats| (stats.running, stats.encoded_positions) == (1, positions)));
+        drop(long);
+        assert!(is_released(&engine));
+        answers.push(alone);
+    }
+    assert_eq!(answers[0], answers[1]);
+}
+
+#[test]
 fn an_input_that_is_too_long_or_empty_is_refused_before_it_runs() {
     let (engine, _thread) = Engine::start(fixtures::load(MODELS[0], DType::F32), EngineConfig::default()).unwrap();
     let of = |ids: &[u32]| Request::new(None, ids, SamplingParams { max_tokens: 2, ..Default::default() });
@@ -351,7 +388,8 @@ fn the_positions_that_the_encoder_holds_and_their_limit_are_in_the_metrics() {
     comes_to(0);
     let text = "the cat sat on the mat";
     let positions = 7 + fixtures::text(MODELS[0]).encode(text).unwrap().len();
-    let body = json!({"input": text, "max_tokens": 2000, "ignore_eos": true, "stream": true});
+    // Those of all choices, once.
+    let body = json!({"input": text, "max_tokens": 2000, "ignore_eos": true, "stream": true, "n": 4});
     let mut answer = agent().post(server.at("/v1/tasks/prompt7/generate")).send_json(body).unwrap();
     let mut lines = BufReader::new(answer.body_mut().as_reader()).lines();
     assert!(lines.next().unwrap().unwrap().starts_with("data: "));

@@ -1,7 +1,9 @@
 //! The scheduler's rules, one by one.
 
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+
 use super::*;
-use crate::engine::request::Account;
+use crate::engine::{encoder::EncoderInput, prefix::ChainHash, request::Account};
 
 const LIMITS: Limits = Limits {
     max_batch: 4,
@@ -331,9 +333,17 @@ fn two_busy_accounts_get_service_by_their_weights_however_much_more_one_asks_for
     }
 }
 
-/// A sequence with an encoder's input of `n` positions.
+/// A sequence with an encoder's input of `n` positions that starts with `first`; equal ones are shared.
+fn encoding_of(first: u32, n: usize) -> Sequence {
+    let tokens: Vec<_> = (first..).take(n).map(InputToken::Vocab).collect();
+    let key = InputKey::Content(ChainHash::root(CacheRoot::TEXT).next(&tokens));
+    Sequence { encoder: Some(EncoderInput { key, tokens }), ..input(1) }
+}
+
+/// One with an input of its own.
 fn encoding(n: usize) -> Sequence {
-    Sequence { encoder: vec![InputToken::Vocab(0); n], ..input(1) }
+    static FIRST: AtomicU32 = AtomicU32::new(1);
+    encoding_of(FIRST.fetch_add(1, Relaxed), n)
 }
 
 #[test]
@@ -368,4 +378,54 @@ fn inputs_of_an_encoder_wait_for_room_and_are_encoded_anew_after_their_sequence_
     assert_eq!(step.chunks, [Chunk { encodes: true, ..chunk(1, 0, 2, true) }]);
     s.remove(id(1));
     assert!(turn(&mut s).chunks[0].encodes && s.get(id(2)).unwrap().encoded);
+}
+
+#[test]
+fn equal_inputs_of_an_encoder_are_computed_and_counted_once_while_one_of_their_sequences_runs() {
+    let mut s = Scheduler::new(Limits { max_encoded: 50, num_blocks: 4, ..LIMITS });
+    let key = encoding_of(7, 40).encoder_key().unwrap();
+    s.add(id(1), encoding_of(7, 40));
+    s.add(id(2), encoding_of(7, 40));
+    let step = turn(&mut s);
+    assert_eq!(step.chunks, [Chunk { encodes: true, ..chunk(1, 0, 1, true) }, chunk(2, 0, 1, true)]);
+    // Another finds it there.
+    s.add(id(3), encoding_of(7, 40));
+    assert!(turn(&mut s).chunks.contains(&chunk(3, 0, 1, true)));
+    // For one of its own there is no room until none of them runs.
+    s.add(id(4), encoding(20));
+    for gone in [1, 3, 2] {
+        assert_eq!(s.encoded_inputs(), HashSet::from([key]));
+        assert!(turn(&mut s).chunks.iter().all(|chunk| !chunk.encodes));
+        s.remove(id(gone));
+    }
+    assert!(s.encoded_inputs().is_empty());
+    assert_eq!(turn(&mut s).chunks, [Chunk { encodes: true, ..chunk(4, 0, 1, true) }]);
+}
+
+#[test]
+fn what_an_encoder_made_stays_for_the_others_when_one_sequence_is_put_off_or_its_step_failed() {
+    let mut s = Scheduler::new(Limits { max_encoded: 50, num_blocks: 2, ..LIMITS });
+    s.add(id(1), encoding_of(7, 40));
+    turn(&mut s);
+    s.add(id(2), Sequence { priority: 1, ..encoding_of(7, 40) });
+    turn(&mut s);
+    // The second gives way; it finds the output again, since the first still runs.
+    s.add(id(3), Sequence { priority: -1, ..encoding_of(7, 40) });
+    assert_eq!(
+        turn(&mut s).chunks.iter().map(|c| (c.id, c.encodes)).collect::<Vec<_>>(),
+        [(id(3), false), (id(1), false)]
+    );
+    assert!(!s.get(id(2)).unwrap().encoded && s.preemptions() == 1);
+    s.remove(id(3));
+    assert!(turn(&mut s).chunks.iter().all(|chunk| !chunk.encodes));
+    assert!(s.get(id(2)).unwrap().encoded);
+    // Of a step that failed nothing is relied upon.
+    s.remove(id(1));
+    s.remove(id(2));
+    s.add(id(4), encoding_of(7, 40));
+    s.add(id(5), encoding_of(7, 40));
+    let failed = s.schedule();
+    assert_eq!(s.abort(&failed), [id(4), id(5)]);
+    s.add(id(6), encoding_of(7, 40));
+    assert!(turn(&mut s).chunks[0].encodes);
 }
