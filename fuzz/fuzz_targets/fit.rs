@@ -9,14 +9,20 @@ use softserve::prompt::{
 
 pub const LIMIT: u64 = 1 << 20;
 
-/// Reads the files as an upload is read.
+/// Reads the files as an upload is read, by a decoder-only model and by one with an encoder.
 pub fn read(files: &PromptFiles) {
+    for encoder_layers in [None, Some(2)] {
+        read_for(encoder_layers, files);
+    }
+}
+
+fn read_for(encoder_layers: Option<usize>, files: &PromptFiles) {
     let fit = Fit {
         model_name: "tiny".into(),
         fingerprint: "0123456789abcdef".into(),
         hidden_size: 8,
         num_layers: 2,
-        encoder_layers: None,
+        encoder_layers,
         num_kv_heads: 1,
         head_dim: 4,
         embedding_scale: None,
