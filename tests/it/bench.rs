@@ -2,7 +2,10 @@
 
 use serde_json::{Value, json};
 
-use crate::process::{Process, output, read, softserve, with_fixture};
+use crate::{
+    fixtures,
+    process::{Process, output, read, softserve, with_fixture},
+};
 
 #[test]
 fn a_benchmark_of_a_server_inside_reports_every_load() {
@@ -55,6 +58,30 @@ fn a_server_with_random_weights_is_measured_at_the_lengths_that_were_asked_for()
         let figures = &report["results"][0]["median"];
         // A word is a token.
         assert_eq!((&figures["input_tokens"], &figures["generated_tokens"]), (&json!(99.0), &json!(27.0)), "{report}");
+    }
+}
+
+#[test]
+fn an_encoder_decoder_model_is_measured_with_prompts_before_the_encoders_input() {
+    let home = tempfile::tempdir().unwrap();
+    let t5 = fixtures::dir("encoder-decoder/t5");
+    let random = format!("--random-weights={}", t5.join("config.json").display());
+    let trained = format!("--model={}", t5.display());
+    for (model, words_are_tokens) in [(random, true), (trained, false)] {
+        let mut command = softserve(home.path());
+        command.args(["bench", &model, "--requests=9", "--concurrency=3", "--tasks=2", "--virtual-tokens=6"]);
+        command.args(["--input-tokens=11", "--output-tokens=3", "--json=-", "--kv-cache=8MiB"]);
+        let (code, stdout, stderr) = output(command);
+        assert_eq!(code, Some(0), "{stderr}");
+        let report: Value = serde_json::from_str(&stdout).unwrap();
+        let figures = &report["results"][0]["median"];
+        assert_eq!((&figures["answered"], &figures["errors"]), (&json!(9.0), &json!({})), "{report}");
+        assert_eq!(
+            (&figures["virtual_tokens"], &figures["generated_tokens"]),
+            (&json!(54.0), &json!(27.0)),
+            "{report}"
+        );
+        assert!(!words_are_tokens || figures["input_tokens"] == 99.0, "{report}");
     }
 }
 
