@@ -71,8 +71,20 @@ impl Gguf {
         let Header { metadata, mut tensors, .. } = first;
         let mut parts = vec![part];
         let mut part_of: BTreeMap<String, usize> = BTreeMap::new();
-        for (i, other) in other_parts(path, &metadata).map_err(|e| error(path, e))?.iter().enumerate() {
+        let others = other_parts(path, &metadata).map_err(|e| error(path, e))?;
+        for (i, other) in others.iter().enumerate() {
+            let (number, count) = (i as u64 + 2, others.len() + 1);
+            if !other.exists() {
+                let place = format!("part {number} of {count} is not there, and all lie beside the first");
+                return Err(error(other, format!("{place}: is the download complete?")));
+            }
             let (header, part) = open_part(other)?;
+            let no = header.metadata.unsigned("split.no").map_err(|e| error(other, e))?;
+            if let Some(found) = no.map(|no| no.saturating_add(1)).filter(|found| *found != number) {
+                let reason =
+                    format!("it says that it is part {found} of {count}, and its name that it is part {number}");
+                return Err(error(other, format!("{reason}: have files been renamed?")));
+            }
             for (name, info) in header.tensors {
                 if tensors.insert(name.clone(), info).is_some() {
                     return Err(error(other, format!("the tensor {name} is in an earlier part too")));

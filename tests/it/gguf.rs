@@ -1,7 +1,10 @@
 //! GGUF files against what transformers, PEFT and the tokenizers they come from answer
 //! (`tests/peft/make_gguf.py`), and what is said of damaged ones.
 
-use std::{fs, path::PathBuf};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
 use candle_core::{DType, Device, Tensor, Var};
 use proptest::prelude::*;
@@ -172,6 +175,72 @@ fn a_file_is_served_by_its_path_or_by_its_folder() {
     missing.args(["serve", "--model", "models/none.gguf"]);
     let (code, _, log) = output(missing);
     assert!(code != Some(0) && log.contains("models/none.gguf"), "{log}");
+}
+
+/// The parts of a model in a folder of their own, the first one first.
+fn parts_in(folder: &Path) -> Vec<PathBuf> {
+    let from = path("qwen2-q8_0").with_file_name("parts");
+    let mut parts: Vec<_> = fs::read_dir(from).unwrap().map(|entry| entry.unwrap().path()).collect();
+    parts.sort();
+    let copied = |part: PathBuf| {
+        let to = folder.join(part.file_name().unwrap());
+        fs::copy(part, &to).unwrap();
+        to
+    };
+    parts.into_iter().map(copied).collect()
+}
+
+#[test]
+fn a_model_in_parts_is_the_model_that_one_file_holds() {
+    let home = tempfile::tempdir().unwrap();
+    let parts = parts_in(home.path());
+    assert!(parts.len() > 2);
+    let whole = load("qwen2-q8_0", DType::F32);
+    for given in [parts[0].as_path(), home.path()] {
+        let files = ModelFiles::open(given).unwrap();
+        assert_eq!(files.name(), "qwen2-q8_0");
+        let model = Model::load(&files, &Device::Cpu, DType::F32).unwrap();
+        check("qwen2-q8_0", &model);
+        assert_eq!(logits(&model, None, &[5, 6, 7]), logits(&whole, None, &[5, 6, 7]));
+        let text = Text::load(&files).unwrap();
+        for line in expected("qwen2-q8_0").page {
+            assert_eq!(text.encode(&line.text).unwrap(), line.ids, "{:?}", line.text);
+        }
+    }
+}
+
+#[test]
+fn parts_that_are_missing_or_mixed_up_are_said() {
+    let home = tempfile::tempdir().unwrap();
+    let parts = parts_in(home.path());
+    let name = |part: usize| parts[part].file_name().unwrap().to_str().unwrap().to_owned();
+    let error = |given: &Path| ModelFiles::open(given).unwrap_err().to_string();
+    let later = error(&parts[1]);
+    assert!(later.contains("give the first part"), "{later}");
+
+    let second = fs::read(&parts[1]).unwrap();
+    fs::copy(&parts[2], &parts[1]).unwrap();
+    let swapped = error(&parts[0]);
+    assert!(swapped.contains(&name(1)) && swapped.contains("says that it is part 3 of"), "{swapped}");
+
+    fs::remove_file(&parts[1]).unwrap();
+    for given in [parts[0].as_path(), home.path()] {
+        let missing = error(given);
+        for words in [&name(1), "part 2 of", "beside the first", "is the download complete?"] {
+            assert!(missing.contains(words), "{words}: {missing}");
+        }
+    }
+    let mut serve = softserve(home.path());
+    serve.args(["serve", "--model"]).arg(&parts[0]);
+    let (code, _, log) = output(serve);
+    assert!(code != Some(0) && log.contains(&name(1)), "{log}");
+
+    fs::write(&parts[1], second).unwrap();
+    assert!(ModelFiles::open(&parts[0]).is_ok());
+    let renamed = home.path().join("renamed.gguf");
+    fs::copy(&parts[0], &renamed).unwrap();
+    let error = error(&renamed);
+    assert!(error.contains("NAME-00001-of-"), "{error}");
 }
 
 #[test]

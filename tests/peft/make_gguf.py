@@ -3,10 +3,12 @@
 
     pip install -r tests/peft/requirements.txt gguf sentencepiece
     python3 tests/peft/make_gguf.py            # rewrites tests/gguf
+    python3 tests/peft/make_gguf.py parts      # only what it has in parts, from what is there
 
 A file is written the way llama.cpp's convert_hf_to_gguf.py does: its tensor names, its order of the rows
 of queries and keys, its norms. The reference gets what the `gguf` package dequantises. K-quants, which
-that package can read but not write, are random blocks with a fitting scale. `NAME.json` beside each
+that package can read but not write, are random blocks with a fitting scale. `parts` has one of them again, in
+parts as that package writes them. `NAME.json` beside each
 file has the answers, as tests/peft/make_fixtures.py makes them, and the tokens of a page of texts, by
 the tokenizer that the vocabulary comes from: tokenizers, transformers or sentencepiece.
 """
@@ -15,6 +17,7 @@ import json
 import math
 import pathlib
 import shutil
+import sys
 
 import gguf
 import numpy as np
@@ -297,6 +300,28 @@ def build():
             **shape(32, 1, 32), tie_word_embeddings=True, rope_parameters=plain)), [Q.Q4_0], pre, pre == "gpt-2", made
 
 
+def write_parts(name, tensors):
+    """NAME.gguf again, in parts of so many tensors."""
+    source = gguf.GGUFReader(OUT / f"{name}.gguf")
+    folder = OUT / "parts"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    architecture = source.fields["general.architecture"].contents()
+    writer = gguf.GGUFWriter(folder / f"{name}.gguf", architecture, split_max_tensors=tensors)
+    for field in source.fields.values():
+        # What describes the file itself is written anew.
+        if not field.name.startswith("GGUF.") and field.name != "general.architecture":
+            kind, *of = field.types
+            writer.add_key_value(field.name, field.contents(), kind, sub_type=of[-1] if of else None)
+    for tensor in source.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    print(f"{name}: {len(list(folder.iterdir()))} parts")
+
+
 def main():
     shutil.rmtree(OUT, ignore_errors=True)
     OUT.mkdir()
@@ -341,4 +366,6 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:] != ["parts"]:
+        main()
+    write_parts("qwen2-q8_0", 10)
