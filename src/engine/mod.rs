@@ -97,7 +97,7 @@ pub struct EngineThread {
 /// What the thread is sent.
 #[derive(Debug)]
 enum Mail {
-    Job(Job),
+    Job(Box<Job>),
     WarmUp(WarmUp),
     /// Nothing but a reason to look at [`Shared`] again.
     Wake,
@@ -323,7 +323,7 @@ impl Engine {
         let (events, stream) = mpsc::channel(request.sampling.max_tokens + 1);
         let cached_tokens = Arc::new(AtomicUsize::new(0));
         let job = Job { request, encoder, events, cached_tokens: Arc::clone(&cached_tokens), place };
-        self.mail.try_send(Mail::Job(job)).map_err(|e| match e {
+        self.mail.try_send(Mail::Job(Box::new(job))).map_err(|e| match e {
             TrySendError::Full(_) => SubmitError::Full { limit: shared.waiting.limit() },
             TrySendError::Closed(_) => SubmitError::Closed,
         })?;

@@ -157,7 +157,7 @@ impl Worker {
 
     fn open(&mut self, mail: Mail) {
         match mail {
-            Mail::Job(job) => self.accept(job),
+            Mail::Job(job) => self.accept(*job),
             Mail::WarmUp(warm_up) => {
                 let id = self.new_id();
                 let rows = warm_up.prompt.num_virtual_tokens() as u32;
