@@ -17,7 +17,7 @@ use softserve::{
         runner::{Part, Runner},
     },
     kernels::{
-        cross::CrossKeyValues,
+        cross::{CrossKeyValues, EncodedBatch},
         dense::DenseKernels,
         kv_cache::{BLOCK_SIZE, BlockId},
     },
@@ -145,8 +145,9 @@ fn plain_logits(model: &Model, prompt: Option<&Arc<LearnedPrompt>>, case: &Case)
         _ => text,
     };
     let hidden = model.encode(&x, &mut DenseKernels::new(&[x.dims()[0]], &Device::Cpu).unwrap()).unwrap();
-    let encoded = model.cross_key_values(&hidden).unwrap();
-    let mut kernels = DenseKernels::new(&[1], &Device::Cpu).unwrap().with_encoded(vec![encoded]);
+    let inputs = std::iter::once(0..x.dims()[0]).collect();
+    let encoded = EncodedBatch { layers: model.cross_key_values(&hidden).unwrap(), inputs };
+    let mut kernels = DenseKernels::new(&[1], &Device::Cpu).unwrap().with_encoded(encoded);
     let position = Tensor::new(&[0u32], &Device::Cpu).unwrap();
     let hidden = model.forward(&embed(&[0]), &position, &mut kernels).unwrap();
     model.logits(&hidden).unwrap().squeeze(0).unwrap().to_vec1().unwrap()
