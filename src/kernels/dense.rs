@@ -71,9 +71,9 @@ impl DenseKernels {
         })
     }
 
-    /// With these keys and values in place of the first rows' own.
-    pub fn with_given(self, given: GivenKeyValues) -> Self {
-        Self { given: Some(given), ..self }
+    /// With these keys and values, if there are any, in place of the first rows' own.
+    pub fn with_given(self, given: impl Into<Option<GivenKeyValues>>) -> Self {
+        Self { given: given.into(), ..self }
     }
 
     /// Keeps the keys and values of each layer, `[t, kv_heads, head_dim]`, as attention reads them.
@@ -86,9 +86,9 @@ impl DenseKernels {
         self.recorded.unwrap_or_default()
     }
 
-    /// With what an encoder made of each sequence's input.
-    pub fn with_encoded(self, encoded: EncodedBatch) -> Self {
-        Self { encoded: Some(encoded), ..self }
+    /// With what an encoder made of each sequence's input, if there is one.
+    pub fn with_encoded(self, encoded: impl Into<Option<EncodedBatch>>) -> Self {
+        Self { encoded: encoded.into(), ..self }
     }
 
     /// Each sequence's own rows of `q` against all of its keys and values, `seen`. Rows that sequences

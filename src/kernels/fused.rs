@@ -25,14 +25,14 @@ impl FusedKernels {
         Self { sequences: Sequences::new(prefix, lengths), given: None, encoded: None }
     }
 
-    /// With these keys and values in place of the first rows' own.
-    pub fn with_given(self, given: GivenKeyValues) -> Self {
-        Self { given: Some(given), ..self }
+    /// With these keys and values, if there are any, in place of the first rows' own.
+    pub fn with_given(self, given: impl Into<Option<GivenKeyValues>>) -> Self {
+        Self { given: given.into(), ..self }
     }
 
-    /// With what an encoder made of each sequence's input.
-    pub fn with_encoded(self, encoded: EncodedBatch) -> Self {
-        Self { encoded: Some(encoded), ..self }
+    /// With what an encoder made of each sequence's input, if there is one.
+    pub fn with_encoded(self, encoded: impl Into<Option<EncodedBatch>>) -> Self {
+        Self { encoded: encoded.into(), ..self }
     }
 
     /// Whether these kernels can be used.
