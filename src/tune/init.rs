@@ -118,15 +118,17 @@ impl Source<'_> {
     fn computed(&self, init: &Init, n: usize) -> std::result::Result<Vec<[Vec<f32>; 2]>, InitError> {
         let device = &self.model.info().device;
         let around = self.text.encode("")?;
-        let (mut ids, encoded) = match &self.model.info().encoder {
-            None => (around, None),
-            Some(encoder) => {
-                let input = [self.words(init, n)?, around].concat();
-                (vec![encoder.start_token], Some(forward::encode(self.model, None, &[&input])?))
-            }
+        let mut ids = match &self.model.info().encoder {
+            None => around.iter().copied().take(n).collect(),
+            Some(encoder) => vec![encoder.start_token],
         };
+        let words = self.words(init, (n - ids.len()).max(1))?;
+        let encoded = match &self.model.info().encoder {
+            None => None,
+            Some(_) => Some(forward::encode(self.model, None, &[&[words.as_slice(), &around].concat()])?),
+        };
+        ids.extend(&words);
         ids.truncate(n);
-        ids.extend(self.words(init, n - ids.len())?);
         let positions: Vec<u32> = (0..n as u32).collect();
         let mut kernels = DenseKernels::new(&[n], device)?.with_encoded(encoded).recording();
         let x = self.model.embed(&Tensor::new(ids, device)?)?;

@@ -385,16 +385,3 @@ fn a_random_model_of_an_encoder_decoder_shape_loads_and_runs() {
         assert_eq!(collect(engine.submit(Request::new(None, &[5, 6], sampling)).unwrap()).0.len(), 3);
     }
 }
-
-#[test]
-fn tuning_on_a_model_with_an_encoder_is_refused_with_what_to_do() {
-    let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/data/topic/train.jsonl");
-    let output = std::process::Command::new(env!("CARGO_BIN_EXE_softserve"))
-        .args(["tune", "--task", "topic", "--data", data.to_str().unwrap()])
-        .args(["--model", fixtures::dir(MODELS[0]).to_str().unwrap()])
-        .current_dir(tempfile::tempdir().unwrap().path())
-        .output()
-        .unwrap();
-    let error = String::from_utf8_lossy(&output.stderr);
-    assert!(!output.status.success() && error.contains("task_type SEQ_2_SEQ_LM"), "{error}");
-}

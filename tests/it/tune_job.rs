@@ -24,7 +24,7 @@ use softserve::{
 use crate::tiny_model::TinyModel;
 
 /// Ends a run at a step; sees nothing else.
-struct StopAt(usize);
+pub struct StopAt(pub usize);
 
 impl Observer for StopAt {
     fn sweeping(&mut self, _: usize, _: usize) -> ControlFlow<()> {
@@ -40,7 +40,7 @@ impl Observer for StopAt {
     }
 }
 
-const NEVER: StopAt = StopAt(usize::MAX);
+pub const NEVER: StopAt = StopAt(usize::MAX);
 
 struct Room {
     dir: tempfile::TempDir,

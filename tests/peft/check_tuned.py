@@ -20,7 +20,7 @@ import jinja2
 import torch
 from peft import PeftModel
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 
 def shown_outputs(path):
@@ -41,7 +41,9 @@ def main():
         parser.add_argument(f"--{name}", type=pathlib.Path, required=True)
     args = parser.parse_args()
 
-    base = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    has_encoder = AutoConfig.from_pretrained(args.model).is_encoder_decoder
+    of_kind = AutoModelForSeq2SeqLM if has_encoder else AutoModelForCausalLM
+    base = of_kind.from_pretrained(args.model, dtype=torch.float32).eval()
     before = {name: weight.clone() for name, weight in base.state_dict().items()}
     model = PeftModel.from_pretrained(base, args.prompt).eval()
     after = base.state_dict()
@@ -60,8 +62,10 @@ def main():
         given = json.loads(text)["input"]
         ids = tokenizer.encode(template.render(**(given if isinstance(given, dict) else {"input": given}))).ids
         with torch.no_grad():
-            out = model.generate(input_ids=torch.tensor([ids]), max_new_tokens=limit, do_sample=False)
-        new = [i for i in out[0, len(ids):].tolist() if i not in stops]
+            out = model.generate(input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+                                 max_new_tokens=limit, do_sample=False)
+        # After the input, or after the decoder's start token.
+        new = [i for i in out[0, 1 if has_encoder else len(ids):].tolist() if i not in stops]
         answer = tokenizer.decode(new).strip()
         compared += 1
         if answer != shown[number]:
