@@ -93,7 +93,7 @@ fn the_gradient_of_all_that_is_learned_is_that_of_central_differences() {
                 let gradient = gradient.flatten_all().unwrap().to_vec1::<f64>().unwrap();
                 let values = tensors[i].flatten_all().unwrap().to_vec1::<f64>().unwrap();
                 // A few of many: the network's own gradients are checked beside it.
-                let places: Vec<usize> = (0..values.len()).step_by(1 + values.len() / 96).collect();
+                let places: Vec<usize> = (0..values.len()).step_by(1 + values.len() / 24).collect();
                 let moved = |at: usize, by: f64| {
                     let mut values = values.clone();
                     values[at] += by;
@@ -101,7 +101,7 @@ fn the_gradient_of_all_that_is_learned_is_that_of_central_differences() {
                     tensors[i] = Tensor::from_vec(values, tensors[i].shape(), &Device::Cpu).unwrap();
                     loss::scalar(&score(&tensors)).unwrap()
                 };
-                let step = 1e-5;
+                let step = 1e-6;
                 let numeric: Vec<f64> =
                     places.iter().map(|&at| (moved(at, step) - moved(at, -step)) / (2.0 * step)).collect();
                 let size = norm(numeric.iter().copied());
@@ -254,7 +254,8 @@ fn every_way_to_learn_lowers_the_loss_and_leaves_the_model_as_it_was() {
             let mut state = State::new(begin(&parameters, model.info().hidden_size));
             trainer.run(&settings, &mut state, &mut |_| Ok(ControlFlow::Continue(()))).unwrap();
             let losses: Vec<f64> = state.evaluations.iter().map(|e| e.1.loss).collect();
-            eprintln!("{name} {method:?}: {losses:?}");
+            // The logits of a random T5 1.0 are small, so there is less to gain.
+            assert!(losses[1] < 0.95 * losses[0], "{name} {method:?}: {losses:?}");
         }
         assert_eq!(model.weights_digest().unwrap(), before);
     }
@@ -335,7 +336,7 @@ fn what_a_model_has_no_room_or_form_for_is_refused_before_anything_is_trained() 
 /// `softserve tune` of a task under `out`, on one of the models.
 pub fn tune_on(home: &Path, name: &str, task: &str, data: &Path, options: &[&str]) -> Command {
     let mut command = tune(home, "out", task, data, options);
-    command.args(["--steps", "60", "--virtual-tokens", "9", "--model"]).arg(fixtures::dir(name));
+    command.args(["--steps", "120", "--virtual-tokens", "9", "--model"]).arg(fixtures::dir(name));
     command
 }
 
@@ -361,9 +362,11 @@ fn each_type_is_tuned_by_the_program_measured_and_served_with_the_same_answers()
         let mut serve = softserve(home.path());
         serve.args(["--prompts=out", "--listen=127.0.0.1:0", "--kv-cache=64MiB", "--model"]).arg(fixtures::dir(name));
         let server = Process::start(serve);
+        let mut words = 0;
         for (task, shown) in answers {
             let tuned: Vec<&str> = shown.lines().filter(|l| l.trim_start().starts_with("tuned prompt ")).collect();
             let tuned = &tuned[tuned.len() - LINES.len()..];
+            words += tuned.iter().filter(|line| !line.ends_with("\"\"")).count();
             for ((input, _), tuned) in LINES.iter().zip(tuned) {
                 let (status, answer): (_, Value) = server.generate(task, json!({"input": input}));
                 assert_eq!(status, 200, "{name} {task}: {answer}");
@@ -371,5 +374,6 @@ fn each_type_is_tuned_by_the_program_measured_and_served_with_the_same_answers()
                 assert!(tuned.ends_with(&format!("{text:?}")), "{name} {task} {input:?}: {text:?} is not {tuned}");
             }
         }
+        assert!(words >= LINES.len(), "{name}: too few answers have a word to say anything");
     }
 }
