@@ -21,11 +21,7 @@ use sha2::{Digest as _, Sha256};
 pub use config::{EncoderConfig, ModelConfig};
 pub use files::{ModelError, ModelFiles};
 
-use crate::kernels::{
-    Kernels,
-    cpu::{Isa, Precision},
-    kv_cache::KvShape,
-};
+use crate::kernels::{Kernels, cpu::Precision, kv_cache::KvShape};
 use decoder::Decoder;
 use encoder::Encoder;
 
@@ -107,12 +103,11 @@ impl Model {
         &self.config
     }
 
-    /// The shape of its keys and values, which are kept in bf16 where the weights are and the processor
-    /// multiplies bf16; elsewhere widening them at every use would take longer than reading f32.
+    /// The shape of its keys and values, which are kept in bf16 where the weights are.
     pub fn kv_shape(&self) -> KvShape {
         let c = &self.config;
         let precision = match self.info.dtype {
-            DType::BF16 if Isa::best().multiplies_bf16() => Precision::Bf16,
+            DType::BF16 => Precision::Bf16,
             _ => Precision::F32,
         };
         KvShape { num_layers: c.num_layers, num_kv_heads: c.num_kv_heads, head_dim: c.head_dim, precision }

@@ -153,6 +153,18 @@ impl Step<'_> {
         // SAFETY: the offset is that of a block of the cache.
         unsafe { self.words.add(self.planes[index][block] + head * 2 * self.plane) }
     }
+
+    /// Asks for what is read after the values of a block: those of the next one, then the next head's keys.
+    #[inline(always)]
+    fn prefetch_after_values(&self, index: usize, block: usize, head: usize, blocks: &Range<usize>) {
+        let next = match block + 1 < blocks.end {
+            // SAFETY: the values of a block of the cache lie after its keys.
+            true => unsafe { self.keys(index, block + 1, head).add(self.plane) },
+            false if head + 1 < self.kv_heads => self.keys(index, blocks.start, head + 1),
+            false => return,
+        };
+        prefetch(next, self.plane);
+    }
 }
 
 /// Writes one head's keys and values of a segment's rows.
@@ -267,9 +279,12 @@ unsafe fn attend_tile<S: Simd>(step: &Step, index: usize, head: usize, tile: usi
         load_queries::<S>(step, count, at, queries);
         for (i, block) in blocks.clone().enumerate() {
             let keys = step.keys(index, block, head);
-            if block + 1 < blocks.end {
-                prefetch(step.keys(index, block + 1, head), step.plane);
-            }
+            // Keys of one block after another, then values.
+            let next = match block + 1 < blocks.end {
+                true => step.keys(index, block + 1, head),
+                false => step.keys(index, blocks.start, head).add(step.plane),
+            };
+            prefetch(next, step.plane);
             block_scores::<S>(step, queries, keys, count, scores.add(i * BLOCK_SCORES));
         }
         let mut scales = [0f32; TILE_ROWS];
@@ -317,15 +332,15 @@ unsafe fn attend_tile<S: Simd>(step: &Step, index: usize, head: usize, tile: usi
 /// Asks for a head's keys and values before they are needed: they are two short runs in a large
 /// memory, which the processor does not foresee.
 #[inline(always)]
-fn prefetch(keys: *const u32, plane: usize) {
+fn prefetch(from: *const u32, plane: usize) {
     #[cfg(target_arch = "x86_64")]
-    for line in (0..2 * plane).step_by(16) {
+    for line in (0..plane).step_by(16) {
         use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
         // SAFETY: a prefetch is no access; it may name any address.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(keys.wrapping_add(line).cast()) };
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(line).cast()) };
     }
     #[cfg(not(target_arch = "x86_64"))]
-    let _ = (keys, plane);
+    let _ = (from, plane);
 }
 
 /// # Safety
@@ -542,6 +557,9 @@ unsafe fn weigh_values<S: Simd>(
                 amx::configure();
                 amx::clear_values();
                 for (i, block) in blocks.clone().enumerate() {
+                    if d == 0 {
+                        step.prefetch_after_values(index, block, head, &blocks);
+                    }
                     let values = step.keys(index, block, head).add(step.plane + d);
                     let weights = weights.add(i * BLOCK_SCORES / 2);
                     match step.dim - d >= 64 {
@@ -566,10 +584,28 @@ unsafe fn weigh_values<S: Simd>(
                 let (scores, weights, sums) =
                     (scores.add(i * BLOCK_SIZE), weights.add(i * BLOCK_SIZE / 2), sums.add(i * step.dim + d));
                 d += match step.dim - d {
-                    left if left >= 4 * LANES => {
-                        row_values::<S, 4>(step, index, head, blocks.clone(), scores, weights, d, sums)
-                    }
-                    _ => row_values::<S, 1>(step, index, head, blocks.clone(), scores, weights, d, sums),
+                    left if left >= 4 * LANES => row_values::<S, 4>(
+                        step,
+                        index,
+                        head,
+                        blocks.clone(),
+                        scores,
+                        weights,
+                        d,
+                        sums,
+                        i == 0 && d == 0,
+                    ),
+                    _ => row_values::<S, 1>(
+                        step,
+                        index,
+                        head,
+                        blocks.clone(),
+                        scores,
+                        weights,
+                        d,
+                        sums,
+                        i == 0 && d == 0,
+                    ),
                 };
             }
         }
@@ -591,11 +627,15 @@ unsafe fn row_values<S: Simd, const C: usize>(
     weights: *const u32,
     d: usize,
     sums: *mut f32,
+    first: bool,
 ) -> usize {
     // SAFETY: as the caller says.
     unsafe {
         let mut acc = [S::splat(0.0); C];
-        for (i, block) in blocks.enumerate() {
+        for (i, block) in blocks.clone().enumerate() {
+            if first {
+                step.prefetch_after_values(index, block, head, &blocks);
+            }
             let values = step.keys(index, block, head).add(step.plane + d);
             match step.precision {
                 Precision::F32 => {

@@ -1,8 +1,6 @@
 //! Blocks of a product: up to 32 rows by two panels of 16 columns, summed over all of `k` in one
 //! order, so that a row's sums are the same whichever rows it shares a block with.
 
-use std::mem::MaybeUninit;
-
 #[cfg(target_arch = "x86_64")]
 use super::amx;
 use super::{
@@ -17,12 +15,6 @@ pub(super) const BLOCK_ROWS: usize = 32;
 pub(super) const TILE_ROWS: usize = 16;
 /// Columns of a block.
 pub(super) const BLOCK_COLUMNS: usize = 2 * PANEL;
-
-/// Inner values of a panel that are widened at a time, which the first cache holds.
-const WIDENED: usize = 256;
-
-#[repr(align(64))]
-struct Widened(MaybeUninit<[f32; WIDENED * PANEL]>);
 
 /// Lines of a panel that are asked for before they are needed. The processor foresees a stream only
 /// within a page of 4 KiB, and a few rows use a page up faster than memory answers.
@@ -64,7 +56,7 @@ pub(super) unsafe fn block_f32<S: Simd>(x: *const f32, rows: usize, k: usize, pa
         match one_panel::<S>(rows) {
             true => {
                 for (i, panel) in panels.into_iter().enumerate() {
-                    panel_f32::<S>(x, rows, k, k, panel, sums.add(i * PANEL), true);
+                    panel_f32::<S>(x, rows, k, panel, sums.add(i * PANEL));
                 }
             }
             false => panels_f32::<S>(x, rows, k, panels, sums),
@@ -89,10 +81,10 @@ unsafe fn panels_f32<S: Simd>(x: *const f32, rows: usize, k: usize, panels: [*co
         while row < rows {
             let (x, sums) = (x.add(row * k), sums.add(row * BLOCK_COLUMNS));
             row += match rows - row {
-                left if left >= 8 && S::REGISTERS >= 32 => rows_f32::<S, 8, 2>(x, k, k, panels, sums, true),
-                left if left >= 4 => rows_f32::<S, 4, 2>(x, k, k, panels, sums, true),
-                left if left >= 2 => rows_f32::<S, 2, 2>(x, k, k, panels, sums, true),
-                _ => rows_f32::<S, 1, 2>(x, k, k, panels, sums, true),
+                left if left >= 8 && S::REGISTERS >= 32 => rows_f32::<S, 8, 2>(x, k, panels, sums),
+                left if left >= 4 => rows_f32::<S, 4, 2>(x, k, panels, sums),
+                left if left >= 2 => rows_f32::<S, 2, 2>(x, k, panels, sums),
+                _ => rows_f32::<S, 1, 2>(x, k, panels, sums),
             };
         }
     }
@@ -104,64 +96,46 @@ unsafe fn panels_f32<S: Simd>(x: *const f32, rows: usize, k: usize, panels: [*co
 /// # Safety
 /// As [`rows_f32`].
 #[inline(always)]
-unsafe fn panel_f32<S: Simd>(
-    x: *const f32,
-    rows: usize,
-    stride: usize,
-    n: usize,
-    panel: *const f32,
-    sums: *mut f32,
-    fresh: bool,
-) {
+unsafe fn panel_f32<S: Simd>(x: *const f32, rows: usize, k: usize, panel: *const f32, sums: *mut f32) {
     let mut row = 0;
     // SAFETY: `row` plus the rows of each call never exceeds `rows`.
     unsafe {
         while row < rows {
-            let (x, sums) = (x.add(row * stride), sums.add(row * BLOCK_COLUMNS));
+            let (x, sums) = (x.add(row * k), sums.add(row * BLOCK_COLUMNS));
             row += match rows - row {
                 // Two calls of four, not six and a lonely two.
-                8 | 7 | 4 => rows_f32::<S, 4, 1>(x, stride, n, [panel], sums, fresh),
-                5 => rows_f32::<S, 5, 1>(x, stride, n, [panel], sums, fresh),
-                3 => rows_f32::<S, 3, 1>(x, stride, n, [panel], sums, fresh),
-                2 => rows_f32::<S, 2, 1>(x, stride, n, [panel], sums, fresh),
-                1 => rows_f32::<S, 1, 1>(x, stride, n, [panel], sums, fresh),
-                _ => rows_f32::<S, 6, 1>(x, stride, n, [panel], sums, fresh),
+                8 | 7 | 4 => rows_f32::<S, 4, 1>(x, k, [panel], sums),
+                5 => rows_f32::<S, 5, 1>(x, k, [panel], sums),
+                3 => rows_f32::<S, 3, 1>(x, k, [panel], sums),
+                2 => rows_f32::<S, 2, 1>(x, k, [panel], sums),
+                1 => rows_f32::<S, 1, 1>(x, k, [panel], sums),
+                _ => rows_f32::<S, 6, 1>(x, k, [panel], sums),
             };
         }
     }
 }
 
-/// `R` rows by `P` panels over `n` inner values; rows of `x` are `stride` apart. The sums go on from what
-/// is in `sums` unless they are `fresh`.
+/// `R` rows by `P` panels.
 ///
 /// # Safety
-/// `x` is valid for `R` rows of `n`, each panel for `n` of 16, `sums` for `R` rows of a block.
+/// `x` is valid for `R` rows of `k`, each panel for `k` of 16, `sums` for `R` rows of a block.
 #[inline(always)]
 unsafe fn rows_f32<S: Simd, const R: usize, const P: usize>(
     x: *const f32,
-    stride: usize,
-    n: usize,
+    k: usize,
     panels: [*const f32; P],
     sums: *mut f32,
-    fresh: bool,
 ) -> usize {
-    // SAFETY: `i` stays below `n`, `r` below `R` and `p` below `P`.
+    // SAFETY: `i` stays below `k`, `r` below `R` and `p` below `P`.
     unsafe {
         let mut acc = [[S::splat(0.0); P]; R];
-        if !fresh {
-            for (r, acc) in acc.iter_mut().enumerate() {
-                for (p, acc) in acc.iter_mut().enumerate() {
-                    *acc = S::load(sums.add(r * BLOCK_COLUMNS + p * PANEL));
-                }
-            }
-        }
-        for i in 0..n {
+        for i in 0..k {
             if R <= 3 {
                 panels.iter().for_each(|&panel| prefetch(panel, i));
             }
             let w = panels.map(|panel| S::load(panel.add(i * PANEL)));
             for (r, acc) in acc.iter_mut().enumerate() {
-                let x = S::splat(*x.add(r * stride + i));
+                let x = S::splat(*x.add(r * k + i));
                 for (acc, w) in acc.iter_mut().zip(w) {
                     *acc = S::fma(w, x, *acc);
                 }
@@ -176,39 +150,39 @@ unsafe fn rows_f32<S: Simd, const R: usize, const P: usize>(
     R
 }
 
-/// A block of a product in bf16 without instructions for it: panels are widened to f32, a part at a time,
-/// for all rows. `x` has been rounded to bf16.
+/// Rows that are better multiplied with weights widened on their way than with a panel widened before.
+pub(super) const FEW_ROWS: usize = 3;
+
+/// A few rows of a product in bf16 without instructions for it. `x` has been rounded to bf16.
 ///
 /// # Safety
 /// `x` is valid for `rows` rows of `k`, each panel for the tiles of `k`, `sums` for a block.
 #[inline(always)]
-pub(super) unsafe fn block_widened<S: Simd>(
+pub(super) unsafe fn few_rows_widened<S: Simd>(
     x: *const f32,
     rows: usize,
     k: usize,
     panels: [*const u32; 2],
     sums: *mut f32,
 ) {
-    // SAFETY: as the caller says; a part's values are within the panel's tiles and the scratch.
-    unsafe {
-        if rows <= 3 {
-            for row in 0..rows {
-                row_widened::<S>(x.add(row * k), k, panels, sums.add(row * BLOCK_COLUMNS));
-            }
-            return;
-        }
-        let mut widened = Widened(MaybeUninit::uninit());
-        for (i, panel) in panels.into_iter().enumerate() {
-            for first in (0..k).step_by(WIDENED) {
-                let n = (k - first).min(WIDENED);
-                let out = widened.0.as_mut_ptr().cast::<f32>();
-                for pair in 0..n.div_ceil(2) {
-                    let [low, high] = S::widen(S::load_pairs(panel.add((first / 2 + pair) * PANEL)));
-                    S::store(out.add(2 * pair * PANEL), low);
-                    S::store(out.add((2 * pair + 1) * PANEL), high);
-                }
-                panel_f32::<S>(x.add(first), rows, k, n, out, sums.add(i * PANEL), first == 0);
-            }
+    for row in 0..rows {
+        // SAFETY: as the caller says.
+        unsafe { row_widened::<S>(x.add(row * k), k, panels, sums.add(row * BLOCK_COLUMNS)) };
+    }
+}
+
+/// Widens a panel of bf16 to one of f32, `[k][16]`.
+///
+/// # Safety
+/// `panel` is valid for the tiles of `k`, `to` for an even number of rows of 16 not below `k`.
+#[inline(always)]
+pub(super) unsafe fn widen_panel<S: Simd>(panel: *const u32, k: usize, to: *mut f32) {
+    for pair in 0..k.div_ceil(2) {
+        // SAFETY: as the caller says.
+        unsafe {
+            let [low, high] = S::widen(S::load_pairs(panel.add(pair * PANEL)));
+            S::store(to.add(2 * pair * PANEL), low);
+            S::store(to.add((2 * pair + 1) * PANEL), high);
         }
     }
 }
@@ -216,7 +190,7 @@ pub(super) unsafe fn block_widened<S: Simd>(
 /// One row, whose weights are widened on their way: as they are read once, memory is what takes the time.
 ///
 /// # Safety
-/// As [`block_widened`].
+/// As [`few_rows_widened`], for one row.
 #[inline(always)]
 unsafe fn row_widened<S: Simd>(x: *const f32, k: usize, panels: [*const u32; 2], sums: *mut f32) {
     // SAFETY: as the caller says; a panel has values for an even number of inner ones.

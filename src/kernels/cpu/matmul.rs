@@ -7,7 +7,9 @@ use std::{cell::RefCell, ops::Range};
 
 use super::{
     Buffer, Isa,
-    block::{Ahead, BLOCK_COLUMNS, BLOCK_ROWS, TILE_ROWS, block_bf16, block_f32, block_widened},
+    block::{
+        Ahead, BLOCK_COLUMNS, BLOCK_ROWS, FEW_ROWS, TILE_ROWS, block_bf16, block_f32, few_rows_widened, widen_panel,
+    },
     dispatch,
     packed::{Data, PANEL, PackedMatrix, Precision, TILE, TILE_K},
     pool::Pool,
@@ -135,24 +137,20 @@ impl<'a> Panels<'a> {
         unsafe { self.first.add(self.index(unit, step) * self.size) }
     }
 
-    /// As [`get`](Self::get), made in `room` if it has to be.
-    fn make(&self, isa: Isa, unit: usize, step: usize, room: &mut [f32]) -> *const u32 {
-        if !matches!(self.weight.data, Data::Blocks(..)) {
-            return self.get(unit, step);
+    /// As [`get`](Self::get), made in `room` as f32 if it is not as the job reads it.
+    ///
+    /// # Safety
+    /// `room` is as [`work`] wants it.
+    #[inline(always)]
+    unsafe fn make<S: Simd>(&self, job: &Job, unit: usize, step: usize, room: &mut [f32]) -> *const u32 {
+        match &self.weight.data {
+            Data::Blocks(..) => self.weight.dequantize_panel(self.index(unit, step), room),
+            // SAFETY: the panel has tiles for `k`, and the room as many rows.
+            Data::Bf16(_) if job.widens => unsafe { widen_panel::<S>(self.get(unit, step), job.k, room.as_mut_ptr()) },
+            Data::F32(_) | Data::Bf16(_) => return self.get(unit, step),
         }
-        let (weight, panel) = (self.weight, self.index(unit, step));
-        let start = room.as_ptr();
-        // SAFETY: nothing is asked of the caller.
-        dispatch!(isa, dequantize(weight: &PackedMatrix, panel: usize, room: &mut [f32]));
-        start.cast()
+        room.as_ptr().cast()
     }
-}
-
-/// # Safety
-/// None; `dispatch!` asks for it.
-#[inline(always)]
-unsafe fn dequantize<S: Simd>(weight: &PackedMatrix, panel: usize, room: &mut [f32]) {
-    weight.dequantize_panel(panel, room);
 }
 
 /// One matrix's part of the work, in units of two panels.
@@ -182,6 +180,8 @@ struct Job<'a> {
     left: Left,
     rows: usize,
     k: usize,
+    /// Panels of bf16 are made f32 before they are multiplied.
+    widens: bool,
     targets: &'a [Target<'a>],
     finish: Finish,
 }
@@ -207,14 +207,15 @@ fn run(
     thread_local!(static TILES: RefCell<Buffer<u32>> = const { RefCell::new(Buffer::empty()) });
     // A unit's panels where they are not in memory already.
     thread_local!(static MADE: RefCell<Buffer<f32>> = const { RefCell::new(Buffer::empty()) });
-    let made = targets.iter().flat_map(|t| &t.panels).any(|p| matches!(p.weight.data, Data::Blocks(..)));
     TILES.with_borrow_mut(|tiles| {
         let left = match precision {
             Precision::F32 => Left::F32(x.as_ptr()),
             Precision::Bf16 if isa.multiplies_bf16() => Left::Bf16(pack_left(isa, pool, x, rows, k, tiles)),
             Precision::Bf16 => Left::Rounded(round_left(isa, pool, x, k, tiles)),
         };
-        let job = Job { isa, left, rows, k, targets, finish };
+        let widens = matches!(left, Left::Rounded(_)) && rows > FEW_ROWS;
+        let made = widens || targets.iter().flat_map(|t| &t.panels).any(|p| matches!(p.weight.data, Data::Blocks(..)));
+        let job = Job { isa, left, rows, k, widens, targets, finish };
         let units: usize = targets.iter().map(|t| t.units).sum();
         let blocks = rows.div_ceil(BLOCK_ROWS);
         let bytes = BLOCK_ROWS * k * if matches!(left, Left::Bf16(_)) { 2 } else { 4 };
@@ -233,7 +234,7 @@ fn run(
             let job = &job;
             MADE.with_borrow_mut(|room| {
                 if made {
-                    room.make_room(BLOCK_COLUMNS * k);
+                    room.make_room(BLOCK_COLUMNS * k.next_multiple_of(2));
                 }
                 let room = room.as_mut_slice();
                 // SAFETY: the job's pointers are valid for its shapes, which `multiply` has checked, and
@@ -310,11 +311,12 @@ unsafe fn pack_tile<S: Simd>(from: &[f32], k: usize, to: *mut u32) {
 #[repr(align(64))]
 struct Sums([f32; BLOCK_ROWS * BLOCK_COLUMNS]);
 
-/// The blocks of some units (columns) and row blocks. `room` is for the two panels of a unit, if a matrix
-/// has none in memory.
+/// The blocks of some units (columns) and row blocks. `room` is for the two panels of a unit, if they are not
+/// in memory as they are read.
 ///
 /// # Safety
-/// The job's pointers are valid for its shapes, and no other thread has these blocks.
+/// The job's pointers are valid for its shapes, and no other thread has these blocks. If panels are made,
+/// half of `room` holds one in f32, for an even number of inner values.
 #[inline(always)]
 unsafe fn work<S: Simd>(job: &Job, units: Range<usize>, blocks: Range<usize>, room: &mut [f32]) {
     let (room0, room1) = room.split_at_mut(room.len() / 2);
@@ -326,7 +328,9 @@ unsafe fn work<S: Simd>(job: &Job, units: Range<usize>, blocks: Range<usize>, ro
         passed += target.units;
         for unit in own {
             let [p0, p1] = target.panels;
-            let (b0, b1) = (p0.make(job.isa, unit, target.step, room0), p1.make(job.isa, unit, target.step, room1));
+            // SAFETY: each half of the room holds a panel.
+            let (b0, b1) =
+                unsafe { (p0.make::<S>(job, unit, target.step, room0), p1.make::<S>(job, unit, target.step, room1)) };
             // Past the last unit this is the last one again, which costs nothing.
             let next = target.panels.map(|p| p.get((unit + 1).min(target.units - 1), target.step));
             for block in blocks.clone() {
@@ -338,10 +342,12 @@ unsafe fn work<S: Simd>(job: &Job, units: Range<usize>, blocks: Range<usize>, ro
                 // SAFETY: the block's rows and the panels are within the job's shapes.
                 unsafe {
                     match job.left {
-                        Left::F32(x) => {
+                        Left::Rounded(x) if !job.widens => {
+                            few_rows_widened::<S>(x.add(first * job.k), rows, job.k, [b0, b1], sums);
+                        }
+                        Left::F32(x) | Left::Rounded(x) => {
                             block_f32::<S>(x.add(first * job.k), rows, job.k, [b0.cast(), b1.cast()], sums);
                         }
-                        Left::Rounded(x) => block_widened::<S>(x.add(first * job.k), rows, job.k, [b0, b1], sums),
                         Left::Bf16(tiles) => {
                             let k_tiles = job.k.div_ceil(TILE_K);
                             let a = tiles.add(first / TILE_ROWS * k_tiles * TILE);

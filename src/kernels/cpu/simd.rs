@@ -194,7 +194,8 @@ mod x86 {
 
     use super::Simd;
 
-    /// AVX2 and FMA: two registers of eight lanes.
+    /// AVX2 and FMA: two registers of eight lanes. (Each is named: what a closure does in `array::map` is
+    /// compiled without the instructions, and every one becomes a call.)
     #[derive(Debug, Clone, Copy)]
     pub struct Avx2;
 
@@ -206,11 +207,28 @@ mod x86 {
     #[derive(Debug, Clone, Copy)]
     pub struct Avx512Bf16;
 
-    /// The high halves of eight values of 32 bits.
+    /// The first values of eight pairs of bf16.
     #[inline(always)]
-    unsafe fn high_halves() -> __m256i {
+    unsafe fn low(pairs: __m256i) -> __m256 {
         // SAFETY: the caller vouches for AVX2.
-        unsafe { _mm256_set1_epi32(0xffff_0000_u32 as i32) }
+        unsafe { _mm256_castsi256_ps(_mm256_slli_epi32::<16>(pairs)) }
+    }
+
+    /// The second values of eight pairs of bf16.
+    #[inline(always)]
+    unsafe fn high(pairs: __m256i) -> __m256 {
+        // SAFETY: the caller vouches for AVX2.
+        unsafe { _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(0xffff_0000_u32 as i32))) }
+    }
+
+    /// `a * 2^n` for whole `n`.
+    #[inline(always)]
+    unsafe fn scaled(a: __m256, n: __m256) -> __m256 {
+        // SAFETY: the caller vouches for AVX2.
+        unsafe {
+            let exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+            _mm256_mul_ps(a, _mm256_castsi256_ps(_mm256_slli_epi32::<23>(exponent)))
+        }
     }
 
     /// Rounds to bf16 in the high halves, nearest even: half of the last place that is kept, and one more
@@ -274,17 +292,14 @@ mod x86 {
         }
         #[inline(always)]
         unsafe fn round(a: Self::V) -> Self::V {
+            const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
             // SAFETY: as `both`.
-            unsafe { a.map(|a| _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a)) }
+            unsafe { [_mm256_round_ps::<NEAREST>(a[0]), _mm256_round_ps::<NEAREST>(a[1])] }
         }
         #[inline(always)]
         unsafe fn scale(a: Self::V, n: Self::V) -> Self::V {
             // SAFETY: as `both`.
-            let scaled = |a, n| unsafe {
-                let exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
-                _mm256_mul_ps(a, _mm256_castsi256_ps(_mm256_slli_epi32::<23>(exponent)))
-            };
-            [scaled(a[0], n[0]), scaled(a[1], n[1])]
+            unsafe { [scaled(a[0], n[0]), scaled(a[1], n[1])] }
         }
         #[inline(always)]
         unsafe fn sum(a: Self::V) -> f32 {
@@ -305,7 +320,7 @@ mod x86 {
             // SAFETY: as `both`; 16 values are writable. Packing works on halves of the registers, so
             // the middle quarters change places.
             unsafe {
-                let [a, b] = v.map(|v| _mm256_srli_epi32::<16>(rounded(v)));
+                let (a, b) = (_mm256_srli_epi32::<16>(rounded(v[0])), _mm256_srli_epi32::<16>(rounded(v[1])));
                 let packed = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packus_epi32(a, b));
                 _mm256_storeu_si256(to.cast(), packed);
             }
@@ -313,17 +328,12 @@ mod x86 {
         #[inline(always)]
         unsafe fn to_bf16(v: Self::V) -> Self::V {
             // SAFETY: as `both`.
-            v.map(|v| unsafe { _mm256_castsi256_ps(_mm256_and_si256(rounded(v), high_halves())) })
+            unsafe { [high(rounded(v[0])), high(rounded(v[1]))] }
         }
         #[inline(always)]
         unsafe fn widen(pairs: Self::P) -> [Self::V; 2] {
             // SAFETY: as `both`.
-            unsafe {
-                [
-                    pairs.map(|w| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(w))),
-                    pairs.map(|w| _mm256_castsi256_ps(_mm256_and_si256(w, high_halves()))),
-                ]
-            }
+            unsafe { [[low(pairs[0]), low(pairs[1])], [high(pairs[0]), high(pairs[1])]] }
         }
         #[inline(always)]
         unsafe fn load_pairs(from: *const u32) -> Self::P {
@@ -333,13 +343,11 @@ mod x86 {
         #[inline(always)]
         unsafe fn dot(acc: Self::V, w: Self::P, x: u32) -> Self::V {
             // SAFETY: as `both`.
-            let one = |acc, w| unsafe {
-                let first = _mm256_castsi256_ps(_mm256_slli_epi32::<16>(w));
-                let second = _mm256_castsi256_ps(_mm256_and_si256(w, _mm256_set1_epi32(0xffff_0000_u32 as i32)));
-                let acc = _mm256_fmadd_ps(first, _mm256_set1_ps(super::low(x)), acc);
-                _mm256_fmadd_ps(second, _mm256_set1_ps(super::high(x)), acc)
-            };
-            [one(acc[0], w[0]), one(acc[1], w[1])]
+            unsafe {
+                let [first, second] = Self::widen(w);
+                let acc = Self::fma(first, Self::splat(super::low(x)), acc);
+                Self::fma(second, Self::splat(super::high(x)), acc)
+            }
         }
     }
 
