@@ -79,17 +79,17 @@ fn instructions_bf16_32_rows(bencher: Bencher, name: &str) {
     products(bencher, isa, Precision::Bf16, 32);
 }
 
-/// `sequences` of `positions`, the last `rows` of each to be computed; 9 heads on 3 of 64.
-fn attention(bencher: Bencher, precision: Precision, sequences: usize, positions: usize, rows: usize) {
+/// `sequences` of `positions`, the last `rows` of each to be computed; 9 heads on 3 of 64. All blocks but
+/// the last are those of one of so many `prompts`.
+fn attention(bencher: Bencher, precision: Precision, [sequences, prompts]: [usize; 2], positions: usize, rows: usize) {
     const HEADS: usize = 9;
     const LAYERS: usize = 30;
     let shape = KvShape { num_layers: LAYERS, num_kv_heads: 3, head_dim: 64, precision };
     let blocks = positions.div_ceil(BLOCK_SIZE);
     let mut cache = KvCache::new(shape, sequences * blocks).expect("memory for a cache");
-    let segment = |i: usize, start: usize, rows: usize| Segment {
-        rows,
-        start,
-        blocks: (i * blocks..(i + 1) * blocks).map(|b| b as u32).collect(),
+    let segment = |i: usize, start: usize, rows: usize| {
+        let block = |b: usize| if b + 1 < blocks && start > 0 { i % prompts * blocks + b } else { i * blocks + b };
+        Segment { rows, start, blocks: (0..blocks).map(|b| block(b) as u32).collect() }
     };
     let params = AttentionParams::scaled(0.125);
     let mut run = |start: usize, rows: usize| {
@@ -106,12 +106,17 @@ fn attention(bencher: Bencher, precision: Precision, sequences: usize, positions
 
 #[divan::bench(args = [Precision::F32, Precision::Bf16], sample_count = 20)]
 fn attention_decode_32_of_100(bencher: Bencher, precision: Precision) {
-    attention(bencher, precision, 32, 100, 1);
+    attention(bencher, precision, [32, 32], 100, 1);
+}
+
+#[divan::bench(args = [Precision::F32, Precision::Bf16], sample_count = 20)]
+fn attention_decode_32_of_100_with_8_prompts(bencher: Bencher, precision: Precision) {
+    attention(bencher, precision, [32, 8], 100, 1);
 }
 
 #[divan::bench(args = [Precision::F32, Precision::Bf16], sample_count = 10)]
 fn attention_prefill_512(bencher: Bencher, precision: Precision) {
-    attention(bencher, precision, 1, 512, 512);
+    attention(bencher, precision, [1, 1], 512, 512);
 }
 
 #[divan::bench(sample_count = 10)]

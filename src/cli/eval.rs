@@ -11,7 +11,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::json;
 
 use super::{
-    model::{ModelArgs, decoder_only},
+    model::ModelArgs,
     prompts::{self, DEFAULT_ROOT},
 };
 use crate::{
@@ -81,7 +81,6 @@ pub fn run(args: &EvalArgs, out: &mut dyn Write) -> anyhow::Result<()> {
         bail!("--max-tokens is 0, expected 1 or more");
     }
     let (model, text) = args.model.load()?;
-    decoder_only(&model)?;
     let version = match (&args.prompt, &args.task) {
         (Some(folder), _) => prompts::by_folder(folder, &"prompt".parse()?, &model)?,
         (None, Some(task)) => prompts::by_task(&args.prompts, task, &model)?,

@@ -1,6 +1,5 @@
 //! The model that a sub-command works on, as typed.
 
-use anyhow::bail;
 use clap::Args;
 
 use super::model_source;
@@ -47,16 +46,4 @@ impl ModelArgs {
         let model = Model::load(&files, &device, model_source::dtype(self.dtype.unwrap_or_default()))?;
         Ok((model, text))
     }
-}
-
-/// Fails for a model with an encoder, which is neither tuned nor evaluated.
-pub fn decoder_only(model: &Model) -> anyhow::Result<()> {
-    if model.info().encoder.is_some() {
-        bail!(
-            "the model {} has an encoder, and prompts of such models are served but not tuned or evaluated here: tune \
-             with PEFT (task_type SEQ_2_SEQ_LM), or name a decoder-only model",
-            model.info().name
-        );
-    }
-    Ok(())
 }

@@ -16,7 +16,7 @@ use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use super::{
-    model::{ModelArgs, decoder_only},
+    model::ModelArgs,
     prompts::{self, DEFAULT_ROOT},
 };
 use crate::{
@@ -78,8 +78,9 @@ pub struct TuneArgs {
     pub output: Option<PathBuf>,
 
     /// How fields become the text that follows the prompt, in minijinja's syntax. The default ends
-    /// with a line break, which tells the model where the input ends; the task keeps it, so
-    /// requests are rendered the same way [default: "{{ input }}" and a line break]
+    /// with a line break, which tells the model where the input ends, unless it has an encoder, which
+    /// knows; the task keeps it, so requests are rendered the same way [default: "{{ input }}" and a line
+    /// break]
     #[arg(long)]
     pub template: Option<String>,
 
@@ -208,7 +209,6 @@ pub enum DecayArg {
 pub fn run(args: &TuneArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     let started = Instant::now();
     let (model, text) = args.model.load()?;
-    decoder_only(&model)?;
     let options = args.options(&model)?;
     let plan = Plan::new(&model, &text, &options)?;
     let output = args.output.clone().unwrap_or_else(|| args.prompts.join(args.task.as_str()));

@@ -1,4 +1,7 @@
-//! What a decoder finds in an encoder's output: keys and values of each layer, of one input.
+//! What a decoder finds in an encoder's output: keys and values of each layer, of one input for serving,
+//! of a batch for tuning.
+
+use std::ops::Range;
 
 use candle_core::{Result, Tensor, bail};
 
@@ -41,5 +44,29 @@ impl CrossKeyValues {
             Some(found) => Ok(found),
             None => bail!("layer {layer} asks for an encoder's keys and values, and there are {}", self.layers.len()),
         }
+    }
+}
+
+/// Keys and values of the inputs of a batch, packed, for the cross-attention of every layer. Gradients
+/// flow to them.
+#[derive(Debug, Clone)]
+pub struct EncodedBatch {
+    /// For each layer of the decoder, both `[t, kv_heads, head_dim]`.
+    pub layers: Vec<(Tensor, Tensor)>,
+    /// The rows of each sequence's input. Sequences may have the same input.
+    pub inputs: Vec<Range<usize>>,
+}
+
+impl EncodedBatch {
+    /// The keys and values of a layer for so many sequences.
+    pub(super) fn layer(&self, layer: usize, sequences: usize) -> Result<(&Tensor, &Tensor)> {
+        let Some((keys, values)) = self.layers.get(layer) else {
+            bail!("layer {layer} asks for an encoder's keys and values, and there are {}", self.layers.len());
+        };
+        let rows = keys.dim(0)?.min(values.dim(0)?);
+        if self.inputs.len() != sequences || self.inputs.iter().any(|input| input.is_empty() || input.end > rows) {
+            bail!("{:?} of {rows} rows are the inputs of {sequences} sequences", self.inputs);
+        }
+        Ok((keys, values))
     }
 }

@@ -3,9 +3,13 @@
 //! candle's fused norm, rope and softmax have no backward and say nothing when one is asked for,
 //! so nothing here uses them.
 
-use candle_core::{D, Device, Result, Tensor};
+use std::ops::Range;
 
-use super::{AttentionParams, Kernels, distance_bias::DistanceBias, given::GivenKeyValues, widened};
+use candle_core::{D, Device, Result, Tensor, bail};
+
+use super::{
+    AttentionParams, Kernels, cross::EncodedBatch, distance_bias::DistanceBias, given::GivenKeyValues, widened,
+};
 
 /// Attention over whole sequences that lie one after another in the packed rows; no cache.
 ///
@@ -24,10 +28,10 @@ pub struct DenseKernels {
     given: Option<GivenKeyValues>,
     /// The keys and values of each layer, where they are asked for.
     recorded: Option<Vec<(Tensor, Tensor)>>,
-    /// The rows of each sequence, if each has its own.
-    lengths: Vec<usize>,
-    /// Keys and values of an encoder's output, by sequence and layer.
-    encoded: Vec<Vec<(Tensor, Tensor)>>,
+    /// The rows of each sequence's own.
+    own: Vec<Range<usize>>,
+    /// What the encoder made of each sequence's input.
+    encoded: Option<EncodedBatch>,
 }
 
 impl DenseKernels {
@@ -43,8 +47,10 @@ impl DenseKernels {
         let mut pad = Vec::with_capacity(lengths.len() * longest);
         // The prefix's rows come out the same in each sequence; the first one's are taken.
         let mut unpad: Vec<u32> = (0..prefix as u32).collect();
+        let mut own = Vec::with_capacity(lengths.len());
         let mut start = prefix;
         for (i, &length) in lengths.iter().enumerate() {
+            own.push(start..start + length);
             pad.extend(0..prefix as u32);
             // Padding comes after a sequence's rows, so the causal mask alone keeps it unseen;
             // any row will do for it.
@@ -60,14 +66,14 @@ impl DenseKernels {
             longest,
             given: None,
             recorded: None,
-            lengths: if prefix == 0 { lengths.to_vec() } else { Vec::new() },
-            encoded: Vec::new(),
+            own,
+            encoded: None,
         })
     }
 
-    /// With these keys and values in place of the first rows' own.
-    pub fn with_given(self, given: GivenKeyValues) -> Self {
-        Self { given: Some(given), ..self }
+    /// With these keys and values, if there are any, in place of the first rows' own.
+    pub fn with_given(self, given: impl Into<Option<GivenKeyValues>>) -> Self {
+        Self { given: given.into(), ..self }
     }
 
     /// Keeps the keys and values of each layer, `[t, kv_heads, head_dim]`, as attention reads them.
@@ -80,38 +86,47 @@ impl DenseKernels {
         self.recorded.unwrap_or_default()
     }
 
-    /// With what an encoder made of each sequence's input: for each layer of the decoder keys and
-    /// values `[positions, kv_heads, head_dim]`.
-    pub fn with_encoded(self, encoded: Vec<Vec<(Tensor, Tensor)>>) -> Self {
-        Self { encoded, ..self }
+    /// With what an encoder made of each sequence's input, if there is one.
+    pub fn with_encoded(self, encoded: impl Into<Option<EncodedBatch>>) -> Self {
+        Self { encoded: encoded.into(), ..self }
     }
 
-    /// Each sequence's rows of `q` against all of its keys and values.
-    fn unmasked(&self, q: &Tensor, keys: &[(Tensor, Tensor)], params: &AttentionParams) -> Result<Tensor> {
+    /// Each sequence's own rows of `q` against all of its keys and values, `seen`. Rows that sequences
+    /// share see none and come out zero.
+    fn unmasked(
+        &self,
+        q: &Tensor,
+        (k, v): (&Tensor, &Tensor),
+        seen: &[Range<usize>],
+        params: &AttentionParams,
+    ) -> Result<Tensor> {
         let (t, heads, dim) = q.dims3()?;
-        if self.lengths.iter().sum::<usize>() != t || keys.len() != self.lengths.len() {
-            candle_core::bail!("{t} rows and {} inputs do not fit sequences of {:?}", keys.len(), self.lengths)
+        if self.own.last().map_or(0, |last| last.end) != t || seen.len() != self.own.len() {
+            bail!("{t} rows and {} inputs do not fit the sequences {:?}", seen.len(), self.own)
         }
-        let mut first = 0;
-        let mut out = Vec::with_capacity(keys.len());
-        for (&rows, (k, v)) in self.lengths.iter().zip(keys) {
-            let (positions, kv_heads, _) = k.dims3()?;
+        let shared = self.own.first().map_or(0, |first| first.start);
+        let mut out = Vec::with_capacity(1 + seen.len());
+        if shared > 0 {
+            out.push(Tensor::zeros((shared, heads * dim), q.dtype(), q.device())?);
+        }
+        for (own, seen) in self.own.iter().zip(seen) {
+            let (kv_heads, rows, keys) = (k.dim(1)?, own.len(), seen.len());
             let heads_first = |x: &Tensor| {
-                let x = x.unsqueeze(2)?.expand((positions, kv_heads, heads / kv_heads, dim))?;
-                x.reshape((positions, heads, dim))?.transpose(0, 1)?.contiguous()
+                let x = x.narrow(0, seen.start, keys)?.unsqueeze(2)?;
+                let x = x.expand((keys, kv_heads, heads / kv_heads, dim))?;
+                x.reshape((keys, heads, dim))?.transpose(0, 1)?.contiguous()
             };
-            let q = q.narrow(0, first, rows)?.transpose(0, 1)?.contiguous()?;
+            let q = q.narrow(0, own.start, rows)?.transpose(0, 1)?.contiguous()?;
             let scores = (q.matmul(&heads_first(k)?.t()?)? * f64::from(params.scale))?;
             let mut scores = scores.to_dtype(widened(q.dtype()))?;
             if let Some(softcap) = params.softcap.map(f64::from) {
                 scores = ((scores / softcap)?.tanh()? * softcap)?;
             }
             if let Some(bias) = &params.distance_bias {
-                scores = (&scores + distances(bias, rows, positions, q.device())?.to_dtype(scores.dtype())?)?;
+                scores = (&scores + distances(bias, rows, keys, q.device())?.to_dtype(scores.dtype())?)?;
             }
             let weights = candle_nn::ops::softmax(&scores, D::Minus1)?.to_dtype(v.dtype())?;
             out.push(weights.matmul(&heads_first(v)?)?.transpose(0, 1)?.reshape((rows, heads * dim))?);
-            first += rows;
         }
         Tensor::cat(&out, 0)
     }
@@ -185,13 +200,7 @@ impl Kernels for DenseKernels {
             recorded.push((k.clone(), v.clone()));
         }
         if !params.causal {
-            let mut first = 0;
-            let own = |&rows: &usize| {
-                first += rows;
-                Ok((k.narrow(0, first - rows, rows)?, v.narrow(0, first - rows, rows)?))
-            };
-            let keys = self.lengths.iter().map(own).collect::<Result<Vec<_>>>()?;
-            return self.unmasked(q, &keys, params);
+            return self.unmasked(q, (k, v), &self.own, params);
         }
         let (_, heads, dim) = q.dims3()?;
         let groups = heads / k.dim(1)?;
@@ -216,12 +225,10 @@ impl Kernels for DenseKernels {
     }
 
     fn cross_attention(&mut self, layer: usize, q: &Tensor, params: &AttentionParams) -> Result<Tensor> {
-        let of = |layers: &Vec<(Tensor, Tensor)>| match layers.get(layer) {
-            Some((k, v)) => Ok((k.clone(), v.clone())),
-            None => candle_core::bail!("layer {layer} has no keys and values of an encoder"),
+        let Some(encoded) = &self.encoded else {
+            bail!("layer {layer} attends to an encoder's output, and there is none")
         };
-        let keys = self.encoded.iter().map(of).collect::<Result<Vec<_>>>()?;
-        self.unmasked(q, &keys, params)
+        self.unmasked(q, encoded.layer(layer, self.own.len())?, &encoded.inputs, params)
     }
 }
 

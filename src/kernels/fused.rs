@@ -1,55 +1,43 @@
 //! Tuning kernels for a CPU: each operation of a decoder in one pass, with its gradient by hand.
 //! They compute what [`DenseKernels`](super::dense::DenseKernels) does, several times as fast.
 
-use std::sync::Arc;
+mod attention;
 
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, DType, Device, Layout, Result, Shape, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, DType, Device, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
-use super::{Activation, AttentionParams, GELU_TANH, Kernels, dot, given::GivenKeyValues};
+use super::{Activation, AttentionParams, GELU_TANH, Kernels, cross::EncodedBatch, dot, given::GivenKeyValues};
+use attention::{Sequences, attend};
 
 /// Whole sequences that lie one after another in the packed rows and may share their first rows;
 /// no cache. For f32 on a CPU.
 #[derive(Debug, Clone)]
 pub struct FusedKernels {
-    rows: Arc<Rows>,
+    sequences: Sequences,
     given: Option<GivenKeyValues>,
+    encoded: Option<EncodedBatch>,
 }
-
-/// Which rows each row attends to: those before `shared`, and from `start` to itself.
-#[derive(Debug)]
-struct Rows(Vec<(usize, usize)>);
 
 impl FusedKernels {
     /// Kernels for sequences that all begin with the first `prefix` packed rows, which lie there
     /// once, and go on with rows of their own, `lengths`, packed in this order.
     pub fn with_prefix(prefix: usize, lengths: &[usize]) -> Self {
-        let mut rows = vec![(0, 0); prefix];
-        for &length in lengths {
-            let start = rows.len();
-            rows.resize(start + length, (prefix, start));
-        }
-        Self { rows: Arc::new(Rows(rows)), given: None }
+        Self { sequences: Sequences::new(prefix, lengths), given: None, encoded: None }
     }
 
-    /// With these keys and values in place of the first rows' own.
-    pub fn with_given(self, given: GivenKeyValues) -> Self {
-        Self { given: Some(given), ..self }
+    /// With these keys and values, if there are any, in place of the first rows' own.
+    pub fn with_given(self, given: impl Into<Option<GivenKeyValues>>) -> Self {
+        Self { given: given.into(), ..self }
+    }
+
+    /// With what an encoder made of each sequence's input, if there is one.
+    pub fn with_encoded(self, encoded: impl Into<Option<EncodedBatch>>) -> Self {
+        Self { encoded: encoded.into(), ..self }
     }
 
     /// Whether these kernels can be used.
     pub fn fit(device: &Device, dtype: DType) -> bool {
         device.is_cpu() && dtype == DType::F32
-    }
-}
-
-impl Rows {
-    /// The rows that `row` attends to, the last `window` of its sequence up to itself.
-    fn seen(&self, row: usize, window: Option<usize>) -> impl Iterator<Item = usize> + Clone {
-        let (shared, start) = self.0[row];
-        let all = shared + row + 1 - start;
-        let hidden = window.map_or(0, |window| all.saturating_sub(window));
-        (hidden.min(shared)..shared).chain(start + hidden.saturating_sub(shared)..row + 1)
     }
 }
 
@@ -74,16 +62,15 @@ impl Kernels for FusedKernels {
             Some(given) => given.replace(layer, k, v)?,
             None => (k.clone(), v.clone()),
         };
-        let (t, heads, head_dim) = q.dims3()?;
-        if params.distance_bias.is_some() || !params.causal {
-            bail!("the kernels for tuning have no attention of encoder-decoder models");
-        }
-        if t != self.rows.0.len() {
-            bail!("attention was given {t} rows for sequences of {}", self.rows.0.len());
-        }
-        let rows = Arc::clone(&self.rows);
-        let op = Attention { rows, heads, kv_heads: k.dim(1)?, head_dim, params: params.clone() };
-        q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, op)
+        attend(q, k, v, self.sequences.seen(params), params)
+    }
+
+    fn cross_attention(&mut self, layer: usize, q: &Tensor, params: &AttentionParams) -> Result<Tensor> {
+        let Some(encoded) = &self.encoded else {
+            bail!("layer {layer} attends to an encoder's output, and there is none")
+        };
+        let (k, v) = encoded.layer(layer, self.sequences.len())?;
+        attend(q, k, v, self.sequences.seen_of(&encoded.inputs), params)
     }
 
     fn gated(&mut self, activation: Activation, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
@@ -191,144 +178,6 @@ impl CustomOp1 for Rope {
         let (rows, _, head_dim) = x.dims3()?;
         let out = self.rotate(&host(grad)?, rows, head_dim, -1.0);
         Ok(Some(Tensor::from_vec(out, x.shape(), &Device::Cpu)?))
-    }
-}
-
-struct Attention {
-    rows: Arc<Rows>,
-    heads: usize,
-    kv_heads: usize,
-    head_dim: usize,
-    params: AttentionParams,
-}
-
-/// Gradients of one key head and its query heads, each `[t, …, head_dim]`.
-struct HeadGradients {
-    q: Vec<f32>,
-    k: Vec<f32>,
-    v: Vec<f32>,
-}
-
-impl Attention {
-    /// The part of row `row` that belongs to a head, of `[t, heads, head_dim]`.
-    fn head<'a>(&self, x: &'a [f32], heads: usize, row: usize, head: usize) -> &'a [f32] {
-        &x[(row * heads + head) * self.head_dim..][..self.head_dim]
-    }
-
-    /// The softmax of a query's scores over the rows it sees, in their order; `slopes` becomes how
-    /// much each score moves with the product of query and key.
-    fn weights(&self, q: &[f32], k: &[f32], row: usize, head: usize, out: &mut Vec<f32>, slopes: &mut Vec<f32>) {
-        let AttentionParams { scale, softcap, window, alibi_slopes, .. } = &self.params;
-        let kv_head = head / (self.heads / self.kv_heads);
-        out.clear();
-        out.extend(self.rows.seen(row, *window).map(|j| dot(q, self.head(k, self.kv_heads, j, kv_head)) * scale));
-        slopes.clear();
-        match softcap {
-            Some(softcap) => slopes.extend(out.iter_mut().map(|score| {
-                let t = (*score / softcap).tanh();
-                *score = t * softcap;
-                (1.0 - t * t) * scale
-            })),
-            None => slopes.resize(out.len(), *scale),
-        }
-        if let Some(alibi) = alibi_slopes {
-            let last = out.len() - 1;
-            out.iter_mut().enumerate().for_each(|(i, score)| *score -= alibi[head] * (last - i) as f32);
-        }
-        let max = out.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        let mut sum = 0.0;
-        for weight in out.iter_mut() {
-            *weight = (*weight - max).exp();
-            sum += *weight;
-        }
-        out.iter_mut().for_each(|weight| *weight /= sum);
-    }
-
-    fn forward(&self, q: &[f32], k: &[f32], v: &[f32]) -> Vec<f32> {
-        let (width, groups) = (self.heads * self.head_dim, self.heads / self.kv_heads);
-        let mut out = vec![0f32; q.len()];
-        let memory = || (Vec::new(), Vec::new());
-        out.par_chunks_exact_mut(width).enumerate().for_each_init(memory, |(weights, slopes), (row, out)| {
-            for (head, out) in out.chunks_exact_mut(self.head_dim).enumerate() {
-                self.weights(self.head(q, self.heads, row, head), k, row, head, weights, slopes);
-                for (j, &weight) in self.rows.seen(row, self.params.window).zip(weights.iter()) {
-                    add(out, weight, self.head(v, self.kv_heads, j, head / groups));
-                }
-            }
-        });
-        out
-    }
-
-    /// The gradients that flow through one key head. Rows that several sequences share sum up in
-    /// one order, so the result does not depend on the threads.
-    fn backward(&self, kv_head: usize, q: &[f32], k: &[f32], v: &[f32], grad: &[f32]) -> HeadGradients {
-        let (dim, groups) = (self.head_dim, self.heads / self.kv_heads);
-        let t = self.rows.0.len();
-        let mut out = HeadGradients { q: vec![0.0; t * groups * dim], k: vec![0.0; t * dim], v: vec![0.0; t * dim] };
-        let (mut weights, mut slopes, mut grads) = (Vec::new(), Vec::new(), Vec::new());
-        for row in 0..t {
-            for group in 0..groups {
-                let head = kv_head * groups + group;
-                let (query, grad) = (self.head(q, self.heads, row, head), self.head(grad, self.heads, row, head));
-                self.weights(query, k, row, head, &mut weights, &mut slopes);
-                let seen = self.rows.seen(row, self.params.window);
-                grads.clear();
-                grads.extend(seen.clone().map(|j| dot(grad, self.head(v, self.kv_heads, j, kv_head))));
-                let mean: f32 = weights.iter().zip(&grads).map(|(w, g)| w * g).sum();
-                let dq = &mut out.q[(row * groups + group) * dim..][..dim];
-                for (i, j) in seen.enumerate() {
-                    let weight = weights[i];
-                    let score = weight * (grads[i] - mean) * slopes[i];
-                    add(dq, score, self.head(k, self.kv_heads, j, kv_head));
-                    add(&mut out.k[j * dim..][..dim], score, query);
-                    add(&mut out.v[j * dim..][..dim], weight, grad);
-                }
-            }
-        }
-        out
-    }
-}
-
-impl CustomOp3 for Attention {
-    fn name(&self) -> &'static str {
-        "tuning-attention"
-    }
-
-    fn cpu_fwd(
-        &self,
-        q: &CpuStorage,
-        q_layout: &Layout,
-        k: &CpuStorage,
-        k_layout: &Layout,
-        v: &CpuStorage,
-        v_layout: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        let out = self.forward(slice(q, q_layout)?, slice(k, k_layout)?, slice(v, v_layout)?);
-        Ok((CpuStorage::F32(out), (self.rows.0.len(), self.heads * self.head_dim).into()))
-    }
-
-    fn bwd(
-        &self,
-        q: &Tensor,
-        k: &Tensor,
-        v: &Tensor,
-        _out: &Tensor,
-        grad: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let (qs, ks, vs, grads) = (host(q)?, host(k)?, host(v)?, host(grad)?);
-        let heads: Vec<HeadGradients> =
-            (0..self.kv_heads).into_par_iter().map(|head| self.backward(head, &qs, &ks, &vs, &grads)).collect();
-        let joined = |part: fn(&HeadGradients) -> &Vec<f32>, like: &Tensor| {
-            let width = like.elem_count() / self.rows.0.len().max(1) / self.kv_heads;
-            let mut out = vec![0f32; like.elem_count()];
-            for (row, out) in out.chunks_exact_mut(width * self.kv_heads).enumerate() {
-                for (head, out) in heads.iter().zip(out.chunks_exact_mut(width)) {
-                    out.copy_from_slice(&part(head)[row * width..][..width]);
-                }
-            }
-            Tensor::from_vec(out, like.shape(), &Device::Cpu)
-        };
-        Ok((Some(joined(|h| &h.q, q)?), Some(joined(|h| &h.k, k)?), Some(joined(|h| &h.v, v)?)))
     }
 }
 
@@ -464,19 +313,29 @@ fn host(x: &Tensor) -> Result<Vec<f32>> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use candle_core::Var;
 
     use super::*;
-    use crate::kernels::dense::DenseKernels;
+    use crate::kernels::{dense::DenseKernels, distance_bias::DistanceBias};
 
     fn random(shape: impl Into<Shape>) -> Var {
         Var::randn(0f32, 1.0, shape, &Device::Cpu).unwrap()
     }
 
     /// Holds an operation's value and its gradients to every input against the plain one's.
-    fn compare(inputs: &[&Var], mut op: impl FnMut(&mut dyn Kernels) -> Tensor) {
-        let mut fused = FusedKernels::with_prefix(3, &[4, 1, 6]);
-        let mut plain = DenseKernels::with_prefix(3, &[4, 1, 6], &Device::Cpu).unwrap();
+    fn compare(inputs: &[&Var], op: impl FnMut(&mut dyn Kernels) -> Tensor) {
+        let fused = FusedKernels::with_prefix(3, &[4, 1, 6]);
+        compare_with(fused, DenseKernels::with_prefix(3, &[4, 1, 6], &Device::Cpu).unwrap(), inputs, op);
+    }
+
+    fn compare_with(
+        mut fused: FusedKernels,
+        mut plain: DenseKernels,
+        inputs: &[&Var],
+        mut op: impl FnMut(&mut dyn Kernels) -> Tensor,
+    ) {
         let (a, b) = (op(&mut fused), op(&mut plain));
         let weights = random(a.shape().clone());
         let gradients = |y: &Tensor| {
@@ -500,14 +359,40 @@ mod tests {
             AttentionParams { softcap: Some(1.5), ..plain.clone() },
             AttentionParams { window: Some(2), ..plain.clone() },
             AttentionParams { window: Some(5), softcap: Some(2.0), ..plain.clone() },
-            AttentionParams { alibi_slopes: Some(slopes), window: Some(6), ..plain },
+            AttentionParams { alibi_slopes: Some(slopes), window: Some(6), ..plain.clone() },
+            AttentionParams { distance_bias: Some(bias(6)), ..plain },
         ] {
             for (heads, kv_heads) in [(4, 2), (3, 3), (6, 1)] {
                 let (q, k, v) = (random((14, heads, 20)), random((14, kv_heads, 20)), random((14, kv_heads, 20)));
                 let slopes = params.alibi_slopes.as_ref().map(|s| s[..heads].into());
-                let params = AttentionParams { alibi_slopes: slopes, ..params.clone() };
+                let distance_bias = params.distance_bias.as_ref().map(|_| bias(heads));
+                let params = AttentionParams { alibi_slopes: slopes, distance_bias, ..params.clone() };
                 compare(&[&q, &k, &v], |kernels| kernels.attention(0, &q, &k, &v, &params).unwrap());
             }
+        }
+    }
+
+    fn bias(heads: usize) -> Arc<DistanceBias> {
+        DistanceBias::new(heads, 4, |head, distance| (head as f32 + 0.3 * distance as f32).sin()).into()
+    }
+
+    #[test]
+    fn attention_of_and_to_an_encoder_and_its_gradients_equal_the_plain_ones() {
+        for (heads, kv_heads) in [(4, 2), (3, 3)] {
+            let (q, k, v) = (random((11, heads, 20)), random((11, kv_heads, 20)), random((11, kv_heads, 20)));
+            let scaled = AttentionParams { causal: false, ..AttentionParams::scaled(0.22) };
+            let biased = AttentionParams { distance_bias: Some(bias(heads)), ..scaled.clone() };
+            let fused = FusedKernels::with_prefix(0, &[4, 1, 6]);
+            let plain = DenseKernels::new(&[4, 1, 6], &Device::Cpu).unwrap();
+            compare_with(fused, plain, &[&q, &k, &v], |kernels| kernels.attention(0, &q, &k, &v, &biased).unwrap());
+
+            let (q, encoded) = (random((14, heads, 20)), |(k, v): (&Var, &Var)| EncodedBatch {
+                layers: vec![(k.as_tensor().clone(), v.as_tensor().clone())],
+                inputs: vec![5..11, 0..5, 5..11],
+            });
+            let fused = FusedKernels::with_prefix(3, &[4, 1, 6]).with_encoded(encoded((&k, &v)));
+            let plain = DenseKernels::with_prefix(3, &[4, 1, 6], &Device::Cpu).unwrap().with_encoded(encoded((&k, &v)));
+            compare_with(fused, plain, &[&q, &k, &v], |kernels| kernels.cross_attention(0, &q, &scaled).unwrap());
         }
     }
 

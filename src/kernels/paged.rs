@@ -173,6 +173,7 @@ mod tests {
     use super::*;
     use crate::kernels::{
         cpu::Precision,
+        cross::EncodedBatch,
         dense::DenseKernels,
         distance_bias::DistanceBias,
         kv_cache::{BLOCK_SIZE, KvShape},
@@ -275,17 +276,14 @@ mod tests {
             let segment = |&rows: &usize| Segment { rows, start: 0, blocks: Vec::new() };
             let segments: Vec<_> = lengths.iter().map(segment).collect();
             // The queries of one sequence against the keys of another.
-            let encoded: Vec<(Tensor, Tensor)> = [(18, 40), (1, 17), (0, 1)]
-                .map(|(at, n)| (case.k.narrow(0, at, n).unwrap(), case.v.narrow(0, at, n).unwrap()))
-                .to_vec();
-            let kept: Vec<_> = encoded
-                .iter()
-                .map(|kv| CrossKeyValues::of_rows(std::slice::from_ref(kv), 0, kv.0.dims()[0]).unwrap())
-                .collect();
+            let encoded =
+                EncodedBatch { layers: vec![(case.k.clone(), case.v.clone())], inputs: vec![18..58, 1..18, 0..1] };
+            let of = |input: &std::ops::Range<usize>| {
+                CrossKeyValues::of_rows(&encoded.layers, input.start, input.len()).unwrap()
+            };
+            let kept: Vec<_> = encoded.inputs.iter().map(of).collect();
             let kept: Vec<_> = kept.iter().collect();
-            let mut dense = DenseKernels::new(&lengths, &Device::Cpu)
-                .unwrap()
-                .with_encoded(encoded.iter().map(|kv| vec![kv.clone()]).collect());
+            let mut dense = DenseKernels::new(&lengths, &Device::Cpu).unwrap().with_encoded(encoded.clone());
             let mut paged = PagedKernels::new(&mut cache, &segments).with_encoded(&kept);
             let own = paged.attention(0, &case.q, &case.k, &case.v, &biased).unwrap();
             let cross = paged.cross_attention(0, &case.q, &params).unwrap();

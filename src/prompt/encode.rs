@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use candle_core::{DType, Result, Tensor};
 use serde_json::{Value, json};
 
-use super::{files::PromptFiles, spec::TaskSpec, weights::TENSOR};
+use super::{PeftType, files::PromptFiles, spec::TaskSpec, weights::TENSOR};
 
 /// The release whose files are written.
 const PEFT_VERSION: &str = "0.21.2";
@@ -17,7 +17,10 @@ pub struct PeftConfig {
     pub base_model_name: String,
     /// `tokenizer_name_or_path`; informative only.
     pub tokenizer_name: Option<String>,
+    /// Layers of the decoder; of the encoder, if there is one.
     pub num_layers: usize,
+    /// Whether the model has an encoder.
+    pub has_encoder: bool,
     /// Heads of the queries; for prefix tuning those of the keys.
     pub num_attention_heads: usize,
 }
@@ -30,7 +33,7 @@ pub struct PeftEncoder {
     pub hidden_size: usize,
 }
 
-/// Prompt tuning of a causal language model: rows `[n, hidden]` in any float dtype.
+/// Prompt tuning: rows `[n, hidden]` in any float dtype.
 /// `prompt_tuning_init` is RANDOM whatever the rows began as, so that PEFT loads them without a
 /// tokenizer.
 pub fn encode_prompt_tuning(rows: &Tensor, config: &PeftConfig, spec: &TaskSpec) -> Result<PromptFiles> {
@@ -40,10 +43,10 @@ pub fn encode_prompt_tuning(rows: &Tensor, config: &PeftConfig, spec: &TaskSpec)
         ("tokenizer_kwargs", Value::Null),
         ("tokenizer_name_or_path", json!(config.tokenizer_name)),
     ];
-    encode("PROMPT_TUNING", rows, rows.dim(1)?, own, config, spec)
+    encode(PeftType::PromptTuning, rows, rows.dim(1)?, own, config, spec)
 }
 
-/// P-tuning of a causal language model: the rows `[n, hidden]` that the encoder gives.
+/// P-tuning: the rows `[n, hidden]` that the encoder gives.
 pub fn encode_p_tuning(
     rows: &Tensor,
     encoder: PeftEncoder,
@@ -56,11 +59,11 @@ pub fn encode_p_tuning(
         ("encoder_num_layers", json!(2)),
         ("encoder_reparameterization_type", json!(encoder.kind)),
     ];
-    encode("P_TUNING", rows, rows.dim(1)?, own, config, spec)
+    encode(PeftType::PTuning, rows, rows.dim(1)?, own, config, spec)
 }
 
-/// Prefix tuning of a causal language model: `[n, 2 * layers * kv_dim]`, in each row the key and the
-/// value of each layer, keys as attention reads them. `token_dim` is the width of a layer's keys.
+/// Prefix tuning: `[n, 2 * layers * kv_dim]`, in each row the key and the value of each layer, keys as
+/// attention reads them. `token_dim` is the width of a layer's keys.
 pub fn encode_prefix_tuning(values: &Tensor, config: &PeftConfig, spec: &TaskSpec) -> Result<PromptFiles> {
     let columns = values.dim(1)?;
     let parts = 2 * config.num_layers;
@@ -69,11 +72,11 @@ pub fn encode_prefix_tuning(values: &Tensor, config: &PeftConfig, spec: &TaskSpe
     }
     let own =
         [("encoder_hidden_size", Value::Null), ("init_weights", Value::Null), ("prefix_projection", json!(false))];
-    encode("PREFIX_TUNING", values, columns / parts, own, config, spec)
+    encode(PeftType::PrefixTuning, values, columns / parts, own, config, spec)
 }
 
 fn encode<const N: usize>(
-    peft_type: &str,
+    peft_type: PeftType,
     values: &Tensor,
     token_dim: usize,
     own: [(&'static str, Value); N],
@@ -88,6 +91,9 @@ fn encode<const N: usize>(
     let metadata = [("format".to_owned(), "pt".to_owned())].into();
     let weights = safetensors::serialize([(TENSOR, view)], Some(metadata)).map_err(candle_core::Error::wrap)?;
 
+    let task_type = if config.has_encoder { "SEQ_2_SEQ_LM" } else { "CAUSAL_LM" };
+    // Twice as many rows as are used would go with 2; keys and values are dealt out by it.
+    let submodules = if config.has_encoder && peft_type.is_key_values() { 2 } else { 1 };
     // PEFT sorts the keys.
     let mut adapter_config: BTreeMap<&str, Value> = [
         ("auto_mapping", Value::Null),
@@ -96,12 +102,12 @@ fn encode<const N: usize>(
         ("modules_to_save", Value::Null),
         ("num_attention_heads", json!(config.num_attention_heads)),
         ("num_layers", json!(config.num_layers)),
-        ("num_transformer_submodules", json!(1)),
+        ("num_transformer_submodules", json!(submodules)),
         ("num_virtual_tokens", json!(n)),
-        ("peft_type", json!(peft_type)),
+        ("peft_type", json!(peft_type.as_str())),
         ("peft_version", json!(PEFT_VERSION)),
         ("revision", Value::Null),
-        ("task_type", json!("CAUSAL_LM")),
+        ("task_type", json!(task_type)),
         ("token_dim", json!(token_dim)),
     ]
     .into();
@@ -119,7 +125,7 @@ mod tests {
     use super::*;
 
     fn config(num_attention_heads: usize) -> PeftConfig {
-        PeftConfig { base_model_name: "llama".into(), tokenizer_name: None, num_layers: 2, num_attention_heads }
+        PeftConfig { base_model_name: "llama".into(), num_layers: 2, num_attention_heads, ..PeftConfig::default() }
     }
 
     fn zeros(n: usize, columns: usize) -> Tensor {
@@ -183,6 +189,22 @@ mod tests {
   "token_dim": 64
 }"#;
         assert_eq!(written(&files), expected);
+    }
+
+    #[test]
+    fn for_an_encoder_decoder_rows_are_written_once_and_keys_and_values_as_peft_deals_them() {
+        let config = PeftConfig { has_encoder: true, ..config(4) };
+        let encoder = PeftEncoder { kind: "LSTM", hidden_size: 32 };
+        let spec = TaskSpec::default();
+        for (files, submodules) in [
+            (encode_prompt_tuning(&zeros(5, 64), &config, &spec).expect("encodes"), 1),
+            (encode_p_tuning(&zeros(5, 64), encoder, &config, &spec).expect("encodes"), 1),
+            (encode_prefix_tuning(&zeros(5, 2 * 2 * 32), &config, &spec).expect("encodes"), 2),
+        ] {
+            let written = written(&files);
+            assert!(written.contains("\"task_type\": \"SEQ_2_SEQ_LM\""), "{written}");
+            assert!(written.contains(&format!("\"num_transformer_submodules\": {submodules},")), "{written}");
+        }
     }
 
     #[test]

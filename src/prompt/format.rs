@@ -71,6 +71,16 @@ impl Fit {
         self.encoder_layers.unwrap_or(self.num_layers)
     }
 
+    /// Which of them a layer of the decoder reads. For an encoder-decoder model PEFT doubles a file's layers,
+    /// deals two to each of the decoder's and uses the first; so layers may share one, and one may be of no
+    /// use.
+    pub fn key_values_layer(&self, layer: usize) -> usize {
+        match self.encoder_layers {
+            None => layer,
+            Some(encoder_layers) => 2 * layer % encoder_layers.max(1),
+        }
+    }
+
     /// Keys and values of one position in all layers.
     pub fn key_values_columns(&self) -> usize {
         2 * self.key_values_layers() * self.kv_dim()

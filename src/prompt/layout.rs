@@ -107,9 +107,8 @@ fn embeddings(
 }
 
 /// `[n, 2 * layers * kv_dim]` seen as `[n, 2 * layers, kv_heads, head_dim]`: layer i has its keys in
-/// row 2i and its values in row 2i + 1. For an encoder-decoder model PEFT doubles the rows, deals four to
-/// each layer and uses the first two, for the decoder's self-attention: row 4i and row 4i + 1 of twice
-/// as many.
+/// row 2i and its values in row 2i + 1. Those of an encoder-decoder model are for the decoder's
+/// self-attention, by [`Fit::key_values_layer`].
 fn key_values(prompt: &Stored<'_>, meaning: Meaning<'_>, fit: &Fit) -> Result<LearnedPrompt, Vec<Fault>> {
     let &Fit { num_kv_heads, head_dim, .. } = fit;
     let num_layers = fit.key_values_layers();
@@ -145,10 +144,8 @@ fn key_values(prompt: &Stored<'_>, meaning: Meaning<'_>, fit: &Fit) -> Result<Le
     let layers = || -> candle_core::Result<Vec<LayerKeyValues>> {
         let all = Tensor::from_vec(prompt.to_f32(), shape, &Device::Cpu)?.to_dtype(fit.dtype)?;
         let of = |row: usize| all.narrow(1, row, 1)?.squeeze(1)?.transpose(0, 1)?.contiguous()?.to_device(&fit.device);
-        let step = if fit.encoder_layers.is_some() { 4 } else { 2 };
-        let row = |i: usize| of(i % (2 * num_layers));
-        let layer = |i| Ok(LayerKeyValues { keys: row(step * i)?, values: row(step * i + 1)? });
-        (0..fit.num_layers).map(layer).collect()
+        let layer = |i| Ok(LayerKeyValues { keys: of(2 * i)?, values: of(2 * i + 1)? });
+        (0..fit.num_layers).map(|i| layer(fit.key_values_layer(i))).collect()
     };
     Ok(LearnedPrompt::KeyValues(KeyValues { layers: layers().map_err(not_loaded)? }))
 }

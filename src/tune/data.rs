@@ -10,6 +10,7 @@ use std::{
 use serde_json::{Map, Value};
 use sha2::{Digest as _, Sha256};
 
+use super::room::Room;
 use crate::{
     prompt::{
         labels::{LabelError, Verbalizer},
@@ -252,27 +253,14 @@ pub struct Encoded {
     pub answer: Vec<u32>,
 }
 
-impl Encoded {
-    /// Positions that the example takes behind the learned prompt.
-    pub fn len(&self) -> usize {
-        self.prompt.len() + self.answer.len()
-    }
-
-    /// Never: an example has an answer.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-}
-
-/// Renders and tokenizes examples. `room` is how many positions the context has behind the
-/// learned prompt; an example that needs more is a fault.
+/// Renders and tokenizes examples. One that needs more than `room` is a fault.
 pub fn encode(
     path: &Path,
     examples: &[Example],
     template: &PromptTemplate,
     text: &Text,
     eos: u32,
-    room: usize,
+    room: Room,
 ) -> Result<Vec<Encoded>, DataError> {
     let one = |example: &Example| -> Result<Encoded, String> {
         let rendered = template.render(&example.input).map_err(|e| e.to_string())?;
@@ -282,17 +270,9 @@ pub fn encode(
             return Err(format!("the answer {} has no tokens", quote(&example.output)));
         }
         answer.push(eos);
-        let encoded = Encoded { prompt, answer };
-        if encoded.len() > room {
-            return Err(format!(
-                "it is {} tokens long ({} input, {} answer), the context has {room} behind the virtual tokens; \
-                 shorten it, or take fewer --virtual-tokens",
-                encoded.len(),
-                encoded.prompt.len(),
-                encoded.answer.len()
-            ));
-        }
-        Ok(encoded)
+        let fits = room.check(prompt.len(), answer.len());
+        fits.map_err(|fault| format!("{fault}; shorten it, or take fewer --virtual-tokens"))?;
+        Ok(Encoded { prompt, answer })
     };
     let mut faults = Vec::new();
     let mut encoded = Vec::with_capacity(examples.len());

@@ -8,6 +8,7 @@ use super::{
     TuneError,
     data::{DataError, Dataset, Encoded, Faults},
     generate, loss, metrics,
+    room::Room,
 };
 use crate::{
     model::Model,
@@ -86,11 +87,11 @@ impl Evaluation<'_> {
     }
 
     fn inputs(&self, front: &Front<'_>) -> Result<Vec<Vec<u32>>, TuneError> {
-        let virtual_tokens = match front {
-            Front::Tuned(prompt) => prompt.num_virtual_tokens(),
-            Front::Bare | Front::Instruction(_) => 0,
+        let prompt = match front {
+            Front::Tuned(prompt) => Some(*prompt),
+            Front::Bare | Front::Instruction(_) => None,
         };
-        let room = self.model.info().context_length - virtual_tokens;
+        let room = Room::after(self.model, prompt);
         let mut faults = Vec::new();
         let mut inputs = Vec::new();
         for example in &self.data.examples {
@@ -99,13 +100,12 @@ impl Evaluation<'_> {
                     Front::Instruction(instruction) => format!("{instruction}\n{rendered}"),
                     Front::Tuned(_) | Front::Bare => rendered,
                 };
-                self.text.encode(&text).map_err(|e| e.to_string())
+                let ids = self.text.encode(&text).map_err(|e| e.to_string())?;
+                room.check(ids.len(), 1).map_err(|fault| format!("{fault}; shorten it"))?;
+                Ok(ids)
             });
             match ids {
-                Ok(ids) if ids.len() < room => inputs.push(ids),
-                Ok(ids) => {
-                    faults.push((example.line, format!("it is {} tokens long, the context has {room}", ids.len())))
-                }
+                Ok(ids) => inputs.push(ids),
                 Err(fault) => faults.push((example.line, fault)),
             }
         }

@@ -4,6 +4,7 @@ use candle_core::{D, Result, Tensor};
 
 use crate::{
     kernels::{
+        cross::CrossKeyValues,
         kv_cache::{BLOCK_SIZE, BlockId, KvCache},
         paged::{PagedKernels, Segment},
     },
@@ -17,16 +18,19 @@ const BATCH: usize = 32;
 /// A sequence that is being continued.
 struct Running {
     index: usize,
-    /// Tokens that are not in the cache yet.
-    next: Vec<u32>,
+    /// The embeddings `[rows, hidden]` of positions that are not in the cache yet.
+    next: Tensor,
     /// Positions that are.
     computed: usize,
     blocks: Vec<BlockId>,
+    /// What the encoder made of its input, if the model has an encoder.
+    encoded: Option<CrossKeyValues>,
 }
 
-/// The likeliest tokens after `[prompt][input]` of each input, up to EOS, which is left out, or to
-/// `max_tokens`, or to the end of the context. An input without a token has no answer where no rows
-/// stand before it. `done` is told how many inputs are answered.
+/// The likeliest tokens after `[prompt][input]` of each input, or those that a decoder writes where an
+/// encoder reads it, up to EOS, which is left out, or to `max_tokens`, or to the end of the context. An
+/// input without a token has no answer where no rows stand before it. `done` is told how many inputs
+/// are answered.
 pub fn greedy(
     model: &Model,
     prompt: Option<&LearnedPrompt>,
@@ -51,7 +55,7 @@ fn batch(
     outputs: &mut [Vec<u32>],
 ) -> Result<()> {
     let info = model.info();
-    let n = prompt.map_or(0, LearnedPrompt::num_virtual_tokens);
+    let embed = |ids: &[u32]| model.embed(&Tensor::new(ids, &info.device)?);
     let (rows, given) = match prompt {
         Some(LearnedPrompt::Embeddings(Embeddings { rows })) => {
             let rows = rows.to_device(&info.device)?.to_dtype(info.dtype)?;
@@ -60,17 +64,31 @@ fn batch(
         Some(LearnedPrompt::KeyValues(given)) => (None, Some(given)),
         None => (None, None),
     };
-    let before = if rows.is_some() { n } else { 0 };
+    let asked: Vec<usize> = (0..inputs.len()).filter(|&i| rows.is_some() || !inputs[i].is_empty()).collect();
+    let opening = |&i: &usize| {
+        let text = if inputs[i].is_empty() { None } else { Some(embed(&inputs[i])?) };
+        Tensor::cat(&rows.iter().chain(&text).collect::<Vec<_>>(), 0)
+    };
+    let mut openings = asked.iter().map(opening).collect::<Result<Vec<_>>>()?;
+    let mut encoded = Vec::new();
+    if let Some(encoder) = &info.encoder {
+        encoded = encode(model, &openings)?;
+        openings = vec![embed(&[encoder.start_token])?; asked.len()];
+    }
+    let mut encoded = encoded.into_iter();
+    // Of a prompt of key-values, which are written into the cache below.
+    let computed = given.and(prompt).map_or(0, LearnedPrompt::num_virtual_tokens);
     let mut blocks = 0;
     let mut running: Vec<Running> = Vec::new();
-    for (index, input) in inputs.iter().enumerate().filter(|(_, input)| before + input.len() > 0) {
-        let positions = (n + input.len() + max_tokens).min(info.context_length);
+    for (index, next) in asked.into_iter().zip(openings) {
+        let positions = (computed + next.dim(0)? + max_tokens).min(info.context_length);
         let own = positions.div_ceil(BLOCK_SIZE) as BlockId;
         running.push(Running {
             index,
-            next: input.clone(),
-            computed: n - before,
+            next,
+            computed,
             blocks: (blocks..blocks + own).collect(),
+            encoded: encoded.next(),
         });
         blocks += own;
     }
@@ -81,45 +99,58 @@ fn batch(
         }
     }
     while !running.is_empty() {
-        let chosen = step(model, rows.as_ref(), before, &running, &mut cache)?;
-        running = running
-            .into_iter()
-            .zip(chosen)
-            .filter_map(|(mut sequence, token)| {
-                let prefix = if sequence.computed == 0 { before } else { 0 };
-                sequence.computed += prefix + sequence.next.len();
-                let output = &mut outputs[sequence.index];
-                if info.eos_token_ids.contains(&token) {
-                    return None;
-                }
-                output.push(token);
-                sequence.next = vec![token];
-                (output.len() < max_tokens && sequence.computed < info.context_length).then_some(sequence)
-            })
-            .collect();
+        let chosen = step(model, &running, &mut cache)?;
+        let mut going_on = Vec::with_capacity(running.len());
+        for (mut sequence, token) in running.into_iter().zip(chosen) {
+            sequence.computed += sequence.next.dim(0)?;
+            let output = &mut outputs[sequence.index];
+            if info.eos_token_ids.contains(&token) {
+                continue;
+            }
+            output.push(token);
+            if output.len() < max_tokens && sequence.computed < info.context_length {
+                sequence.next = embed(&[token])?;
+                going_on.push(sequence);
+            }
+        }
+        running = going_on;
     }
     Ok(())
 }
 
-/// Computes what each sequence lacks and returns the likeliest next token of each. `rows`, of which
-/// there are `n`, go before a sequence's first tokens.
-fn step(model: &Model, rows: Option<&Tensor>, n: usize, running: &[Running], cache: &mut KvCache) -> Result<Vec<u32>> {
-    let device = &model.info().device;
-    let (mut parts, mut segments) = (Vec::new(), Vec::new());
-    let (mut positions, mut last): (Vec<u32>, Vec<u32>) = (Vec::new(), Vec::new());
-    for sequence in running {
-        let prefix = if sequence.computed == 0 { n } else { 0 };
-        parts.extend(rows.filter(|_| prefix > 0).cloned());
-        if !sequence.next.is_empty() {
-            parts.push(model.embed(&Tensor::new(sequence.next.as_slice(), device)?)?);
-        }
-        let count = prefix + sequence.next.len();
-        positions.extend((sequence.computed..sequence.computed + count).map(|p| p as u32));
-        last.push(positions.len() as u32 - 1);
-        segments.push(Segment { rows: count, start: sequence.computed, blocks: sequence.blocks.clone() });
+/// What the encoder makes of inputs, embeddings `[rows, hidden]` each.
+fn encode(model: &Model, inputs: &[Tensor]) -> Result<Vec<CrossKeyValues>> {
+    if inputs.is_empty() {
+        return Ok(Vec::new());
     }
-    let x = Tensor::cat(&parts, 0)?;
-    let mut kernels = PagedKernels::new(cache, &segments);
+    let segment = |input: &Tensor| Ok(Segment { rows: input.dim(0)?, start: 0, blocks: Vec::new() });
+    let segments = inputs.iter().map(segment).collect::<Result<Vec<_>>>()?;
+    // Nothing of an encoder's rows is kept.
+    let mut cache = KvCache::new(model.kv_shape(), 0)?;
+    let hidden = model.encode(&Tensor::cat(inputs, 0)?, &mut PagedKernels::new(&mut cache, &segments))?;
+    let layers = model.cross_key_values(&hidden)?;
+    let mut end = 0;
+    let of = |segment: &Segment| {
+        end += segment.rows;
+        CrossKeyValues::of_rows(&layers, end - segment.rows, segment.rows)
+    };
+    segments.iter().map(of).collect()
+}
+
+/// Computes what each sequence lacks and returns the likeliest next token of each.
+fn step(model: &Model, running: &[Running], cache: &mut KvCache) -> Result<Vec<u32>> {
+    let device = &model.info().device;
+    let (mut positions, mut last): (Vec<u32>, Vec<u32>) = (Vec::new(), Vec::new());
+    let mut segments = Vec::with_capacity(running.len());
+    for sequence in running {
+        let rows = sequence.next.dim(0)?;
+        positions.extend((sequence.computed..sequence.computed + rows).map(|p| p as u32));
+        last.push(positions.len() as u32 - 1);
+        segments.push(Segment { rows, start: sequence.computed, blocks: sequence.blocks.clone() });
+    }
+    let x = Tensor::cat(&running.iter().map(|sequence| &sequence.next).collect::<Vec<_>>(), 0)?;
+    let encoded: Vec<&CrossKeyValues> = running.iter().filter_map(|sequence| sequence.encoded.as_ref()).collect();
+    let mut kernels = PagedKernels::new(cache, &segments).with_encoded(&encoded);
     let hidden = model.forward(&x, &Tensor::new(positions, device)?, &mut kernels)?;
     let logits = model.logits(&hidden.index_select(&Tensor::new(last, device)?, 0)?)?;
     logits.argmax(D::Minus1)?.to_vec1()

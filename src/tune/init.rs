@@ -8,8 +8,8 @@ use rand_distr::StandardNormal;
 
 use super::{
     data::Encoded,
-    order,
-    parameters::{Method, Parameters, matrix},
+    forward, order,
+    parameters::{Method, Parameters},
 };
 use crate::{
     kernels::dense::DenseKernels,
@@ -72,7 +72,10 @@ impl Source<'_> {
         match method {
             Method::PromptTuning => self.rows(init, n, method),
             Method::PTuning(encoder) => Ok(encoder.values(&self.rows(init, n, method)?, n, self.seed)?),
-            Method::PrefixTuning => self.key_values(init, n, method),
+            Method::PrefixTuning => {
+                let layers = self.key_values(init, n, method)?;
+                Ok(parameters.readers().flat_map(|layer| layers[layer].concat()).collect())
+            }
         }
     }
 
@@ -83,7 +86,7 @@ impl Source<'_> {
                 let ids = Tensor::new(self.words(init, n)?, &self.model.info().device)?;
                 Ok(host(&self.model.embed(&ids)?)?)
             }
-            Init::Prompt(prompt @ LearnedPrompt::Embeddings(_)) => Ok(repeated(&matrix(prompt)?, n)?),
+            Init::Prompt(LearnedPrompt::Embeddings(embeddings)) => Ok(repeated(&embeddings.rows, n)?),
             Init::Prompt(other) => Err(other_kind(other, method, "embeddings")),
             Init::Random => {
                 let std = embedding_scale(self.model)?;
@@ -92,9 +95,9 @@ impl Source<'_> {
         }
     }
 
-    /// For each layer the keys and then the values, `[n, kv_dim]` each, row by row.
-    fn key_values(&self, init: &Init, n: usize, method: Method) -> std::result::Result<Vec<f32>, InitError> {
-        let layers = match init {
+    /// For each layer of the model the keys and the values, `[n, kv_dim]` each, row by row.
+    fn key_values(&self, init: &Init, n: usize, method: Method) -> std::result::Result<Vec<[Vec<f32>; 2]>, InitError> {
+        Ok(match init {
             Init::Text(_) | Init::Examples | Init::Vocab => self.computed(init, n)?,
             Init::Prompt(LearnedPrompt::KeyValues(kv)) => {
                 let rows = |x: &Tensor| repeated(&x.transpose(0, 1)?.flatten_from(1)?, n);
@@ -106,19 +109,28 @@ impl Source<'_> {
                 let like = self.computed(&Init::Vocab, n)?;
                 like.into_iter().map(|kv| kv.map(|x| noise(&mut rng, x.len(), root_mean_square(&x)))).collect()
             }
-        };
-        Ok(layers.concat().concat())
+        })
     }
 
-    /// The keys and values that the model computes for words. They begin with what the tokenizer
-    /// puts before every text: attention rests there.
+    /// The keys and values that the model computes for words. They begin with what comes before every
+    /// text, of the tokenizer's or the decoder's start: attention rests there. A decoder after an encoder
+    /// writes the words that the encoder reads.
     fn computed(&self, init: &Init, n: usize) -> std::result::Result<Vec<[Vec<f32>; 2]>, InitError> {
         let device = &self.model.info().device;
-        let mut ids = self.text.encode("")?;
+        let around = self.text.encode("")?;
+        let mut ids = match &self.model.info().encoder {
+            None => around.iter().copied().take(n).collect(),
+            Some(encoder) => vec![encoder.start_token],
+        };
+        let words = self.words(init, (n - ids.len()).max(1))?;
+        let encoded = match &self.model.info().encoder {
+            None => None,
+            Some(_) => Some(forward::encode(self.model, None, &[&[words.as_slice(), &around].concat()])?),
+        };
+        ids.extend(&words);
         ids.truncate(n);
-        ids.extend(self.words(init, n - ids.len())?);
         let positions: Vec<u32> = (0..n as u32).collect();
-        let mut kernels = DenseKernels::new(&[n], device)?.recording();
+        let mut kernels = DenseKernels::new(&[n], device)?.with_encoded(encoded).recording();
         let x = self.model.embed(&Tensor::new(ids, device)?)?;
         self.model.forward(&x, &Tensor::new(positions, device)?, &mut kernels)?;
         Ok(kernels.into_recorded().iter().map(|(k, v)| Ok([host(k)?, host(v)?])).collect::<Result<_>>()?)

@@ -1,18 +1,13 @@
 //! The loss of a prompt on a batch: the cross-entropy of the answers' tokens, through the forward
 //! that serves.
 
-use candle_core::{D, DType, Device, Result, Tensor, Var, bail};
+use candle_core::{D, DType, Result, Tensor, Var, bail};
 
-use super::{data::Encoded, parameters::Parameters};
+use super::{data::Encoded, forward::answer_states, parameters::Parameters};
 use crate::{
-    kernels::{
-        Kernels,
-        dense::DenseKernels,
-        fused::{FusedKernels, LogProbabilities},
-        given::GivenKeyValues,
-    },
+    kernels::fused::{FusedKernels, LogProbabilities},
     model::Model,
-    prompt::learned::{KeyValues, LearnedPrompt},
+    prompt::learned::LearnedPrompt,
 };
 
 /// What a forward pass over a batch gives.
@@ -59,55 +54,13 @@ impl Scored {
     }
 }
 
-/// One forward pass over `[prompt][input][answer]` of each example. `prompt` is in any float type;
-/// with none, the model answers on its own. The prompt's rows are computed once for the whole batch.
+/// One forward pass over the examples after a prompt. `prompt` is in any float type; with none, the model
+/// answers on its own.
 pub fn score(model: &Model, prompt: Option<&LearnedPrompt>, batch: &[&Encoded]) -> Result<Scored> {
     let device = &model.info().device;
-    let n = prompt.map_or(0, LearnedPrompt::num_virtual_tokens);
-    let given = matches!(prompt, Some(LearnedPrompt::KeyValues(_)));
-    let mut ids: Vec<u32> = Vec::new();
-    let mut positions: Vec<u32> = (0..n as u32).collect();
-    let mut lengths = Vec::with_capacity(batch.len());
-    let (mut answer_rows, mut targets): (Vec<u32>, Vec<u32>) = (Vec::new(), Vec::new());
-    for example in batch {
-        if n + example.prompt.len() == 0 {
-            bail!("an example has neither virtual tokens nor an input");
-        }
-        if given && example.prompt.is_empty() {
-            bail!("an example has no input, and key-values need a text to continue; its template should add one");
-        }
-        let start = n + ids.len();
-        ids.extend(&example.prompt);
-        // The last answer token is predicted and never read.
-        ids.extend(&example.answer[..example.answer.len() - 1]);
-        let length = n + ids.len() - start;
-        positions.extend((n..n + length).map(|p| p as u32));
-        lengths.push(length);
-        // The row before an answer token predicts it: for an empty input the prompt's last row.
-        let before = |j: usize| match example.prompt.len() + j {
-            0 => n - 1,
-            k => start + k - 1,
-        };
-        answer_rows.extend((0..example.answer.len()).map(|j| before(j) as u32));
-        targets.extend(&example.answer);
-    }
-    if lengths.contains(&0) {
-        bail!("an example has no input and an answer of one token; its template should add a text");
-    }
+    let targets: Vec<u32> = batch.iter().flat_map(|example| example.answer.iter().copied()).collect();
     let tokens = targets.len();
-    let mut x = model.embed(&Tensor::new(ids, device)?)?;
-    let rows = match prompt {
-        Some(LearnedPrompt::Embeddings(embeddings)) => Some(embeddings.rows.to_dtype(x.dtype())?),
-        // The rows only take the places: attention reads what is given instead.
-        Some(LearnedPrompt::KeyValues(_)) => Some(Tensor::zeros((n, x.dim(1)?), x.dtype(), device)?),
-        None => None,
-    };
-    if let Some(rows) = rows {
-        x = Tensor::cat(&[&rows, &x], 0)?;
-    }
-    let mut kernels = kernels(prompt, &lengths, device, x.dtype())?;
-    let hidden = model.forward(&x, &Tensor::new(positions, device)?, kernels.as_mut())?;
-    let logits = model.logits(&hidden.index_select(&Tensor::new(answer_rows, device)?, 0)?)?;
+    let logits = model.logits(&answer_states(model, prompt, batch)?)?;
     let likeliest = logits.detach().argmax(D::Minus1)?;
     let log_probs = match FusedKernels::fit(device, logits.dtype()) {
         true => logits.contiguous()?.apply_op1(LogProbabilities { targets })?,
@@ -118,31 +71,6 @@ pub fn score(model: &Model, prompt: Option<&LearnedPrompt>, batch: &[&Encoded]) 
     };
     let sum = log_probs.sum_all()?.neg()?;
     Ok(Scored { sum, tokens, likeliest, log_probs: log_probs.detach() })
-}
-
-/// The tuning kernels for `[prompt][text]` of these lengths of text.
-fn kernels(
-    prompt: Option<&LearnedPrompt>,
-    lengths: &[usize],
-    device: &Device,
-    dtype: DType,
-) -> Result<Box<dyn Kernels>> {
-    let n = prompt.map_or(0, LearnedPrompt::num_virtual_tokens);
-    let given = match prompt {
-        Some(LearnedPrompt::KeyValues(prompt)) => Some(given(prompt)?),
-        _ => None,
-    };
-    Ok(match (FusedKernels::fit(device, dtype), given) {
-        (true, None) => Box::new(FusedKernels::with_prefix(n, lengths)),
-        (true, Some(given)) => Box::new(FusedKernels::with_prefix(n, lengths).with_given(given)),
-        (false, None) => Box::new(DenseKernels::with_prefix(n, lengths, device)?),
-        (false, Some(given)) => Box::new(DenseKernels::with_prefix(n, lengths, device)?.with_given(given)),
-    })
-}
-
-fn given(prompt: &KeyValues) -> Result<GivenKeyValues> {
-    let layers = prompt.layers.iter().map(|l| Ok((l.keys.transpose(0, 1)?, l.values.transpose(0, 1)?)));
-    Ok(GivenKeyValues { layers: layers.collect::<Result<_>>()? })
 }
 
 /// The loss on a batch and its gradient to the values that are learned, both as sums over the answer

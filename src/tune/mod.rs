@@ -2,10 +2,10 @@
 //!
 //! [`plan`] checks what was asked for, [`job`] runs it; the rest are their parts, usable alone:
 //!
-//! - [`data`]: JSON Lines to token ids, every fault listed
+//! - [`data`], [`room`]: JSON Lines to token ids, every fault listed; how long an example may be
 //! - [`parameters`], [`encoder`]: what is learned in each way, and the prompt that it makes
 //! - [`init`]: initial values
-//! - [`loss`]: the loss of a prompt and its gradient
+//! - [`forward`], [`loss`]: a batch through the model; the loss of a prompt and its gradient
 //! - [`optim`], [`schedule`], [`order`]: AdamW, the learning rate and the examples of each step
 //! - [`trainer`], [`sweep`]: the loop, and the search for its learning rate
 //! - [`checkpoint`], [`output`], [`report`]: what is left on disk
@@ -15,6 +15,7 @@ pub mod checkpoint;
 pub mod data;
 pub mod encoder;
 pub mod evaluate;
+pub mod forward;
 pub mod generate;
 pub mod init;
 pub mod job;
@@ -26,6 +27,7 @@ pub mod output;
 pub mod parameters;
 pub mod plan;
 pub mod report;
+pub mod room;
 pub mod schedule;
 pub mod sweep;
 pub mod trainer;
@@ -50,6 +52,12 @@ pub enum TuneError {
     Option { option: &'static str, found: String, expected: &'static str },
     #[error("--virtual-tokens is {found}, expected 1 to {limit}, which is what the model's context has room for")]
     VirtualTokens { found: usize, limit: usize },
+    /// PEFT has no keys and values for such a model.
+    #[error(
+        "keys and values are those of {encoder} layers, as many as the model's encoder has, and its decoder has \
+         {decoder}: --type prefix has no form for it; take --type prompt or p-tuning"
+    )]
+    DeeperDecoder { encoder: usize, decoder: usize },
     #[error(
         "the model {model} names no end-of-sequence token, so an answer could not end; add eos_token_id to its \
          config.json"

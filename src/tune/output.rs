@@ -45,17 +45,18 @@ pub fn encode(
     spec: &TaskSpec,
     model: &Model,
 ) -> Result<PromptFiles, TuneError> {
-    let method = parameters.method();
+    let (method, fit) = (parameters.method(), Fit::from(model.info()));
     let config = PeftConfig {
         base_model_name: model.info().name.clone(),
         tokenizer_name: Some(model.info().name.clone()),
-        num_layers: model.config().num_layers,
+        num_layers: fit.key_values_layers(),
+        has_encoder: fit.encoder_layers.is_some(),
         num_attention_heads: match method {
             Method::PrefixTuning => model.config().num_kv_heads,
             Method::PromptTuning | Method::PTuning(_) => model.config().num_heads,
         },
     };
-    let matrix = matrix(prompt)?;
+    let matrix = matrix(prompt, &fit)?;
     Ok(match method {
         Method::PromptTuning => encode_prompt_tuning(&matrix, &config, spec)?,
         Method::PTuning(encoder) => {

@@ -6,7 +6,10 @@ use candle_core::{DType, Device, Result, Tensor, Var, bail};
 use super::encoder::Encoder;
 use crate::{
     model::Model,
-    prompt::learned::{Embeddings, KeyValues, LayerKeyValues, LearnedPrompt},
+    prompt::{
+        format::Fit,
+        learned::{Embeddings, KeyValues, LayerKeyValues, LearnedPrompt},
+    },
 };
 
 /// How a prompt is learned.
@@ -45,6 +48,8 @@ pub struct Parameters {
     method: Method,
     virtual_tokens: usize,
     kv_heads: usize,
+    /// For each layer of the model, which of the learned layers of keys and values it reads.
+    read: Vec<usize>,
     tensors: Vec<Named>,
 }
 
@@ -71,16 +76,22 @@ impl Method {
 impl Parameters {
     /// The tensors of a prompt of `n` virtual tokens for a model.
     pub fn new(method: Method, n: usize, model: &Model) -> Self {
-        let (width, kv) = (model.info().hidden_size, model.kv_shape());
+        let fit = Fit::from(model.info());
+        let mut read: Vec<usize> = (0..fit.num_layers).map(|layer| fit.key_values_layer(layer)).collect();
+        let mut layers = read.clone();
+        layers.sort_unstable();
+        layers.dedup();
+        read.iter_mut().for_each(|layer| *layer = layers.partition_point(|other| other < layer));
         let tensors = match method {
-            Method::PromptTuning => vec![Named::new("prompt_embeddings", &[n, width])],
-            Method::PTuning(encoder) => encoder.named(n, width),
-            Method::PrefixTuning => (0..kv.num_layers)
+            Method::PromptTuning => vec![Named::new("prompt_embeddings", &[n, fit.hidden_size])],
+            Method::PTuning(encoder) => encoder.named(n, fit.hidden_size),
+            Method::PrefixTuning => layers
+                .into_iter()
                 .flat_map(|layer| ["key", "value"].map(|part| format!("layers.{layer}.{part}")))
-                .map(|name| Named::new(&name, &[n, kv.num_kv_heads * kv.head_dim]))
+                .map(|name| Named::new(&name, &[n, fit.kv_dim()]))
                 .collect(),
         };
-        Self { method, virtual_tokens: n, kv_heads: kv.num_kv_heads, tensors }
+        Self { method, virtual_tokens: n, kv_heads: fit.num_kv_heads, read, tensors }
     }
 
     /// How the prompt is learned.
@@ -96,6 +107,11 @@ impl Parameters {
     /// The tensors, in the order of their values.
     pub fn tensors(&self) -> &[Named] {
         &self.tensors
+    }
+
+    /// For each learned layer of keys and values, the first layer of the model that reads it.
+    pub fn readers(&self) -> impl Iterator<Item = usize> {
+        (0..).map_while(|learned| self.read.iter().position(|&read| read == learned))
     }
 
     /// How many values are learned; never 0.
@@ -122,9 +138,10 @@ impl Parameters {
                     let (n, width) = x.dims2()?;
                     x.reshape((n, self.kv_heads, width / self.kv_heads))?.transpose(0, 1)
                 };
-                let layers = tensors
-                    .chunks_exact(2)
-                    .map(|kv| Ok(LayerKeyValues { keys: heads(&kv[0])?, values: heads(&kv[1])? }));
+                let layers = self
+                    .read
+                    .iter()
+                    .map(|i| Ok(LayerKeyValues { keys: heads(&tensors[2 * i])?, values: heads(&tensors[2 * i + 1])? }));
                 Ok(LearnedPrompt::KeyValues(KeyValues { layers: layers.collect::<Result<_>>()? }))
             }
         }
@@ -152,14 +169,22 @@ impl Parameters {
 }
 
 /// The matrix of a prompt as PEFT saves it, in f32: rows `[n, hidden]`, or keys and values
-/// `[n, 2 * layers * kv_dim]` with the key and the value of each layer in turn.
-pub fn matrix(prompt: &LearnedPrompt) -> Result<Tensor> {
+/// `[n, 2 * layers * kv_dim]` with the key and the value of each layer in turn, zeros for those that no
+/// layer of the model reads.
+pub fn matrix(prompt: &LearnedPrompt, fit: &Fit) -> Result<Tensor> {
     let matrix = match prompt {
         LearnedPrompt::Embeddings(embeddings) => embeddings.rows.clone(),
         LearnedPrompt::KeyValues(kv) => {
-            let flat = |x: &Tensor| x.transpose(0, 1)?.flatten_from(1);
-            let parts: Vec<Tensor> =
-                kv.layers.iter().flat_map(|l| [&l.keys, &l.values]).map(flat).collect::<Result<_>>()?;
+            let flat = |x: &Tensor| x.transpose(0, 1)?.flatten_from(1)?.to_device(&Device::Cpu)?.to_dtype(DType::F32);
+            let unread = || Tensor::zeros((prompt.num_virtual_tokens(), fit.kv_dim()), DType::F32, &Device::Cpu);
+            let mut parts = Vec::new();
+            for saved in 0..fit.key_values_layers() {
+                let reader = kv.layers.iter().enumerate().find(|(layer, _)| fit.key_values_layer(*layer) == saved);
+                parts.extend(match reader {
+                    Some((_, layer)) => [flat(&layer.keys)?, flat(&layer.values)?],
+                    None => [unread()?, unread()?],
+                });
+            }
             Tensor::cat(&parts, 1)?
         }
     };

@@ -11,19 +11,31 @@ use super::{
     init::{self, Init, Source},
     optim::AdamW,
     parameters::{Method, Parameters},
+    room::Room,
     schedule::{Decay, Schedule},
     sweep,
     trainer::Settings,
 };
 use crate::{
     model::Model,
-    prompt::{TaskName, labels::Verbalizer, template::PromptTemplate},
+    prompt::{
+        TaskName,
+        format::Fit,
+        labels::Verbalizer,
+        template::{DEFAULT_TEMPLATE, PromptTemplate},
+    },
     text::Text,
 };
 
 /// The template of a prompt that is tuned without one: the line break tells the model where the
 /// input ends and its answer begins.
 pub const TUNED_TEMPLATE: &str = "{{ input }}\n";
+
+/// The template of a prompt that is tuned without one on this model. An encoder knows where its input
+/// ends.
+pub fn default_template(model: &Model) -> &'static str {
+    if model.info().encoder.is_some() { DEFAULT_TEMPLATE } else { TUNED_TEMPLATE }
+}
 
 /// How many virtual tokens a prompt has where none are asked for. A whole block of the serving
 /// cache, so that nothing of it is copied.
@@ -84,7 +96,7 @@ pub struct Options {
     pub data: PathBuf,
     /// Held-out examples; without them a part of `data`.
     pub eval_data: Option<PathBuf>,
-    /// minijinja source; [`TUNED_TEMPLATE`] where there is none.
+    /// minijinja source; [`default_template`] where there is none.
     pub template: Option<String>,
     pub labels: Option<Verbalizer>,
     pub description: Option<String>,
@@ -189,7 +201,7 @@ impl Plan {
         check_numbers(options)?;
         let info = model.info();
         let mut warnings = Vec::new();
-        let template = PromptTemplate::parse(options.template.as_deref().unwrap_or(TUNED_TEMPLATE))?;
+        let template = PromptTemplate::parse(options.template.as_deref().unwrap_or(default_template(model)))?;
         let data = Dataset::read(&options.data, options.labels.as_ref())?;
         let eval = match &options.eval_data {
             Some(path) => Some((path, Dataset::read(path, data.labels.as_ref())?)),
@@ -200,7 +212,12 @@ impl Plan {
         if n == 0 || n + 2 > info.context_length {
             return Err(TuneError::VirtualTokens { found: n, limit: info.context_length.saturating_sub(2) });
         }
-        let room = info.context_length - n;
+        let method = options.prompt_type.method(n, model)?;
+        let fit = Fit::from(info);
+        if method == Method::PrefixTuning && fit.num_layers > fit.key_values_layers() {
+            return Err(TuneError::DeeperDecoder { encoder: fit.key_values_layers(), decoder: fit.num_layers });
+        }
+        let room = Room::behind(model, n, method == Method::PrefixTuning);
         let encode = |path: &Path, data: &Dataset| data::encode(path, &data.examples, &template, text, eos, room);
         let all = encode(&options.data, &data)?;
         let (train, held_out, held_out_is) = match &eval {
@@ -216,7 +233,7 @@ impl Plan {
         };
         let batch_size = options.batch_size.min(train.len());
         let steps = steps(options.length, train.len(), batch_size * options.accumulate);
-        let parameters = Parameters::new(options.prompt_type.method(n, model)?, n, model);
+        let parameters = Parameters::new(method, n, model);
         let source = Source { model, text, examples: &train, seed: options.seed };
         let initial = source.values(&options.init, &parameters)?;
         let unit = init::rate_unit(&parameters, &initial, model)?;

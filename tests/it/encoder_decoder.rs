@@ -17,7 +17,7 @@ use softserve::{
         runner::{Part, Runner},
     },
     kernels::{
-        cross::CrossKeyValues,
+        cross::{CrossKeyValues, EncodedBatch},
         dense::DenseKernels,
         kv_cache::{BLOCK_SIZE, BlockId},
     },
@@ -109,8 +109,9 @@ fn plain_logits(model: &Model, prompt: Option<&Arc<LearnedPrompt>>, case: &Case)
         _ => text,
     };
     let hidden = model.encode(&x, &mut DenseKernels::new(&[x.dims()[0]], &Device::Cpu).unwrap()).unwrap();
-    let encoded = model.cross_key_values(&hidden).unwrap();
-    let mut kernels = DenseKernels::new(&[1], &Device::Cpu).unwrap().with_encoded(vec![encoded]);
+    let inputs = std::iter::once(0..x.dims()[0]).collect();
+    let encoded = EncodedBatch { layers: model.cross_key_values(&hidden).unwrap(), inputs };
+    let mut kernels = DenseKernels::new(&[1], &Device::Cpu).unwrap().with_encoded(encoded);
     let position = Tensor::new(&[0u32], &Device::Cpu).unwrap();
     let hidden = model.forward(&embed(&[0]), &position, &mut kernels).unwrap();
     model.logits(&hidden).unwrap().squeeze(0).unwrap().to_vec1().unwrap()
@@ -410,17 +411,4 @@ fn a_random_model_of_an_encoder_decoder_shape_loads_and_runs() {
         let sampling = SamplingParams { max_tokens: 3, ..Default::default() };
         assert_eq!(collect(engine.submit(Request::new(None, &[5, 6], sampling)).unwrap()).0.len(), 3);
     }
-}
-
-#[test]
-fn tuning_on_a_model_with_an_encoder_is_refused_with_what_to_do() {
-    let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/data/topic/train.jsonl");
-    let output = std::process::Command::new(env!("CARGO_BIN_EXE_softserve"))
-        .args(["tune", "--task", "topic", "--data", data.to_str().unwrap()])
-        .args(["--model", fixtures::dir(MODELS[0]).to_str().unwrap()])
-        .current_dir(tempfile::tempdir().unwrap().path())
-        .output()
-        .unwrap();
-    let error = String::from_utf8_lossy(&output.stderr);
-    assert!(!output.status.success() && error.contains("task_type SEQ_2_SEQ_LM"), "{error}");
 }

@@ -28,5 +28,6 @@ mod support;
 mod tidy;
 mod tiny_model;
 mod tune;
+mod tune_encoder_decoder;
 mod tune_job;
 mod tune_types;

@@ -4,7 +4,9 @@
 use std::{path::Path, process::Command};
 
 use crate::{
+    fixtures,
     process::{output, softserve},
+    tune_encoder_decoder,
     tune_types::{TYPES, head, tune},
 };
 
@@ -23,10 +25,41 @@ fn python() -> Option<String> {
     }
 }
 
+/// Holds the answers that `eval` shows, and the loss that `tune` wrote, against those of PEFT with the same
+/// folder.
+fn is_the_same_in_peft(python: &str, home: &Path, model: &Path, task: &str, [train, test]: [&Path; 2]) {
+    let mut eval = softserve(home);
+    eval.args(["eval", "--task", task, "--prompts", "out", "--show", "1000", "--data"]).arg(test);
+    eval.arg("--model").arg(model);
+    let (code, shown, log) = output(eval);
+    assert_eq!(code, Some(0), "{task}: {log}");
+    std::fs::write(home.join("shown.txt"), shown).unwrap();
+    let check = Command::new(python)
+        .arg(root().join("tests/peft/check_tuned.py"))
+        .arg("--model")
+        .arg(model)
+        .arg("--prompt")
+        .arg(Path::new("out").join(task))
+        .args(["--shown", "shown.txt", "--data"])
+        .arg(test)
+        .arg("--train")
+        .arg(train)
+        .current_dir(home)
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&[check.stdout, check.stderr].concat()).into_owned();
+    let answers = std::fs::read_to_string(test).unwrap().lines().count();
+    let expected = format!("{answers} of {answers} answers are PEFT's");
+    assert!(check.status.success() && said.contains(&expected), "{task} on {}: {said}", model.display());
+}
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
 #[test]
 fn a_prompt_of_each_type_that_is_tuned_here_loads_in_peft_and_answers_the_same_there() {
     let Some(python) = python() else { return };
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let home = tempfile::tempdir().unwrap();
     let (train, test) = (head(home.path(), "train.jsonl", 16), head(home.path(), "test.jsonl", 24));
     for (task, options) in TYPES {
@@ -34,23 +67,20 @@ fn a_prompt_of_each_type_that_is_tuned_here_loads_in_peft_and_answers_the_same_t
         command.args(["--steps", "12", "--virtual-tokens", "9"]);
         let (code, _, log) = output(command);
         assert_eq!(code, Some(0), "{task}: {log}");
-        let mut eval = softserve(home.path());
-        eval.args(["eval", "--task", task, "--prompts", "out", "--show", "1000", "--data"]).arg(&test);
-        let (code, shown, log) = output(eval);
-        assert_eq!(code, Some(0), "{task}: {log}");
-        std::fs::write(home.path().join("shown.txt"), shown).unwrap();
-        let check = Command::new(&python)
-            .arg(root.join("tests/peft/check_tuned.py"))
-            .arg("--model")
-            .arg(root.join("models/demo"))
-            .arg("--prompt")
-            .arg(Path::new("out").join(task))
-            .args(["--shown", "shown.txt", "--data"])
-            .arg(&test)
-            .current_dir(home.path())
-            .output()
-            .unwrap();
-        let said = String::from_utf8_lossy(&[check.stdout, check.stderr].concat()).into_owned();
-        assert!(check.status.success() && said.contains("24 of 24 answers are PEFT's"), "{task}: {said}");
+        is_the_same_in_peft(&python, home.path(), &root().join("models/demo"), task, [&train, &test]);
+    }
+}
+
+#[test]
+fn a_prompt_of_each_type_for_an_encoder_decoder_loads_in_peft_and_answers_the_same_there() {
+    let Some(python) = python() else { return };
+    for name in tune_encoder_decoder::MODELS {
+        let home = tempfile::tempdir().unwrap();
+        let data = tune_encoder_decoder::data(home.path(), "output");
+        for (task, options) in TYPES {
+            let (code, _, log) = output(tune_encoder_decoder::tune_on(home.path(), name, task, &data, options));
+            assert_eq!(code, Some(0), "{name} {task}: {log}");
+            is_the_same_in_peft(&python, home.path(), &fixtures::dir(name), task, [&data, &data]);
+        }
     }
 }

@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, fs, ops::ControlFlow, path::Path};
 use candle_core::{DType, Device};
 use softserve::{
     model::Model,
-    prompt::LearnedPrompt,
+    prompt::{LearnedPrompt, format::Fit},
     text::Text,
     tune::{
         TuneError,
@@ -24,7 +24,7 @@ use softserve::{
 use crate::tiny_model::TinyModel;
 
 /// Ends a run at a step; sees nothing else.
-struct StopAt(usize);
+pub struct StopAt(pub usize);
 
 impl Observer for StopAt {
     fn sweeping(&mut self, _: usize, _: usize) -> ControlFlow<()> {
@@ -40,7 +40,7 @@ impl Observer for StopAt {
     }
 }
 
-const NEVER: StopAt = StopAt(usize::MAX);
+pub const NEVER: StopAt = StopAt(usize::MAX);
 
 struct Room {
     dir: tempfile::TempDir,
@@ -85,11 +85,12 @@ impl Room {
         let plan = Plan::new(&self.model, &self.text, options)?;
         job::run(&self.model, &plan, places, &mut observer)
     }
-}
 
-/// The matrix that is saved, row by row.
-fn flat(prompt: &LearnedPrompt) -> Vec<f32> {
-    parameters::matrix(prompt).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+    /// The matrix that is saved, row by row.
+    fn flat(&self, prompt: &LearnedPrompt) -> Vec<f32> {
+        let matrix = parameters::matrix(prompt, &Fit::from(self.model.info())).unwrap();
+        matrix.flatten_all().unwrap().to_vec1().unwrap()
+    }
 }
 
 /// The types beside plain rows.
@@ -120,7 +121,7 @@ fn a_run_writes_a_prompt_that_serve_reads_and_leaves_the_model_as_it_was() {
     assert!(String::from_utf8_lossy(&written["loss.svg"]).contains("</svg>"));
     assert!(!places.checkpoint.exists(), "the state of a finished run is of no use");
     let best = outcome.state.best.unwrap();
-    assert_eq!(flat(&outcome.version.prompt), best.values);
+    assert_eq!(room.flat(&outcome.version.prompt), best.values);
     let spec = &outcome.version.spec;
     assert_eq!(spec.template.as_deref(), Some("{{ input }}\n"));
     assert_eq!(spec.labels.keys().collect::<Vec<_>>(), ["a", "b"]);
@@ -157,7 +158,7 @@ fn each_type_is_written_as_peft_writes_it_read_back_and_answers_as_it_was_measur
         assert!(outcome.after.loss < 0.7 * outcome.before.loss, "{prompt_type:?}: {outcome:?}");
         let best = outcome.state.best.as_ref().unwrap();
         let made = plan.parameters.prompt_of(&best.values, &Device::Cpu).unwrap();
-        assert_eq!(flat(&outcome.version.prompt), flat(&made));
+        assert_eq!(room.flat(&outcome.version.prompt), room.flat(&made));
 
         let config: serde_json::Value = serde_json::from_slice(&files(&places.output)["adapter_config.json"]).unwrap();
         let (peft_type, token_dim, heads, own) = match prompt_type {
@@ -208,12 +209,12 @@ fn a_prompt_begins_as_another_of_its_kind_whichever_way_it_is_learned() {
     let begun = |prompt_type: PromptType, from: &LearnedPrompt| {
         let options = Options { prompt_type, init: Init::Prompt(from.clone()), ..room.options() };
         let plan = Plan::new(&room.model, &room.text, &options)?;
-        Ok::<_, TuneError>(flat(&plan.parameters.prompt_of(&plan.initial, &Device::Cpu).unwrap()))
+        Ok::<_, TuneError>(room.flat(&plan.parameters.prompt_of(&plan.initial, &Device::Cpu).unwrap()))
     };
     for (prompt_type, from) in [(PromptType::Prompt, &rows), (TYPES[0], &rows), (TYPES[1], &rows), (TYPES[2], &prefix)]
     {
         let began = begun(prompt_type, from).unwrap();
-        let error = began.iter().zip(flat(from)).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        let error = began.iter().zip(room.flat(from)).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
         assert!(error < 5e-3, "{prompt_type:?} begins {error} away");
     }
     for (prompt_type, from, said) in [

@@ -3,11 +3,12 @@
     pip install -r requirements.txt
     softserve tune --task demo --data train.jsonl --model MODEL_DIR --prompts out
     softserve eval --prompt out/demo --data test.jsonl --model MODEL_DIR --show 1000000 > shown.txt
-    python check_tuned.py --model MODEL_DIR --prompt out/demo --data test.jsonl --shown shown.txt
+    python check_tuned.py --model MODEL_DIR --prompt out/demo --data test.jsonl --shown shown.txt --train train.jsonl
 
 PEFT loads the folder with `PeftModel.from_pretrained`; each input is rendered by the template of
 `task.json`, tokenized by the model's own tokenizer.json and continued greedily, unpadded and alone.
-The texts must be those that softserve showed.
+The texts must be those that softserve showed. With `--train`, PEFT's own training loss on the data must be the one
+that softserve wrote into `task.json`, for a run without held-out examples.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import jinja2
 import torch
 from peft import PeftModel
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 
 def shown_outputs(path):
@@ -35,13 +36,32 @@ def shown_outputs(path):
     return outputs
 
 
+@torch.no_grad()
+def training_loss(model, tokenizer, encode, task, lines, eos, has_encoder):
+    """The mean loss of an answer token, by PEFT's forward with labels, unpadded and alone."""
+    total, tokens = 0.0, 0
+    for line in map(json.loads, lines):
+        words = task["labels"][line["label"]][0] if "label" in line else line["output"]
+        ids = encode(line["input"])
+        answer = tokenizer.encode(words, add_special_tokens=False).ids + [eos]
+        before = [] if has_encoder else ids
+        labels = torch.tensor([[-100] * len(before) + answer])
+        inputs = torch.tensor([ids if has_encoder else ids + answer])
+        loss = model(input_ids=inputs, attention_mask=torch.ones_like(inputs), labels=labels).loss
+        total, tokens = total + loss.item() * len(answer), tokens + len(answer)
+    return total / tokens
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("model", "prompt", "data", "shown"):
         parser.add_argument(f"--{name}", type=pathlib.Path, required=True)
+    parser.add_argument("--train", type=pathlib.Path)
     args = parser.parse_args()
 
-    base = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    has_encoder = AutoConfig.from_pretrained(args.model).is_encoder_decoder
+    of_kind = AutoModelForSeq2SeqLM if has_encoder else AutoModelForCausalLM
+    base = of_kind.from_pretrained(args.model, dtype=torch.float32).eval()
     before = {name: weight.clone() for name, weight in base.state_dict().items()}
     model = PeftModel.from_pretrained(base, args.prompt).eval()
     after = base.state_dict()
@@ -53,21 +73,33 @@ def main():
     eos = base.generation_config.eos_token_id
     stops = set(eos if isinstance(eos, list) else [eos])
 
+    def encode(given):
+        return tokenizer.encode(template.render(**(given if isinstance(given, dict) else {"input": given}))).ids
+
     shown, wrong, compared = shown_outputs(args.shown), [], 0
     for number, text in enumerate(args.data.read_text(encoding="utf-8").splitlines(), 1):
         if not text.strip() or number not in shown:
             continue
-        given = json.loads(text)["input"]
-        ids = tokenizer.encode(template.render(**(given if isinstance(given, dict) else {"input": given}))).ids
+        ids = encode(json.loads(text)["input"])
         with torch.no_grad():
-            out = model.generate(input_ids=torch.tensor([ids]), max_new_tokens=limit, do_sample=False)
-        new = [i for i in out[0, len(ids):].tolist() if i not in stops]
+            out = model.generate(input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+                                 max_new_tokens=limit, do_sample=False)
+        # After the input, or after the decoder's start token.
+        new = [i for i in out[0, 1 if has_encoder else len(ids):].tolist() if i not in stops]
         answer = tokenizer.decode(new).strip()
         compared += 1
         if answer != shown[number]:
             wrong.append(f"line {number}: PEFT {answer!r}, softserve {shown[number]!r}")
     print("\n".join(wrong[:20]))
     print(f"{compared - len(wrong)} of {compared} answers are PEFT's; {len(shown)} were shown")
+    if args.train:
+        lines = [line for line in args.train.read_text(encoding="utf-8").splitlines() if line.strip()]
+        first = eos[0] if isinstance(eos, list) else eos
+        found = training_loss(model, tokenizer, encode, task, lines, first, has_encoder)
+        written = task["metrics"]["train_loss"]
+        print(f"the training loss is {found:.5f} in PEFT and {written} in task.json")
+        if abs(found - written) > 1e-4 + 1e-3 * written:
+            sys.exit("the losses differ")
     sys.exit(0 if compared and not wrong else 1)
 
 

@@ -89,17 +89,14 @@ pub fn attend(isa: Isa, pool: &Pool, cache: &mut KvCache, layer: usize, segments
         words: cache.words_mut().as_mut_ptr(),
         out: std::ptr::null_mut(),
     };
-    // A few sequences a task: one decode's write is too short to be handed out.
-    let per_task = segments.len().div_ceil(pool.threads() * 4).max(1);
-    let chunks = segments.len().div_ceil(per_task);
-    pool.run(chunks * step.kv_heads, &|task| {
-        let (chunk, head) = (task % chunks, task / chunks);
-        for index in chunk * per_task..segments.len().min((chunk + 1) * per_task) {
-            let step = &step;
-            // SAFETY: shapes are checked above; a block that is written belongs to one segment, and
-            // this task alone has its rows of this head.
-            dispatch!(step.isa, write(step: &Step, index: usize, head: usize));
-        }
+    // A segment of one tile is written by whoever attends to it: the lines are then still at hand.
+    let long: Vec<usize> = (0..segments.len()).filter(|&i| !step.is_one_tile(i)).collect();
+    pool.run(long.len() * step.kv_heads, &|task| {
+        let (index, head) = (long[task % long.len()], task / long.len());
+        let step = &step;
+        // SAFETY: shapes are checked above; a block that is written belongs to one segment, and this task
+        // alone has its rows of this head.
+        dispatch!(step.isa, write(step: &Step, index: usize, head: usize));
     });
     let fill = |out: *mut f32| {
         step.out = out;
@@ -112,8 +109,9 @@ pub fn attend(isa: Isa, pool: &Pool, cache: &mut KvCache, layer: usize, segments
             let (index, tile) = tiles[tiles.len() - 1 - task / parts];
             for head in (0..heads_per_task).map(|h| task % parts * heads_per_task + h) {
                 let step = &step;
-                // SAFETY: shapes are checked above; all keys and values have been written; this
-                // task alone has its rows of the output.
+                // SAFETY: shapes are checked above; the keys and values of segments of several tiles have
+                // been written; this task alone has its rows of the output, and of a block that is written
+                // for a segment of one tile.
                 dispatch!(step.isa, attend_tile(step: &Step, index: usize, head: usize, tile: usize));
             }
         });
@@ -143,27 +141,41 @@ struct Step<'a> {
     out: *mut f32,
 }
 
-// SAFETY: threads write disjoint positions of the cache in the first pass and disjoint rows of the
-// output in the second, and only read everything else.
+// SAFETY: threads write disjoint positions of the cache, which nobody else reads before they are written,
+// and disjoint rows of the output; everything else they only read.
 unsafe impl Sync for Step<'_> {}
 
 impl Step<'_> {
+    /// Whether all queries of a segment and a key head are in one tile.
+    fn is_one_tile(&self, index: usize) -> bool {
+        self.segments[index].rows * self.groups <= TILE_ROWS
+    }
+
     /// A head's keys in a block of a segment; its values come `plane` later.
     fn keys(&self, index: usize, block: usize, head: usize) -> *mut u32 {
         // SAFETY: the offset is that of a block of the cache.
         unsafe { self.words.add(self.planes[index][block] + head * 2 * self.plane) }
     }
 
-    /// Asks for what is read after the values of a block: those of the next one, then the next head's keys.
+    /// What is read after a block's keys: those of the next block, then the first block's values.
     #[inline(always)]
-    fn prefetch_after_values(&self, index: usize, block: usize, head: usize, blocks: &Range<usize>) {
-        let next = match block + 1 < blocks.end {
+    fn after_keys(&self, index: usize, block: usize, head: usize, blocks: &Range<usize>) -> Ahead {
+        Ahead(Some(match block + 1 < blocks.end {
+            true => self.keys(index, block + 1, head),
             // SAFETY: the values of a block of the cache lie after its keys.
-            true => unsafe { self.keys(index, block + 1, head).add(self.plane) },
-            false if head + 1 < self.kv_heads => self.keys(index, blocks.start, head + 1),
-            false => return,
-        };
-        prefetch(next, self.plane);
+            false => unsafe { self.keys(index, blocks.start, head).add(self.plane) },
+        }))
+    }
+
+    /// What is read after a block's values: those of the next block, then the next head's keys.
+    #[inline(always)]
+    fn after_values(&self, index: usize, block: usize, head: usize, blocks: &Range<usize>) -> Ahead {
+        match block + 1 < blocks.end {
+            // SAFETY: as in `after_keys`.
+            true => Ahead(Some(unsafe { self.keys(index, block + 1, head).add(self.plane) })),
+            false if head + 1 < self.kv_heads => Ahead(Some(self.keys(index, blocks.start, head + 1))),
+            false => Ahead::NOTHING,
+        }
     }
 }
 
@@ -250,7 +262,8 @@ fn room<T: bytemuck::Pod>(memory: &mut Buffer<T>, len: usize) -> *mut T {
 /// 16 queries of one key head. Query `i` of a segment is head `i % groups` of row `i / groups`.
 ///
 /// # Safety
-/// The step's pointers are valid for its shapes, and no other thread has this tile.
+/// The step's pointers are valid for its shapes, and no other thread has this tile. The segment's keys and
+/// values are written, unless it has no other tile.
 #[inline(always)]
 unsafe fn attend_tile<S: Simd>(step: &Step, index: usize, head: usize, tile: usize) {
     thread_local!(static SCRATCH: Cell<Scratch> = const { Cell::new(Scratch::new()) });
@@ -276,16 +289,14 @@ unsafe fn attend_tile<S: Simd>(step: &Step, index: usize, head: usize, tile: usi
     };
     // SAFETY: the scratch is as large as the shapes below; every block is one of the segment's.
     unsafe {
+        if step.is_one_tile(index) {
+            write::<S>(step, index, head);
+        }
         load_queries::<S>(step, count, at, queries);
         for (i, block) in blocks.clone().enumerate() {
             let keys = step.keys(index, block, head);
-            // Keys of one block after another, then values.
-            let next = match block + 1 < blocks.end {
-                true => step.keys(index, block + 1, head),
-                false => step.keys(index, blocks.start, head).add(step.plane),
-            };
-            prefetch(next, step.plane);
-            block_scores::<S>(step, queries, keys, count, scores.add(i * BLOCK_SCORES));
+            let ahead = step.after_keys(index, block, head, &blocks);
+            block_scores::<S>(step, queries, keys, count, scores.add(i * BLOCK_SCORES), ahead);
         }
         let mut scales = [0f32; TILE_ROWS];
         for (i, scale) in scales.iter_mut().enumerate().take(count) {
@@ -329,18 +340,29 @@ unsafe fn attend_tile<S: Simd>(step: &Step, index: usize, head: usize, tile: usi
     SCRATCH.set(scratch);
 }
 
-/// Asks for a head's keys and values before they are needed: they are two short runs in a large
-/// memory, which the processor does not foresee.
-#[inline(always)]
-fn prefetch(from: *const u32, plane: usize) {
-    #[cfg(target_arch = "x86_64")]
-    for line in (0..plane).step_by(16) {
-        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        // SAFETY: a prefetch is no access; it may name any address.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(line).cast()) };
+/// What is read after a plane of keys or values, which a kernel asks for on its way through that plane:
+/// planes are short runs in a large memory, which the processor does not foresee, and asking for all of one
+/// at once would wait for memory instead of computing.
+#[derive(Clone, Copy)]
+struct Ahead(Option<*const u32>);
+
+impl Ahead {
+    const NOTHING: Self = Self(None);
+
+    /// Asks for part `i`, of so many words.
+    #[inline(always)]
+    fn ask(self, i: usize, words: usize) {
+        #[cfg(target_arch = "x86_64")]
+        if let Some(plane) = self.0 {
+            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+            for word in (i * words..(i + 1) * words).step_by(16) {
+                // SAFETY: a prefetch is no access; it may name any address.
+                unsafe { _mm_prefetch::<_MM_HINT_T0>(plane.wrapping_add(word).cast()) };
+            }
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = (i, words);
     }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = (from, plane);
 }
 
 /// # Safety
@@ -377,10 +399,11 @@ unsafe fn load_queries<S: Simd>(step: &Step, count: usize, at: impl Fn(usize) ->
 /// # Safety
 /// The pointers are valid for the step's shapes and 16 rows of scores.
 #[inline(always)]
-unsafe fn block_scores<S: Simd>(step: &Step, q: *const u32, k: *const u32, count: usize, out: *mut f32) {
+unsafe fn block_scores<S: Simd>(step: &Step, q: *const u32, k: *const u32, count: usize, out: *mut f32, ahead: Ahead) {
     #[cfg(target_arch = "x86_64")]
     if step.isa == Isa::Amx && step.precision == Precision::Bf16 {
         amx::configure();
+        ahead.ask(0, step.plane);
         // SAFETY: as the caller says.
         unsafe { amx::scores(q, k, step.dim / (2 * TILE_PAIRS), out) };
         return;
@@ -390,10 +413,11 @@ unsafe fn block_scores<S: Simd>(step: &Step, q: *const u32, k: *const u32, count
     unsafe {
         while i < count {
             let out = out.add(i * BLOCK_SIZE);
+            let ahead = if i == 0 { ahead } else { Ahead::NOTHING };
             i += match count - i {
-                left if left >= 4 && S::REGISTERS >= 32 => rows_scores::<S, 4>(step, q, i, k, out),
-                left if left >= 2 => rows_scores::<S, 2>(step, q, i, k, out),
-                _ => rows_scores::<S, 1>(step, q, i, k, out),
+                left if left >= 4 && S::REGISTERS >= 32 => rows_scores::<S, 4>(step, q, i, k, out, ahead),
+                left if left >= 2 => rows_scores::<S, 2>(step, q, i, k, out, ahead),
+                _ => rows_scores::<S, 1>(step, q, i, k, out, ahead),
             };
         }
     }
@@ -408,6 +432,7 @@ unsafe fn rows_scores<S: Simd, const R: usize>(
     first: usize,
     k: *const u32,
     out: *mut f32,
+    ahead: Ahead,
 ) -> usize {
     // SAFETY: as the caller says.
     unsafe {
@@ -416,6 +441,7 @@ unsafe fn rows_scores<S: Simd, const R: usize>(
             Precision::F32 => {
                 let (q, k) = (q.cast::<f32>().add(first * step.dim), k.cast::<f32>());
                 for d in 0..step.head_dim {
+                    ahead.ask(d, BLOCK_SIZE);
                     let keys = [S::load(k.add(d * BLOCK_SIZE)), S::load(k.add(d * BLOCK_SIZE + LANES))];
                     for (r, acc) in acc.iter_mut().enumerate() {
                         let q = S::splat(*q.add(r * step.dim + d));
@@ -426,6 +452,7 @@ unsafe fn rows_scores<S: Simd, const R: usize>(
             }
             Precision::Bf16 => {
                 for pair in 0..step.head_dim.div_ceil(2) {
+                    ahead.ask(pair, BLOCK_SIZE);
                     let tile = q.add(pair / TILE_PAIRS * TILE_ROWS * TILE_PAIRS + pair % TILE_PAIRS);
                     let keys =
                         [S::load_pairs(k.add(pair * BLOCK_SIZE)), S::load_pairs(k.add(pair * BLOCK_SIZE + LANES))];
@@ -558,7 +585,7 @@ unsafe fn weigh_values<S: Simd>(
                 amx::clear_values();
                 for (i, block) in blocks.clone().enumerate() {
                     if d == 0 {
-                        step.prefetch_after_values(index, block, head, &blocks);
+                        step.after_values(index, block, head, &blocks).ask(0, step.plane);
                     }
                     let values = step.keys(index, block, head).add(step.plane + d);
                     let weights = weights.add(i * BLOCK_SCORES / 2);
@@ -633,13 +660,12 @@ unsafe fn row_values<S: Simd, const C: usize>(
     unsafe {
         let mut acc = [S::splat(0.0); C];
         for (i, block) in blocks.clone().enumerate() {
-            if first {
-                step.prefetch_after_values(index, block, head, &blocks);
-            }
+            let ahead = if first { step.after_values(index, block, head, &blocks) } else { Ahead::NOTHING };
             let values = step.keys(index, block, head).add(step.plane + d);
             match step.precision {
                 Precision::F32 => {
                     for position in 0..BLOCK_SIZE {
+                        ahead.ask(position, step.dim);
                         let weight = S::splat(*scores.add(i * BLOCK_SCORES + position));
                         let values = values.cast::<f32>().add(position * step.dim);
                         for (c, acc) in acc.iter_mut().enumerate() {
@@ -649,6 +675,7 @@ unsafe fn row_values<S: Simd, const C: usize>(
                 }
                 Precision::Bf16 => {
                     for pair in 0..BLOCK_SIZE / 2 {
+                        ahead.ask(pair, step.dim);
                         let weight = *weights.add(i * BLOCK_SCORES / 2 + pair);
                         let values = values.add(pair * step.dim);
                         for (c, acc) in acc.iter_mut().enumerate() {
