@@ -1,0 +1,151 @@
+//! The weighted sum of the values that a tile's queries see.
+
+use std::ops::Range;
+
+use super::{Ahead, BLOCK_SCORES, Step, TILE_ROWS};
+#[cfg(target_arch = "x86_64")]
+use crate::kernels::cpu::{Isa, amx};
+use crate::kernels::{
+    cpu::{
+        Precision,
+        simd::{LANES, Simd},
+    },
+    kv_cache::BLOCK_SIZE,
+};
+
+#[repr(align(64))]
+struct Tile([f32; TILE_ROWS * 64]);
+
+/// The values of all blocks, weighted: `sums` `[16][dim]`.
+///
+/// # Safety
+/// The pointers are valid for the step's shapes, `blocks` blocks and 16 rows.
+#[inline(always)]
+#[expect(clippy::too_many_arguments, reason = "a kernel's inner part")]
+pub(super) unsafe fn weigh_values<S: Simd>(
+    step: &Step,
+    index: usize,
+    head: usize,
+    blocks: Range<usize>,
+    count: usize,
+    scores: *const f32,
+    weights: *const u32,
+    sums: *mut f32,
+) {
+    #[cfg(target_arch = "x86_64")]
+    if step.isa == Isa::Amx && step.precision == Precision::Bf16 {
+        let mut tile = Tile([0f32; TILE_ROWS * 64]);
+        let tile = &mut tile.0;
+        for d in (0..step.dim).step_by(64) {
+            // SAFETY: as the caller says; 64 or, at the end, 32 dimensions are left.
+            unsafe {
+                amx::configure();
+                amx::clear_values();
+                for (i, block) in blocks.clone().enumerate() {
+                    if d == 0 {
+                        step.after_values(index, block, head, &blocks).ask(0, step.plane);
+                    }
+                    let values = step.keys(index, block, head).add(step.plane + d);
+                    let weights = weights.add(i * BLOCK_SCORES / 2);
+                    match step.dim - d >= 64 {
+                        true => amx::add_values(weights, values, step.dim),
+                        false => amx::add_values_32(weights, values, step.dim),
+                    }
+                }
+                amx::store_values(tile.as_mut_ptr());
+                let n = (step.dim - d).min(64);
+                for (i, row) in tile.chunks_exact(64).enumerate().take(count) {
+                    std::ptr::copy_nonoverlapping(row.as_ptr(), sums.add(i * step.dim + d), n);
+                }
+            }
+        }
+        return;
+    }
+    for i in 0..count {
+        let mut d = 0;
+        while d < step.dim {
+            // SAFETY: as the caller says.
+            unsafe {
+                let (scores, weights, sums) =
+                    (scores.add(i * BLOCK_SIZE), weights.add(i * BLOCK_SIZE / 2), sums.add(i * step.dim + d));
+                d += match step.dim - d {
+                    left if left >= 4 * LANES => row_values::<S, 4>(
+                        step,
+                        index,
+                        head,
+                        blocks.clone(),
+                        scores,
+                        weights,
+                        d,
+                        sums,
+                        i == 0 && d == 0,
+                    ),
+                    _ => row_values::<S, 1>(
+                        step,
+                        index,
+                        head,
+                        blocks.clone(),
+                        scores,
+                        weights,
+                        d,
+                        sums,
+                        i == 0 && d == 0,
+                    ),
+                };
+            }
+        }
+    }
+}
+
+/// One query's `C` vectors of dimensions from `d` on.
+///
+/// # Safety
+/// As [`weigh_values`].
+#[inline(always)]
+#[expect(clippy::too_many_arguments, reason = "a kernel's inner part")]
+unsafe fn row_values<S: Simd, const C: usize>(
+    step: &Step,
+    index: usize,
+    head: usize,
+    blocks: Range<usize>,
+    scores: *const f32,
+    weights: *const u32,
+    d: usize,
+    sums: *mut f32,
+    first: bool,
+) -> usize {
+    // SAFETY: as the caller says.
+    unsafe {
+        let mut acc = [S::splat(0.0); C];
+        for (i, block) in blocks.clone().enumerate() {
+            let ahead = if first { step.after_values(index, block, head, &blocks) } else { Ahead::NOTHING };
+            let values = step.keys(index, block, head).add(step.plane + d);
+            match step.precision {
+                Precision::F32 => {
+                    for position in 0..BLOCK_SIZE {
+                        ahead.ask(position, step.dim);
+                        let weight = S::splat(*scores.add(i * BLOCK_SCORES + position));
+                        let values = values.cast::<f32>().add(position * step.dim);
+                        for (c, acc) in acc.iter_mut().enumerate() {
+                            *acc = S::fma(S::load(values.add(c * LANES)), weight, *acc);
+                        }
+                    }
+                }
+                Precision::Bf16 => {
+                    for pair in 0..BLOCK_SIZE / 2 {
+                        ahead.ask(pair, step.dim);
+                        let weight = *weights.add(i * BLOCK_SCORES / 2 + pair);
+                        let values = values.add(pair * step.dim);
+                        for (c, acc) in acc.iter_mut().enumerate() {
+                            *acc = S::dot(*acc, S::load_pairs(values.add(c * LANES)), weight);
+                        }
+                    }
+                }
+            }
+        }
+        for (c, acc) in acc.iter().enumerate() {
+            S::store(sums.add(c * LANES), *acc);
+        }
+    }
+    C * LANES
+}
