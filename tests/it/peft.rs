@@ -84,3 +84,18 @@ fn a_prompt_of_each_type_for_an_encoder_decoder_loads_in_peft_and_answers_the_sa
         }
     }
 }
+
+#[test]
+fn rows_and_keys_and_values_that_are_tuned_for_each_family_answer_the_same_in_peft() {
+    let Some(python) = python() else { return };
+    // Of the one with a vision tower only the text's weights are kept.
+    for name in fixtures::families().into_iter().filter(|name| !name.ends_with("vision")) {
+        let home = tempfile::tempdir().unwrap();
+        let data = tune_encoder_decoder::data(home.path(), "output");
+        for (task, options) in [TYPES[0], TYPES[3]] {
+            let (code, _, log) = output(tune_encoder_decoder::tune_on(home.path(), &name, task, &data, options));
+            assert_eq!(code, Some(0), "{name} {task}: {log}");
+            is_the_same_in_peft(&python, home.path(), &fixtures::dir(&name), task, [&data, &data]);
+        }
+    }
+}

@@ -24,6 +24,18 @@ from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 
+# What Rust trims; Python's own strip takes some control characters too.
+SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
+
+
+def unescaped(quoted):
+    """The text of a string as Rust's `{:?}` quotes it."""
+    names = {"0": "\0", "t": "\t", "r": "\r", "n": "\n"}
+    def one(found):
+        return chr(int(found[2], 16)) if found[2] else names.get(found[1], found[1])
+    return re.sub(r"\\(u\{([0-9a-f]+)\}|.)", one, quoted[1:-1])
+
+
 def shown_outputs(path):
     """The "tuned prompt" lines of `softserve eval --show`, by line of the data."""
     outputs, line = {}, None
@@ -31,8 +43,7 @@ def shown_outputs(path):
         if found := re.match(r"line (\d+), expected ", text):
             line = int(found[1])
         elif found := re.match(r"  tuned prompt\s+(\".*\")$", text):
-            # Rust's escapes: \u{301} for what does not print, \' never in a string.
-            outputs[line] = json.loads(re.sub(r"\\u\{([0-9a-f]+)\}", lambda m: "\\u%04x" % int(m[1], 16), found[1]))
+            outputs[line] = unescaped(found[1])
     return outputs
 
 
@@ -86,7 +97,7 @@ def main():
                                  max_new_tokens=limit, do_sample=False)
         # After the input, or after the decoder's start token.
         new = [i for i in out[0, 1 if has_encoder else len(ids):].tolist() if i not in stops]
-        answer = tokenizer.decode(new).strip()
+        answer = tokenizer.decode(new).strip(SPACE)
         compared += 1
         if answer != shown[number]:
             wrong.append(f"line {number}: PEFT {answer!r}, softserve {shown[number]!r}")
