@@ -171,6 +171,20 @@ fn the_gradient_of_every_key_and_value_is_that_of_central_differences() {
     }
 }
 
+/// The loss of a batch and its gradient to each tensor, on a model in f64.
+pub fn plain_gradient(
+    model: &Model,
+    parameters: &Parameters,
+    values: &[f32],
+    batch: &[&Encoded],
+) -> (f64, Vec<Tensor>) {
+    let vars = parameters.variables(values, &Device::Cpu).unwrap();
+    let tensors: Vec<Tensor> = vars.iter().map(|v| v.as_tensor().clone()).collect();
+    let sum = loss::score(model, Some(&parameters.prompt(&tensors).unwrap()), batch).unwrap().sum;
+    let gradient = loss::gradients_of(&sum, &vars).unwrap();
+    (loss::scalar(&sum).unwrap(), gradient)
+}
+
 #[test]
 fn the_fast_gradient_in_f32_is_the_plain_one_in_f64() {
     let (slow, fast) = (model(DType::F64), model(DType::F32));
@@ -181,11 +195,7 @@ fn the_fast_gradient_in_f32_is_the_plain_one_in_f64() {
         let values = begin(&fast, &parameters);
         let (sum, gradient) = loss::gradient(&fast, &parameters, &values, &batch).unwrap();
 
-        let vars = parameters.variables(&values, &Device::Cpu).unwrap();
-        let tensors: Vec<Tensor> = vars.iter().map(|v| v.as_tensor().clone()).collect();
-        let exact = loss::score(&slow, Some(&parameters.prompt(&tensors).unwrap()), &batch).unwrap().sum;
-        let expected = loss::gradients_of(&exact, &vars).unwrap();
-        let exact = loss::scalar(&exact).unwrap();
+        let (exact, expected) = plain_gradient(&slow, &parameters, &values, &batch);
         assert!((sum - exact).abs() < 1e-4 * exact, "{sum} {exact}");
         let mut rest = gradient.as_slice();
         for (named, expected) in parameters.tensors().iter().zip(expected) {

@@ -26,6 +26,7 @@ use softserve::{
 use crate::{
     fixtures,
     process::{Process, output, softserve},
+    tune::plain_gradient,
     tune_job::{NEVER, StopAt},
     tune_types::{TYPES, tune},
 };
@@ -125,11 +126,7 @@ fn the_fast_gradient_in_f32_is_the_plain_one_in_f64() {
             let values = begin(&parameters, fast.info().hidden_size);
             let (sum, gradient) = loss::gradient(&fast, &parameters, &values, &batch).unwrap();
 
-            let vars = parameters.variables(&values, &Device::Cpu).unwrap();
-            let tensors: Vec<Tensor> = vars.iter().map(|v| v.as_tensor().clone()).collect();
-            let exact = loss::score(&slow, Some(&parameters.prompt(&tensors).unwrap()), &batch).unwrap().sum;
-            let expected = loss::gradients_of(&exact, &vars).unwrap();
-            let exact = loss::scalar(&exact).unwrap();
+            let (exact, expected) = plain_gradient(&slow, &parameters, &values, &batch);
             assert!((sum - exact).abs() < 1e-4 * exact, "{name} {method:?}: {sum} {exact}");
             let expected: Vec<f32> =
                 expected.iter().flat_map(|g| g.flatten_all().unwrap().to_vec1::<f32>().unwrap()).collect();

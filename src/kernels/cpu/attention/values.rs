@@ -66,35 +66,29 @@ pub(super) unsafe fn weigh_values<S: Simd>(
         while d < step.dim {
             // SAFETY: as the caller says.
             unsafe {
-                let (scores, weights, sums) =
-                    (scores.add(i * BLOCK_SIZE), weights.add(i * BLOCK_SIZE / 2), sums.add(i * step.dim + d));
+                let (scores, weights) = (scores.add(i * BLOCK_SIZE), weights.add(i * BLOCK_SIZE / 2));
+                let row = Row { index, head, blocks: &blocks, scores, weights, first: i == 0 };
+                let sums = sums.add(i * step.dim + d);
                 d += match step.dim - d {
-                    left if left >= 4 * LANES => row_values::<S, 4>(
-                        step,
-                        index,
-                        head,
-                        blocks.clone(),
-                        scores,
-                        weights,
-                        d,
-                        sums,
-                        i == 0 && d == 0,
-                    ),
-                    _ => row_values::<S, 1>(
-                        step,
-                        index,
-                        head,
-                        blocks.clone(),
-                        scores,
-                        weights,
-                        d,
-                        sums,
-                        i == 0 && d == 0,
-                    ),
+                    left if left >= 4 * LANES => row_values::<S, 4>(step, row, d, sums),
+                    _ => row_values::<S, 1>(step, row, d, sums),
                 };
             }
         }
     }
+}
+
+/// One query of a tile.
+#[derive(Clone, Copy)]
+struct Row<'a> {
+    index: usize,
+    head: usize,
+    blocks: &'a Range<usize>,
+    /// Its row of the first block's scores, and of the weights in bf16.
+    scores: *const f32,
+    weights: *const u32,
+    /// It is the tile's first, which asks for what is read next.
+    first: bool,
 }
 
 /// One query's `C` vectors of dimensions from `d` on.
@@ -102,23 +96,13 @@ pub(super) unsafe fn weigh_values<S: Simd>(
 /// # Safety
 /// As [`weigh_values`].
 #[inline(always)]
-#[expect(clippy::too_many_arguments, reason = "a kernel's inner part")]
-unsafe fn row_values<S: Simd, const C: usize>(
-    step: &Step,
-    index: usize,
-    head: usize,
-    blocks: Range<usize>,
-    scores: *const f32,
-    weights: *const u32,
-    d: usize,
-    sums: *mut f32,
-    first: bool,
-) -> usize {
+unsafe fn row_values<S: Simd, const C: usize>(step: &Step, row: Row, d: usize, sums: *mut f32) -> usize {
+    let Row { index, head, blocks, scores, weights, first } = row;
     // SAFETY: as the caller says.
     unsafe {
         let mut acc = [S::splat(0.0); C];
         for (i, block) in blocks.clone().enumerate() {
-            let ahead = if first { step.after_values(index, block, head, &blocks) } else { Ahead::NOTHING };
+            let ahead = if first && d == 0 { step.after_values(index, block, head, blocks) } else { Ahead::NOTHING };
             let values = step.keys(index, block, head).add(step.plane + d);
             match step.precision {
                 Precision::F32 => {
