@@ -147,18 +147,20 @@ impl Runner {
         let segments: Vec<Segment> =
             parts.iter().map(|p| Segment { rows: p.tokens.len(), start: p.start, blocks: p.blocks.to_vec() }).collect();
         let encoded: Vec<&CrossKeyValues> = parts.iter().filter_map(|p| p.encoded).collect();
-        let mut kernels = PagedKernels::new(&mut self.cache, &segments).with_encoded(&encoded);
-        let hidden = self.model.forward(&x, &positions, &mut kernels)?;
         let ends = parts.iter().scan(0, |end, p| {
             *end += p.tokens.len();
             Some((*end as u32 - 1, p.samples))
         });
-        let last: Vec<u32> = ends.filter_map(|(row, samples)| samples.then_some(row)).collect();
-        if last.is_empty() {
-            return Ok(Logits(None));
+        let mut last: Vec<u32> = ends.filter_map(|(row, samples)| samples.then_some(row)).collect();
+        let samples = !last.is_empty();
+        if !samples {
+            // Keys and values are all that is wanted; a pass gives at least one row.
+            last.push(0);
         }
-        let last = hidden.index_select(&Tensor::new(last, &device)?, 0)?;
-        Ok(Logits(Some(self.model.logits(&last)?.to_device(&Device::Cpu)?)))
+        let mut kernels = PagedKernels::new(&mut self.cache, &segments).with_encoded(&encoded);
+        let last = self.model.forward(&x, &positions, &Tensor::new(last, &device)?, &mut kernels)?;
+        let logits = samples.then(|| self.model.logits(&last)?.to_device(&Device::Cpu)).transpose()?;
+        Ok(Logits(logits))
     }
 
     /// The packed embeddings of all parts, `[t, hidden]`.

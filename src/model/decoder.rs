@@ -107,7 +107,7 @@ impl Decoder {
     }
 
     /// See [`Model::forward`](super::Model::forward).
-    pub fn forward(&self, x: &Tensor, positions: &Tensor, kernels: &mut dyn Kernels) -> Result<Tensor> {
+    pub fn forward(&self, x: &Tensor, positions: &Tensor, rows: &Tensor, kernels: &mut dyn Kernels) -> Result<Tensor> {
         let of_rows = |(cos, sin): &Rotation| Ok((cos.index_select(positions, 0)?, sin.index_select(positions, 0)?));
         let rotations = self.rotations.iter().map(of_rows).collect::<Result<Vec<Rotation>>>()?;
         let mut x = match &self.positions {
@@ -118,7 +118,8 @@ impl Decoder {
             x = norm.forward(&x, kernels)?;
         }
         for (i, layer) in self.layers.iter().enumerate() {
-            x = layer.forward(i, &x, &rotations, kernels)?;
+            let rows = (i + 1 == self.layers.len()).then_some(rows);
+            x = layer.forward(i, &x, rows, &rotations, kernels)?;
         }
         match &self.final_norm {
             Some(norm) => norm.forward(&x, kernels),

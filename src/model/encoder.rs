@@ -33,7 +33,7 @@ impl Encoder {
     pub fn forward(&self, x: &Tensor, kernels: &mut dyn Kernels) -> Result<Tensor> {
         let mut x = x.clone();
         for (i, layer) in self.layers.iter().enumerate() {
-            x = layer.forward(i, &x, &[], kernels)?;
+            x = layer.forward(i, &x, None, &[], kernels)?;
         }
         self.final_norm.forward(&x, kernels)
     }

@@ -55,21 +55,34 @@ impl Layer {
         })
     }
 
-    /// `[t, hidden]` to `[t, hidden]`, as layer `index`.
+    /// `[t, hidden]` to `[t, hidden]`, as layer `index`; only these `rows` of it, if any are named. The
+    /// others are then computed as far as attention reads them.
     pub fn forward(
         &self,
         index: usize,
         x: &Tensor,
+        rows: Option<&Tensor>,
         rotations: &[Rotation],
         kernels: &mut dyn Kernels,
     ) -> Result<Tensor> {
+        let pick = |x: &Tensor| match rows {
+            Some(rows) => x.index_select(rows, 0),
+            None => Ok(x.clone()),
+        };
         let h = self.attention_norms.enter(x, kernels)?;
         let attended = self.attention.forward(index, &h, rotations, kernels)?;
-        let mut y = self.attention_norms.leave(&self.output, &attended, x, kernels)?;
-        if let Some(cross) = &self.cross {
-            y = cross.forward(index, &y, kernels)?;
-        }
-        let h = self.mlp_norms.enter(if self.parallel_residual { x } else { &y }, kernels)?;
+        let (x, y) = match &self.cross {
+            None => {
+                let x = pick(x)?;
+                let y = self.attention_norms.leave(&self.output, &pick(&attended)?, &x, kernels)?;
+                (x, y)
+            }
+            Some(cross) => {
+                let y = self.attention_norms.leave(&self.output, &attended, x, kernels)?;
+                (pick(x)?, pick(&cross.forward(index, &y, kernels)?)?)
+            }
+        };
+        let h = self.mlp_norms.enter(if self.parallel_residual { &x } else { &y }, kernels)?;
         let inner = self.mlp.forward(&h, kernels)?;
         self.mlp_norms.leave(&self.down, &inner, &y, kernels)
     }

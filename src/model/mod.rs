@@ -129,11 +129,12 @@ impl Model {
     }
 
     /// Packed embeddings `[t, hidden]` of any number of sequences, and each row's position in its
-    /// own sequence `[t]` u32, to final hidden states `[t, hidden]`. Which rows belong together is
-    /// known to `kernels` alone. Learned positions and a norm of embeddings are added here, to every
-    /// row. Differentiable with respect to `x` if the kernels are.
-    pub fn forward(&self, x: &Tensor, positions: &Tensor, kernels: &mut dyn Kernels) -> Result<Tensor> {
-        self.decoder.forward(x, positions, kernels)
+    /// own sequence `[t]` u32, to final hidden states of the rows that are named, `[r]` u32 to
+    /// `[r, hidden]`. Which rows belong together is known to `kernels` alone. Learned positions and a
+    /// norm of embeddings are added here, to every row. Differentiable with respect to `x` if the
+    /// kernels are.
+    pub fn forward(&self, x: &Tensor, positions: &Tensor, rows: &Tensor, kernels: &mut dyn Kernels) -> Result<Tensor> {
+        self.decoder.forward(x, positions, rows, kernels)
     }
 
     /// Packed embeddings `[t, hidden]` of any number of inputs of an encoder, each in one piece, to its

@@ -119,8 +119,7 @@ fn decode(
         x = Tensor::cat(&[&rows, &x], 0)?;
     }
     let mut kernels = kernels(prompt, &lengths, encoded, device, x.dtype())?;
-    let hidden = model.forward(&x, &Tensor::new(positions, device)?, kernels.as_mut())?;
-    hidden.index_select(&Tensor::new(answer_rows, device)?, 0)
+    model.forward(&x, &Tensor::new(positions, device)?, &Tensor::new(answer_rows, device)?, kernels.as_mut())
 }
 
 /// The tuning kernels for `[prompt][text]` of these lengths of text.

@@ -151,7 +151,7 @@ fn step(model: &Model, running: &[Running], cache: &mut KvCache) -> Result<Vec<u
     let x = Tensor::cat(&running.iter().map(|sequence| &sequence.next).collect::<Vec<_>>(), 0)?;
     let encoded: Vec<&CrossKeyValues> = running.iter().filter_map(|sequence| sequence.encoded.as_ref()).collect();
     let mut kernels = PagedKernels::new(cache, &segments).with_encoded(&encoded);
-    let hidden = model.forward(&x, &Tensor::new(positions, device)?, &mut kernels)?;
-    let logits = model.logits(&hidden.index_select(&Tensor::new(last, device)?, 0)?)?;
+    let hidden = model.forward(&x, &Tensor::new(positions, device)?, &Tensor::new(last, device)?, &mut kernels)?;
+    let logits = model.logits(&hidden)?;
     logits.argmax(D::Minus1)?.to_vec1()
 }

@@ -132,7 +132,9 @@ impl Source<'_> {
         let positions: Vec<u32> = (0..n as u32).collect();
         let mut kernels = DenseKernels::new(&[n], device)?.with_encoded(encoded).recording();
         let x = self.model.embed(&Tensor::new(ids, device)?)?;
-        self.model.forward(&x, &Tensor::new(positions, device)?, &mut kernels)?;
+        // What is wanted is recorded on the way to the last row.
+        let last = Tensor::new(&[n as u32 - 1], device)?;
+        self.model.forward(&x, &Tensor::new(positions, device)?, &last, &mut kernels)?;
         Ok(kernels.into_recorded().iter().map(|(k, v)| Ok([host(k)?, host(v)?])).collect::<Result<_>>()?)
     }
 

@@ -102,6 +102,11 @@ fn logits(
 
 /// The same by the plain kernels, for a prompt of rows or none.
 fn plain_logits(model: &Model, prompt: Option<&Arc<LearnedPrompt>>, case: &Case) -> Vec<f32> {
+    decoded(model, prompt, case, &[0], &[0])
+}
+
+/// The logits after these `rows` of what the decoder reads, one behind the other, by the plain kernels.
+fn decoded(model: &Model, prompt: Option<&Arc<LearnedPrompt>>, case: &Case, tokens: &[u32], rows: &[u32]) -> Vec<f32> {
     let embed = |ids: &[u32]| model.embed(&Tensor::new(ids, &Device::Cpu).unwrap()).unwrap();
     let text = embed(&case.input_ids);
     let x = match prompt.map(Arc::as_ref) {
@@ -111,10 +116,22 @@ fn plain_logits(model: &Model, prompt: Option<&Arc<LearnedPrompt>>, case: &Case)
     let hidden = model.encode(&x, &mut DenseKernels::new(&[x.dims()[0]], &Device::Cpu).unwrap()).unwrap();
     let inputs = std::iter::once(0..x.dims()[0]).collect();
     let encoded = EncodedBatch { layers: model.cross_key_values(&hidden).unwrap(), inputs };
-    let mut kernels = DenseKernels::new(&[1], &Device::Cpu).unwrap().with_encoded(encoded);
-    let position = Tensor::new(&[0u32], &Device::Cpu).unwrap();
-    let hidden = model.forward(&embed(&[0]), &position, &mut kernels).unwrap();
-    model.logits(&hidden).unwrap().squeeze(0).unwrap().to_vec1().unwrap()
+    let mut kernels = DenseKernels::new(&[tokens.len()], &Device::Cpu).unwrap().with_encoded(encoded);
+    let positions = Tensor::arange(0, tokens.len() as u32, &Device::Cpu).unwrap();
+    let rows = Tensor::new(rows, &Device::Cpu).unwrap();
+    let hidden = model.forward(&embed(tokens), &positions, &rows, &mut kernels).unwrap();
+    model.logits(&hidden).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+}
+
+#[test]
+fn rows_that_are_asked_for_are_those_of_the_whole_pass_in_every_bit() {
+    for name in MODELS {
+        let model = fixtures::load(name, DType::F32);
+        let case = &cases(name)[0];
+        let whole = decoded(&model, None, case, &[0, 7, 9], &[0, 1, 2]);
+        let vocab = model.info().vocab_size;
+        assert!(decoded(&model, None, case, &[0, 7, 9], &[2, 0]) == [&whole[2 * vocab..], &whole[..vocab]].concat());
+    }
 }
 
 #[test]

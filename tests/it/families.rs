@@ -43,12 +43,17 @@ fn rows(model: &Model, name: &str, case: &Case) -> Tensor {
     Tensor::cat(&[prompt, words], 0).unwrap()
 }
 
+/// The logits after these rows, one behind the other.
+fn logits_of(model: &Model, x: &Tensor, rows: &[u32], kernels: &mut dyn Kernels) -> Vec<f32> {
+    let positions = Tensor::arange(0, x.dims()[0] as u32, &Device::Cpu).unwrap();
+    let rows = Tensor::new(rows, &Device::Cpu).unwrap();
+    let hidden = model.forward(x, &positions, &rows, kernels).unwrap();
+    model.logits(&hidden).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+}
+
 /// The logits after the last row, `[vocab]`.
 fn logits(model: &Model, x: &Tensor, kernels: &mut dyn Kernels) -> Vec<f32> {
-    let t = x.dims()[0];
-    let positions = Tensor::arange(0, t as u32, &Device::Cpu).unwrap();
-    let hidden = model.forward(x, &positions, kernels).unwrap();
-    model.logits(&hidden.narrow(0, t - 1, 1).unwrap()).unwrap().squeeze(0).unwrap().to_vec1().unwrap()
+    logits_of(model, x, &[x.dims()[0] as u32 - 1], kernels)
 }
 
 #[test]
@@ -144,6 +149,30 @@ fn gradients_of_rows_and_of_key_values_are_those_of_central_differences() {
 }
 
 #[test]
+fn rows_that_are_asked_for_are_those_of_the_whole_pass_in_every_bit() {
+    for name in fixtures::families() {
+        for dtype in [DType::F32, DType::BF16] {
+            let model = fixtures::load(&name, dtype);
+            let x = rows(&model, &name, &fixtures::embeddings_cases(&name)[1]);
+            let t = x.dims()[0];
+            let blocks = t.div_ceil(BLOCK_SIZE);
+            let segment = [Segment { rows: t, start: 0, blocks: (0..blocks as u32).collect() }];
+            let of = |asked: &[u32]| {
+                let mut cache = KvCache::new(model.kv_shape(), blocks).unwrap();
+                logits_of(&model, &x, asked, &mut PagedKernels::new(&mut cache, &segment))
+            };
+            let vocab = model.info().vocab_size;
+            let whole = of(&(0..t as u32).collect::<Vec<_>>());
+            // In any order, and twice.
+            let asked = [t as u32 - 1, 2, 0, 2];
+            for (row, logits) in asked.iter().zip(of(&asked).chunks_exact(vocab)) {
+                assert!(logits == &whole[*row as usize * vocab..][..vocab], "{name} {dtype:?} row {row}");
+            }
+        }
+    }
+}
+
+#[test]
 fn bf16_answers_do_not_depend_on_chunks_in_one_bit() {
     for name in fixtures::families() {
         let model = fixtures::load(&name, DType::BF16);
@@ -159,8 +188,9 @@ fn bf16_answers_do_not_depend_on_chunks_in_one_bit() {
                 let segment = [Segment { rows, start, blocks: (0..blocks as u32).collect() }];
                 let positions = Tensor::arange(start as u32, (start + rows) as u32, &Device::Cpu).unwrap();
                 let mut kernels = PagedKernels::new(&mut cache, &segment);
-                let hidden = model.forward(&x.narrow(0, start, rows).unwrap(), &positions, &mut kernels).unwrap();
-                last = Some(model.logits(&hidden.narrow(0, rows - 1, 1).unwrap()).unwrap());
+                let end = Tensor::new(&[rows as u32 - 1], &Device::Cpu).unwrap();
+                let hidden = model.forward(&x.narrow(0, start, rows).unwrap(), &positions, &end, &mut kernels);
+                last = Some(model.logits(&hidden.unwrap()).unwrap());
             }
             last.unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap()
         };

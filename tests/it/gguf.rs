@@ -68,7 +68,8 @@ fn logits(model: &Model, prompt: Option<&Tensor>, ids: &[u32]) -> Vec<f32> {
     let n = x.dims()[0];
     let positions = Tensor::arange(0, n as u32, &Device::Cpu).unwrap();
     let mut kernels = DenseKernels::new(&[n], &Device::Cpu).unwrap();
-    let hidden = model.forward(&x, &positions, &mut kernels).unwrap().narrow(0, n - 1, 1).unwrap();
+    let last = Tensor::new(&[n as u32 - 1], &Device::Cpu).unwrap();
+    let hidden = model.forward(&x, &positions, &last, &mut kernels).unwrap();
     model.logits(&hidden).unwrap().squeeze(0).unwrap().to_vec1().unwrap()
 }
 
@@ -134,7 +135,7 @@ fn the_weights_keep_the_size_they_have_in_the_file_and_the_gradient_is_that_of_t
     let gradient = |model: &Model, dtype: DType, kernels: &mut dyn Kernels| {
         let x = Var::from_tensor(&x.to_dtype(dtype).unwrap()).unwrap();
         let positions = Tensor::arange(0, 9u32, &Device::Cpu).unwrap();
-        let hidden = model.forward(x.as_tensor(), &positions, kernels).unwrap();
+        let hidden = model.forward(x.as_tensor(), &positions, &positions, kernels).unwrap();
         let loss = model.logits(&hidden).unwrap().sqr().unwrap().mean_all().unwrap();
         let grads = loss.backward().unwrap();
         let grad = grads.get(x.as_tensor()).expect("a gradient to the input").to_dtype(DType::F64).unwrap();
