@@ -1,7 +1,7 @@
 //! The scheduler against a model of the cache that remembers what was written where: random
 //! requests, prompts, priorities, weights, cancels, failures and cache sizes.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 
 use proptest::prelude::*;
 

@@ -1,9 +1,16 @@
 //! The scheduler's rules, one by one.
 
-use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+use std::{
+    collections::HashSet,
+    sync::atomic::{AtomicU32, Ordering::Relaxed},
+};
 
-use super::*;
-use crate::engine::{encoder::EncoderInput, prefix::ChainHash, request::Account};
+use super::{fill::LINGER, *};
+use crate::engine::{
+    encoder::{EncoderInput, InputKey},
+    prefix::ChainHash,
+    request::Account,
+};
 
 const LIMITS: Limits = Limits {
     max_batch: 4,
