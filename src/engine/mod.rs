@@ -70,6 +70,10 @@ pub struct EngineConfig {
 /// Learned prompts that may wait to be warmed; more are computed at their first use.
 const MAX_WARM_UPS: usize = 1024;
 
+/// Blocks of the cache beyond what the batch can fill: millions of positions of prompts and texts that
+/// may come again. A bound for what is known of blocks, however small they are.
+const MAX_KEPT_BLOCKS: usize = 1 << 16;
+
 impl Default for EngineConfig {
     fn default() -> Self {
         Self {
@@ -201,9 +205,9 @@ impl Engine {
     /// The forward pass failed, or the cache's bytes do not hold one block.
     pub fn start(model: Model, config: EngineConfig) -> candle_core::Result<(Engine, EngineThread)> {
         let block_bytes = model.kv_shape().block_bytes();
-        // More than every place in the batch at full length would never be used.
         let context = model.info().context_length;
-        let useful = config.max_batch * context.div_ceil(crate::kernels::kv_cache::BLOCK_SIZE);
+        // Every place in the batch at full length, and what is kept of prompts and texts beside them.
+        let useful = config.max_batch * context.div_ceil(crate::kernels::kv_cache::BLOCK_SIZE) + MAX_KEPT_BLOCKS;
         let (kv_cache_bytes, encoder) = EncoderLimits::of(&model, &config)?;
         let num_blocks = (kv_cache_bytes / block_bytes).min(useful);
         if num_blocks == 0 {

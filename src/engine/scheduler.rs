@@ -19,7 +19,7 @@ use std::collections::{HashMap, VecDeque};
 pub use super::cache::BlockCopy;
 use super::{
     cache::Cache,
-    fairness::{Ledger, OUTPUT_COST},
+    fairness::{INPUT_COST, Ledger, OUTPUT_COST, Rank},
     queue::Queue,
     request::{CacheRoot, InputToken},
     sequence::{Sequence, SequenceId},
@@ -62,6 +62,16 @@ pub struct Chunk {
     pub samples: bool,
     /// The encoder's input is computed first, all of it.
     pub encodes: bool,
+}
+
+impl Chunk {
+    /// Positions of a sequence's input that this chunk computes for the first time. What is computed
+    /// anew after its sequence was put off was charged before.
+    fn cost(&self, sequence: &Sequence) -> usize {
+        let end = (self.start + self.len).min(sequence.num_input);
+        let encoder = if self.encodes && sequence.charged < sequence.num_input { sequence.num_encoder() } else { 0 };
+        end.saturating_sub(self.start.max(sequence.charged)) + encoder
+    }
 }
 
 /// Waiting and running sequences and the blocks they hold.
@@ -113,7 +123,7 @@ impl Scheduler {
     /// Lets a sequence wait for its turn. The caller keeps it within
     /// [`max_sequence`](Self::max_sequence), its new tokens included, and not empty.
     pub fn add(&mut self, id: SequenceId, sequence: Sequence) {
-        self.ledger.enter(sequence.account);
+        self.ledger.enter(sequence.priority, sequence.account);
         self.queue.push_back(sequence.priority, sequence.account.key, id);
         self.sequences.insert(id, sequence);
     }
@@ -172,13 +182,18 @@ impl Scheduler {
                 sequence.num_computed = chunk.start + chunk.len;
                 sequence.encoded |= chunk.encodes;
                 self.cache.learn(sequence);
+                if self.warming != Some(chunk.id) {
+                    let cost = chunk.cost(sequence) as f64 * INPUT_COST;
+                    sequence.charged = sequence.charged.max(chunk.start + chunk.len);
+                    self.ledger.charge(sequence.priority, sequence.account, cost);
+                }
             }
         }
         self.share_encoded(step);
         for (id, token) in tokens {
             if let Some(sequence) = self.sequences.get_mut(id) {
                 sequence.tokens.push(InputToken::Vocab(*token));
-                self.ledger.charge(sequence.account.key, OUTPUT_COST);
+                self.ledger.charge(sequence.priority, sequence.account, OUTPUT_COST);
             }
         }
         if let Some(id) = self.warming.filter(|id| self.sequences.get(id).is_none_or(|s| s.num_pending() == 0)) {
@@ -220,18 +235,22 @@ impl Scheduler {
         self.preemptions
     }
 
+    fn rank(&self, sequence: &Sequence) -> Rank {
+        self.ledger.rank(sequence.priority, sequence.account.key)
+    }
+
     fn take_out(&mut self, id: SequenceId) -> Option<Sequence> {
         let sequence = self.sequences.remove(&id)?;
         if self.warming == Some(id) {
             self.warming = None;
             return Some(sequence);
         }
-        let account = sequence.account.key;
+        let (priority, account) = (sequence.priority, sequence.account.key);
         let running = self.running.len();
         self.running.retain(|&r| r != id);
-        let was_live = self.running.len() < running || self.queue.remove(sequence.priority, account, id);
+        let was_live = self.running.len() < running || self.queue.remove(priority, account, id);
         if was_live {
-            self.ledger.leave(account);
+            self.ledger.leave(priority, account);
             self.linger(account);
         } else {
             self.warm_ups.retain(|&w| w != id);
@@ -241,7 +260,11 @@ impl Scheduler {
 }
 
 #[cfg(test)]
+mod encoders;
+#[cfg(test)]
 mod latency;
+#[cfg(test)]
+mod shares;
 #[cfg(test)]
 mod simulation;
 #[cfg(test)]

@@ -6,7 +6,7 @@ use std::collections::{HashMap, HashSet};
 use super::{Scheduler, Step};
 use crate::engine::{
     cache::Cache,
-    fairness::INPUT_COST,
+    fairness::{self, INPUT_COST},
     quota::Quota,
     sequence::{Sequence, SequenceId},
 };
@@ -40,33 +40,50 @@ impl Scheduler {
 
     /// Lets waiting sequences join while there are places, blocks and positions for them.
     pub(super) fn admit(&mut self, quota: &Quota, step: &mut Step) {
-        // What each account will take of the step, by what it wants and may.
-        let mut planned: HashMap<u64, usize> = HashMap::new();
-        for sequence in self.running.iter().filter_map(|id| self.sequences.get(id)) {
-            *planned.entry(sequence.account.key).or_default() += sequence.work();
-        }
-        planned.iter_mut().for_each(|(&account, tokens)| *tokens = (*tokens).min(quota.left(account)));
         let running = self.running.iter().filter_map(|id| self.sequences.get(id));
         let most = match running.filter(|s| s.work() == 1).count() {
             0 => self.limits.max_step_tokens,
             tokens => self.limits.max_step_tokens.min(tokens + self.limits.max_prefill_tokens),
         };
+        // What those that join now will have had after it, so that accounts join in turn.
+        let mut joined: HashMap<(i32, u64), f64> = HashMap::new();
         let mut served = HashSet::new();
-        while planned.values().sum::<usize>() < most {
-            let rank = |account| (!served.contains(&account)).then(|| self.ledger.counter(account));
-            let Some(id) = self.queue.next(rank) else { break };
-            let Some(account) = self.sequences.get(&id).map(|s| s.account.key) else { break };
-            let tokens = planned.entry(account).or_default();
-            if *tokens >= quota.left(account) {
-                served.insert(account);
+        loop {
+            let next = self.queue.next(|priority, account| {
+                let more = joined.get(&(priority, account)).copied().unwrap_or(0.0);
+                (!served.contains(&account)).then(|| self.ledger.rank(priority, account).counter + more)
+            });
+            let Some((id, sequence)) = next.and_then(|id| Some((id, self.sequences.get(&id)?))) else { break };
+            let (priority, account) = (sequence.priority, sequence.account);
+            let planned = self.planned_before(sequence, quota);
+            if planned.values().sum::<usize>() >= most {
+                break;
+            }
+            if planned.get(&account.key).is_some_and(|tokens| *tokens >= quota.left(account.key)) {
+                served.insert(account.key);
                 continue;
             }
             if !self.join(id, step) {
                 break;
             }
-            let work = self.sequences.get(&id).map_or(0, Sequence::work);
-            *tokens = (*tokens + work).min(quota.left(account));
+            let work = self.sequences.get(&id).map_or(0, Sequence::work).min(quota.left(account.key));
+            *joined.entry((priority, account.key)).or_default() += work as f64 * INPUT_COST / fairness::weight(account);
         }
+    }
+
+    /// What each account will take of the step, by what it wants and may, before a waiting sequence
+    /// gets any: for those that wait for one token, for those that joined in this step, and for
+    /// inputs that rank before it. A long input that ranks after it is no reason to wait.
+    fn planned_before(&self, waiting: &Sequence, quota: &Quota) -> HashMap<u64, usize> {
+        let rank = self.rank(waiting);
+        let mut planned: HashMap<u64, usize> = HashMap::new();
+        for sequence in self.running.iter().filter_map(|id| self.sequences.get(id)) {
+            if sequence.work() == 1 || sequence.joined == self.now || self.rank(sequence) <= rank {
+                *planned.entry(sequence.account.key).or_default() += sequence.work();
+            }
+        }
+        planned.iter_mut().for_each(|(&account, tokens)| *tokens = (*tokens).min(quota.left(account)));
+        planned
     }
 
     /// Moves a waiting sequence to the running ones, in place of others if it must and may.
@@ -86,10 +103,8 @@ impl Scheduler {
                 sequence.encoded = same.is_some_and(|input| input.encoded);
                 let (priority, account) = (sequence.priority, sequence.account.key);
                 if sequence.cached_tokens.is_none() {
-                    let cached = sequence.num_computed.min(sequence.num_input);
-                    sequence.cached_tokens = Some(cached);
-                    let input = sequence.num_input - cached + more;
-                    self.ledger.charge(account, input as f64 * INPUT_COST);
+                    sequence.charged = sequence.num_computed.min(sequence.num_input);
+                    sequence.cached_tokens = Some(sequence.charged);
                 }
                 self.queue.remove(priority, account, id);
                 self.running.push(id);
@@ -112,17 +127,15 @@ impl Scheduler {
         if let Some(last) = self.last_of(|s| settled(s) && s.priority > waiting.priority) {
             return Some(last);
         }
+        let place = |account| 1.0 / fairness::weight(account);
         let mut places: HashMap<u64, f64> = HashMap::new();
         for sequence in self.running.iter().filter_map(|id| self.sequences.get(id)) {
-            *places.entry(sequence.account.key).or_default() += 1.0;
+            *places.entry(sequence.account.key).or_default() += place(sequence.account);
         }
         let own = waiting.account.key;
-        let share = |account: u64, places: f64| places / self.ledger.weight(account);
-        let after = share(own, places.get(&own).copied().unwrap_or(0.0) + 1.0);
-        let others = places.iter().filter(|(account, _)| **account != own);
-        let (&most, &count) =
-            others.max_by(|a, b| share(*a.0, *a.1).total_cmp(&share(*b.0, *b.1)).then(a.0.cmp(b.0)))?;
-        if share(most, count) < after * FAR_MORE_PLACES {
+        let after = places.remove(&own).unwrap_or(0.0) + place(waiting.account);
+        let (most, count) = places.into_iter().max_by(|a, b| a.1.total_cmp(&b.1).then(a.0.cmp(&b.0)))?;
+        if count < after * FAR_MORE_PLACES {
             return None;
         }
         self.last_of(|s| settled(s) && s.account.key == most && s.priority >= waiting.priority)
@@ -132,9 +145,7 @@ impl Scheduler {
     /// the account with the most service, then the youngest.
     fn last_of(&self, may: impl Fn(&Sequence) -> bool) -> Option<SequenceId> {
         let candidates = self.running.iter().filter_map(|&id| Some((id, self.sequences.get(&id)?)));
-        let ranked =
-            candidates.filter(|(_, s)| may(s)).map(|(id, s)| (s.priority, self.ledger.counter(s.account.key), id));
-        ranked.max_by(|a, b| a.0.cmp(&b.0).then(a.1.total_cmp(&b.1)).then(a.2.cmp(&b.2))).map(|(_, _, id)| id)
+        candidates.filter(|(_, s)| may(s)).map(|(id, s)| (self.rank(s), id)).max().map(|(_, id)| id)
     }
 
     /// Puts a running sequence back in the queue, to be computed anew from its own prompt and

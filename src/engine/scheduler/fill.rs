@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 
 use super::{Chunk, Scheduler, Step};
-use crate::engine::quota::Quota;
+use crate::engine::{fairness::Rank, quota::Quota};
 
 /// For this many steps after an account's last sequence, one that fills the batch keeps to what it
 /// may take beside others: whoever comes back soon does not find a long step under way.
@@ -22,21 +22,22 @@ impl Scheduler {
         for sequence in self.running.iter().copied().chain(self.queue.iter()).filter_map(|id| self.sequences.get(&id)) {
             // Of what a waiting one will find, its prompt is known at once.
             let is_found = sequence.root.is_some_and(|root| self.cache.contains_prompt(root));
-            let found = if is_found { sequence.num_virtual.saturating_sub(sequence.num_computed) } else { 0 };
+            let known = if is_found { sequence.num_virtual.saturating_sub(sequence.num_computed) } else { 0 };
             let (positions, sequences) = wanted.entry(sequence.account.key).or_default();
-            *positions += sequence.work() - found;
+            // The last one is computed in any case.
+            *positions += sequence.work().saturating_sub(known).max(1);
             *sequences += 1;
         }
         let tokens = self.limits.max_step_tokens;
-        let busy = self.ledger.busy();
+        let busy = self.ledger.busy().into_iter();
         let mut accounts: Vec<_> =
-            busy.map(|(key, counter)| (key, counter, wanted.get(&key).map_or(0, |w| w.0.min(tokens)))).collect();
+            busy.map(|(key, rank)| (key, rank, wanted.get(&key).map_or(0, |w| w.0.min(tokens)))).collect();
         self.recent.retain(|_, until| *until > self.now);
         // Only an account that would fill the batch is held back: others share a step as it comes.
         if wanted.values().all(|w| 2 * w.1 < self.limits.max_batch) {
             accounts.clear();
         } else if let Some(&absent) = self.recent.keys().find(|key| !wanted.contains_key(key)) {
-            accounts.push((absent, f64::NEG_INFINITY, 0));
+            accounts.push((absent, Rank { priority: i32::MIN, counter: 0.0 }, 0));
         }
         Quota::new(tokens, self.limits.fair_step_tokens, &accounts)
     }
@@ -48,10 +49,10 @@ impl Scheduler {
             let is_input = s.work() > 1;
             // Where not all can have their token, they take turns; inputs are finished one by one.
             let turn = if is_input { 0 } else { s.last_turn };
-            Some((is_input, s.priority, self.ledger.counter(s.account.key), turn, id))
+            Some((is_input, self.rank(s), turn, id))
         });
         let mut order: Vec<_> = ranked.collect();
-        order.sort_by(|a, b| (a.0, a.1).cmp(&(b.0, b.1)).then(a.2.total_cmp(&b.2)).then((a.3, a.4).cmp(&(b.3, b.4))));
+        order.sort_unstable();
         let mut inputs_left = self.limits.max_step_tokens;
         let mut encoding = HashSet::new();
         for (is_input, .., id) in order {
