@@ -14,7 +14,7 @@ use softserve::engine::{
 
 use crate::{
     fixtures,
-    support::{Options, Server, collect},
+    support::{Options, collect},
 };
 
 fn request(max_tokens: usize) -> Request {
@@ -81,16 +81,15 @@ async fn a_request_for_more_answers_than_may_wait_is_refused_as_a_whole() {
     let several = json!({"input": "a", "max_tokens": 400, "ignore_eos": true, "n": 16});
     let refused = server.generate(&several).await.json();
     assert_eq!((&refused["code"], &refused["status"]), (&json!("overloaded"), &json!(429)), "{refused}");
+    // Those that had been taken are given up.
+    let begun = Instant::now();
+    loop {
+        let stats = server.app.engine.stats();
+        if (stats.running, stats.waiting, stats.kv_blocks_used) == (0, 0, 0) {
+            break;
+        }
+        assert!(begun.elapsed() < Duration::from_secs(60), "{stats:?}");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
     server.generate(&json!({"input": "a", "max_tokens": 2})).await.ok();
-    let stats = server.app.engine.stats();
-    assert_eq!((stats.running, stats.waiting, stats.kv_blocks_used), (0, 0, 0), "{stats:?}");
-}
-
-#[tokio::test]
-async fn a_batch_of_as_many_requests_as_it_may_have_is_answered_by_a_server_with_nothing_else_to_do() {
-    let server = Server::start();
-    let item = json!({"task": "prompt7", "input": "a b", "max_tokens": 3, "ignore_eos": true});
-    let answer = server.post("/v1/generate", &json!({"requests": vec![item; 256]})).await.ok();
-    let refused: Vec<_> = answer["results"].as_array().unwrap().iter().filter(|r| r.get("code").is_some()).collect();
-    assert!(refused.is_empty(), "{} refused, such as {}", refused.len(), refused[0]);
 }
