@@ -17,13 +17,15 @@ pub mod runner;
 pub mod sampler;
 pub mod scheduler;
 pub mod sequence;
+mod stats;
+mod trial;
 mod worker;
 
 use std::{
     collections::HashSet,
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed},
     },
     thread::JoinHandle,
     time::Instant,
@@ -39,6 +41,8 @@ use prefix::ChainHash;
 use request::{CacheRoot, Event, InputToken, Request};
 use runner::Runner;
 use scheduler::Limits;
+use stats::Counters;
+pub use stats::EngineStats;
 
 /// Bounds of the engine.
 #[derive(Debug, Clone)]
@@ -65,6 +69,10 @@ pub struct EngineConfig {
 
 /// Learned prompts that may wait to be warmed; more are computed at their first use.
 const MAX_WARM_UPS: usize = 1024;
+
+/// Blocks of the cache beyond what the batch can fill: millions of positions of prompts and texts that
+/// may come again. A bound for what is known of blocks, however small they are.
+const MAX_KEPT_BLOCKS: usize = 1 << 16;
 
 impl Default for EngineConfig {
     fn default() -> Self {
@@ -139,17 +147,7 @@ struct Shared {
     /// Set once, by [`Engine::drain`]. Read at each step, so a lock is cheap enough.
     drain_by: Mutex<Option<Instant>>,
     draining: AtomicBool,
-    running: AtomicUsize,
-    kv_blocks_used: AtomicUsize,
-    kv_blocks_cached: AtomicUsize,
-    kv_blocks_total: usize,
-    encoded_positions: AtomicUsize,
-    steps: AtomicU64,
-    prompt_tokens: AtomicU64,
-    cached_tokens: AtomicU64,
-    evictions: AtomicU64,
-    generated_tokens: AtomicU64,
-    preemptions: AtomicU64,
+    counters: Counters,
 }
 
 /// Why a request was not taken.
@@ -200,37 +198,6 @@ impl EventStream {
     }
 }
 
-/// What the engine is doing now, for health and metrics.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct EngineStats {
-    /// A forward pass has run, the thread lives and takes requests.
-    pub ready: bool,
-    pub waiting: usize,
-    pub running: usize,
-    /// Blocks held by sequences.
-    pub kv_blocks_used: usize,
-    /// Blocks that nobody holds and whose content may be found again.
-    pub kv_blocks_cached: usize,
-    pub kv_blocks_total: usize,
-    /// Positions of encoders' inputs whose output is kept for running sequences; equal ones count once.
-    pub encoded_positions: usize,
-    /// How many of them there may be at once; 0 without an encoder.
-    pub encoded_positions_total: usize,
-    /// Learned prompts whose keys and values are in the cache as a whole.
-    pub cached_prompts: usize,
-    /// Forward passes since the start.
-    pub steps: u64,
-    /// Input positions computed, virtual tokens included.
-    pub prompt_tokens: u64,
-    /// Input positions found in the cache, virtual tokens included.
-    pub cached_tokens: u64,
-    pub generated_tokens: u64,
-    /// Blocks whose content had to make room for other content.
-    pub evictions: u64,
-    /// Running sequences put back in the queue to make room for others.
-    pub preemptions: u64,
-}
-
 impl Engine {
     /// Runs one forward pass, then starts the thread.
     ///
@@ -238,9 +205,9 @@ impl Engine {
     /// The forward pass failed, or the cache's bytes do not hold one block.
     pub fn start(model: Model, config: EngineConfig) -> candle_core::Result<(Engine, EngineThread)> {
         let block_bytes = model.kv_shape().block_bytes();
-        // More than every place in the batch at full length would never be used.
         let context = model.info().context_length;
-        let useful = config.max_batch * context.div_ceil(crate::kernels::kv_cache::BLOCK_SIZE);
+        // Every place in the batch at full length, and what is kept of prompts and texts beside them.
+        let useful = config.max_batch * context.div_ceil(crate::kernels::kv_cache::BLOCK_SIZE) + MAX_KEPT_BLOCKS;
         let (kv_cache_bytes, encoder) = EncoderLimits::of(&model, &config)?;
         let num_blocks = (kv_cache_bytes / block_bytes).min(useful);
         if num_blocks == 0 {
@@ -250,10 +217,10 @@ impl Engine {
         }
         let max_sequence = context.min(num_blocks * crate::kernels::kv_cache::BLOCK_SIZE);
         let mut runner = Runner::new(model, num_blocks)?;
-        worker::warm_up(&mut runner)?;
+        trial::first_pass(&mut runner)?;
         let fair_step_tokens = match config.fair_step_tokens {
             Some(tokens) => tokens,
-            None => worker::cheap_rows(&mut runner, num_blocks.min(config.max_step_tokens))?,
+            None => trial::cheap_rows(&mut runner, num_blocks.min(config.max_step_tokens))?,
         };
         tracing::debug!(fair_step_tokens, num_blocks, "the engine is ready");
         let shared = Arc::new(Shared {
@@ -265,17 +232,7 @@ impl Engine {
             ready: AtomicBool::new(true),
             drain_by: Mutex::new(None),
             draining: AtomicBool::new(false),
-            running: AtomicUsize::new(0),
-            kv_blocks_used: AtomicUsize::new(0),
-            kv_blocks_cached: AtomicUsize::new(0),
-            kv_blocks_total: num_blocks,
-            encoded_positions: AtomicUsize::new(0),
-            steps: AtomicU64::new(0),
-            prompt_tokens: AtomicU64::new(0),
-            cached_tokens: AtomicU64::new(0),
-            evictions: AtomicU64::new(0),
-            generated_tokens: AtomicU64::new(0),
-            preemptions: AtomicU64::new(0),
+            counters: Counters::new(num_blocks),
         });
         // A letter for each place, and one to wake the thread.
         let (mail, inbox) = mpsc::channel(config.max_waiting + MAX_WARM_UPS + 1);
@@ -361,23 +318,13 @@ impl Engine {
 
     /// A snapshot of the counters.
     pub fn stats(&self) -> EngineStats {
-        let s = &self.shared;
+        let shared = &self.shared;
         EngineStats {
-            ready: s.ready.load(Relaxed) && !s.draining.load(Relaxed) && !self.mail.is_closed(),
-            waiting: s.waiting.taken(),
-            running: s.running.load(Relaxed),
-            kv_blocks_used: s.kv_blocks_used.load(Relaxed),
-            kv_blocks_cached: s.kv_blocks_cached.load(Relaxed),
-            kv_blocks_total: s.kv_blocks_total,
-            encoded_positions: s.encoded_positions.load(Relaxed),
-            encoded_positions_total: s.encoder.as_ref().map_or(0, |encoder| encoder.max_positions),
-            cached_prompts: s.cached_prompts.lock().unwrap_or_else(PoisonError::into_inner).len(),
-            steps: s.steps.load(Relaxed),
-            prompt_tokens: s.prompt_tokens.load(Relaxed),
-            cached_tokens: s.cached_tokens.load(Relaxed),
-            generated_tokens: s.generated_tokens.load(Relaxed),
-            evictions: s.evictions.load(Relaxed),
-            preemptions: s.preemptions.load(Relaxed),
+            ready: shared.ready.load(Relaxed) && !shared.draining.load(Relaxed) && !self.mail.is_closed(),
+            waiting: shared.waiting.taken(),
+            encoded_positions_total: shared.encoder.as_ref().map_or(0, |encoder| encoder.max_positions),
+            cached_prompts: shared.cached_prompts.lock().unwrap_or_else(PoisonError::into_inner).len(),
+            ..shared.counters.read()
         }
     }
 

@@ -44,10 +44,11 @@ impl Queue {
     }
 
     /// Who is next: of the lowest priority number that has an account in the running, the head of
-    /// the line of the account that ranks lowest. `rank` is `None` for those out of the running.
-    pub fn next(&self, rank: impl Fn(u64) -> Option<f64>) -> Option<SequenceId> {
-        self.levels.values().find_map(|level| {
-            let heads = level.iter().filter_map(|(&account, line)| Some((rank(account)?, *line.front()?)));
+    /// the line of the account that ranks lowest. `rank`, by priority and account, is `None` for
+    /// those out of the running.
+    pub fn next(&self, rank: impl Fn(i32, u64) -> Option<f64>) -> Option<SequenceId> {
+        self.levels.iter().find_map(|(&priority, level)| {
+            let heads = level.iter().filter_map(|(&account, line)| Some((rank(priority, account)?, *line.front()?)));
             heads.min_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1))).map(|(_, id)| id)
         })
     }
@@ -81,7 +82,7 @@ mod tests {
             queue.push_back(priority, account, SequenceId(id));
         }
         // Account 8 was served least.
-        let rank = |account| Some(if account == 8 { 1.0 } else { 2.0 });
+        let rank = |_, account| Some(if account == 8 { 1.0 } else { 2.0 });
         let mut order = Vec::new();
         while let Some(id) = queue.next(rank) {
             order.push(id.0);
@@ -97,8 +98,8 @@ mod tests {
         queue.push_back(0, 1, SequenceId(1));
         queue.push_back(3, 2, SequenceId(2));
         queue.push_front(3, 2, SequenceId(0));
-        assert_eq!(queue.next(|account| (account != 1).then_some(0.0)), Some(SequenceId(0)));
-        assert_eq!(queue.next(|_| None), None);
+        assert_eq!(queue.next(|_, account| (account != 1).then_some(0.0)), Some(SequenceId(0)));
+        assert_eq!(queue.next(|_, _| None), None);
         assert_eq!(queue.iter().count(), queue.len());
         assert!(!queue.remove(0, 2, SequenceId(2)));
     }

@@ -1,13 +1,15 @@
 //! How many positions of a step each account may take, so that none stretches the steps of the
 //! others.
 //!
-//! While only one account has work, it may take the whole step. Otherwise the account with the
-//! least service takes what it wants. Each other may take all it wants if that is not much more;
+//! While only one account has work, it may take the whole step. Otherwise the account that ranks
+//! first, with the least service, takes what it wants. Each other may take all it wants if that is not much more;
 //! else as much as the first, or a fixed number, whichever is more. So what a busy account adds to
 //! a light one's step is bounded by what the light one asks for itself, and those that ask for
 //! about the same do not hold each other back.
 
 use std::collections::HashMap;
+
+use super::fairness::Rank;
 
 /// What is left of a step.
 #[derive(Debug)]
@@ -26,10 +28,10 @@ pub struct Quota {
 const NOT_MUCH_MORE: usize = 2;
 
 impl Quota {
-    /// A step of `tokens` positions for accounts given as (key, counter, wanted positions); with
+    /// A step of `tokens` positions for accounts given as (key, rank, wanted positions); with
     /// several, each may take `fair` in any case.
-    pub fn new(tokens: usize, fair: usize, accounts: &[(u64, f64, usize)]) -> Self {
-        let least = accounts.iter().min_by(|a, b| a.1.total_cmp(&b.1).then(a.2.cmp(&b.2)).then(a.0.cmp(&b.0)));
+    pub fn new(tokens: usize, fair: usize, accounts: &[(u64, Rank, usize)]) -> Self {
+        let least = accounts.iter().min_by_key(|(account, rank, wanted)| (*rank, *wanted, *account));
         let Some(&(first, _, most)) = least.filter(|_| accounts.len() > 1) else {
             return Self { left: tokens, first: None, each: HashMap::new(), others_left: tokens };
         };
@@ -72,29 +74,33 @@ impl Quota {
 mod tests {
     use super::*;
 
+    fn had(counter: f64) -> Rank {
+        Rank { priority: 0, counter }
+    }
+
     #[test]
     fn a_lone_account_takes_the_whole_step() {
-        let mut quota = Quota::new(100, 8, &[(1, 5.0, 500)]);
+        let mut quota = Quota::new(100, 8, &[(1, had(5.0), 500)]);
         assert_eq!((quota.take(1, 70), quota.take(1, 70), quota.remaining()), (70, 30, 0));
     }
 
     #[test]
     fn a_busy_account_takes_no_more_than_its_part_beside_a_light_one() {
-        let accounts = [(1, 900.0, 64), (2, 3.0, 1)];
+        let accounts = [(1, had(900.0), 64), (2, had(3.0), 1)];
         let mut quota = Quota::new(100, 8, &accounts);
         assert_eq!((quota.take(1, 64), quota.take(2, 1), quota.take(1, 1)), (8, 1, 0));
     }
 
     #[test]
     fn accounts_that_want_about_the_same_do_not_hold_each_other_back() {
-        let accounts = [(1, 1.0, 200), (2, 3.0, 300), (3, 3.0, 900)];
+        let accounts = [(1, had(1.0), 200), (2, had(3.0), 300), (3, had(3.0), 900)];
         let mut quota = Quota::new(1000, 8, &accounts);
         assert_eq!((quota.take(2, 300), quota.take(3, 900), quota.take(1, 200)), (300, 200, 200));
     }
 
     #[test]
     fn half_of_a_small_step_is_left_for_the_account_with_the_least_service() {
-        let accounts = [(1, 9.0, 64), (2, 3.0, 500), (3, 9.0, 64)];
+        let accounts = [(1, had(9.0), 64), (2, had(3.0), 500), (3, had(9.0), 64)];
         let mut quota = Quota::new(32, 32, &accounts);
         assert_eq!((quota.take(1, 12), quota.take(3, 64), quota.take(2, 500)), (12, 4, 16));
     }

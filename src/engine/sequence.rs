@@ -37,6 +37,8 @@ pub struct Sequence {
     pub cached_tokens: Option<usize>,
     /// The name of each whole block that is in the index, in order.
     pub(super) chain: Vec<ChainHash>,
+    /// Positions of the input that need not be charged any more: found at first, or charged.
+    pub(super) charged: usize,
     /// The step in which it joined the batch.
     pub(super) joined: u64,
     /// The number of its last chunk.
@@ -60,6 +62,7 @@ impl Sequence {
             priority: 0,
             cached_tokens: None,
             chain: Vec::new(),
+            charged: 0,
             joined: 0,
             last_turn: 0,
         }

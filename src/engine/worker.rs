@@ -6,7 +6,7 @@ use std::{
         Arc,
         atomic::{AtomicUsize, Ordering::Relaxed},
     },
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use tokio::sync::mpsc::{self, error::TryRecvError};
@@ -20,10 +20,7 @@ use super::{
     scheduler::{Limits, Scheduler, Step},
     sequence::{Sequence, SequenceId},
 };
-use crate::{
-    kernels::{cross::CrossKeyValues, kv_cache::BlockId},
-    prompt::LearnedPrompt,
-};
+use crate::{kernels::cross::CrossKeyValues, prompt::LearnedPrompt};
 
 /// Everything the thread owns.
 pub(super) struct Worker {
@@ -51,66 +48,6 @@ struct Running {
     cached_tokens: Arc<AtomicUsize>,
     /// Given up when the sequence joins the batch.
     place: Option<Place>,
-}
-
-/// Computes one token, so that the first request finds everything in place and a model that
-/// cannot run is known before anyone asks.
-pub(super) fn warm_up(runner: &mut Runner) -> candle_core::Result<()> {
-    let encoded = one_token_encoded(runner)?;
-    let tokens = [InputToken::Vocab(0)];
-    let part = Part { tokens: &tokens, start: 0, blocks: &[0], prompt: None, encoded: encoded.as_ref(), samples: true };
-    let logits = runner.run(&[part])?;
-    let finite = logits.with_rows(|mut rows| Ok(rows.all(|row| row.iter().all(|x| x.is_finite()))))?;
-    match finite {
-        true => Ok(()),
-        false => candle_core::bail!("the model's first logits are not finite; the weights or the dtype are wrong"),
-    }
-}
-
-/// An input of one token for a model with an encoder.
-fn one_token_encoded(runner: &mut Runner) -> candle_core::Result<Option<CrossKeyValues>> {
-    if runner.model().info().encoder.is_none() {
-        return Ok(None);
-    }
-    let tokens = [InputToken::Vocab(0)];
-    let input = Part { tokens: &tokens, start: 0, blocks: &[], prompt: None, encoded: None, samples: false };
-    Ok(runner.encode(&[input])?.pop())
-}
-
-/// The numbers of rows that [`cheap_rows`] tries.
-const ROWS: [usize; 6] = [8, 16, 24, 32, 48, 64];
-
-/// How many sequences can get a token in about twice the time that one takes, at most `most`: as
-/// long as reading the weights is what takes the time, more rows cost little.
-pub(super) fn cheap_rows(runner: &mut Runner, most: usize) -> candle_core::Result<usize> {
-    let blocks: Vec<BlockId> = (0..most as BlockId).collect();
-    let encoded = one_token_encoded(runner)?;
-    let encoded = encoded.as_ref();
-    // The best of three, or the first that is good enough.
-    let mut time = |rows: usize, enough: Duration| -> candle_core::Result<Duration> {
-        let tokens = [InputToken::Vocab(0)];
-        let part = |blocks| Part { tokens: &tokens, start: 0, blocks, prompt: None, encoded, samples: true };
-        let parts: Vec<Part> = blocks.chunks(1).take(rows).map(part).collect();
-        let mut best = Duration::MAX;
-        for _ in 0..3 {
-            let started = Instant::now();
-            runner.run(&parts)?;
-            best = best.min(started.elapsed());
-            if best <= enough {
-                break;
-            }
-        }
-        Ok(best)
-    };
-    let twice = 2 * time(1, Duration::ZERO)?;
-    let mut cheap = ROWS[0];
-    for rows in ROWS.into_iter().take_while(|&rows| rows <= most) {
-        if time(rows, twice)? > twice {
-            break;
-        }
-        cheap = rows;
-    }
-    Ok(cheap)
 }
 
 impl Worker {
@@ -227,7 +164,7 @@ impl Worker {
                 job.place = None;
                 let cached = self.scheduler.get(chunk.id).and_then(|s| s.cached_tokens).unwrap_or(0);
                 job.cached_tokens.store(cached, Relaxed);
-                self.shared.cached_tokens.fetch_add(cached as u64, Relaxed);
+                self.shared.counters.cached_tokens.fetch_add(cached as u64, Relaxed);
             }
         }
         self.runner.copy(&step.copies);
@@ -235,7 +172,7 @@ impl Worker {
         self.forget_encoded();
         if !step.chunks.is_empty() {
             let result = self.compute(&step);
-            self.shared.steps.fetch_add(1, Relaxed);
+            self.shared.counters.steps.fetch_add(1, Relaxed);
             match result.and_then(|logits| self.sample(&step, &logits)) {
                 Ok(tokens) => self.deliver(&step, tokens),
                 Err(error) => self.fail(&step, &error),
@@ -351,8 +288,8 @@ impl Worker {
         let encoder = |id| self.scheduler.get(id).map_or(0, |s| s.num_encoder());
         let encoded: usize = step.chunks.iter().filter(|c| c.encodes).map(|c| encoder(c.id)).sum();
         self.scheduler.commit(step, &chosen);
-        self.shared.prompt_tokens.fetch_add((computed + encoded) as u64, Relaxed);
-        self.shared.generated_tokens.fetch_add(chosen.len() as u64, Relaxed);
+        self.shared.counters.prompt_tokens.fetch_add((computed + encoded) as u64, Relaxed);
+        self.shared.counters.generated_tokens.fetch_add(chosen.len() as u64, Relaxed);
         for (id, reason) in ended {
             let event = reason.map_or(Event::Failed, |reason| self.finished(id, reason));
             self.end(id, event);
@@ -377,7 +314,7 @@ impl Worker {
     fn publish(&mut self) {
         self.forget_encoded();
         let changes = self.scheduler.take_prompt_changes();
-        let (s, cache) = (&self.shared, self.scheduler.cache());
+        let (s, cache) = (&self.shared.counters, self.scheduler.cache());
         s.running.store(self.scheduler.num_running(), Relaxed);
         s.encoded_positions.store(self.encoded.values().map(CrossKeyValues::positions).sum(), Relaxed);
         s.kv_blocks_used.store(cache.num_held(), Relaxed);
@@ -385,7 +322,7 @@ impl Worker {
         s.evictions.store(cache.evictions(), Relaxed);
         s.preemptions.store(self.scheduler.preemptions(), Relaxed);
         if !changes.is_empty() {
-            let mut prompts = s.cached_prompts.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            let mut prompts = self.shared.cached_prompts.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
             for (root, came) in changes {
                 if came {
                     prompts.insert(root)

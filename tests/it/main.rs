@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod bench;
+mod bounds;
 mod convert;
 mod demo;
 mod encoder_decoder;

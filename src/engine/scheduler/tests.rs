@@ -1,11 +1,9 @@
 //! The scheduler's rules, one by one.
 
-use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+use super::{fill::LINGER, *};
+use crate::engine::request::Account;
 
-use super::*;
-use crate::engine::{encoder::EncoderInput, prefix::ChainHash, request::Account};
-
-const LIMITS: Limits = Limits {
+pub(super) const LIMITS: Limits = Limits {
     max_batch: 4,
     max_step_tokens: 256,
     max_prefill_tokens: 256,
@@ -15,30 +13,30 @@ const LIMITS: Limits = Limits {
     max_encoded: 0,
 };
 
-fn input(n: usize) -> Sequence {
+pub(super) fn input(n: usize) -> Sequence {
     Sequence::new(vec![InputToken::Vocab(0); n])
 }
 
 /// A prompt of `rows` rows and a text, all of one root.
-fn prompted(rows: u32, text: &[u32]) -> Sequence {
+pub(super) fn prompted(rows: u32, text: &[u32]) -> Sequence {
     let tokens = (0..rows).map(InputToken::Virtual).chain(text.iter().map(|&id| InputToken::Vocab(id)));
     Sequence { root: Some(CacheRoot([1; 32])), ..Sequence::new(tokens.collect()) }
 }
 
-fn of(key: u64, n: usize) -> Sequence {
+pub(super) fn of(key: u64, n: usize) -> Sequence {
     Sequence { account: Account { key, weight: 1.0 }, ..input(n) }
 }
 
-fn id(n: u64) -> SequenceId {
+pub(super) fn id(n: u64) -> SequenceId {
     SequenceId(n)
 }
 
-fn chunk(n: u64, start: usize, len: usize, samples: bool) -> Chunk {
+pub(super) fn chunk(n: u64, start: usize, len: usize, samples: bool) -> Chunk {
     Chunk { id: id(n), start, len, samples, encodes: false }
 }
 
 /// Runs one step, in which each sampling sequence gets token 9; returns it.
-fn turn(s: &mut Scheduler) -> Step {
+pub(super) fn turn(s: &mut Scheduler) -> Step {
     let step = s.schedule();
     let tokens: Vec<_> = step.chunks.iter().filter(|c| c.samples).map(|c| (c.id, 9)).collect();
     s.commit(&step, &tokens);
@@ -291,141 +289,4 @@ fn a_failed_step_takes_its_sequences_out_and_leaves_nothing_of_it_to_be_found() 
     s.add(id(3), prompted(20, &[3, 4]));
     turn(&mut s);
     assert_eq!(s.get(id(3)).unwrap().cached_tokens, Some(20));
-}
-
-#[test]
-fn two_busy_accounts_get_service_by_their_weights_however_much_more_one_asks_for() {
-    for (weights, sizes, load) in
-        [([1.0, 1.0], [10, 10], [4, 100]), ([1.0, 3.0], [60, 9], [20, 20]), ([2.0, 1.0], [5, 80], [50, 5])]
-    {
-        let limits = Limits { max_batch: 8, max_step_tokens: 64, num_blocks: 32, ..LIMITS };
-        let mut s = Scheduler::new(limits);
-        let mut next = 0;
-        let mut waiting = [0usize; 2];
-        let mut served = [0.0f64; 2];
-        let owner = |n: u64| (n % 2) as usize;
-        // No request is larger than 96 positions, each counted twice at most, and 8 run.
-        let bound = 2.0 * 8.0 * 96.0 * 2.0;
-        while served.iter().sum::<f64>() < 40.0 * bound {
-            for account in 0..2 {
-                while waiting[account] < load[account] {
-                    let key = account as u64;
-                    let sequence =
-                        Sequence { account: Account { key, weight: weights[account] }, ..input(sizes[account]) };
-                    s.add(id(next * 2 + key), sequence);
-                    next += 1;
-                    waiting[account] += 1;
-                }
-            }
-            let step = turn(&mut s);
-            for c in &step.chunks {
-                let sequence = s.get(c.id).unwrap();
-                let inputs = (c.start + c.len).min(sequence.num_input).saturating_sub(c.start);
-                served[owner(c.id.0)] += inputs as f64 + if c.samples { 2.0 } else { 0.0 };
-                if sequence.tokens.len() >= sequence.num_input + 16 {
-                    s.remove(c.id);
-                    waiting[owner(c.id.0)] -= 1;
-                }
-            }
-            let apart = (served[0] / weights[0] - served[1] / weights[1]).abs();
-            assert!(apart <= bound, "{served:?} for weights {weights:?}");
-        }
-    }
-}
-
-/// A sequence with an encoder's input of `n` positions that starts with `first`; equal ones are shared.
-fn encoding_of(first: u32, n: usize) -> Sequence {
-    let tokens: Vec<_> = (first..).take(n).map(InputToken::Vocab).collect();
-    let key = InputKey::Content(ChainHash::root(CacheRoot::TEXT).next(&tokens));
-    Sequence { encoder: Some(EncoderInput { key, tokens }), ..input(1) }
-}
-
-/// One with an input of its own.
-fn encoding(n: usize) -> Sequence {
-    static FIRST: AtomicU32 = AtomicU32::new(1);
-    encoding_of(FIRST.fetch_add(1, Relaxed), n)
-}
-
-#[test]
-fn an_encoders_input_is_taken_whole_and_counts_toward_the_step() {
-    let mut s = Scheduler::new(Limits { max_step_tokens: 30, max_encoded: 1000, ..LIMITS });
-    let encoded = |n| Chunk { encodes: true, ..chunk(n, 0, 1, true) };
-    s.add(id(1), encoding(20));
-    s.add(id(2), encoding(8));
-    s.add(id(3), encoding(5));
-    assert_eq!(turn(&mut s).chunks, [encoded(1), encoded(2)]);
-    assert_eq!(turn(&mut s).chunks, [chunk(1, 1, 1, true), chunk(2, 1, 1, true), encoded(3)]);
-    // Longer than any step: it has one, and no other input is in it.
-    s.add(id(4), encoding(100));
-    assert_eq!(turn(&mut s).chunks[3..], [encoded(4)]);
-    assert_eq!(turn(&mut s).chunks.len(), 4);
-}
-
-#[test]
-fn inputs_of_an_encoder_wait_for_room_and_are_encoded_anew_after_their_sequence_was_put_off() {
-    let mut s = Scheduler::new(Limits { max_encoded: 50, num_blocks: 3, ..LIMITS });
-    s.add(id(1), encoding(30));
-    s.add(id(2), encoding(30));
-    assert_eq!(turn(&mut s).chunks.len(), 1);
-    assert_eq!((s.num_running(), s.num_waiting()), (1, 1));
-    s.add(id(3), Sequence { priority: -1, ..encoding(50) });
-    let step = turn(&mut s);
-    assert_eq!((step.chunks.len(), step.chunks[0].id, step.chunks[0].encodes), (1, id(3), true));
-    assert!(!s.get(id(1)).unwrap().encoded && s.preemptions() == 1);
-    s.remove(id(3));
-    let step = turn(&mut s);
-    // All of its two tokens, after its input.
-    assert_eq!(step.chunks, [Chunk { encodes: true, ..chunk(1, 0, 2, true) }]);
-    s.remove(id(1));
-    assert!(turn(&mut s).chunks[0].encodes && s.get(id(2)).unwrap().encoded);
-}
-
-#[test]
-fn equal_inputs_of_an_encoder_are_computed_and_counted_once_while_one_of_their_sequences_runs() {
-    let mut s = Scheduler::new(Limits { max_encoded: 50, num_blocks: 4, ..LIMITS });
-    let key = encoding_of(7, 40).encoder_key().unwrap();
-    s.add(id(1), encoding_of(7, 40));
-    s.add(id(2), encoding_of(7, 40));
-    let step = turn(&mut s);
-    assert_eq!(step.chunks, [Chunk { encodes: true, ..chunk(1, 0, 1, true) }, chunk(2, 0, 1, true)]);
-    // Another finds it there.
-    s.add(id(3), encoding_of(7, 40));
-    assert!(turn(&mut s).chunks.contains(&chunk(3, 0, 1, true)));
-    // For one of its own there is no room until none of them runs.
-    s.add(id(4), encoding(20));
-    for gone in [1, 3, 2] {
-        assert_eq!(s.encoded_inputs(), HashSet::from([key]));
-        assert!(turn(&mut s).chunks.iter().all(|chunk| !chunk.encodes));
-        s.remove(id(gone));
-    }
-    assert!(s.encoded_inputs().is_empty());
-    assert_eq!(turn(&mut s).chunks, [Chunk { encodes: true, ..chunk(4, 0, 1, true) }]);
-}
-
-#[test]
-fn what_an_encoder_made_stays_for_the_others_when_one_sequence_is_put_off_or_its_step_failed() {
-    let mut s = Scheduler::new(Limits { max_encoded: 50, num_blocks: 2, ..LIMITS });
-    s.add(id(1), encoding_of(7, 40));
-    turn(&mut s);
-    s.add(id(2), Sequence { priority: 1, ..encoding_of(7, 40) });
-    turn(&mut s);
-    // The second gives way; it finds the output again, since the first still runs.
-    s.add(id(3), Sequence { priority: -1, ..encoding_of(7, 40) });
-    assert_eq!(
-        turn(&mut s).chunks.iter().map(|c| (c.id, c.encodes)).collect::<Vec<_>>(),
-        [(id(3), false), (id(1), false)]
-    );
-    assert!(!s.get(id(2)).unwrap().encoded && s.preemptions() == 1);
-    s.remove(id(3));
-    assert!(turn(&mut s).chunks.iter().all(|chunk| !chunk.encodes));
-    assert!(s.get(id(2)).unwrap().encoded);
-    // Of a step that failed nothing is relied upon.
-    s.remove(id(1));
-    s.remove(id(2));
-    s.add(id(4), encoding_of(7, 40));
-    s.add(id(5), encoding_of(7, 40));
-    let failed = s.schedule();
-    assert_eq!(s.abort(&failed), [id(4), id(5)]);
-    s.add(id(6), encoding_of(7, 40));
-    assert!(turn(&mut s).chunks[0].encodes);
 }

@@ -1,0 +1,75 @@
+//! What the engine counts, for health and metrics.
+
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
+
+/// What the engine is doing now, for health and metrics.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct EngineStats {
+    /// A forward pass has run, the thread lives and takes requests.
+    pub ready: bool,
+    pub waiting: usize,
+    pub running: usize,
+    /// Blocks held by sequences.
+    pub kv_blocks_used: usize,
+    /// Blocks that nobody holds and whose content may be found again.
+    pub kv_blocks_cached: usize,
+    pub kv_blocks_total: usize,
+    /// Positions of encoders' inputs whose output is kept for running sequences; equal ones count once.
+    pub encoded_positions: usize,
+    /// How many of them there may be at once; 0 without an encoder.
+    pub encoded_positions_total: usize,
+    /// Learned prompts whose keys and values are in the cache as a whole.
+    pub cached_prompts: usize,
+    /// Forward passes since the start.
+    pub steps: u64,
+    /// Input positions computed, virtual tokens included.
+    pub prompt_tokens: u64,
+    /// Input positions found in the cache, virtual tokens included.
+    pub cached_tokens: u64,
+    pub generated_tokens: u64,
+    /// Blocks whose content had to make room for other content.
+    pub evictions: u64,
+    /// Running sequences put back in the queue to make room for others.
+    pub preemptions: u64,
+}
+
+/// What the thread counts and handles read.
+#[derive(Debug, Default)]
+pub(super) struct Counters {
+    pub running: AtomicUsize,
+    pub kv_blocks_used: AtomicUsize,
+    pub kv_blocks_cached: AtomicUsize,
+    kv_blocks_total: usize,
+    pub encoded_positions: AtomicUsize,
+    pub steps: AtomicU64,
+    pub prompt_tokens: AtomicU64,
+    pub cached_tokens: AtomicU64,
+    pub evictions: AtomicU64,
+    pub generated_tokens: AtomicU64,
+    pub preemptions: AtomicU64,
+}
+
+impl Counters {
+    /// Nothing has happened yet in a cache of `kv_blocks_total` blocks.
+    pub fn new(kv_blocks_total: usize) -> Self {
+        Self { kv_blocks_total, ..Self::default() }
+    }
+
+    /// All of them now; what is not counted here is 0.
+    pub fn read(&self) -> EngineStats {
+        EngineStats {
+            running: self.running.load(Relaxed),
+            kv_blocks_used: self.kv_blocks_used.load(Relaxed),
+            kv_blocks_cached: self.kv_blocks_cached.load(Relaxed),
+            kv_blocks_total: self.kv_blocks_total,
+            encoded_positions: self.encoded_positions.load(Relaxed),
+            steps: self.steps.load(Relaxed),
+            prompt_tokens: self.prompt_tokens.load(Relaxed),
+            cached_tokens: self.cached_tokens.load(Relaxed),
+            generated_tokens: self.generated_tokens.load(Relaxed),
+            evictions: self.evictions.load(Relaxed),
+            preemptions: self.preemptions.load(Relaxed),
+            ..EngineStats::default()
+        }
+    }
+}

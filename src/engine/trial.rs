@@ -1,0 +1,69 @@
+//! What is computed before the first request: whether the model runs, and how much fits in a step.
+
+use std::time::{Duration, Instant};
+
+use super::{
+    request::InputToken,
+    runner::{Part, Runner},
+};
+use crate::kernels::{cross::CrossKeyValues, kv_cache::BlockId};
+
+/// Computes one token, so that the first request finds everything in place and a model that
+/// cannot run is known before anyone asks.
+pub(super) fn first_pass(runner: &mut Runner) -> candle_core::Result<()> {
+    let encoded = one_token_encoded(runner)?;
+    let tokens = [InputToken::Vocab(0)];
+    let part = Part { tokens: &tokens, start: 0, blocks: &[0], prompt: None, encoded: encoded.as_ref(), samples: true };
+    let logits = runner.run(&[part])?;
+    let finite = logits.with_rows(|mut rows| Ok(rows.all(|row| row.iter().all(|x| x.is_finite()))))?;
+    match finite {
+        true => Ok(()),
+        false => candle_core::bail!("the model's first logits are not finite; the weights or the dtype are wrong"),
+    }
+}
+
+/// An input of one token for a model with an encoder.
+fn one_token_encoded(runner: &mut Runner) -> candle_core::Result<Option<CrossKeyValues>> {
+    if runner.model().info().encoder.is_none() {
+        return Ok(None);
+    }
+    let tokens = [InputToken::Vocab(0)];
+    let input = Part { tokens: &tokens, start: 0, blocks: &[], prompt: None, encoded: None, samples: false };
+    Ok(runner.encode(&[input])?.pop())
+}
+
+/// The numbers of rows that [`cheap_rows`] tries.
+const ROWS: [usize; 6] = [8, 16, 24, 32, 48, 64];
+
+/// How many sequences can get a token in about twice the time that one takes, at most `most`: as
+/// long as reading the weights is what takes the time, more rows cost little.
+pub(super) fn cheap_rows(runner: &mut Runner, most: usize) -> candle_core::Result<usize> {
+    let blocks: Vec<BlockId> = (0..most as BlockId).collect();
+    let encoded = one_token_encoded(runner)?;
+    let encoded = encoded.as_ref();
+    // The best of three, or the first that is good enough.
+    let mut time = |rows: usize, enough: Duration| -> candle_core::Result<Duration> {
+        let tokens = [InputToken::Vocab(0)];
+        let part = |blocks| Part { tokens: &tokens, start: 0, blocks, prompt: None, encoded, samples: true };
+        let parts: Vec<Part> = blocks.chunks(1).take(rows).map(part).collect();
+        let mut best = Duration::MAX;
+        for _ in 0..3 {
+            let started = Instant::now();
+            runner.run(&parts)?;
+            best = best.min(started.elapsed());
+            if best <= enough {
+                break;
+            }
+        }
+        Ok(best)
+    };
+    let twice = 2 * time(1, Duration::ZERO)?;
+    let mut cheap = ROWS[0];
+    for rows in ROWS.into_iter().take_while(|&rows| rows <= most) {
+        if time(rows, twice)? > twice {
+            break;
+        }
+        cheap = rows;
+    }
+    Ok(cheap)
+}
