@@ -3,6 +3,7 @@
 
 use std::{
     net::{SocketAddr, ToSocketAddrs as _},
+    ops::RangeInclusive,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -13,9 +14,14 @@ use figment::{
 };
 
 use super::{
-    Access, Batch, Config, ConfigError, Keys, Limits, LogConfig, ModelSource, ServeArgs, Switch, TaskWeights, Time,
+    Access, Batch, ByteSize, Config, ConfigError, Keys, Limits, LogConfig, ModelSource, ServeArgs, Switch, TaskWeights,
+    Time,
 };
 
+/// More requests or tokens at once than any machine has memory for; sums of these cannot overflow.
+const MAX_COUNT: usize = 1_000_000;
+const MAX_THREADS: usize = 1024;
+const MOMENT: Time = Time(Duration::from_millis(1));
 const MAX_CONCURRENT_UPLOADS: usize = 4;
 const BODY_IDLE_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -29,12 +35,12 @@ impl ServeArgs {
         let listen = resolve(args.listen.as_deref().unwrap_or("127.0.0.1:8080"))?;
         let time = |time: Option<Time>, default: u64| time.map_or(Duration::from_secs(default), |t| t.0);
         let limits = Limits {
-            max_upload: at_least("max-upload", args.max_upload.map_or(64 << 20, |b| b.0), 1024)?,
-            max_body: at_least("max-body", args.max_body.map_or(1 << 20, |b| b.0), 1024)?,
+            max_upload: at_least("max-upload", args.max_upload.unwrap_or(ByteSize(64 << 20)), ByteSize(1024))?.0,
+            max_body: at_least("max-body", args.max_body.unwrap_or(ByteSize(1 << 20)), ByteSize(1024))?.0,
             max_tasks: at_least("max-tasks", args.max_tasks.unwrap_or(10_000), 1)?,
             max_versions: at_least("max-versions", args.max_versions.unwrap_or(100), 1)?,
             max_concurrent_uploads: MAX_CONCURRENT_UPLOADS,
-            request_timeout: time(args.request_timeout, 120),
+            request_timeout: at_least("request-timeout", Time(time(args.request_timeout, 120)), MOMENT)?.0,
             max_request_timeout: time(args.max_request_timeout, 600),
             body_idle_timeout: BODY_IDLE_TIMEOUT,
             task_weights: TaskWeights::new(args.task_weight.unwrap_or_default()),
@@ -50,7 +56,7 @@ impl ServeArgs {
             Keys::read(&typed.unwrap_or_default(), file.as_deref())
                 .map_err(|reason| ConfigError::Option { option, reason })
         };
-        let kv_cache = args.kv_cache.map_or_else(default_kv_cache, |b| b.0);
+        let kv_cache = args.kv_cache.unwrap_or_else(|| ByteSize(default_kv_cache()));
         Ok(Config {
             model: ModelSource::chosen(args.model.as_deref(), args.random_weights.as_deref())?,
             prompts: args.prompts,
@@ -58,15 +64,22 @@ impl ServeArgs {
             device: args.device.unwrap_or_default(),
             dtype: args.dtype.unwrap_or_default(),
             batch: Batch {
-                max_waiting: at_least("max-waiting", args.max_waiting.unwrap_or(256), 1)?,
-                max_requests: at_least("max-batch", args.max_batch.unwrap_or(64), 1)?,
-                max_step_tokens: at_least("max-step-tokens", args.max_step_tokens.unwrap_or(2048), 32)?,
-                max_prefill_tokens: at_least("max-prefill-tokens", args.max_prefill_tokens.unwrap_or(512), 1)?,
-                fair_step_tokens: args.fair_step_tokens.map(|n| at_least("fair-step-tokens", n, 1)).transpose()?,
+                max_waiting: within("max-waiting", args.max_waiting.unwrap_or(256), 1..=MAX_COUNT)?,
+                max_requests: within("max-batch", args.max_batch.unwrap_or(64), 1..=MAX_COUNT)?,
+                max_step_tokens: within("max-step-tokens", args.max_step_tokens.unwrap_or(2048), 32..=MAX_COUNT)?,
+                max_prefill_tokens: within(
+                    "max-prefill-tokens",
+                    args.max_prefill_tokens.unwrap_or(512),
+                    1..=MAX_COUNT,
+                )?,
+                fair_step_tokens: args
+                    .fair_step_tokens
+                    .map(|n| within("fair-step-tokens", n, 1..=MAX_COUNT))
+                    .transpose()?,
                 prefix_sharing: args.prefix_sharing != Some(Switch::Off),
-                kv_cache: usize::try_from(at_least("kv-cache", kv_cache, 1 << 20)?).unwrap_or(usize::MAX),
+                kv_cache: usize::try_from(at_least("kv-cache", kv_cache, ByteSize(1 << 20))?.0).unwrap_or(usize::MAX),
             },
-            threads: args.threads.map(|n| at_least("threads", n, 1)).transpose()?,
+            threads: args.threads.map(|n| within("threads", n, 1..=MAX_THREADS)).transpose()?,
             limits,
             drain_timeout: time(args.drain_timeout, 30),
             access: Access {
@@ -123,6 +136,15 @@ fn at_least<T: PartialOrd + std::fmt::Display>(option: &'static str, found: T, l
         Ok(found)
     } else {
         Err(ConfigError::Option { option, reason: format!("found {found}, expected {least} or more") })
+    }
+}
+
+fn within(option: &'static str, found: usize, range: RangeInclusive<usize>) -> Result<usize, ConfigError> {
+    if range.contains(&found) {
+        Ok(found)
+    } else {
+        let reason = format!("found {found}, expected {} to {}", range.start(), range.end());
+        Err(ConfigError::Option { option, reason })
     }
 }
 
@@ -198,8 +220,16 @@ mod tests {
         for (args, option) in [
             (ServeArgs { max_batch: Some(0), ..Default::default() }, "--max-batch"),
             (ServeArgs { threads: Some(0), ..Default::default() }, "--threads"),
+            (ServeArgs { threads: Some(100_000), ..Default::default() }, "--threads"),
+            (ServeArgs { max_batch: Some(usize::MAX), ..Default::default() }, "--max-batch"),
+            (ServeArgs { max_waiting: Some(usize::MAX), ..Default::default() }, "--max-waiting"),
+            (ServeArgs { max_step_tokens: Some(usize::MAX), ..Default::default() }, "--max-step-tokens"),
+            (ServeArgs { max_prefill_tokens: Some(usize::MAX), ..Default::default() }, "--max-prefill-tokens"),
+            (ServeArgs { fair_step_tokens: Some(usize::MAX), ..Default::default() }, "--fair-step-tokens"),
             (ServeArgs { listen: Some("8080".to_owned()), ..Default::default() }, "--listen"),
             (ServeArgs { api_key: Some(vec!["x".to_owned()]), ..Default::default() }, "--api-key"),
+            (ServeArgs { kv_cache: Some(ByteSize(1024)), ..Default::default() }, "--kv-cache: found 1 KiB"),
+            (ServeArgs { request_timeout: Some(Time(Duration::ZERO)), ..Default::default() }, "--request-timeout"),
             (
                 ServeArgs { request_timeout: Some(Time(Duration::from_secs(3600))), ..Default::default() },
                 "--request-timeout",
