@@ -2,9 +2,11 @@
 """Times softserve and its peers on the same model and the same requests, in one run. See README.md."""
 
 import argparse
+import importlib.util
 import json
 import pathlib
 import platform
+import shutil
 import statistics
 import tempfile
 import time
@@ -19,28 +21,73 @@ from torch_peers import DTYPES, Torch
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PREFILL, DECODE = 512, 64
+# A text of 16 tokens, and two tokens that tell how long one takes.
+LEAST_ROOM = 18
+# What is counted of a config.json.
+NEEDED = ["hidden_size", "intermediate_size", "max_position_embeddings", "num_attention_heads", "num_hidden_layers", "vocab_size"]
 # Threads of PyTorch spin for a while after their work; nobody else is to pay for that.
 REST = 0.3
+
+
+def count(text):
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number of 1 or more")
+    return int(text)
+
+
+def program(text):
+    found = shutil.which(text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a program; build it first or say where it is")
+    return pathlib.Path(found).resolve()
+
+
+def writable(text):
+    path = pathlib.Path(text)
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a file in a folder that is there")
+    return path
 
 
 def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--softserve", type=pathlib.Path, default=ROOT / "target/release/softserve", help="the program")
-    add("--shape", default="smollm2-135m", help="smollm2-135m, qwen2.5-0.5b or a config.json")
-    add("--threads", type=int, default=2)
-    add("--repeat", type=int, default=3, help="rounds, of which medians are taken")
-    add("--tasks", type=int, default=8)
-    add("--requests", type=int, default=32)
-    add("--input-tokens", type=int, nargs=2, default=(16, 64), metavar=("LEAST", "MOST"))
-    add("--output-tokens", type=int, default=32)
-    add("--virtual-tokens", type=int, default=20)
-    add("--dtypes", nargs="+", choices=sorted(DTYPES), default=["f32", "bf16"])
-    add("--seed", type=int, default=0)
-    add("--serve-options", nargs="*", default=[], metavar="OPTION", help="for softserve serve, such as --kv-cache=1GiB")
-    add("--llama-batched-bench", metavar="PROGRAM", help="llama.cpp's llama-batched-bench, to time it too; needs the package gguf")
-    add("--json", type=pathlib.Path, metavar="FILE", help="where every figure goes")
-    return parser.parse_args()
+    add("--softserve", type=program, default=str(ROOT / "target/release/softserve"), metavar="PROGRAM", help="what is measured")
+    add("--shape", default="smollm2-135m", help="smollm2-135m, qwen2.5-0.5b or a config.json of such a model")
+    add("--threads", type=count, default=2, metavar="N", help="of each system")
+    add("--repeat", type=count, default=3, metavar="N", help="rounds, of which medians are taken")
+    add("--tasks", type=count, default=8, metavar="N", help="each with a learned prompt of its own")
+    add("--requests", type=count, default=32, metavar="N", help="at once, spread over the tasks")
+    add("--input-tokens", type=count, nargs=2, default=(16, 64), metavar=("LEAST", "MOST"), help="of a request")
+    add("--output-tokens", type=count, default=32, metavar="N", help="of every answer")
+    add("--virtual-tokens", type=count, default=20, metavar="N", help="of every learned prompt")
+    add("--dtypes", nargs="+", choices=sorted(DTYPES), default=["f32", "bf16"], help="number formats")
+    add("--seed", type=int, default=0, metavar="N", help="the same seed makes the same requests")
+    add("--llama-batched-bench", type=program, metavar="PROGRAM",
+        help="llama.cpp's llama-batched-bench, to time it too; needs the package gguf")
+    add("--json", type=writable, metavar="FILE", help="where every figure goes")
+    add("serve_options", nargs="*", default=[], metavar="-- OPTION",
+        help="for softserve serve, such as -- --kv-cache=1GiB")
+    args = parser.parse_args()
+    args.dtypes = list(dict.fromkeys(args.dtypes))
+    least, most = args.input_tokens
+    if least > most:
+        parser.error(f"--input-tokens: found {least} {most}, expected the lower number first")
+    if args.llama_batched_bench and not importlib.util.find_spec("gguf"):
+        parser.error("--llama-batched-bench: there is no package gguf; install it with pip install gguf")
+    return args
+
+
+def check(args, config):
+    """Ends the program if the shape is not one that all systems can be given."""
+    missing = [key for key in NEEDED if key not in config]
+    if missing:
+        raise SystemExit(f"--shape {args.shape}: it has no {', '.join(missing)}; expected a shape like Llama's or Qwen2's")
+    context = config["max_position_embeddings"]
+    longest = args.virtual_tokens + max(args.input_tokens[1] + args.output_tokens, LEAST_ROOM)
+    if longest > context:
+        raise SystemExit(f"--shape {args.shape}: it has {context} positions, the longest request would take {longest}; "
+                         "ask for fewer --virtual-tokens, --input-tokens or --output-tokens")
 
 
 def main():
@@ -48,8 +95,9 @@ def main():
     with tempfile.TemporaryDirectory(prefix="peers-") as folder:
         folder = pathlib.Path(folder)
         model = folder / "model"
-        make_model(args.softserve.resolve(), args.shape, model)
+        make_model(args.softserve, args.shape, model)
         config = json.loads((model / "config.json").read_text())
+        check(args, config)
         prompts = make_prompts(folder / "adapters", model, config, args.tasks, args.virtual_tokens, args.seed)
         setting = Setting(model, prompts, config, args.requests, tuple(args.input_tokens), args.output_tokens,
                           args.virtual_tokens, args.threads, args.seed)
@@ -57,7 +105,7 @@ def main():
         servers = {}
         try:
             for dtype in args.dtypes:
-                servers[dtype] = Server(args.softserve.resolve(), setting, dtype, folder, args.serve_options)
+                servers[dtype] = Server(args.softserve, setting, dtype, folder, args.serve_options)
                 servers[dtype].__exit__()
             result = measure(args, setting, servers)
         finally:

@@ -31,6 +31,7 @@ pub struct Client {
     prefix: String,
     authorization: Option<HeaderValue>,
     idle: RefCell<Vec<SendRequest<Full<Bytes>>>>,
+    first_problem: RefCell<Option<String>>,
 }
 
 /// Why a server cannot be measured.
@@ -88,6 +89,7 @@ impl Client {
             prefix: uri.path().trim_end_matches('/').to_owned(),
             authorization: authorization.transpose()?,
             idle: RefCell::default(),
+            first_problem: RefCell::default(),
         })
     }
 
@@ -108,13 +110,29 @@ impl Client {
         let status = response.status();
         let read = match status {
             StatusCode::OK => read_stream(response.into_body(), due, sample).await,
-            _ => Err(problem(status, response.into_body()).await),
+            _ => Err(self.problem(status, response.into_body()).await),
         };
         // Whole answers leave the connection fit for the next request.
         if sender.ready().await.is_ok() {
             self.idle.borrow_mut().push(sender);
         }
         read
+    }
+
+    /// What the server said of the first request that it refused.
+    pub fn first_problem(&self) -> Option<String> {
+        self.first_problem.borrow().clone()
+    }
+
+    /// The code of a problem; its status where the body has none.
+    async fn problem(&self, status: StatusCode, body: Incoming) -> Cow<'static, str> {
+        let body = http_body_util::Limited::new(body, MAX_PROBLEM).collect().await;
+        let problem = body.ok().and_then(|body| Problem::read(&body.to_bytes()));
+        let Some(Problem { code, detail }) = problem else { return format!("status_{}", status.as_u16()).into() };
+        if let Some(detail) = detail {
+            self.first_problem.borrow_mut().get_or_insert(detail);
+        }
+        code.into()
     }
 
     fn request(&self, ask: Ask) -> hyper::http::Result<Request<Full<Bytes>>> {
@@ -183,7 +201,7 @@ async fn read_stream(mut body: Incoming, due: Instant, sample: &mut Sample) -> R
         });
     }
     if let Some(failed) = failed {
-        return Err(code_of(&failed).unwrap_or("error_event".into()));
+        return Err(Problem::read(&failed).map_or("error_event".into(), |problem| problem.code.into()));
     }
     let last: Last = last.and_then(|data| serde_json::from_slice(&data).ok()).ok_or("no_last_event")?;
     match last.finish_reason.as_str() {
@@ -200,19 +218,17 @@ fn contains(text: &[u8], part: &[u8]) -> bool {
     text.windows(part.len()).any(|window| window == part)
 }
 
-/// The code of a problem; its status where the body has none.
-async fn problem(status: StatusCode, body: Incoming) -> Cow<'static, str> {
-    let body = http_body_util::Limited::new(body, MAX_PROBLEM).collect().await;
-    let code = body.ok().and_then(|body| code_of(&body.to_bytes()));
-    code.unwrap_or_else(|| format!("status_{}", status.as_u16()).into())
+/// What is read of an `application/problem+json`.
+#[derive(Deserialize)]
+struct Problem {
+    code: String,
+    detail: Option<String>,
 }
 
-fn code_of(json: &[u8]) -> Option<Cow<'static, str>> {
-    #[derive(Deserialize)]
-    struct Problem {
-        code: String,
+impl Problem {
+    fn read(json: &[u8]) -> Option<Self> {
+        serde_json::from_slice(json).ok()
     }
-    serde_json::from_slice::<Problem>(json).ok().map(|problem| problem.code.into())
 }
 
 #[cfg(test)]

@@ -85,8 +85,13 @@ impl FromStr for LoadSpec {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let mut spec = Self::default();
+        let mut seen = Vec::new();
         for part in text.split(',').map(str::trim) {
             let (key, value) = part.split_once('=').unwrap_or((part, ""));
+            if seen.contains(&key) {
+                return Err(format!("found {key} twice, expected it once"));
+            }
+            seen.push(key);
             match key {
                 "name" if !value.is_empty() => spec.name = Some(value.to_owned()),
                 "tasks" => spec.tasks = Some(count(value)?),
@@ -171,6 +176,7 @@ mod tests {
             ("background,alone", "background"),
             ("mix=even", "even"),
             ("alone=yes", "alone=yes"),
+            ("tasks=1,tasks=2", "tasks twice"),
         ] {
             let error = text.parse::<LoadSpec>().unwrap_err();
             assert!(error.contains(named), "{text}: {error}");

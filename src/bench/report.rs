@@ -76,7 +76,7 @@ impl Figures {
     pub fn of(measured: &Measured) -> Self {
         let answers = || measured.samples.iter().filter(|s| s.outcome.is_ok());
         let total = |count: fn(&super::client::Usage) -> usize| -> f64 {
-            measured.samples.iter().filter_map(|s| s.outcome.as_ref().ok()).map(|u| count(u) as f64).sum()
+            measured.samples.iter().filter_map(|s| s.outcome.as_ref().ok()).map(count).sum::<usize>() as f64
         };
         let mut errors = BTreeMap::new();
         for code in measured.samples.iter().filter_map(|s| s.outcome.as_ref().err()) {
@@ -197,7 +197,9 @@ fn load(f: &mut fmt::Formatter<'_>, figures: &Figures) -> fmt::Result {
     let share = if input > 0.0 { 100.0 * cached / input } else { 0.0 };
     let tokens = format!("{} input, {} virtual", figures.input_tokens, figures.virtual_tokens);
     row("tokens", format!("{tokens} ({share:.0} % of them cached), {} generated", figures.generated_tokens))?;
-    writeln!(f, "  {:<26}{:>9}{:>9}{:>9}{:>9}{:>9}", "milliseconds", "mean", "p50", "p90", "p99", "max")?;
+    if figures.latency.is_some() {
+        writeln!(f, "  {:<26}{:>9}{:>9}{:>9}{:>9}{:>9}", "milliseconds", "mean", "p50", "p90", "p99", "max")?;
+    }
     for (name, latency) in [
         ("time to first token", figures.time_to_first_token),
         ("inter-token latency", figures.inter_token_latency),
@@ -229,6 +231,15 @@ fn against_first(f: &mut fmt::Formatter<'_>, figures: &Figures, first: &LoadRepo
 mod tests {
     use super::*;
     use crate::bench::client::{Sample, Usage};
+
+    #[test]
+    fn a_run_without_an_answer_has_noughts_and_no_latencies() {
+        let nothing = Figures::of(&Measured { samples: Vec::new(), elapsed: Duration::ZERO });
+        let loads = [LoadReport::new("none", false, vec![nothing])];
+        let table = Table { loads: &loads, in_turn: false }.to_string();
+        assert!(table.contains("  0 input, 0 virtual (0 % of them cached), 0 generated\n"), "{table}");
+        assert!(!table.contains("milliseconds"), "{table}");
+    }
 
     #[test]
     fn percentiles_are_values_that_occurred() {

@@ -4,7 +4,7 @@ mod inside;
 mod options;
 mod tasks;
 
-use std::{cell::Cell, io::Write as _, path::Path, time::Duration};
+use std::{cell::Cell, fs::OpenOptions, io::Write as _, path::Path, time::Duration};
 
 use anyhow::{Context as _, Result, bail};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -12,12 +12,13 @@ use serde_json::{Value, json};
 
 use crate::{
     bench::{
-        client::Client,
+        client::{Client, ClientError},
         drive::{Assigned, Measured, Run},
         load::Load,
         plan::{Target, Words},
         report::{Figures, LoadReport, Table},
     },
+    config::ConfigError,
     model::{ModelConfig, random::RandomModel},
 };
 use inside::ServerInside;
@@ -33,15 +34,14 @@ pub fn run(args: &BenchArgs) -> Result<()> {
         return save(args, folder);
     }
     let loads = args.loads()?;
+    check_json(args)?;
     match &args.url {
         Some(url) => {
+            client(args, url)?;
             let admin = Admin::new(url, args.api_key(), args.admin_key());
             let prefix = format!("bench-{}", std::process::id());
-            let uploaded = match (args.upload, args.hidden_size) {
-                (true, Some(hidden)) => Some(admin.upload(&args.prompt_lengths(&loads), hidden, &prefix, args.seed)?),
-                (true, None) => bail!("--upload to a server that is there already needs --hidden-size of its model"),
-                (false, _) => None,
-            };
+            let upload = |hidden| admin.upload(&args.prompt_lengths(&loads), hidden, &prefix, args.seed);
+            let uploaded = args.hidden_size.filter(|_| args.upload).map(upload).transpose()?;
             let listed = uploaded.clone().map_or_else(|| admin.list(), Ok);
             let done = listed.and_then(|targets| {
                 let words = args.vocabulary.map_or(Words::English, |vocabulary| Words::Numbered { vocabulary });
@@ -72,9 +72,23 @@ fn words(args: &BenchArgs, config: &ModelConfig) -> Words {
 }
 
 fn save(args: &BenchArgs, folder: &Path) -> Result<()> {
-    let shape = args.model.random_weights.as_deref().context("--save-model needs --random-weights: what to write")?;
+    let Some(shape) = &args.model.random_weights else {
+        let reason = "it needs --random-weights, which says what to write".to_owned();
+        return Err(ConfigError::Option { option: "save-model", reason }.into());
+    };
     let model = RandomModel::open(shape)?;
-    model.save(folder).with_context(|| format!("cannot write {} to {}", model.name(), folder.display()))
+    model.save(folder).with_context(|| format!("cannot write {} to {}", model.name(), folder.display()))?;
+    writeln!(std::io::stdout(), "wrote {} to {}", model.name(), folder.display())?;
+    Ok(())
+}
+
+/// Whether the figures can be written, before they are measured for minutes.
+fn check_json(args: &BenchArgs) -> Result<(), ConfigError> {
+    let Some(path) = args.json.as_deref().filter(|path| *path != Path::new("-")) else { return Ok(()) };
+    // What is there already stays until there is something to put in its place.
+    let opened = OpenOptions::new().append(true).create(true).open(path);
+    let reason = |e| format!("cannot write {}: {e}; give a file in a folder that is there", path.display());
+    opened.map(drop).map_err(|e| ConfigError::Option { option: "json", reason: reason(e) })
 }
 
 /// Everything that was measured.
@@ -85,7 +99,7 @@ struct Done {
 
 fn measure(args: &BenchArgs, url: &str, loads: Vec<Load>, targets: &[Target], words: Words) -> Result<Done> {
     let assigned = assign(args, loads, targets)?;
-    let client = Client::new(url, args.api_key().or(args.admin_key()))?;
+    let client = client(args, url)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let session = Session { args, client, words, phase: Cell::new(0) };
     let reports = runtime.block_on(async {
@@ -95,6 +109,13 @@ fn measure(args: &BenchArgs, url: &str, loads: Vec<Load>, targets: &[Target], wo
         }
     })?;
     Ok(Done { loads: assigned.into_iter().map(|a| a.load).collect(), reports })
+}
+
+fn client(args: &BenchArgs, url: &str) -> Result<Client, ConfigError> {
+    Client::new(url, args.api_key().or(args.admin_key())).map_err(|error| {
+        let option = if matches!(error, ClientError::Key) { "api-key" } else { "url" };
+        ConfigError::Option { option, reason: error.to_string() }
+    })
 }
 
 /// Gives each load tasks of its own, in their order.
@@ -137,7 +158,8 @@ impl Session<'_> {
             if let (false, Some(Err(code))) =
                 (samples.iter().any(|s| s.outcome.is_ok()), samples.first().map(|s| &s.outcome))
             {
-                bail!("no request of {} was answered, the first because of {code}", assigned.load.name);
+                let why = self.client.first_problem().map_or_else(String::new, |detail| format!(": {detail}"));
+                bail!("no request of {} was answered, the first because of {code}{why}", assigned.load.name);
             }
         }
         let alone: Vec<_> = loads.iter().filter(|assigned| assigned.load.alone).collect();
@@ -285,9 +307,10 @@ fn describe(args: &BenchArgs, loads: &[Load]) -> Vec<String> {
             Arrival::Rate(rate) => format!("{rate} a second"),
         };
         format!(
-            "{}: {requests}{arrival}, {} tasks ({}{}), input {} tokens, output {}; median of {}",
+            "{}: {requests}{arrival}, {} {} ({}{}), input {} tokens, output {}; median of {}",
             load.name,
             load.tasks,
+            if load.tasks == 1 { "task" } else { "tasks" },
             load.mix,
             virtual_tokens(load),
             load.input_tokens,

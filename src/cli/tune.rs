@@ -1,19 +1,16 @@
 //! `softserve tune`: learns a prompt from examples.
 
+mod screen;
+
 use std::{
-    io::{IsTerminal, Write},
-    ops::ControlFlow,
+    io::Write,
     path::{Path, PathBuf},
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
     time::Instant,
 };
 
 use anyhow::{Context as _, bail};
 use clap::{Args, ValueEnum};
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use screen::{Screen, write_result};
 
 use super::{
     model::ModelArgs,
@@ -25,12 +22,9 @@ use crate::{
     tune::{
         encoder::EncoderKind,
         init::Init,
-        job::{self, Observer, Outcome, Places},
-        loss::Held,
+        job::{self, Places},
         plan::{Length, Options, Plan, PromptType},
         schedule::Decay,
-        sweep::Sweep,
-        trainer::{Ended, Progress, Settings},
     },
 };
 
@@ -214,7 +208,7 @@ pub fn run(args: &TuneArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     let output = args.output.clone().unwrap_or_else(|| args.prompts.join(args.task.as_str()));
     let checkpoint = args.checkpoint.clone().unwrap_or_else(|| job::default_checkpoint(&output));
     let places = Places { output, checkpoint, resume: args.resume };
-    let mut screen = Screen::new(&plan, interrupts());
+    let mut screen = Screen::new(&plan);
     screen.say(&format!(
         "{}: {} examples, {} held out; {}, {} virtual tokens before {} ({} parameters, frozen)",
         plan.task,
@@ -229,7 +223,7 @@ pub fn run(args: &TuneArgs, out: &mut dyn Write) -> anyhow::Result<()> {
         screen.say(&format!("warning: {warning}"));
     }
     let outcome = job::run(&model, &plan, &places, &mut screen)?;
-    screen.bar.finish_and_clear();
+    screen.close();
     write_result(out, &plan, &outcome, &places, started)?;
     Ok(())
 }
@@ -329,159 +323,4 @@ fn parse_labels(text: &str) -> anyhow::Result<Verbalizer> {
         Some((label, words)) => (label.trim().to_owned(), words.split('|').map(|w| w.trim().to_owned()).collect()),
     });
     Verbalizer::new(&labels.collect()).context("--labels")
-}
-
-/// Set by the first Ctrl-C; the second ends the process at once.
-fn interrupts() -> Arc<AtomicBool> {
-    let flag = Arc::new(AtomicBool::new(false));
-    let set = flag.clone();
-    std::thread::spawn(move || {
-        let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else { return };
-        while runtime.block_on(tokio::signal::ctrl_c()).is_ok() {
-            if set.swap(true, Ordering::Relaxed) {
-                std::process::exit(130);
-            }
-        }
-    });
-    flag
-}
-
-/// The progress on standard error: a bar on a terminal, lines elsewhere.
-struct Screen {
-    bar: ProgressBar,
-    terminal: bool,
-    metric: String,
-    interrupted: Arc<AtomicBool>,
-    held: Option<Held>,
-}
-
-impl Screen {
-    fn new(plan: &Plan, interrupted: Arc<AtomicBool>) -> Self {
-        let terminal = std::io::stderr().is_terminal();
-        let bar = ProgressBar::with_draw_target(
-            None,
-            if terminal { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() },
-        );
-        let template = "{prefix:>8} {wide_bar:.cyan/dim} {pos}/{len}  {msg}  {eta}";
-        if let Ok(style) = ProgressStyle::with_template(template) {
-            bar.set_style(style);
-        }
-        Self { bar, terminal, metric: plan.metric().replace('_', " "), interrupted, held: None }
-    }
-
-    fn say(&self, line: &str) {
-        match self.terminal {
-            true => self.bar.suspend(|| {
-                let _ = writeln!(std::io::stderr(), "{line}");
-            }),
-            false => {
-                let _ = writeln!(std::io::stderr(), "{line}");
-            }
-        }
-    }
-
-    fn flow(&self) -> ControlFlow<()> {
-        if self.interrupted.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
-    }
-}
-
-impl Observer for Screen {
-    fn sweeping(&mut self, done: usize, of: usize) -> ControlFlow<()> {
-        self.bar.set_prefix("sweep");
-        self.bar.set_length(of as u64);
-        self.bar.set_position(done as u64);
-        self.flow()
-    }
-
-    fn swept(&mut self, sweep: &Sweep) {
-        self.say(&format!(
-            "learning rates tried, {} steps each (held-out loss at the start: {:.3}):",
-            crate::tune::sweep::STEPS,
-            sweep.start.loss
-        ));
-        for trial in &sweep.trials {
-            let verdict = match (trial.diverged, sweep.chosen == Some(trial.rate)) {
-                (true, _) => "diverged",
-                (false, true) => "chosen",
-                (false, false) => "",
-            };
-            let line = format!(
-                "  {:>9}  loss {:.3}  {} {:>5.1}%  {verdict}",
-                trial.rate,
-                trial.held.loss,
-                self.metric,
-                100.0 * trial.held.exact
-            );
-            self.say(line.trim_end());
-        }
-    }
-
-    fn training(&mut self, settings: &Settings, step: usize) {
-        self.bar.reset();
-        self.bar.set_prefix("tune");
-        self.bar.set_length(settings.schedule.steps as u64);
-        self.bar.set_position(step as u64);
-        if step > 0 {
-            self.say(&format!("going on from step {step}"));
-        }
-    }
-
-    fn progress(&mut self, progress: Progress<'_>) -> ControlFlow<()> {
-        match progress {
-            Progress::Step { step, loss, rate, .. } => {
-                let held = self.held.map_or(String::new(), |h| {
-                    format!("  held-out {:.3}  {} {:.0}%", h.loss, self.metric, 100.0 * h.exact)
-                });
-                self.bar.set_message(format!("loss {loss:.3}{held}  lr {rate:.2e}"));
-                self.bar.set_position(step as u64);
-            }
-            Progress::Evaluated { state, held, best } => {
-                self.held = Some(held);
-                if !self.terminal {
-                    let train = state.losses.last().map_or(String::new(), |l| format!("  loss {l:.3}"));
-                    let best = if best { "  best" } else { "" };
-                    self.say(&format!(
-                        "step {:>5}{train}  held-out loss {:.3}  {} {:>5.1}%{best}",
-                        state.step,
-                        held.loss,
-                        self.metric,
-                        100.0 * held.exact
-                    ));
-                }
-            }
-        }
-        self.flow()
-    }
-}
-
-fn write_result(
-    out: &mut dyn Write,
-    plan: &Plan,
-    outcome: &Outcome,
-    places: &Places,
-    started: Instant,
-) -> std::io::Result<()> {
-    let metric = plan.metric().replace('_', " ");
-    let row = |name: &str, held: Held| format!("  {name:<22} {:>8.3} {:>11.1}%", held.loss, 100.0 * held.exact);
-    let ended = match outcome.ended {
-        Ended::Early => ", stopped early",
-        Ended::Diverged => ", stopped where the loss diverged",
-        Ended::Finished | Ended::Interrupted => "",
-    };
-    writeln!(out, "\n  {:<22} {:>8} {:>12}", "", "loss", metric)?;
-    writeln!(out, "{}", row("without a prompt", outcome.bare))?;
-    writeln!(out, "{}", row("before tuning", outcome.before))?;
-    writeln!(out, "{}", row("after tuning", outcome.after))?;
-    writeln!(
-        out,
-        "\nkept step {} of {}{ended}; learning rate {}; {:.0} s\nwrote {} (version {}) and {}\n\nserve it:  softserve serve --prompts {}",
-        outcome.best_step,
-        outcome.state.step,
-        outcome.rate,
-        started.elapsed().as_secs_f64(),
-        places.output.display(),
-        outcome.version.digest,
-        places.output.join(crate::tune::output::CURVE).display(),
-        places.output.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")).display(),
-    )
 }

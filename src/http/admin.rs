@@ -1,35 +1,29 @@
 //! Uploading, activating and deleting tasks. The registry blocks on the disk, so its calls run off
 //! the async threads.
 
+mod types;
+mod upload;
+
 use std::sync::Arc;
 
 use axum::{
-    body::Body,
-    extract::{DefaultBodyLimit, FromRequest as _, Multipart, Request, State},
-    http::{HeaderMap, HeaderValue, StatusCode, header, request::Parts},
+    extract::{DefaultBodyLimit, Request, State},
+    http::{HeaderMap, HeaderValue, StatusCode, header},
     response::{IntoResponse as _, Response},
 };
-use bytes::Bytes;
 use metrics::counter;
-use serde::{Deserialize, Serialize};
-use utoipa::{IntoParams, ToSchema};
 use utoipa_axum::{router::OpenApiRouter, routes};
 
+use self::{
+    types::{ActiveVersion, AdminTask, AdminTaskList, AdminVersion, Binary, UploadForm, UploadQuery, Uploaded},
+    upload::store,
+};
 use super::{
     App, AppState, blocking,
-    extract::{Json, Query, TaskParam, VersionParam, media_type, read_body},
+    extract::{Json, Query, TaskParam, VersionParam},
     problem::{Code, Problem},
-    types::VersionMeta,
 };
-use crate::{
-    engine::request::CacheRoot,
-    prompt::{TaskName, format::PromptFiles},
-    registry::{
-        TaskEntry,
-        package::{Packing, unpack},
-    },
-    telemetry,
-};
+use crate::{registry::TaskEntry, telemetry};
 
 /// The admin routes. All lie under `/v1/admin`, which [`super::access`] closes.
 pub(super) fn routes() -> OpenApiRouter<AppState> {
@@ -41,129 +35,6 @@ pub(super) fn routes() -> OpenApiRouter<AppState> {
         .routes(routes!(activate))
         .routes(routes!(delete_task))
         .layer(DefaultBodyLimit::disable())
-}
-
-/// How to treat an upload.
-#[derive(Debug, Deserialize, IntoParams)]
-#[into_params(parameter_in = Query)]
-#[serde(deny_unknown_fields)]
-pub struct UploadQuery {
-    /// Whether the version answers from now on; `false` only stores it.
-    #[serde(default = "yes")]
-    #[param(default = true)]
-    pub activate: bool,
-}
-
-fn yes() -> bool {
-    true
-}
-
-/// What an upload did.
-#[derive(Debug, Serialize, ToSchema)]
-#[schema(example = json!({"task": "sentiment", "created": true, "active": true, "generation": 1,
-    "version": "3f9a0c1b2d4e", "kind": "embeddings", "peft_type": "PROMPT_TUNING", "virtual_tokens": 20,
-    "template": "{{ input }}", "labels": {}, "defaults": {"max_tokens": 4}, "limits": {},
-    "metrics": {"accuracy": 0.94}, "warnings": []}))]
-pub struct Uploaded {
-    #[schema(value_type = String, example = "sentiment")]
-    pub task: TaskName,
-    /// False when the very same version was there before.
-    pub created: bool,
-    pub active: bool,
-    /// Goes up by one with each change of the active version.
-    #[schema(example = 1)]
-    pub generation: u64,
-    #[serde(flatten)]
-    pub meta: VersionMeta,
-}
-
-/// A multipart upload: the files of a PEFT directory.
-#[derive(Debug, ToSchema)]
-#[allow(dead_code, reason = "it is there for its schema")]
-pub struct UploadForm {
-    #[schema(rename = "adapter_config.json", content_media_type = "application/json")]
-    #[serde(rename = "adapter_config.json")]
-    adapter_config: String,
-    #[serde(rename = "adapter_model.safetensors")]
-    #[schema(format = Binary)]
-    adapter_model: String,
-    #[serde(rename = "task.json")]
-    task: Option<String>,
-}
-
-/// The bytes of a file.
-#[derive(Debug, ToSchema)]
-#[schema(value_type = String, format = Binary)]
-#[allow(dead_code, reason = "it is there for its schema")]
-pub struct Binary(Vec<u8>);
-
-/// The version that answers from now on.
-#[derive(Debug, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
-#[schema(example = json!({"version": "3f9a0c1b2d4e"}))]
-pub struct ActiveVersion {
-    pub version: String,
-}
-
-/// A task with all its versions.
-#[derive(Debug, Serialize, ToSchema)]
-#[schema(example = json!({"task": "sentiment", "generation": 1, "active": "3f9a0c1b2d4e", "versions": [{
-    "version": "3f9a0c1b2d4e", "kind": "embeddings", "peft_type": "PROMPT_TUNING", "virtual_tokens": 20,
-    "template": "{{ input }}", "labels": {}, "defaults": {"max_tokens": 4}, "limits": {},
-    "metrics": {"accuracy": 0.94}, "warnings": [],
-    "active": true, "stored_at": 1_795_414_325, "residency": {"device": "cpu", "bytes": 10240, "cache": "resident"}}]}))]
-pub struct AdminTask {
-    #[schema(value_type = String, example = "sentiment")]
-    pub task: TaskName,
-    /// Goes up by one with each change of the active version; the ETag is made of it.
-    pub generation: u64,
-    /// The version that answers, if one does.
-    #[schema(example = "3f9a0c1b2d4e")]
-    pub active: Option<String>,
-    pub versions: Vec<AdminVersion>,
-}
-
-/// Every task with all its versions.
-#[derive(Debug, Serialize, ToSchema)]
-pub struct AdminTaskList {
-    pub tasks: Vec<AdminTask>,
-}
-
-/// One version.
-#[derive(Debug, Serialize, ToSchema)]
-#[schema(example = json!({"version": "3f9a0c1b2d4e", "kind": "embeddings", "peft_type": "PROMPT_TUNING", "virtual_tokens": 20,
-    "template": "{{ input }}", "labels": {}, "defaults": {"max_tokens": 4}, "limits": {},
-    "metrics": {"accuracy": 0.94}, "warnings": [],
-    "active": true, "stored_at": 1_795_414_325, "residency": {"device": "cpu", "bytes": 10240, "cache": "resident"}}))]
-pub struct AdminVersion {
-    #[serde(flatten)]
-    pub meta: VersionMeta,
-    pub active: bool,
-    /// Seconds since 1970 when it was stored.
-    pub stored_at: u64,
-    pub residency: Residency,
-}
-
-/// Where a version's tensors are.
-#[derive(Debug, Serialize, ToSchema)]
-pub struct Residency {
-    /// The device that holds them.
-    #[schema(example = "cpu")]
-    pub device: String,
-    /// How much of its memory they take.
-    pub bytes: usize,
-    /// Whether the keys and values of all its virtual tokens are in the cache.
-    pub cache: CacheState,
-}
-
-/// Where the keys and values of a learned prompt are.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, ToSchema)]
-#[serde(rename_all = "lowercase")]
-pub enum CacheState {
-    /// In the cache: a request computes its text only.
-    Resident,
-    /// Not in the cache, or not all of them: the next request computes them.
-    Cold,
 }
 
 /// Upload a version
@@ -318,88 +189,6 @@ pub(super) async fn delete_version(
     Ok(StatusCode::NO_CONTENT)
 }
 
-async fn store(app: &AppState, task: &str, activate: bool, request: Request) -> Result<Uploaded, Problem> {
-    let task: TaskName = task.parse()?;
-    let _permit = app.uploads.try_acquire().map_err(|_| {
-        let limit = app.limits.max_concurrent_uploads;
-        Problem::new(Code::Overloaded, format!("{limit} uploads are under way, which is as many as may: try again"))
-    })?;
-    let package = Package::of(request.headers())?;
-    let (parts, body) = request.into_parts();
-    let head = Request::from_parts(parts.clone(), body);
-    let body = read_body(head, app.limits.max_upload, app).await?;
-    let limit = app.limits.max_upload;
-    let files = match package {
-        Package::Packed(packing) => blocking(move || unpack(packing, body, limit)).await?,
-        Package::Form => form(parts, body).await?,
-    };
-    let registry = Arc::clone(&app.registry);
-    let published = blocking(move || registry.publish(task, files, activate)).await?;
-    Ok(Uploaded {
-        task: published.version.task.clone(),
-        created: published.created,
-        active: published.active,
-        generation: published.generation,
-        meta: (&*published.version).into(),
-    })
-}
-
-/// How an upload is packed.
-enum Package {
-    Packed(Packing),
-    Form,
-}
-
-impl Package {
-    fn of(headers: &HeaderMap) -> Result<Self, Problem> {
-        let media_type = media_type(headers);
-        Ok(match media_type.as_deref() {
-            Some("application/octet-stream") => Self::Packed(Packing::Safetensors),
-            Some("application/zip" | "application/x-zip-compressed") => Self::Packed(Packing::Zip),
-            Some("application/x-tar") => Self::Packed(Packing::Tar),
-            Some("application/gzip" | "application/x-gzip" | "application/x-gtar") => Self::Packed(Packing::TarGz),
-            Some("multipart/form-data") => Self::Form,
-            found => {
-                let detail = format!(
-                    "found {}, expected application/octet-stream for one safetensors file, application/zip, \
-                     application/x-tar or application/gzip for a PEFT directory, or multipart/form-data for its files",
-                    found.unwrap_or("no content type")
-                );
-                return Err(Problem::new(Code::UnsupportedMediaType, detail));
-            }
-        })
-    }
-}
-
-/// A form's parts, by their names or else by their files' names.
-async fn form(parts: Parts, body: Bytes) -> Result<PromptFiles, Problem> {
-    let damaged = |e: String| Problem::new(Code::InvalidUpload, format!("the upload is not a readable form: {e}"));
-    let request = Request::from_parts(parts, Body::from(body));
-    let mut form = Multipart::from_request(request, &()).await.map_err(|e| damaged(e.body_text()))?;
-    let mut files = PromptFiles::default();
-    while let Some(part) = form.next_field().await.map_err(|e| damaged(e.body_text()))? {
-        let names = [part.name(), part.file_name()].map(|n| n.unwrap_or_default().to_owned());
-        let place = match names.iter().map(String::as_str).find(|n| KNOWN_FILES.contains(n)) {
-            Some("adapter_config.json") => &mut files.adapter_config,
-            Some("adapter_model.safetensors") => &mut files.weights,
-            Some("task.json") => &mut files.task,
-            _ => {
-                let found: String = names[0].chars().take(80).collect();
-                let detail = format!("found a part named {found:?}, expected one of: {}", KNOWN_FILES.join(", "));
-                return Err(Problem::new(Code::InvalidUpload, detail));
-            }
-        };
-        if place.is_some() {
-            return Err(Problem::new(Code::InvalidUpload, format!("the part {:?} is there twice", names[0])));
-        }
-        *place = Some(part.bytes().await.map_err(|e| damaged(e.body_text()))?);
-    }
-    files.check_complete()?;
-    Ok(files)
-}
-
-const KNOWN_FILES: [&str; 3] = ["adapter_config.json", "adapter_model.safetensors", "task.json"];
-
 /// The states of a task that an `If-Match` header allows.
 enum Expected {
     Anything,
@@ -430,33 +219,4 @@ fn with_etag(app: &App, entry: TaskEntry) -> Response {
         response.headers_mut().insert(header::ETAG, value);
     }
     response
-}
-
-impl AdminTask {
-    fn new(app: &App, entry: TaskEntry) -> Self {
-        let device = match app.model.device {
-            candle_core::Device::Cpu => "cpu",
-            candle_core::Device::Cuda(_) => "cuda",
-            candle_core::Device::Metal(_) => "metal",
-        };
-        let version = |entry: crate::registry::VersionEntry| AdminVersion {
-            meta: (&*entry.version).into(),
-            active: entry.active,
-            stored_at: entry.stored_at.duration_since(std::time::UNIX_EPOCH).map_or(0, |t| t.as_secs()),
-            residency: Residency {
-                device: device.to_owned(),
-                bytes: entry.version.prompt.num_bytes(),
-                cache: match app.engine.is_cached(CacheRoot(entry.version.digest.0)) {
-                    true => CacheState::Resident,
-                    false => CacheState::Cold,
-                },
-            },
-        };
-        Self {
-            task: entry.task,
-            generation: entry.generation,
-            active: entry.active.map(|v| v.digest.id()),
-            versions: entry.versions.into_iter().map(version).collect(),
-        }
-    }
 }

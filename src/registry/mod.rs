@@ -2,6 +2,7 @@
 
 pub mod package;
 mod scan;
+mod state;
 mod store;
 mod watch;
 
@@ -9,7 +10,6 @@ use std::{
     fmt,
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
-    time::SystemTime,
 };
 
 use dashmap::DashMap;
@@ -19,6 +19,8 @@ use crate::prompt::{
     format::{self, Fault, FaultKind, Faults, Fit, PromptFiles},
 };
 use scan::Scan;
+use state::{Stored, TaskState};
+pub use state::{TaskEntry, VersionEntry};
 use store::{Active, Store};
 pub use watch::Watcher;
 
@@ -63,44 +65,6 @@ impl fmt::Debug for Listener {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Listener")
     }
-}
-
-/// A task at one moment; replaced as a whole.
-#[derive(Debug, Clone, Default)]
-struct TaskState {
-    /// Goes up with each change of `active`.
-    generation: u64,
-    active: Option<Arc<Version>>,
-    /// The newest first.
-    versions: Vec<Stored>,
-    /// The version that lies in the task's folder itself.
-    plain: Option<Digest>,
-}
-
-#[derive(Debug, Clone)]
-struct Stored {
-    version: Arc<Version>,
-    stored_at: SystemTime,
-}
-
-/// One version as the admin API lists it.
-#[derive(Debug, Clone)]
-pub struct VersionEntry {
-    pub version: Arc<Version>,
-    pub active: bool,
-    /// When it was stored.
-    pub stored_at: SystemTime,
-}
-
-/// A task as the admin API lists it.
-#[derive(Debug, Clone)]
-pub struct TaskEntry {
-    pub task: TaskName,
-    /// Goes up with each change of the active version; the ETag is made of it.
-    pub generation: u64,
-    pub active: Option<Arc<Version>>,
-    /// The newest first.
-    pub versions: Vec<VersionEntry>,
 }
 
 /// What a publish did.
@@ -382,48 +346,6 @@ impl Registry {
         scan.forget(&self.store.task_dir(task));
         tracing::info!(%task, "deleted task");
         Ok(())
-    }
-}
-
-impl TaskState {
-    fn insert(&mut self, stored: Stored) {
-        self.versions.push(stored);
-        self.versions.sort_by(|a, b| {
-            let by_time = b.stored_at.cmp(&a.stored_at);
-            by_time.then_with(|| a.version.digest.cmp(&b.version.digest))
-        });
-    }
-
-    fn find(&self, task: &TaskName, version: &str) -> Result<&Stored, RegistryError> {
-        let wanted = version.to_ascii_lowercase();
-        let long_enough = wanted.len() >= MIN_VERSION_PREFIX;
-        let mut found = self
-            .versions
-            .iter()
-            .filter(|stored| long_enough && hex::encode(stored.version.digest.0).starts_with(&wanted));
-        match (found.next(), found.next()) {
-            (Some(stored), None) => Ok(stored),
-            _ => Err(RegistryError::VersionNotFound {
-                task: task.clone(),
-                version: version.chars().take(80).collect(),
-                known: self.versions.iter().take(MAX_KNOWN).map(|stored| stored.version.digest.id()).collect(),
-            }),
-        }
-    }
-
-    fn entry(&self, task: &TaskName) -> TaskEntry {
-        let active = self.active.as_ref().map(|active| active.digest);
-        let versions = self.versions.iter().map(|stored| VersionEntry {
-            version: stored.version.clone(),
-            active: active == Some(stored.version.digest),
-            stored_at: stored.stored_at,
-        });
-        TaskEntry {
-            task: task.clone(),
-            generation: self.generation,
-            active: self.active.clone(),
-            versions: versions.collect(),
-        }
     }
 }
 

@@ -11,6 +11,8 @@ use crate::{
 fn a_benchmark_of_a_server_inside_reports_every_load() {
     let home = tempfile::tempdir().unwrap();
     let mut command = softserve(home.path());
+    // Keys that are set for another server change nothing.
+    command.env("SOFTSERVE_API_KEY", "0123456789abcdef").env("SOFTSERVE_ADMIN_KEY_FILE", "no/such/file");
     command.args(["bench", "--json=-", "--repeat=2", "--threads=1", "--virtual-tokens=5", "--output-tokens=4"]);
     command.args(["--input-tokens=3-6", "--warmup=1", "--requests=6"]);
     command.args(["--load=name=light,concurrency=2,alone,tasks=2", "--load=name=heavy,rate=200,background"]);
@@ -141,8 +143,9 @@ fn a_random_model_is_written_as_a_folder_that_serve_takes() {
     std::fs::write(home.path().join("tiny.json"), config.to_string()).unwrap();
     let mut command = softserve(home.path());
     command.args(["bench", "--random-weights=tiny.json", "--save-model=saved"]);
-    let (code, _, stderr) = output(command);
+    let (code, stdout, stderr) = output(command);
     assert_eq!(code, Some(0), "{stderr}");
+    assert_eq!(stdout, "wrote random-tiny to saved\n");
     let mut command = softserve(home.path());
     command.args(["--model=saved", "--listen=127.0.0.1:0", "--prompts=prompts", "--kv-cache=1MiB"]);
     let server = Process::start(command);
@@ -154,10 +157,19 @@ fn a_random_model_is_written_as_a_folder_that_serve_takes() {
 fn what_cannot_be_measured_is_said() {
     let home = tempfile::tempdir().unwrap();
     for (arguments, code, words) in [
-        (vec!["--url=https://localhost:1"], 1, vec!["cannot reach"]),
-        (vec!["--load=background"], 1, vec!["background"]),
-        (vec!["--load=alone", "--in-turn"], 1, vec!["--in-turn"]),
-        (vec!["--save-model=x"], 1, vec!["--random-weights"]),
+        (vec!["--url=http://localhost:1"], 1, vec!["cannot reach"]),
+        (vec!["--url=https://localhost:1"], 2, vec!["--url", "plain http"]),
+        (vec!["--url=nonsense"], 2, vec!["--url", "nonsense", "http://127.0.0.1:8080"]),
+        (vec!["--url=http://localhost:1", "--upload"], 2, vec!["--upload", "--hidden-size"]),
+        (vec!["--duration=0s"], 2, vec!["--duration"]),
+        (vec!["--load=background"], 2, vec!["--load", "background"]),
+        (vec!["--load=alone", "--in-turn"], 2, vec!["--in-turn"]),
+        (vec!["--load=name=a", "--load=name=a,alone"], 2, vec!["--load", "\"a\" twice"]),
+        (vec!["--load=tasks=1,tasks=2"], 2, vec!["tasks twice"]),
+        (vec!["--save-model=x"], 2, vec!["--save-model", "--random-weights"]),
+        (vec!["--json=no/such/folder/figures.json"], 2, vec!["--json", "no/such/folder"]),
+        (vec!["--url=http://localhost:1", "--", "--max-batch=3"], 2, vec!["--url", "SERVE OPTIONS"]),
+        (vec!["--input-tokens=9999", "--requests=1"], 1, vec!["input_too_long", "shorten the input"]),
         (vec!["--input-tokens=none"], 2, vec!["none", "16-64"]),
         (vec!["--rate=1", "--concurrency=2"], 2, vec!["--rate"]),
         (vec!["--model=no/such/folder"], 1, vec!["no/such/folder"]),

@@ -30,6 +30,8 @@ pub struct ServerInside {
 
 /// `serve`'s own default.
 const MAX_WAITING: usize = 256;
+/// The most that `serve` takes.
+const MOST_WAITING: usize = 1_000_000;
 
 impl ServerInside {
     /// Starts it and waits until it listens.
@@ -47,6 +49,11 @@ impl ServerInside {
             .env_remove("SOFTSERVE_CONFIG")
             .env_remove("SOFTSERVE_MODEL")
             .env_remove("SOFTSERVE_RANDOM_WEIGHTS")
+            // Keys are for servers that others can reach; with them we would need one of each kind.
+            .env_remove("SOFTSERVE_API_KEY")
+            .env_remove("SOFTSERVE_API_KEY_FILE")
+            .env_remove("SOFTSERVE_ADMIN_KEY")
+            .env_remove("SOFTSERVE_ADMIN_KEY_FILE")
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .spawn()
@@ -129,7 +136,7 @@ fn arguments(args: &BenchArgs, loads: &[Load]) -> Vec<String> {
         Arrival::Concurrency(n) => n,
         Arrival::Rate(_) => 0,
     });
-    add("--max-waiting", Some((2 * clients.sum::<usize>()).max(MAX_WAITING).to_string()));
+    add("--max-waiting", Some((2 * clients.sum::<usize>()).clamp(MAX_WAITING, MOST_WAITING).to_string()));
     let tasks = args.prompt_lengths(loads).len();
     add("--max-tasks", (tasks > 10_000).then(|| tasks.to_string()));
     out

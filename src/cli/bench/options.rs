@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 use clap::Args;
 
 use crate::{
@@ -11,7 +11,7 @@ use crate::{
         load::{self, Arrival, Load, LoadSpec},
     },
     cli::{model::ModelArgs, model_source},
-    config::{ByteSize, Time},
+    config::{ByteSize, ConfigError, Time},
     model::ModelConfig,
 };
 
@@ -22,8 +22,8 @@ const DEFAULT_CONCURRENCY: usize = 16;
 /// Measure throughput and latency under a load of many tasks.
 ///
 /// Without --url it starts a server of its own on a free port, with learned prompts made at random;
-/// with --url it asks the tasks of a server that is running. Answers are streamed and always have
-/// the length that was asked for. Figures are medians over --repeat runs.
+/// with --url it asks the tasks of a server that is running. Answers are streamed and have the length
+/// that was asked for, unless the model's context ends first. Figures are medians over --repeat runs.
 #[derive(Debug, Clone, Args)]
 #[command(after_help = "Examples:\n  \
     softserve bench --random-weights smollm2-135m --dtype bf16 --concurrency 32 --repeat 3\n  \
@@ -51,8 +51,8 @@ pub struct BenchArgs {
     /// Memory for keys and values, such as 512MiB [default: as for serve]
     #[arg(long, value_name = "SIZE", env = "SOFTSERVE_KV_CACHE")]
     pub kv_cache: Option<ByteSize>,
-    /// Any other options of `softserve serve`
-    #[arg(last = true, value_name = "SERVE OPTIONS")]
+    /// Any other options of `softserve serve`, for the server that is started
+    #[arg(last = true, conflicts_with = "url", value_name = "SERVE OPTIONS")]
     pub serve: Vec<String>,
 
     /// How many tasks are asked [default: 8; with --url, all that the server has]
@@ -112,7 +112,8 @@ pub struct BenchArgs {
     #[arg(long, value_name = "N", default_value = "0")]
     pub seed: u64,
 
-    /// Write every figure of every run to a file, or with - to standard output in place of the table
+    /// Write every figure of every run to a file, or with - to standard output in place of the table;
+    /// latencies are in milliseconds, everything else is in the unit of its name
     #[arg(long, value_name = "FILE|-")]
     pub json: Option<PathBuf>,
     /// Measure nothing: write the model of --random-weights as a Hugging Face folder
@@ -122,7 +123,7 @@ pub struct BenchArgs {
 
 impl BenchArgs {
     /// What is run: the loads that were typed, or the one that the plain options describe.
-    pub fn loads(&self) -> Result<Vec<Load>> {
+    pub fn loads(&self) -> Result<Vec<Load>, ConfigError> {
         let concurrency = Arrival::Concurrency(self.concurrency.unwrap_or(DEFAULT_CONCURRENCY));
         let base = Load {
             name: "load".to_owned(),
@@ -136,15 +137,32 @@ impl BenchArgs {
             background: false,
             alone: false,
         };
+        let wrong = |option, reason: String| Err(ConfigError::Option { option, reason });
+        if self.duration.is_some_and(|time| time.0.is_zero()) {
+            return wrong("duration", "found no time at all, expected some such as 30s".to_owned());
+        }
+        if self.upload && self.hidden_size.is_none() {
+            let reason = "it needs --hidden-size, the width of the model of that server".to_owned();
+            return wrong("upload", reason);
+        }
         if self.load.is_empty() {
             return Ok(vec![base]);
         }
         let loads: Vec<_> = self.load.iter().cloned().enumerate().map(|(i, spec)| spec.over(&base, i)).collect();
         if self.in_turn && loads.iter().any(|load| load.background || load.alone) {
-            bail!("with --in-turn every load is alone, and none is in the background: leave those words out");
+            let reason = "every load is alone, and none is in the background: leave those words out".to_owned();
+            return wrong("in-turn", reason);
         }
         if loads.iter().all(|load| load.background) {
-            bail!("every --load is in the background, expected one or more that say when all is done");
+            let reason = "every one is in the background, expected one or more that say when all is done".to_owned();
+            return wrong("load", reason);
+        }
+        let twice = |load: &Load| loads.iter().filter(|other| other.name == load.name).count() > 1;
+        if let Some(load) = loads.iter().find(|load| twice(load)) {
+            return wrong(
+                "load",
+                format!("found the name {:?} twice, expected names that tell loads apart", load.name),
+            );
         }
         Ok(loads)
     }

@@ -1,6 +1,9 @@
 //! What `config.json` says of an encoder, and of a decoder that follows one (T5, mT5).
 
-use super::{LayerConfig, MAX_LAYERS, ModelConfig, Reader};
+use super::{
+    LayerConfig, ModelConfig,
+    reader::{MAX_LAYERS, Reader},
+};
 
 /// The most positions of an input, and of an answer, unless the file says more: relative positions have
 /// no end, so `n_positions` is what a model was trained on and this only bounds the work of a request.

@@ -1,0 +1,184 @@
+//! What a tuning run shows: its progress on standard error, a bar on a terminal and lines elsewhere,
+//! and its result. Ctrl-C is heard here too.
+
+use std::{
+    io::{IsTerminal, Write},
+    ops::ControlFlow,
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Instant,
+};
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+use crate::tune::{
+    job::{Observer, Outcome, Places},
+    loss::Held,
+    plan::Plan,
+    sweep::{self, Sweep},
+    trainer::{Ended, Progress, Settings},
+};
+
+/// The progress on standard error: a bar on a terminal, lines elsewhere.
+pub(super) struct Screen {
+    bar: ProgressBar,
+    terminal: bool,
+    metric: String,
+    interrupted: Arc<AtomicBool>,
+    held: Option<Held>,
+}
+
+impl Screen {
+    pub(super) fn new(plan: &Plan) -> Self {
+        let terminal = std::io::stderr().is_terminal();
+        let bar = ProgressBar::with_draw_target(
+            None,
+            if terminal { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() },
+        );
+        let template = "{prefix:>8} {wide_bar:.cyan/dim} {pos}/{len}  {msg}  {eta}";
+        if let Ok(style) = ProgressStyle::with_template(template) {
+            bar.set_style(style);
+        }
+        Self { bar, terminal, metric: plan.metric().replace('_', " "), interrupted: interrupts(), held: None }
+    }
+
+    pub(super) fn say(&self, line: &str) {
+        match self.terminal {
+            true => self.bar.suspend(|| {
+                let _ = writeln!(std::io::stderr(), "{line}");
+            }),
+            false => {
+                let _ = writeln!(std::io::stderr(), "{line}");
+            }
+        }
+    }
+
+    /// Takes the bar away.
+    pub(super) fn close(&self) {
+        self.bar.finish_and_clear();
+    }
+
+    fn flow(&self) -> ControlFlow<()> {
+        if self.interrupted.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    }
+}
+
+impl Observer for Screen {
+    fn sweeping(&mut self, done: usize, of: usize) -> ControlFlow<()> {
+        self.bar.set_prefix("sweep");
+        self.bar.set_length(of as u64);
+        self.bar.set_position(done as u64);
+        self.flow()
+    }
+
+    fn swept(&mut self, sweep: &Sweep) {
+        self.say(&format!(
+            "learning rates tried, {} steps each (held-out loss at the start: {:.3}):",
+            sweep::STEPS,
+            sweep.start.loss
+        ));
+        for trial in &sweep.trials {
+            let verdict = match (trial.diverged, sweep.chosen == Some(trial.rate)) {
+                (true, _) => "diverged",
+                (false, true) => "chosen",
+                (false, false) => "",
+            };
+            let line = format!(
+                "  {:>9}  loss {:.3}  {} {:>5.1}%  {verdict}",
+                trial.rate,
+                trial.held.loss,
+                self.metric,
+                100.0 * trial.held.exact
+            );
+            self.say(line.trim_end());
+        }
+    }
+
+    fn training(&mut self, settings: &Settings, step: usize) {
+        self.bar.reset();
+        self.bar.set_prefix("tune");
+        self.bar.set_length(settings.schedule.steps as u64);
+        self.bar.set_position(step as u64);
+        if step > 0 {
+            self.say(&format!("going on from step {step}"));
+        }
+    }
+
+    fn progress(&mut self, progress: Progress<'_>) -> ControlFlow<()> {
+        match progress {
+            Progress::Step { step, loss, rate, .. } => {
+                let held = self.held.map_or(String::new(), |h| {
+                    format!("  held-out {:.3}  {} {:.0}%", h.loss, self.metric, 100.0 * h.exact)
+                });
+                self.bar.set_message(format!("loss {loss:.3}{held}  lr {rate:.2e}"));
+                self.bar.set_position(step as u64);
+            }
+            Progress::Evaluated { state, held, best } => {
+                self.held = Some(held);
+                if !self.terminal {
+                    let train = state.losses.last().map_or(String::new(), |l| format!("  loss {l:.3}"));
+                    let best = if best { "  best" } else { "" };
+                    self.say(&format!(
+                        "step {:>5}{train}  held-out loss {:.3}  {} {:>5.1}%{best}",
+                        state.step,
+                        held.loss,
+                        self.metric,
+                        100.0 * held.exact
+                    ));
+                }
+            }
+        }
+        self.flow()
+    }
+}
+
+/// The losses before and after, and where the prompt is.
+pub(super) fn write_result(
+    out: &mut dyn Write,
+    plan: &Plan,
+    outcome: &Outcome,
+    places: &Places,
+    started: Instant,
+) -> std::io::Result<()> {
+    let metric = plan.metric().replace('_', " ");
+    let row = |name: &str, held: Held| format!("  {name:<22} {:>8.3} {:>11.1}%", held.loss, 100.0 * held.exact);
+    let ended = match outcome.ended {
+        Ended::Early => ", stopped early",
+        Ended::Diverged => ", stopped where the loss diverged",
+        Ended::Finished | Ended::Interrupted => "",
+    };
+    writeln!(out, "\n  {:<22} {:>8} {:>12}", "", "loss", metric)?;
+    writeln!(out, "{}", row("without a prompt", outcome.bare))?;
+    writeln!(out, "{}", row("before tuning", outcome.before))?;
+    writeln!(out, "{}", row("after tuning", outcome.after))?;
+    writeln!(
+        out,
+        "\nkept step {} of {}{ended}; learning rate {}; {:.0} s\nwrote {} (version {}) and {}\n\nserve it:  softserve serve --prompts {}",
+        outcome.best_step,
+        outcome.state.step,
+        outcome.rate,
+        started.elapsed().as_secs_f64(),
+        places.output.display(),
+        outcome.version.digest,
+        places.output.join(crate::tune::output::CURVE).display(),
+        places.output.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")).display(),
+    )
+}
+
+/// Set by the first Ctrl-C; the second ends the process at once.
+fn interrupts() -> Arc<AtomicBool> {
+    let flag = Arc::new(AtomicBool::new(false));
+    let set = flag.clone();
+    std::thread::spawn(move || {
+        let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else { return };
+        while runtime.block_on(tokio::signal::ctrl_c()).is_ok() {
+            if set.swap(true, Ordering::Relaxed) {
+                std::process::exit(130);
+            }
+        }
+    });
+    flag
+}

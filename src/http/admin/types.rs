@@ -1,0 +1,164 @@
+//! What the admin routes take and answer.
+
+use serde::{Deserialize, Serialize};
+use utoipa::{IntoParams, ToSchema};
+
+use crate::{
+    engine::request::CacheRoot,
+    http::{App, types::VersionMeta},
+    prompt::TaskName,
+    registry::{TaskEntry, VersionEntry},
+};
+
+/// How to treat an upload.
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+#[serde(deny_unknown_fields)]
+pub struct UploadQuery {
+    /// Whether the version answers from now on; `false` only stores it.
+    #[serde(default = "yes")]
+    #[param(default = true)]
+    pub activate: bool,
+}
+
+fn yes() -> bool {
+    true
+}
+
+/// What an upload did.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(example = json!({"task": "sentiment", "created": true, "active": true, "generation": 1,
+    "version": "3f9a0c1b2d4e", "kind": "embeddings", "peft_type": "PROMPT_TUNING", "virtual_tokens": 20,
+    "template": "{{ input }}", "labels": {}, "defaults": {"max_tokens": 4}, "limits": {},
+    "metrics": {"accuracy": 0.94}, "warnings": []}))]
+pub struct Uploaded {
+    #[schema(value_type = String, example = "sentiment")]
+    pub task: TaskName,
+    /// False when the very same version was there before.
+    pub created: bool,
+    pub active: bool,
+    /// Goes up by one with each change of the active version.
+    #[schema(example = 1)]
+    pub generation: u64,
+    #[serde(flatten)]
+    pub meta: VersionMeta,
+}
+
+/// A multipart upload: the files of a PEFT directory.
+#[derive(Debug, ToSchema)]
+#[allow(dead_code, reason = "it is there for its schema")]
+pub struct UploadForm {
+    #[schema(rename = "adapter_config.json", content_media_type = "application/json")]
+    #[serde(rename = "adapter_config.json")]
+    adapter_config: String,
+    #[serde(rename = "adapter_model.safetensors")]
+    #[schema(format = Binary)]
+    adapter_model: String,
+    #[serde(rename = "task.json")]
+    task: Option<String>,
+}
+
+/// The bytes of a file.
+#[derive(Debug, ToSchema)]
+#[schema(value_type = String, format = Binary)]
+#[allow(dead_code, reason = "it is there for its schema")]
+pub struct Binary(Vec<u8>);
+
+/// The version that answers from now on.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+#[schema(example = json!({"version": "3f9a0c1b2d4e"}))]
+pub struct ActiveVersion {
+    pub version: String,
+}
+
+/// A task with all its versions.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(example = json!({"task": "sentiment", "generation": 1, "active": "3f9a0c1b2d4e", "versions": [{
+    "version": "3f9a0c1b2d4e", "kind": "embeddings", "peft_type": "PROMPT_TUNING", "virtual_tokens": 20,
+    "template": "{{ input }}", "labels": {}, "defaults": {"max_tokens": 4}, "limits": {},
+    "metrics": {"accuracy": 0.94}, "warnings": [],
+    "active": true, "stored_at": 1_795_414_325, "residency": {"device": "cpu", "bytes": 10240, "cache": "resident"}}]}))]
+pub struct AdminTask {
+    #[schema(value_type = String, example = "sentiment")]
+    pub task: TaskName,
+    /// Goes up by one with each change of the active version; the ETag is made of it.
+    pub generation: u64,
+    /// The version that answers, if one does.
+    #[schema(example = "3f9a0c1b2d4e")]
+    pub active: Option<String>,
+    pub versions: Vec<AdminVersion>,
+}
+
+/// Every task with all its versions.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct AdminTaskList {
+    pub tasks: Vec<AdminTask>,
+}
+
+/// One version.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(example = json!({"version": "3f9a0c1b2d4e", "kind": "embeddings", "peft_type": "PROMPT_TUNING", "virtual_tokens": 20,
+    "template": "{{ input }}", "labels": {}, "defaults": {"max_tokens": 4}, "limits": {},
+    "metrics": {"accuracy": 0.94}, "warnings": [],
+    "active": true, "stored_at": 1_795_414_325, "residency": {"device": "cpu", "bytes": 10240, "cache": "resident"}}))]
+pub struct AdminVersion {
+    #[serde(flatten)]
+    pub meta: VersionMeta,
+    pub active: bool,
+    /// Seconds since 1970 when it was stored.
+    pub stored_at: u64,
+    pub residency: Residency,
+}
+
+/// Where a version's tensors are.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct Residency {
+    /// The device that holds them.
+    #[schema(example = "cpu")]
+    pub device: String,
+    /// How much of its memory they take.
+    pub bytes: usize,
+    /// Whether the keys and values of all its virtual tokens are in the cache.
+    pub cache: CacheState,
+}
+
+/// Where the keys and values of a learned prompt are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum CacheState {
+    /// In the cache: a request computes its text only.
+    Resident,
+    /// Not in the cache, or not all of them: the next request computes them.
+    Cold,
+}
+
+impl AdminTask {
+    /// A task as the registry has it, and where its versions are.
+    pub(super) fn new(app: &App, entry: TaskEntry) -> Self {
+        let device = match app.model.device {
+            candle_core::Device::Cpu => "cpu",
+            candle_core::Device::Cuda(_) => "cuda",
+            candle_core::Device::Metal(_) => "metal",
+        };
+        let version = |entry: VersionEntry| AdminVersion {
+            meta: (&*entry.version).into(),
+            active: entry.active,
+            stored_at: entry.stored_at.duration_since(std::time::UNIX_EPOCH).map_or(0, |t| t.as_secs()),
+            residency: Residency {
+                device: device.to_owned(),
+                bytes: entry.version.prompt.num_bytes(),
+                cache: match app.engine.is_cached(CacheRoot(entry.version.digest.0)) {
+                    true => CacheState::Resident,
+                    false => CacheState::Cold,
+                },
+            },
+        };
+        Self {
+            task: entry.task,
+            generation: entry.generation,
+            active: entry.active.map(|v| v.digest.id()),
+            versions: entry.versions.into_iter().map(version).collect(),
+        }
+    }
+}

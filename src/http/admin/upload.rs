@@ -1,0 +1,104 @@
+//! An upload's body, however it is packed, to a version in the registry.
+
+use std::sync::Arc;
+
+use axum::{
+    body::Body,
+    extract::{FromRequest as _, Multipart, Request},
+    http::{HeaderMap, request::Parts},
+};
+use bytes::Bytes;
+
+use super::types::Uploaded;
+use crate::{
+    http::{
+        AppState, blocking,
+        extract::{media_type, read_body},
+        problem::{Code, Problem},
+    },
+    prompt::{TaskName, format::PromptFiles},
+    registry::package::{Packing, unpack},
+};
+
+/// Reads, checks and publishes what a request carries.
+pub(super) async fn store(app: &AppState, task: &str, activate: bool, request: Request) -> Result<Uploaded, Problem> {
+    let task: TaskName = task.parse()?;
+    let _permit = app.uploads.try_acquire().map_err(|_| {
+        let limit = app.limits.max_concurrent_uploads;
+        Problem::new(Code::Overloaded, format!("{limit} uploads are under way, which is as many as may: try again"))
+    })?;
+    let package = Package::of(request.headers())?;
+    let (parts, body) = request.into_parts();
+    let head = Request::from_parts(parts.clone(), body);
+    let body = read_body(head, app.limits.max_upload, app).await?;
+    let limit = app.limits.max_upload;
+    let files = match package {
+        Package::Packed(packing) => blocking(move || unpack(packing, body, limit)).await?,
+        Package::Form => form(parts, body).await?,
+    };
+    let registry = Arc::clone(&app.registry);
+    let published = blocking(move || registry.publish(task, files, activate)).await?;
+    Ok(Uploaded {
+        task: published.version.task.clone(),
+        created: published.created,
+        active: published.active,
+        generation: published.generation,
+        meta: (&*published.version).into(),
+    })
+}
+
+/// How an upload is packed.
+enum Package {
+    Packed(Packing),
+    Form,
+}
+
+impl Package {
+    fn of(headers: &HeaderMap) -> Result<Self, Problem> {
+        let media_type = media_type(headers);
+        Ok(match media_type.as_deref() {
+            Some("application/octet-stream") => Self::Packed(Packing::Safetensors),
+            Some("application/zip" | "application/x-zip-compressed") => Self::Packed(Packing::Zip),
+            Some("application/x-tar") => Self::Packed(Packing::Tar),
+            Some("application/gzip" | "application/x-gzip" | "application/x-gtar") => Self::Packed(Packing::TarGz),
+            Some("multipart/form-data") => Self::Form,
+            found => {
+                let detail = format!(
+                    "found {}, expected application/octet-stream for one safetensors file, application/zip, \
+                     application/x-tar or application/gzip for a PEFT directory, or multipart/form-data for its files",
+                    found.unwrap_or("no content type")
+                );
+                return Err(Problem::new(Code::UnsupportedMediaType, detail));
+            }
+        })
+    }
+}
+
+/// A form's parts, by their names or else by their files' names.
+async fn form(parts: Parts, body: Bytes) -> Result<PromptFiles, Problem> {
+    let damaged = |e: String| Problem::new(Code::InvalidUpload, format!("the upload is not a readable form: {e}"));
+    let request = Request::from_parts(parts, Body::from(body));
+    let mut form = Multipart::from_request(request, &()).await.map_err(|e| damaged(e.body_text()))?;
+    let mut files = PromptFiles::default();
+    while let Some(part) = form.next_field().await.map_err(|e| damaged(e.body_text()))? {
+        let names = [part.name(), part.file_name()].map(|n| n.unwrap_or_default().to_owned());
+        let place = match names.iter().map(String::as_str).find(|n| KNOWN_FILES.contains(n)) {
+            Some("adapter_config.json") => &mut files.adapter_config,
+            Some("adapter_model.safetensors") => &mut files.weights,
+            Some("task.json") => &mut files.task,
+            _ => {
+                let found: String = names[0].chars().take(80).collect();
+                let detail = format!("found a part named {found:?}, expected one of: {}", KNOWN_FILES.join(", "));
+                return Err(Problem::new(Code::InvalidUpload, detail));
+            }
+        };
+        if place.is_some() {
+            return Err(Problem::new(Code::InvalidUpload, format!("the part {:?} is there twice", names[0])));
+        }
+        *place = Some(part.bytes().await.map_err(|e| damaged(e.body_text()))?);
+    }
+    files.check_complete()?;
+    Ok(files)
+}
+
+const KNOWN_FILES: [&str; 3] = ["adapter_config.json", "adapter_model.safetensors", "task.json"];

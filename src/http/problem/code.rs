@@ -1,0 +1,109 @@
+//! The one table of what can go wrong: the word on the wire, the status, and when it happens.
+
+use axum::http::StatusCode;
+
+macro_rules! codes {
+    ($($name:ident $code:literal $status:ident $title:literal $when:literal;)*) => {
+        /// What went wrong, in a word that clients can rely on.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+        pub enum Code { $(#[doc = $when] $name,)* }
+
+        impl Code {
+            /// All codes, in the order of the table.
+            pub const ALL: &'static [Self] = &[$(Self::$name,)*];
+
+            /// The word on the wire.
+            pub fn as_str(self) -> &'static str {
+                match self { $(Self::$name => $code,)* }
+            }
+
+            /// The HTTP status that goes with it.
+            pub fn status(self) -> StatusCode {
+                match self { $(Self::$name => StatusCode::$status,)* }
+            }
+
+            /// A short text for people, the same for every problem of this code.
+            pub fn title(self) -> &'static str {
+                match self { $(Self::$name => $title,)* }
+            }
+
+            /// When it happens.
+            pub fn when(self) -> &'static str {
+                match self { $(Self::$name => $when,)* }
+            }
+        }
+    };
+}
+
+codes! {
+    InvalidRequest "invalid_request" BAD_REQUEST "The request is not valid"
+        "The body is not JSON, or a field is unknown, of the wrong type or out of its range.";
+    InputTooLong "input_too_long" BAD_REQUEST "The input is too long"
+        "Learned prompt and input leave no position of the model's context for an answer, or the input is over the task's limit.";
+    IncompleteBody "incomplete_body" BAD_REQUEST "The body ended early"
+        "The connection broke before the whole body had arrived.";
+    InvalidUpload "invalid_upload" BAD_REQUEST "The upload cannot be unpacked"
+        "The archive is damaged, has an unsafe entry, or holds no learned prompt.";
+    Unauthorized "unauthorized" UNAUTHORIZED "A key is needed"
+        "The server has keys, and the request shows none or one that is not known.";
+    Forbidden "forbidden" FORBIDDEN "Not allowed"
+        "The key is not an admin key, or the admin routes are closed because no admin key is set.";
+    NotFound "not_found" NOT_FOUND "No such path"
+        "The server has no such path.";
+    TaskNotFound "task_not_found" NOT_FOUND "No such task"
+        "No task has this name.";
+    VersionNotFound "version_not_found" NOT_FOUND "No such version"
+        "The task has no version of this id.";
+    MethodNotAllowed "method_not_allowed" METHOD_NOT_ALLOWED "The path has other methods"
+        "The path exists, but not with this method; the Allow header lists those it has.";
+    RequestTimeout "request_timeout" REQUEST_TIMEOUT "The body came too slowly"
+        "No piece of the body arrived for too long.";
+    NoActiveVersion "no_active_version" CONFLICT "The task has no active version"
+        "The task has stored versions, but none is active and the request names none.";
+    VersionActive "version_active" CONFLICT "The version is active"
+        "The active version cannot be deleted while the task has others.";
+    RegistryFull "registry_full" CONFLICT "No room for another"
+        "The server keeps as many tasks or versions as it may.";
+    PreconditionFailed "precondition_failed" PRECONDITION_FAILED "The task has changed"
+        "If-Match names another state of the task than the present one.";
+    BodyTooLarge "body_too_large" PAYLOAD_TOO_LARGE "The body is too large"
+        "The body, or what it unpacks to, is over the server's limit.";
+    UnsupportedMediaType "unsupported_media_type" UNSUPPORTED_MEDIA_TYPE "Another content type is needed"
+        "The content type is missing or not one that the path takes.";
+    PromptMalformed "prompt_malformed" UNPROCESSABLE_ENTITY "The learned prompt's files are damaged"
+        "A file is missing, damaged or not of its format.";
+    PromptShapeMismatch "prompt_shape_mismatch" UNPROCESSABLE_ENTITY "The learned prompt does not fit the model"
+        "The tensor's rank, rows or columns fit neither the model nor adapter_config.json.";
+    PromptNotFinite "prompt_not_finite" UNPROCESSABLE_ENTITY "The learned prompt has values that are no numbers"
+        "A value is NaN or infinite in the number format that the model runs in.";
+    UnsupportedPromptType "unsupported_prompt_type" UNPROCESSABLE_ENTITY "This type of prompt is not served"
+        "adapter_config.json names a type of adapter that is not served.";
+    BaseModelMismatch "base_model_mismatch" UNPROCESSABLE_ENTITY "The prompt was tuned on another model"
+        "task.json names the fingerprint of another model than the one that runs.";
+    InvalidTaskFile "invalid_task_file" UNPROCESSABLE_ENTITY "task.json is not valid"
+        "task.json has an unknown field, a wrong value or a template that does not parse.";
+    Overloaded "overloaded" TOO_MANY_REQUESTS "Too many requests"
+        "The queue is full; try again after Retry-After seconds.";
+    Internal "internal" INTERNAL_SERVER_ERROR "The server failed"
+        "A fault of the server; its log has the cause under the request id.";
+    Unavailable "unavailable" SERVICE_UNAVAILABLE "The server takes no requests now"
+        "The server is starting or stopping; try again after Retry-After seconds.";
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+
+    #[test]
+    fn codes_are_distinct_words_and_say_when_they_happen() {
+        let words: HashSet<_> = Code::ALL.iter().map(|c| c.as_str()).collect();
+        assert_eq!(words.len(), Code::ALL.len());
+        for code in Code::ALL {
+            assert!(code.as_str().bytes().all(|b| b.is_ascii_lowercase() || b == b'_'), "{code:?}");
+            assert!(code.status().is_client_error() || code.status().is_server_error(), "{code:?}");
+            assert!(code.when().ends_with('.') && !code.title().ends_with('.'), "{code:?}");
+        }
+    }
+}
