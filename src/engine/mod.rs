@@ -212,7 +212,8 @@ impl Engine {
         let num_blocks = (kv_cache_bytes / block_bytes).min(useful);
         if num_blocks == 0 {
             candle_core::bail!(
-                "the key-value cache of {kv_cache_bytes} bytes does not hold one block of {block_bytes} bytes"
+                "the key-value cache of {kv_cache_bytes} bytes does not hold one block of {block_bytes} bytes; \
+                 give it more by --kv-cache"
             );
         }
         let max_sequence = context.min(num_blocks * crate::kernels::kv_cache::BLOCK_SIZE);

@@ -9,13 +9,17 @@ use axum::{
         sse::{Event, KeepAlive},
     },
 };
-use futures::{Stream, StreamExt as _, future::join_all, stream::select_all};
+use futures::{
+    Stream, StreamExt as _,
+    future::join_all,
+    stream::{FuturesUnordered, select_all},
+};
 
 use super::{
     App, AppState,
     extract::{Json, RequestId, ResolvedTask, TaskParam, from_value},
     prepare::{Prepared, prepare},
-    problem::Problem,
+    problem::{Code, Problem},
     running::{self, Finished, Piece, Running},
     types::{
         BatchRequest, BatchResponse, BatchResult, ChoiceInfo, GenerateRequest, GenerateResponse, StreamEvent, TaskInfo,
@@ -81,17 +85,7 @@ pub async fn generate_batch(
     if !(1..=MAX_BATCH_REQUESTS).contains(&found) {
         return Err(Problem::field("requests", format!("found {found}, expected 1 to {MAX_BATCH_REQUESTS}")));
     }
-    // All are handed over before any is waited for, so that they share forward passes.
-    let mut started = Vec::with_capacity(found);
-    for item in batch.requests {
-        started.push(start_item(&app, item).await);
-        tokio::task::yield_now().await;
-    }
-    let results = join_all(started.into_iter().map(async |started| {
-        let (prepared, running) = started?;
-        finish(prepared, running).await
-    }));
-    let results = results.await.into_iter().map(|result| match result {
+    let results = answer_items(&app, batch.requests).await.into_iter().map(|result| match result {
         Ok(answer) => BatchResult::Answer(Box::new(answer)),
         Err(problem) => {
             log_if_ours(&problem, &request_id);
@@ -124,6 +118,37 @@ pub async fn list_tasks(State(app): State<AppState>) -> axum::Json<TaskList> {
     extensions(("x-problems" = json!(["task_not_found", "no_active_version"]))))]
 pub async fn get_task(State(app): State<AppState>, ResolvedTask(version): ResolvedTask) -> axum::Json<TaskInfo> {
     axum::Json(TaskInfo::new(&version, app.engine.room(&version.prompt)))
+}
+
+/// The answers of a batch, in order. As many as may wait are handed over before any is waited for, so that
+/// they share forward passes; the others follow as those end, since a batch must not be refused for its
+/// own sake.
+async fn answer_items(
+    app: &App,
+    items: Vec<serde_json::Map<String, serde_json::Value>>,
+) -> Vec<Result<GenerateResponse, Problem>> {
+    let mut results = Vec::with_capacity(items.len());
+    let mut open = FuturesUnordered::new();
+    for (index, item) in items.into_iter().enumerate() {
+        let started = loop {
+            let started = start_item(app, item.clone()).await;
+            if !matches!(&started, Err(problem) if problem.code == Code::Overloaded) {
+                break started;
+            }
+            match open.next().await {
+                Some(ended) => results.push(ended),
+                None => break started,
+            }
+        };
+        match started {
+            Ok((prepared, running)) => open.push(async move { (index, finish(prepared, running).await) }),
+            Err(problem) => results.push((index, Err(problem))),
+        }
+        tokio::task::yield_now().await;
+    }
+    results.extend(open.collect::<Vec<_>>().await);
+    results.sort_by_key(|(index, _)| *index);
+    results.into_iter().map(|(_, result)| result).collect()
 }
 
 async fn start_item(

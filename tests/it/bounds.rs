@@ -14,7 +14,7 @@ use softserve::engine::{
 
 use crate::{
     fixtures,
-    support::{Options, collect},
+    support::{Options, TASK, collect},
 };
 
 fn request(max_tokens: usize) -> Request {
@@ -70,6 +70,26 @@ fn accounts_that_never_end_do_not_keep_one_of_a_lower_priority_number_waiting() 
     assert_eq!(ids.len(), 20);
     assert!(engine.stats().waiting > 30);
     drop(low);
+}
+
+#[tokio::test]
+async fn a_batch_is_answered_whole_although_fewer_may_wait_at_once() {
+    let mut options = Options::default();
+    options.engine.max_waiting = 16;
+    options.engine.max_batch = 2;
+    let server = options.start();
+    let inputs: Vec<String> =
+        (0..=255u8).map(|i| format!("{} {}", char::from(b'a' + i % 16), char::from(b'a' + i / 16))).collect();
+    let item = |input: &String| json!({"task": TASK, "input": input, "max_tokens": 3, "ignore_eos": true});
+    let requests: Vec<_> = inputs.iter().map(item).collect();
+    let answer = server.post("/v1/generate", &json!({"requests": requests})).await.ok();
+    let results = answer["results"].as_array().unwrap();
+    assert_eq!(results.len(), inputs.len());
+    for (input, result) in inputs.iter().zip(results).step_by(17) {
+        let alone = server.generate(&json!({"input": input, "max_tokens": 3, "ignore_eos": true})).await.ok();
+        assert_eq!(result["output"], alone["output"], "{input}: {result}");
+    }
+    assert!(results.iter().all(|result| result["usage"]["completion_tokens"] == 3), "{answer}");
 }
 
 #[tokio::test]

@@ -251,7 +251,7 @@ fn what_cannot_work_ends_with_one_line_that_says_why() {
         (vec!["--listen", &busy], 1, vec!["cannot listen", &busy, "--listen"]),
         (vec!["--model", "no/such/folder"], 1, vec!["no/such/folder"]),
         (vec!["--listen", "8080"], 2, vec!["--listen", "8080", "127.0.0.1:8080"]),
-        (vec!["--max-batch", "0"], 2, vec!["--max-batch", "expected 1 or more"]),
+        (vec!["--max-batch", "0"], 2, vec!["--max-batch", "expected 1 to 1000000"]),
         (vec!["--config", "typo.toml"], 2, vec!["typo.toml", "max_batches", "max_batch"]),
         (vec!["--config", "none.toml"], 2, vec!["none.toml"]),
         (vec!["--api-key", "short"], 2, vec!["--api-key", "5 bytes"]),

@@ -43,9 +43,8 @@ impl Header {
     /// Reads the header of a file of `len` bytes. The error says what is wrong and where.
     pub fn read(source: impl Read, len: u64) -> Result<Self, String> {
         let mut bytes = Bytes { source, at: 0, len };
-        let magic = bytes.take(4, "the magic number")?;
-        if magic != b"GGUF" {
-            return Err(format!("it begins with {:?}, not with GGUF", String::from_utf8_lossy(&magic)));
+        if len < 4 || bytes.take(4, "the magic number")? != b"GGUF" {
+            return Err("it does not begin with GGUF; expected such a file, or the folder of a model".to_owned());
         }
         match bytes.u32("the version")? {
             2 | 3 => {}
