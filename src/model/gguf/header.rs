@@ -331,8 +331,8 @@ mod tests {
         let one = |tensor: Vec<u8>| file(&[&start(1, 0), &tensor, &[0; 64]]);
         let key = file(&[&text("k"), &0u32.to_le_bytes(), &[1]]);
         for (bytes, named) in [
-            (b"GGU".to_vec(), "3 are left"),
-            (b"ABCD0000".to_vec(), "\"ABCD\""),
+            (b"GGU".to_vec(), "does not begin with GGUF"),
+            (b"ABCD0000".to_vec(), "the folder of a model"),
             (file(&[b"GGUF", &1u32.to_le_bytes()]), "version 1"),
             (file(&[b"GGUF", &3u32.to_be_bytes()]), "big-endian"),
             (start(huge, 0), "1152921504606846976 tensors"),
