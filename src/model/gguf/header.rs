@@ -43,8 +43,9 @@ impl Header {
     /// Reads the header of a file of `len` bytes. The error says what is wrong and where.
     pub fn read(source: impl Read, len: u64) -> Result<Self, String> {
         let mut bytes = Bytes { source, at: 0, len };
-        if len < 4 || bytes.take(4, "the magic number")? != b"GGUF" {
-            return Err("it does not begin with GGUF; expected such a file, or the folder of a model".to_owned());
+        let magic = bytes.take(4, "the magic number")?;
+        if magic != b"GGUF" {
+            return Err(format!("it begins with {:?}, not with GGUF", String::from_utf8_lossy(&magic)));
         }
         match bytes.u32("the version")? {
             2 | 3 => {}
@@ -331,8 +332,8 @@ mod tests {
         let one = |tensor: Vec<u8>| file(&[&start(1, 0), &tensor, &[0; 64]]);
         let key = file(&[&text("k"), &0u32.to_le_bytes(), &[1]]);
         for (bytes, named) in [
-            (b"GGU".to_vec(), "does not begin with GGUF"),
-            (b"ABCD0000".to_vec(), "the folder of a model"),
+            (b"GGU".to_vec(), "3 are left"),
+            (b"ABCD0000".to_vec(), "\"ABCD\""),
             (file(&[b"GGUF", &1u32.to_le_bytes()]), "version 1"),
             (file(&[b"GGUF", &3u32.to_be_bytes()]), "big-endian"),
             (start(huge, 0), "1152921504606846976 tensors"),
