@@ -26,5 +26,5 @@ pub mod model;
 pub mod prompt;
 pub mod registry;
 pub mod telemetry;
-pub mod text;
+pub mod tokenizer;
 pub mod tune;

@@ -80,7 +80,7 @@ pub fn run(args: &EvalArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     if args.max_tokens == Some(0) {
         bail!("--max-tokens is 0, expected 1 or more");
     }
-    let (model, text) = args.model.load()?;
+    let (model, tokenizer) = args.model.load()?;
     let version = match (&args.prompt, &args.task) {
         (Some(folder), _) => prompts::by_folder(folder, &"prompt".parse()?, &model)?,
         (None, Some(task)) => prompts::by_task(&args.prompts, task, &model)?,
@@ -94,7 +94,7 @@ pub fn run(args: &EvalArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     let max_tokens = args.max_tokens.or(version.spec.defaults.max_tokens).unwrap_or(64);
     let evaluation = Evaluation {
         model: &model,
-        text: &text,
+        tokenizer: &tokenizer,
         template: &version.template,
         labels: labels.as_ref(),
         data: &data,

@@ -63,11 +63,11 @@ pub fn run(args: &InspectArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     let mut report = Report::new(&args.path, &subject);
     let named_demo = report.base_models().any(|name| name.ends_with(demo::MODEL_NAME));
     if args.model.model.is_some() || args.model.random_weights.is_some() || named_demo {
-        let (model, text) = args.model.load()?;
+        let (model, tokenizer) = args.model.load()?;
         report.model = Some(judge(&subject, &model));
         if let Some(rows) = subject.rows().filter(|rows| rows.columns == model.info().hidden_size) {
-            let vocabulary = Vocabulary::of(&model, &text, &rows, args.nearest)?;
-            report.compare(&vocabulary, &text);
+            let vocabulary = Vocabulary::of(&model, &tokenizer, &rows, args.nearest)?;
+            report.compare(&vocabulary, &tokenizer);
         }
     }
     match args.json {

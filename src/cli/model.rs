@@ -6,7 +6,7 @@ use super::model_source;
 use crate::{
     config::{ConfigError, DeviceChoice, DtypeChoice, ModelSource},
     model::Model,
-    text::Text,
+    tokenizer::Tokenizer,
 };
 
 /// Which model, where and in which number format.
@@ -39,11 +39,11 @@ impl ModelArgs {
     }
 
     /// Reads the model and its tokenizer.
-    pub fn load(&self) -> anyhow::Result<(Model, Text)> {
+    pub fn load(&self) -> anyhow::Result<(Model, Tokenizer)> {
         let files = model_source::files(&self.source()?)?;
         let device = model_source::device(self.device.unwrap_or_default())?;
-        let text = Text::load(&files)?;
+        let tokenizer = Tokenizer::load(&files)?;
         let model = Model::load(&files, &device, model_source::dtype(self.dtype.unwrap_or_default()))?;
-        Ok((model, text))
+        Ok((model, tokenizer))
     }
 }

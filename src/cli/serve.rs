@@ -23,7 +23,7 @@ use crate::{
     prompt::format::Fit,
     registry::{Registry, RegistryConfig},
     telemetry,
-    text::Text,
+    tokenizer::Tokenizer,
 };
 
 /// Connections get this long beyond the drain to send their last bytes.
@@ -62,7 +62,7 @@ fn load(config: &Config) -> anyhow::Result<Loaded> {
     let device = model_source::device(config.device)?;
     tracing::info!(model = files.name(), from = files.location(), "loading the model");
     let started = Instant::now();
-    let text = Text::load(&files)?;
+    let tokenizer = Tokenizer::load(&files)?;
     let model = Model::load(&files, &device, model_source::dtype(config.dtype))?;
     let info = model.info().clone();
     let (engine, thread) = Engine::start(model, engine_config(config)).context("cannot start the model")?;
@@ -75,7 +75,7 @@ fn load(config: &Config) -> anyhow::Result<Loaded> {
     let root = prompts_root(config, &info)?;
     let registry = open_registry(config, &info, root.clone())?;
     let watcher = registry.watch().context("cannot watch the prompts folder")?;
-    let app = App::new(engine, registry, text, info, config.limits.clone(), config.access.clone());
+    let app = App::new(engine, registry, tokenizer, info, config.limits.clone(), config.access.clone());
     Ok(Loaded { app, thread, root, _watcher: watcher })
 }
 

@@ -55,7 +55,7 @@ pub struct TuneArgs {
     #[arg(long, value_name = "FILE")]
     pub data: PathBuf,
 
-    /// Held-out examples, in the same form: they choose the learning rate and the best prompt
+    /// ValidationMetrics-out examples, in the same form: they choose the learning rate and the best prompt
     /// [default: a tenth of the data where there are 40 examples or more]
     #[arg(long, value_name = "FILE")]
     pub eval_data: Option<PathBuf>,
@@ -202,9 +202,9 @@ pub enum DecayArg {
 /// Runs the sub-command; writes the result to `out`.
 pub fn run(args: &TuneArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     let started = Instant::now();
-    let (model, text) = args.model.load()?;
+    let (model, tokenizer) = args.model.load()?;
     let options = args.options(&model)?;
-    let plan = Plan::new(&model, &text, &options)?;
+    let plan = Plan::new(&model, &tokenizer, &options)?;
     let output = args.output.clone().unwrap_or_else(|| args.prompts.join(args.task.as_str()));
     let checkpoint = args.checkpoint.clone().unwrap_or_else(|| job::default_checkpoint(&output));
     let places = Places { output, checkpoint, resume: args.resume };

@@ -94,7 +94,7 @@ impl Foreign {
             }
             (None, None) => None,
         };
-        let weights = encode(&tensors).map_err(unfit)?;
+        let weights = serialise(&tensors).map_err(unfit)?;
         let files = PromptFiles { adapter_config: Some(adapter_config), weights: Some(weights), task };
         let warnings = check(&files)?;
         Ok(Converted { files, tensors, warnings })
@@ -183,7 +183,7 @@ fn config(rows: &RawTensor, target: &Target) -> serde_json::Result<Bytes> {
     json_bytes(&config)
 }
 
-fn encode(tensors: &[RawTensor]) -> Result<Bytes, ::safetensors::SafeTensorError> {
+fn serialise(tensors: &[RawTensor]) -> Result<Bytes, ::safetensors::SafeTensorError> {
     let views = tensors
         .iter()
         .map(|t| Ok((t.name.as_str(), TensorView::new(t.dtype, t.shape.clone(), &t.data)?)))

@@ -10,7 +10,7 @@ use super::{
     block_manager::BlockManager,
     prefix::{ChainHash, PrefixIndex},
     prompts::Prompts,
-    request::CacheRoot,
+    request::CacheNamespace,
     sequence::Sequence,
 };
 use crate::kernels::kv_cache::{BLOCK_SIZE, BlockId};
@@ -73,8 +73,8 @@ impl Cache {
         sequence.blocks = shared;
         let grown = self.grow(sequence);
         debug_assert!(grown, "blocks were counted and are not there");
-        if let Some(root) = sequence.root {
-            self.prompts.touch(root);
+        if let Some(namespace) = sequence.namespace {
+            self.prompts.touch(namespace);
         }
         let copy = partial.and_then(|(from, slots)| {
             self.sources.push(from);
@@ -105,22 +105,22 @@ impl Cache {
     }
 
     /// Makes what a sequence has computed known to others, after `num_computed` went up.
-    pub fn learn(&mut self, sequence: &mut Sequence) {
-        let Some(root) = sequence.root.filter(|_| self.index.is_some()) else { return };
-        self.learn_whole_blocks(sequence, root);
+    pub fn commit(&mut self, sequence: &mut Sequence) {
+        let Some(namespace) = sequence.namespace.filter(|_| self.index.is_some()) else { return };
+        self.commit_whole_blocks(sequence, namespace);
         let prompt_done = sequence.num_virtual > 0 && sequence.num_computed >= sequence.num_virtual;
-        if prompt_done && !self.prompts.contains(root) {
-            self.learn_prompt(sequence, root);
+        if prompt_done && !self.prompts.contains(namespace) {
+            self.commit_prompt(sequence, namespace);
         }
         if sequence.num_computed == sequence.num_input {
-            self.learn_tail(sequence, root);
+            self.commit_tail(sequence, namespace);
         }
     }
 
     /// Takes a sequence's blocks back and keeps what others may want.
     pub fn release(&mut self, sequence: &mut Sequence) {
-        if let Some(root) = sequence.root.filter(|_| self.index.is_some()) {
-            self.learn_tail(sequence, root);
+        if let Some(namespace) = sequence.namespace.filter(|_| self.index.is_some()) {
+            self.commit_tail(sequence, namespace);
         }
         self.drop_table(sequence);
     }
@@ -148,12 +148,12 @@ impl Cache {
     }
 
     /// Whether all of a learned prompt's positions are here.
-    pub fn contains_prompt(&self, root: CacheRoot) -> bool {
-        self.prompts.contains(root)
+    pub fn contains_prompt(&self, namespace: CacheNamespace) -> bool {
+        self.prompts.contains(namespace)
     }
 
     /// The prompts that came (true) and went since the last call.
-    pub fn take_prompt_changes(&mut self) -> Vec<(CacheRoot, bool)> {
+    pub fn take_prompt_changes(&mut self) -> Vec<(CacheNamespace, bool)> {
         self.prompts.take_changes()
     }
 
@@ -186,9 +186,9 @@ impl Cache {
     /// follows, with how much. The last token is never among them: its logits are wanted.
     fn find(&self, sequence: &Sequence) -> (Vec<BlockId>, Option<(BlockId, usize)>) {
         let mut shared = Vec::new();
-        let (Some(index), Some(root)) = (&self.index, sequence.root) else { return (shared, None) };
+        let (Some(index), Some(namespace)) = (&self.index, sequence.namespace) else { return (shared, None) };
         let known = &sequence.tokens[..sequence.tokens.len().saturating_sub(1)];
-        let mut parent = ChainHash::root(root);
+        let mut parent = ChainHash::namespace(namespace);
         for tokens in known.chunks(BLOCK_SIZE) {
             match index.find(parent, tokens) {
                 Some(found) if found.common == BLOCK_SIZE => {
@@ -221,11 +221,11 @@ impl Cache {
         }
     }
 
-    fn learn_whole_blocks(&mut self, sequence: &mut Sequence, root: CacheRoot) {
+    fn commit_whole_blocks(&mut self, sequence: &mut Sequence, namespace: CacheNamespace) {
         let Some(index) = &mut self.index else { return };
         while (sequence.chain.len() + 1) * BLOCK_SIZE <= sequence.num_computed {
             let i = sequence.chain.len();
-            let parent = sequence.chain.last().copied().unwrap_or(ChainHash::root(root));
+            let parent = sequence.chain.last().copied().unwrap_or(ChainHash::namespace(namespace));
             let tokens = &sequence.tokens[i * BLOCK_SIZE..][..BLOCK_SIZE];
             let block = sequence.blocks[i];
             match index.insert(parent, tokens, block) {
@@ -251,11 +251,11 @@ impl Cache {
 
     /// Makes the last, partly filled block known. Returns a block that holds its content, this or
     /// another, or `None` if there is no such content.
-    fn learn_tail(&mut self, sequence: &Sequence, root: CacheRoot) -> Option<BlockId> {
+    fn commit_tail(&mut self, sequence: &Sequence, namespace: CacheNamespace) -> Option<BlockId> {
         let index = self.index.as_mut()?;
         let start = sequence.chain.len() * BLOCK_SIZE;
         let tokens = sequence.tokens.get(start..sequence.num_computed).filter(|tokens| !tokens.is_empty())?;
-        let parent = sequence.chain.last().copied().unwrap_or(ChainHash::root(root));
+        let parent = sequence.chain.last().copied().unwrap_or(ChainHash::namespace(namespace));
         if let Some(found) = index.find(parent, tokens).filter(|found| found.common == tokens.len()) {
             return Some(found.block);
         }
@@ -265,14 +265,14 @@ impl Cache {
         Some(block)
     }
 
-    fn learn_prompt(&mut self, sequence: &Sequence, root: CacheRoot) {
+    fn commit_prompt(&mut self, sequence: &Sequence, namespace: CacheNamespace) {
         let whole = sequence.chain.len().min(sequence.num_virtual.div_ceil(BLOCK_SIZE));
         let mut blocks = sequence.blocks[..whole].to_vec();
         if whole * BLOCK_SIZE < sequence.num_virtual {
-            let Some(tail) = self.learn_tail(sequence, root) else { return };
+            let Some(tail) = self.commit_tail(sequence, namespace) else { return };
             blocks.push(tail);
         }
-        self.prompts.add(root, blocks, &mut self.blocks);
+        self.prompts.add(namespace, blocks, &mut self.blocks);
     }
 
     /// The last block first: a beginning is of use without its end, so it should outlive it.

@@ -80,12 +80,12 @@ impl EncoderLimits {
         };
         let input = request.tokens.split_off(of_decoder.min(request.tokens.len()));
         request.tokens.push(InputToken::Vocab(self.start_token));
-        let root = request.root.take().filter(|_| self.shares);
+        let namespace = request.namespace.take().filter(|_| self.shares);
         match input.len() {
             0 => Err(SubmitError::Empty),
             found if found > self.max_input => Err(SubmitError::EncoderTooLong { found, limit: self.max_input }),
             _ => {
-                let content = root.map(|root| ChainHash::root(root).next(&input));
+                let content = namespace.map(|namespace| ChainHash::namespace(namespace).next(&input));
                 Ok((input, content))
             }
         }

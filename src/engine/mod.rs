@@ -3,11 +3,11 @@
 //! The engine knows token ids and rows, and neither text, tasks nor HTTP. The queue in is bounded
 //! and never waited on; the events out can never fill, so a slow reader cannot hold the batch up.
 
+mod admission;
 pub mod block_manager;
 pub mod cache;
 pub mod encoder;
 pub mod fairness;
-mod places;
 pub mod prefix;
 pub mod prompts;
 pub mod queue;
@@ -34,11 +34,11 @@ use std::{
 use tokio::sync::mpsc::{self, error::TrySendError};
 
 use crate::{model::Model, prompt::LearnedPrompt};
+use admission::{Admission, Slot};
 use encoder::EncoderLimits;
 pub use encoder::Room;
-use places::{Place, Places};
 use prefix::ChainHash;
-use request::{CacheRoot, Event, InputToken, Request};
+use request::{CacheNamespace, Event, InputToken, Request};
 use runner::Runner;
 use scheduler::Limits;
 use stats::Counters;
@@ -47,7 +47,7 @@ pub use stats::EngineStats;
 /// Bounds of the engine.
 #[derive(Debug, Clone)]
 pub struct EngineConfig {
-    /// Requests that may wait for a place in the batch; more are refused.
+    /// Requests that may wait for a slot in the batch; more are refused.
     pub max_waiting: usize,
     /// Sequences in the batch at once.
     pub max_batch: usize,
@@ -56,13 +56,13 @@ pub struct EngineConfig {
     /// Positions of inputs computed in a step in which other sequences get their next token: what a
     /// long input may delay them by.
     pub max_prefill_tokens: usize,
-    /// Positions that each account may always take of a step that several share. Less keeps light
-    /// accounts quick beside busy ones, more gives busy ones more throughput. `None` is as many as
+    /// Positions that each tenant may always take of a step that several share. Less keeps light
+    /// tenants quick beside busy ones, more gives busy ones more throughput. `None` is as many as
     /// can be computed in about twice the time of one, which is measured at the start.
     pub fair_step_tokens: Option<usize>,
     /// Bytes for keys and values; with an encoder half of them for those of its output.
     pub kv_cache_bytes: usize,
-    /// Whether keys and values are shared among sequences of one root, and what an encoder makes of
+    /// Whether keys and values are shared among sequences of one namespace, and what an encoder makes of
     /// equal inputs.
     pub prefix_sharing: bool,
 }
@@ -120,15 +120,15 @@ struct Job {
     encoder: Option<(Vec<InputToken>, Option<ChainHash>)>,
     events: mpsc::Sender<Event>,
     cached_tokens: Arc<AtomicUsize>,
-    place: Place,
+    slot: Slot,
 }
 
 /// A learned prompt to compute ahead of its first request.
 #[derive(Debug)]
 struct WarmUp {
     prompt: Arc<LearnedPrompt>,
-    root: CacheRoot,
-    _place: Place,
+    namespace: CacheNamespace,
+    _slot: Slot,
 }
 
 /// What handles and the thread both see.
@@ -139,10 +139,10 @@ struct Shared {
     /// What there is to know of the model's encoder, if it has one.
     encoder: Option<EncoderLimits>,
     /// Requests submitted and not yet in the batch.
-    waiting: Arc<Places>,
-    warm_ups: Arc<Places>,
+    waiting: Arc<Admission>,
+    warm_ups: Arc<Admission>,
     /// The learned prompts whose keys and values are in the cache as a whole.
-    cached_prompts: Mutex<HashSet<CacheRoot>>,
+    cached_prompts: Mutex<HashSet<CacheNamespace>>,
     ready: AtomicBool,
     /// Set once, by [`Engine::drain`]. Read at each step, so a lock is cheap enough.
     drain_by: Mutex<Option<Instant>>,
@@ -153,7 +153,7 @@ struct Shared {
 /// Why a request was not taken.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum SubmitError {
-    /// The queue is full, or the account has its part of it: try again later.
+    /// The queue is full, or the tenant has its part of it: try again later.
     #[error("the queue is full: {limit} requests are waiting, which is as many as may")]
     Full { limit: usize },
     /// The engine is stopping or has failed.
@@ -206,7 +206,7 @@ impl Engine {
     pub fn start(model: Model, config: EngineConfig) -> candle_core::Result<(Engine, EngineThread)> {
         let block_bytes = model.kv_shape().block_bytes();
         let context = model.info().context_length;
-        // Every place in the batch at full length, and what is kept of prompts and texts beside them.
+        // Every slot in the batch at full length, and what is kept of prompts and texts beside them.
         let useful = config.max_batch * context.div_ceil(crate::kernels::kv_cache::BLOCK_SIZE) + MAX_KEPT_BLOCKS;
         let (kv_cache_bytes, encoder) = EncoderLimits::of(&model, &config)?;
         let num_blocks = (kv_cache_bytes / block_bytes).min(useful);
@@ -227,15 +227,15 @@ impl Engine {
         let shared = Arc::new(Shared {
             max_sequence,
             encoder,
-            waiting: Places::for_requests(config.max_waiting),
-            warm_ups: Places::new(MAX_WARM_UPS, MAX_WARM_UPS),
+            waiting: Admission::for_requests(config.max_waiting),
+            warm_ups: Admission::new(MAX_WARM_UPS, MAX_WARM_UPS),
             cached_prompts: Mutex::new(HashSet::new()),
             ready: AtomicBool::new(true),
             drain_by: Mutex::new(None),
             draining: AtomicBool::new(false),
             counters: Counters::new(num_blocks),
         });
-        // A letter for each place, and one to wake the thread.
+        // A letter for each slot, and one to wake the thread.
         let (mail, inbox) = mpsc::channel(config.max_waiting + MAX_WARM_UPS + 1);
         let limits = Limits {
             max_batch: config.max_batch.max(1),
@@ -276,11 +276,11 @@ impl Engine {
         if shared.draining.load(Relaxed) {
             return Err(SubmitError::Closed);
         }
-        let place = Places::take(&shared.waiting, request.account.key).map_err(|limit| SubmitError::Full { limit })?;
+        let slot = Admission::take(&shared.waiting, request.tenant.key).map_err(|limit| SubmitError::Full { limit })?;
         // One event a token and one at the end: sending never has to wait.
         let (events, stream) = mpsc::channel(request.sampling.max_tokens + 1);
         let cached_tokens = Arc::new(AtomicUsize::new(0));
-        let job = Job { request, encoder, events, cached_tokens: Arc::clone(&cached_tokens), place };
+        let job = Job { request, encoder, events, cached_tokens: Arc::clone(&cached_tokens), slot };
         self.mail.try_send(Mail::Job(Box::new(job))).map_err(|e| match e {
             TrySendError::Full(_) => SubmitError::Full { limit: shared.waiting.limit() },
             TrySendError::Closed(_) => SubmitError::Closed,
@@ -289,22 +289,22 @@ impl Engine {
     }
 
     /// Asks for a learned prompt's keys and values to be computed when there is time and room, so
-    /// that its first request finds them. `root` is the digest of its content, as in
-    /// [`Request::root`]. Never waits; what cannot be done now is left to the first request.
-    pub fn warm_up(&self, prompt: Arc<LearnedPrompt>, root: CacheRoot) {
+    /// that its first request finds them. `namespace` is the digest of its content, as in
+    /// [`Request::namespace`]. Never waits; what cannot be done now is left to the first request.
+    pub fn warm_up(&self, prompt: Arc<LearnedPrompt>, namespace: CacheNamespace) {
         // What goes into an encoder is computed with every text anew.
-        if self.shared.encoder.is_some() || self.is_cached(root) || self.shared.draining.load(Relaxed) {
+        if self.shared.encoder.is_some() || self.is_cached(namespace) || self.shared.draining.load(Relaxed) {
             return;
         }
-        if let Ok(place) = Places::take(&self.shared.warm_ups, 0) {
+        if let Ok(slot) = Admission::take(&self.shared.warm_ups, 0) {
             // If the thread is gone, so is the cache.
-            let _ = self.mail.try_send(Mail::WarmUp(WarmUp { prompt, root, _place: place }));
+            let _ = self.mail.try_send(Mail::WarmUp(WarmUp { prompt, namespace, _slot: slot }));
         }
     }
 
-    /// Whether all keys and values of the learned prompt with this root are in the cache.
-    pub fn is_cached(&self, root: CacheRoot) -> bool {
-        self.shared.cached_prompts.lock().unwrap_or_else(PoisonError::into_inner).contains(&root)
+    /// Whether all keys and values of the learned prompt with this namespace are in the cache.
+    pub fn is_cached(&self, namespace: CacheNamespace) -> bool {
+        self.shared.cached_prompts.lock().unwrap_or_else(PoisonError::into_inner).contains(&namespace)
     }
 
     /// The longest sequence that is taken, its new tokens included.

@@ -1,7 +1,7 @@
 //! Which content is in which block: what was computed once is found again.
 //!
 //! The content of a block is its tokens and everything before them, named by a chain of hashes
-//! that begins at a [`CacheRoot`]. Under each such name lie the blocks that come next, sorted by
+//! that begins at a [`CacheNamespace`]. Under each such name lie the blocks that come next, sorted by
 //! their tokens; so the one that has most in common with a given text is a neighbour of where that
 //! text would be, and no more than two have to be looked at, however many there are.
 
@@ -13,7 +13,7 @@ use std::{
 
 use sha2::{Digest as _, Sha256};
 
-use super::request::{CacheRoot, InputToken};
+use super::request::{CacheNamespace, InputToken};
 use crate::kernels::kv_cache::{BLOCK_SIZE, BlockId};
 
 /// Names the content of a chain of whole blocks.
@@ -22,8 +22,8 @@ pub struct ChainHash([u8; 32]);
 
 impl ChainHash {
     /// The name of the empty chain.
-    pub fn root(root: CacheRoot) -> Self {
-        Self(root.0)
+    pub fn namespace(namespace: CacheNamespace) -> Self {
+        Self(namespace.0)
     }
 
     /// The name of this chain and one more block.
@@ -135,29 +135,29 @@ mod tests {
 
     #[test]
     fn a_chain_is_named_by_its_root_its_order_and_the_kind_of_its_tokens() {
-        let root = |n| ChainHash::root(CacheRoot([n; 32]));
+        let namespace = |n| ChainHash::namespace(CacheNamespace([n; 32]));
         let names = [
-            root(1).next(&words(&[1, 2])),
-            root(2).next(&words(&[1, 2])),
-            root(1).next(&words(&[2, 1])),
-            root(1).next(&[InputToken::Virtual(1), InputToken::Virtual(2)]),
-            root(1).next(&words(&[1])).next(&words(&[2])),
+            namespace(1).next(&words(&[1, 2])),
+            namespace(2).next(&words(&[1, 2])),
+            namespace(1).next(&words(&[2, 1])),
+            namespace(1).next(&[InputToken::Virtual(1), InputToken::Virtual(2)]),
+            namespace(1).next(&words(&[1])).next(&words(&[2])),
         ];
         assert_eq!(names.iter().collect::<std::collections::HashSet<_>>().len(), names.len());
-        assert_eq!(names[0], root(1).next(&words(&[1, 2])));
+        assert_eq!(names[0], namespace(1).next(&words(&[1, 2])));
     }
 
     #[test]
     fn a_block_that_grows_is_found_by_what_it_holds_now_and_a_second_of_the_same_is_told_the_first() {
-        let root = ChainHash::root(CacheRoot::TEXT);
+        let namespace = ChainHash::namespace(CacheNamespace::TEXT);
         let mut index = PrefixIndex::default();
-        index.insert(root, &words(&[1, 2]), 7).unwrap();
-        index.insert(root, &words(&[1, 2, 3]), 7).unwrap();
-        assert_eq!(index.find(root, &words(&[1, 2, 3, 4])), Some(Found { block: 7, common: 3 }));
-        assert_eq!(index.insert(root, &words(&[1, 2, 3]), 8), Err(7));
+        index.insert(namespace, &words(&[1, 2]), 7).unwrap();
+        index.insert(namespace, &words(&[1, 2, 3]), 7).unwrap();
+        assert_eq!(index.find(namespace, &words(&[1, 2, 3, 4])), Some(Found { block: 7, common: 3 }));
+        assert_eq!(index.insert(namespace, &words(&[1, 2, 3]), 8), Err(7));
         assert_eq!(index.len(), 1);
         index.remove(7);
-        assert_eq!((index.find(root, &words(&[1])), index.is_empty()), (None, true));
+        assert_eq!((index.find(namespace, &words(&[1])), index.is_empty()), (None, true));
     }
 
     proptest! {
@@ -166,14 +166,14 @@ mod tests {
             blocks in prop::collection::vec(prop::collection::vec(0u32..3, 1..6), 0..30),
             text in prop::collection::vec(0u32..3, 1..6),
         ) {
-            let root = ChainHash::root(CacheRoot::TEXT);
+            let namespace = ChainHash::namespace(CacheNamespace::TEXT);
             let mut index = PrefixIndex::default();
             for (i, block) in blocks.iter().enumerate() {
-                let _ = index.insert(root, &words(block), i as BlockId);
+                let _ = index.insert(namespace, &words(block), i as BlockId);
             }
             let common = |block: &Vec<u32>| block.iter().zip(&text).take_while(|(a, b)| a == b).count();
             let longest = blocks.iter().map(common).max().unwrap_or(0);
-            let found = index.find(root, &words(&text));
+            let found = index.find(namespace, &words(&text));
             prop_assert_eq!(found.map_or(0, |f| f.common), longest);
             if let Some(found) = found {
                 prop_assert_eq!(common(&blocks[found.block as usize]), longest);

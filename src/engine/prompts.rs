@@ -5,21 +5,21 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use super::{block_manager::BlockManager, request::CacheRoot};
+use super::{block_manager::BlockManager, request::CacheNamespace};
 use crate::kernels::kv_cache::BlockId;
 
 /// The prompts that are in the cache.
 #[derive(Debug)]
 pub struct Prompts {
-    records: HashMap<CacheRoot, Record>,
+    records: HashMap<CacheNamespace, Record>,
     /// Pinned ones by when they were last used.
-    by_use: BTreeMap<u64, CacheRoot>,
+    by_use: BTreeMap<u64, CacheNamespace>,
     /// Which prompt a block belongs to.
-    owners: HashMap<BlockId, CacheRoot>,
+    owners: HashMap<BlockId, CacheNamespace>,
     num_pinned: usize,
     max_pinned: usize,
     clock: u64,
-    changes: Vec<(CacheRoot, bool)>,
+    changes: Vec<(CacheNamespace, bool)>,
 }
 
 #[derive(Debug)]
@@ -44,8 +44,8 @@ impl Prompts {
     }
 
     /// Whether all of a prompt is in the cache.
-    pub fn contains(&self, root: CacheRoot) -> bool {
-        self.records.contains_key(&root)
+    pub fn contains(&self, namespace: CacheNamespace) -> bool {
+        self.records.contains_key(&namespace)
     }
 
     /// Whether a block is part of a prompt.
@@ -59,8 +59,8 @@ impl Prompts {
     }
 
     /// Says that a prompt is in these blocks, and pins them if they are not too many.
-    pub fn add(&mut self, root: CacheRoot, blocks: Vec<BlockId>, manager: &mut BlockManager) {
-        if blocks.is_empty() || self.contains(root) {
+    pub fn add(&mut self, namespace: CacheNamespace, blocks: Vec<BlockId>, manager: &mut BlockManager) {
+        if blocks.is_empty() || self.contains(namespace) {
             return;
         }
         let pinned = blocks.len() <= self.max_pinned;
@@ -71,39 +71,40 @@ impl Prompts {
             }
             self.num_pinned += blocks.len();
             self.clock += 1;
-            self.by_use.insert(self.clock, root);
+            self.by_use.insert(self.clock, namespace);
         }
         for &block in &blocks {
-            self.owners.insert(block, root);
+            self.owners.insert(block, namespace);
             manager.pin(block, pinned);
         }
-        self.records.insert(root, Record { blocks, pinned, used: self.clock });
-        self.changes.push((root, true));
+        self.records.insert(namespace, Record { blocks, pinned, used: self.clock });
+        self.changes.push((namespace, true));
     }
 
     /// Says that a prompt was used now.
-    pub fn touch(&mut self, root: CacheRoot) {
-        if let Some(record) = self.records.get_mut(&root).filter(|record| record.pinned) {
+    pub fn touch(&mut self, namespace: CacheNamespace) {
+        if let Some(record) = self.records.get_mut(&namespace).filter(|record| record.pinned) {
             self.by_use.remove(&record.used);
             self.clock += 1;
             record.used = self.clock;
-            self.by_use.insert(self.clock, root);
+            self.by_use.insert(self.clock, namespace);
         }
     }
 
     /// Takes the pin from the least recently used prompt that has an idle block, if there is one.
     pub fn give_up_one(&mut self, manager: &mut BlockManager) -> bool {
-        let idle = |root: &CacheRoot| self.records[root].blocks.iter().any(|&block| manager.is_idle(block));
-        let Some(root) = self.by_use.values().copied().find(idle) else { return false };
-        self.unpin(root, manager);
+        let idle =
+            |namespace: &CacheNamespace| self.records[namespace].blocks.iter().any(|&block| manager.is_idle(block));
+        let Some(namespace) = self.by_use.values().copied().find(idle) else { return false };
+        self.unpin(namespace, manager);
         true
     }
 
     /// Says that a block's content is gone, and with it the prompt that it was part of.
     pub fn lose(&mut self, block: BlockId) {
-        let Some(root) = self.owners.get(&block) else { return };
-        if let Some(record) = self.records.remove(root) {
-            self.changes.push((*root, false));
+        let Some(namespace) = self.owners.get(&block) else { return };
+        if let Some(record) = self.records.remove(namespace) {
+            self.changes.push((*namespace, false));
             for block in record.blocks {
                 self.owners.remove(&block);
             }
@@ -111,12 +112,12 @@ impl Prompts {
     }
 
     /// What came and went since the last call.
-    pub fn take_changes(&mut self) -> Vec<(CacheRoot, bool)> {
+    pub fn take_changes(&mut self) -> Vec<(CacheNamespace, bool)> {
         std::mem::take(&mut self.changes)
     }
 
-    fn unpin(&mut self, root: CacheRoot, manager: &mut BlockManager) {
-        let Some(record) = self.records.get_mut(&root) else { return };
+    fn unpin(&mut self, namespace: CacheNamespace, manager: &mut BlockManager) {
+        let Some(record) = self.records.get_mut(&namespace) else { return };
         self.by_use.remove(&record.used);
         self.num_pinned -= record.blocks.len();
         record.pinned = false;
@@ -144,7 +145,7 @@ mod tests {
     fn the_least_recently_used_prompt_loses_its_pin_when_there_are_too_many() {
         let mut manager = BlockManager::new(8);
         let mut prompts = Prompts::new(4);
-        let [a, b, c] = [1, 2, 3].map(|n| CacheRoot([n; 32]));
+        let [a, b, c] = [1, 2, 3].map(|n| CacheNamespace([n; 32]));
         let first = kept(&mut manager, 2);
         prompts.add(a, first.clone(), &mut manager);
         prompts.add(b, kept(&mut manager, 2), &mut manager);
@@ -154,7 +155,7 @@ mod tests {
         assert_eq!((manager.num_idle(), manager.num_kept()), (2, 6));
         let evicted = manager.evict().unwrap();
         prompts.lose(evicted);
-        assert_eq!([a, b, c].map(|root| prompts.contains(root)), [true, false, true]);
+        assert_eq!([a, b, c].map(|namespace| prompts.contains(namespace)), [true, false, true]);
         assert_eq!(prompts.take_changes(), [(a, true), (b, true), (c, true), (b, false)]);
         assert!(prompts.give_up_one(&mut manager));
         assert_eq!(manager.num_idle(), 3);
@@ -164,9 +165,9 @@ mod tests {
     fn a_prompt_longer_than_half_the_cache_is_known_but_not_pinned() {
         let mut manager = BlockManager::new(8);
         let mut prompts = Prompts::new(4);
-        let root = CacheRoot([1; 32]);
-        prompts.add(root, kept(&mut manager, 5), &mut manager);
-        assert!(prompts.contains(root));
+        let namespace = CacheNamespace([1; 32]);
+        prompts.add(namespace, kept(&mut manager, 5), &mut manager);
+        assert!(prompts.contains(namespace));
         assert_eq!(manager.num_idle(), 5);
         assert!(!prompts.give_up_one(&mut manager));
     }

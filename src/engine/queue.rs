@@ -1,4 +1,4 @@
-//! Who waits, in which order: by priority, then the account that is owed most, then first come.
+//! Who waits, in which order: by priority, then the tenant that is owed most, then first come.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -11,31 +11,31 @@ pub struct Queue {
     len: usize,
 }
 
-/// The lines of one priority, by account.
+/// The lines of one priority, by tenant.
 type Level = BTreeMap<u64, VecDeque<SequenceId>>;
 
 impl Queue {
     /// Puts a sequence at the end of its line.
-    pub fn push_back(&mut self, priority: i32, account: u64, id: SequenceId) {
-        self.line(priority, account).push_back(id);
+    pub fn push_back(&mut self, priority: i32, tenant: u64, id: SequenceId) {
+        self.line(priority, tenant).push_back(id);
         self.len += 1;
     }
 
     /// Puts a sequence that has waited before at the head of its line.
-    pub fn push_front(&mut self, priority: i32, account: u64, id: SequenceId) {
-        self.line(priority, account).push_front(id);
+    pub fn push_front(&mut self, priority: i32, tenant: u64, id: SequenceId) {
+        self.line(priority, tenant).push_front(id);
         self.len += 1;
     }
 
     /// Takes a sequence out, wherever it stands. False if it is not there.
-    pub fn remove(&mut self, priority: i32, account: u64, id: SequenceId) -> bool {
+    pub fn remove(&mut self, priority: i32, tenant: u64, id: SequenceId) -> bool {
         let Some(level) = self.levels.get_mut(&priority) else { return false };
-        let Some(line) = level.get_mut(&account) else { return false };
+        let Some(line) = level.get_mut(&tenant) else { return false };
         let Some(at) = line.iter().position(|&waiting| waiting == id) else { return false };
         line.remove(at);
         self.len -= 1;
         if line.is_empty() {
-            level.remove(&account);
+            level.remove(&tenant);
         }
         if level.is_empty() {
             self.levels.remove(&priority);
@@ -43,12 +43,12 @@ impl Queue {
         true
     }
 
-    /// Who is next: of the lowest priority number that has an account in the running, the head of
-    /// the line of the account that ranks lowest. `rank`, by priority and account, is `None` for
+    /// Who is next: of the lowest priority number that has a tenant in the running, the head of
+    /// the line of the tenant that ranks lowest. `rank`, by priority and tenant, is `None` for
     /// those out of the running.
     pub fn next(&self, rank: impl Fn(i32, u64) -> Option<f64>) -> Option<SequenceId> {
         self.levels.iter().find_map(|(&priority, level)| {
-            let heads = level.iter().filter_map(|(&account, line)| Some((rank(priority, account)?, *line.front()?)));
+            let heads = level.iter().filter_map(|(&tenant, line)| Some((rank(priority, tenant)?, *line.front()?)));
             heads.min_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1))).map(|(_, id)| id)
         })
     }
@@ -66,8 +66,8 @@ impl Queue {
         self.len == 0
     }
 
-    fn line(&mut self, priority: i32, account: u64) -> &mut VecDeque<SequenceId> {
-        self.levels.entry(priority).or_default().entry(account).or_default()
+    fn line(&mut self, priority: i32, tenant: u64) -> &mut VecDeque<SequenceId> {
+        self.levels.entry(priority).or_default().entry(tenant).or_default()
     }
 }
 
@@ -78,11 +78,11 @@ mod tests {
     #[test]
     fn priority_goes_first_then_the_account_owed_most_then_who_came_first() {
         let mut queue = Queue::default();
-        for (id, priority, account) in [(1, 0, 7), (2, 0, 8), (3, 0, 8), (4, -1, 7), (5, 5, 9)] {
-            queue.push_back(priority, account, SequenceId(id));
+        for (id, priority, tenant) in [(1, 0, 7), (2, 0, 8), (3, 0, 8), (4, -1, 7), (5, 5, 9)] {
+            queue.push_back(priority, tenant, SequenceId(id));
         }
-        // Account 8 was served least.
-        let rank = |_, account| Some(if account == 8 { 1.0 } else { 2.0 });
+        // Tenant 8 was served least.
+        let rank = |_, tenant| Some(if tenant == 8 { 1.0 } else { 2.0 });
         let mut order = Vec::new();
         while let Some(id) = queue.next(rank) {
             order.push(id.0);
@@ -98,7 +98,7 @@ mod tests {
         queue.push_back(0, 1, SequenceId(1));
         queue.push_back(3, 2, SequenceId(2));
         queue.push_front(3, 2, SequenceId(0));
-        assert_eq!(queue.next(|_, account| (account != 1).then_some(0.0)), Some(SequenceId(0)));
+        assert_eq!(queue.next(|_, tenant| (tenant != 1).then_some(0.0)), Some(SequenceId(0)));
         assert_eq!(queue.next(|_, _| None), None);
         assert_eq!(queue.iter().count(), queue.len());
         assert!(!queue.remove(0, 2, SequenceId(2)));

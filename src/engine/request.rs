@@ -14,26 +14,26 @@ pub enum InputToken {
 }
 
 /// What stands before a sequence's first token: the content of its learned prompt, by digest, or
-/// none. Keys and values are shared only among sequences of one root. It is never a name and never
+/// none. Keys and values are shared only among sequences of one namespace. It is never a name and never
 /// what a client sent, so nobody can read from another's cache.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct CacheRoot(pub [u8; 32]);
+pub struct CacheNamespace(pub [u8; 32]);
 
-impl CacheRoot {
-    /// The root of sequences without a learned prompt.
+impl CacheNamespace {
+    /// The namespace of sequences without a learned prompt.
     pub const TEXT: Self = Self([0; 32]);
 }
 
 /// Whom a request's work is counted for when the engine shares itself out.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Account {
+pub struct Tenant {
     /// Requests of one key are counted together.
     pub key: u64,
-    /// An account of weight 2 gets twice the service of one of weight 1 while both want more.
+    /// A tenant of weight 2 gets twice the service of one of weight 1 while both want more.
     pub weight: f64,
 }
 
-impl Default for Account {
+impl Default for Tenant {
     fn default() -> Self {
         Self { key: 0, weight: 1.0 }
     }
@@ -52,20 +52,20 @@ pub struct Request {
     /// When to give up, with [`FinishReason::Timeout`].
     pub deadline: Option<Instant>,
     /// Whose cached keys and values may be used; `None` shares nothing.
-    pub root: Option<CacheRoot>,
-    pub account: Account,
-    /// Lower is sooner, whatever the accounts say; 0 is usual.
+    pub namespace: Option<CacheNamespace>,
+    pub tenant: Tenant,
+    /// Lower is sooner, whatever the tenants say; 0 is usual.
     pub priority: i32,
 }
 
 impl Request {
     /// A learned prompt followed by the ids of a text, special tokens included. With a prompt, set
-    /// [`root`](Self::root) to its content's digest to share its keys and values.
+    /// [`namespace`](Self::namespace) to its content's digest to share its keys and values.
     pub fn new(prompt: Option<Arc<LearnedPrompt>>, ids: &[u32], sampling: SamplingParams) -> Self {
         let n = prompt.as_ref().map_or(0, |p| p.num_virtual_tokens()) as u32;
         let tokens = (0..n).map(InputToken::Virtual).chain(ids.iter().map(|&id| InputToken::Vocab(id))).collect();
-        let root = prompt.is_none().then_some(CacheRoot::TEXT);
-        Self { tokens, prompt, sampling, deadline: None, root, account: Account::default(), priority: 0 }
+        let namespace = prompt.is_none().then_some(CacheNamespace::TEXT);
+        Self { tokens, prompt, sampling, deadline: None, namespace, tenant: Tenant::default(), priority: 0 }
     }
 }
 

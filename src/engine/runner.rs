@@ -35,10 +35,10 @@ pub struct Part<'a> {
     /// What the encoder made of the sequence's input, if the model has an encoder.
     pub encoded: Option<&'a CrossKeyValues>,
     /// Whether the logits after the last of them are wanted.
-    pub samples: bool,
+    pub wants_logits: bool,
 }
 
-/// What the next tokens are chosen from: a row `[vocab]` of f32 for each part that samples.
+/// What the next tokens are chosen from: a row `[vocab]` of f32 for each part that wants_logits.
 #[derive(Debug)]
 pub struct Logits(Option<Tensor>);
 
@@ -92,14 +92,14 @@ impl Runner {
 
     /// Computes all inputs of the encoder in one forward pass, each in one part: a prompt's rows and a
     /// text. Returns what the decoder finds in each, in order.
-    pub fn encode(&mut self, inputs: &[Part]) -> Result<Vec<CrossKeyValues>> {
+    pub fn run_encoder(&mut self, inputs: &[Part]) -> Result<Vec<CrossKeyValues>> {
         if inputs.is_empty() {
             return Ok(Vec::new());
         }
         let x = self.embed(inputs, &self.model.info().device)?;
         let segments: Vec<Segment> =
             inputs.iter().map(|input| Segment { rows: input.tokens.len(), start: 0, blocks: Vec::new() }).collect();
-        let hidden = self.model.encode(&x, &mut PagedKernels::new(&mut self.cache, &segments))?;
+        let hidden = self.model.run_encoder(&x, &mut PagedKernels::new(&mut self.cache, &segments))?;
         let layers = self.model.cross_key_values(&hidden)?;
         let mut first = 0;
         let of = |segment: &Segment| {
@@ -119,7 +119,7 @@ impl Runner {
         }
         let rest = Part { tokens: &part.tokens[len..], start: part.start + len, ..part };
         match rest.tokens {
-            [] if part.samples => bail!("there is no text to continue after a prompt of keys and values"),
+            [] if part.wants_logits => bail!("there is no text to continue after a prompt of keys and values"),
             [] => Ok(None),
             _ => Ok(Some(rest)),
         }
@@ -149,17 +149,17 @@ impl Runner {
         let encoded: Vec<&CrossKeyValues> = parts.iter().filter_map(|p| p.encoded).collect();
         let ends = parts.iter().scan(0, |end, p| {
             *end += p.tokens.len();
-            Some((*end as u32 - 1, p.samples))
+            Some((*end as u32 - 1, p.wants_logits))
         });
-        let mut last: Vec<u32> = ends.filter_map(|(row, samples)| samples.then_some(row)).collect();
-        let samples = !last.is_empty();
-        if !samples {
+        let mut last: Vec<u32> = ends.filter_map(|(row, wants_logits)| wants_logits.then_some(row)).collect();
+        let wants_logits = !last.is_empty();
+        if !wants_logits {
             // Keys and values are all that is wanted; a pass gives at least one row.
             last.push(0);
         }
         let mut kernels = PagedKernels::new(&mut self.cache, &segments).with_encoded(&encoded);
         let last = self.model.forward(&x, &positions, &Tensor::new(last, &device)?, &mut kernels)?;
-        let logits = samples.then(|| self.model.logits(&last)?.to_device(&Device::Cpu)).transpose()?;
+        let logits = wants_logits.then(|| self.model.logits(&last)?.to_device(&Device::Cpu)).transpose()?;
         Ok(Logits(logits))
     }
 

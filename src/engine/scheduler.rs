@@ -7,7 +7,7 @@
 //! A step is made in order: running sequences get the blocks they need (whoever ranks last gives
 //! way) and waiting ones join (`batch`), then each takes positions: those that wait for one token
 //! only, then inputs (`fill`), then prompts to be warmed (`warm_up`). The rank is the priority, then
-//! the account's counter ([`fairness`](super::fairness)), then age.
+//! the tenant's counter ([`fairness`](super::fairness)), then age.
 
 mod batch;
 mod encoded;
@@ -21,7 +21,7 @@ use super::{
     cache::Cache,
     fairness::{INPUT_COST, Ledger, OUTPUT_COST, Rank},
     queue::Queue,
-    request::{CacheRoot, InputToken},
+    request::{CacheNamespace, InputToken},
     sequence::{Sequence, SequenceId},
 };
 use crate::kernels::kv_cache::BLOCK_SIZE;
@@ -35,13 +35,13 @@ pub struct Limits {
     pub max_step_tokens: usize,
     /// Positions of inputs computed in a step in which other sequences get their next token.
     pub max_prefill_tokens: usize,
-    /// Positions that each account may always take of a step that several share; see [`quota`](super::quota).
+    /// Positions that each tenant may always take of a step that several share; see [`quota`](super::quota).
     pub fair_step_tokens: usize,
     /// Blocks in the cache.
     pub num_blocks: usize,
     /// Positions of encoders' inputs whose output is kept at once; 0 without an encoder.
     pub max_encoded: usize,
-    /// Whether sequences of one root share what is equal.
+    /// Whether sequences of one namespace share what is equal.
     pub prefix_sharing: bool,
 }
 
@@ -59,7 +59,7 @@ pub struct Chunk {
     pub start: usize,
     pub len: usize,
     /// The chunk ends at the sequence's last token, so the next one is to be chosen.
-    pub samples: bool,
+    pub wants_logits: bool,
     /// The encoder's input is computed first, all of it.
     pub encodes: bool,
 }
@@ -87,7 +87,7 @@ pub struct Scheduler {
     warm_ups: VecDeque<SequenceId>,
     /// The one that has blocks.
     warming: Option<SequenceId>,
-    /// Accounts that had sequences a short while ago, and until which step.
+    /// Tenants that had sequences a short while ago, and until which step.
     recent: HashMap<u64, u64>,
     /// Counts steps.
     now: u64,
@@ -123,8 +123,8 @@ impl Scheduler {
     /// Lets a sequence wait for its turn. The caller keeps it within
     /// [`max_sequence`](Self::max_sequence), its new tokens included, and not empty.
     pub fn add(&mut self, id: SequenceId, sequence: Sequence) {
-        self.ledger.enter(sequence.priority, sequence.account);
-        self.queue.push_back(sequence.priority, sequence.account.key, id);
+        self.ledger.enter(sequence.priority, sequence.tenant);
+        self.queue.push_back(sequence.priority, sequence.tenant.key, id);
         self.sequences.insert(id, sequence);
     }
 
@@ -181,11 +181,11 @@ impl Scheduler {
             if let Some(sequence) = self.sequences.get_mut(&chunk.id) {
                 sequence.num_computed = chunk.start + chunk.len;
                 sequence.encoded |= chunk.encodes;
-                self.cache.learn(sequence);
+                self.cache.commit(sequence);
                 if self.warming != Some(chunk.id) {
                     let cost = chunk.cost(sequence) as f64 * INPUT_COST;
                     sequence.charged = sequence.charged.max(chunk.start + chunk.len);
-                    self.ledger.charge(sequence.priority, sequence.account, cost);
+                    self.ledger.charge(sequence.priority, sequence.tenant, cost);
                 }
             }
         }
@@ -193,7 +193,7 @@ impl Scheduler {
         for (id, token) in tokens {
             if let Some(sequence) = self.sequences.get_mut(id) {
                 sequence.tokens.push(InputToken::Vocab(*token));
-                self.ledger.charge(sequence.priority, sequence.account, OUTPUT_COST);
+                self.ledger.charge(sequence.priority, sequence.tenant, OUTPUT_COST);
             }
         }
         if let Some(id) = self.warming.filter(|id| self.sequences.get(id).is_none_or(|s| s.num_pending() == 0)) {
@@ -226,7 +226,7 @@ impl Scheduler {
 
     /// The learned prompts that came into the cache as a whole (true) or are so no longer, since
     /// the last call.
-    pub fn take_prompt_changes(&mut self) -> Vec<(CacheRoot, bool)> {
+    pub fn take_prompt_changes(&mut self) -> Vec<(CacheNamespace, bool)> {
         self.cache.take_prompt_changes()
     }
 
@@ -236,7 +236,7 @@ impl Scheduler {
     }
 
     fn rank(&self, sequence: &Sequence) -> Rank {
-        self.ledger.rank(sequence.priority, sequence.account.key)
+        self.ledger.rank(sequence.priority, sequence.tenant.key)
     }
 
     fn take_out(&mut self, id: SequenceId) -> Option<Sequence> {
@@ -245,13 +245,13 @@ impl Scheduler {
             self.warming = None;
             return Some(sequence);
         }
-        let (priority, account) = (sequence.priority, sequence.account.key);
+        let (priority, tenant) = (sequence.priority, sequence.tenant.key);
         let running = self.running.len();
         self.running.retain(|&r| r != id);
-        let was_live = self.running.len() < running || self.queue.remove(priority, account, id);
+        let was_live = self.running.len() < running || self.queue.remove(priority, tenant, id);
         if was_live {
-            self.ledger.leave(priority, account);
-            self.linger(account);
+            self.ledger.leave(priority, tenant);
+            self.linger(tenant);
         } else {
             self.warm_ups.retain(|&w| w != id);
         }

@@ -3,7 +3,7 @@
 use super::{
     encoder::{EncoderInput, InputKey},
     prefix::ChainHash,
-    request::{Account, CacheRoot, InputToken},
+    request::{CacheNamespace, InputToken, Tenant},
 };
 use crate::kernels::kv_cache::BlockId;
 
@@ -29,8 +29,8 @@ pub struct Sequence {
     /// The block table: position p is in block p / BLOCK_SIZE.
     pub blocks: Vec<BlockId>,
     /// Whose cached blocks it shares; `None` shares nothing.
-    pub root: Option<CacheRoot>,
-    pub account: Account,
+    pub namespace: Option<CacheNamespace>,
+    pub tenant: Tenant,
     /// Lower is sooner.
     pub priority: i32,
     /// Positions of the input that were in the cache when it first joined the batch.
@@ -57,8 +57,8 @@ impl Sequence {
             encoded: false,
             num_computed: 0,
             blocks: Vec::new(),
-            root: None,
-            account: Account::default(),
+            namespace: None,
+            tenant: Tenant::default(),
             priority: 0,
             cached_tokens: None,
             chain: Vec::new(),

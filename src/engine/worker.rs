@@ -12,7 +12,7 @@ use std::{
 use tokio::sync::mpsc::{self, error::TryRecvError};
 
 use super::{
-    Job, Mail, Place, Shared, WarmUp,
+    Job, Mail, Shared, Slot, WarmUp,
     encoder::{EncoderInput, InputKey},
     request::{Event, FinishReason, GeneratedToken, InputToken, Request},
     runner::{Logits, Part, Runner},
@@ -47,7 +47,7 @@ struct Running {
     /// For the reader of the events: [`EventStream::cached_tokens`](super::EventStream::cached_tokens).
     cached_tokens: Arc<AtomicUsize>,
     /// Given up when the sequence joins the batch.
-    place: Option<Place>,
+    slot: Option<Slot>,
 }
 
 impl Worker {
@@ -99,7 +99,7 @@ impl Worker {
                 let id = self.new_id();
                 let rows = warm_up.prompt.num_virtual_tokens() as u32;
                 let mut sequence = Sequence::new((0..rows).map(InputToken::Virtual).collect());
-                sequence.root = Some(warm_up.root);
+                sequence.namespace = Some(warm_up.namespace);
                 if self.scheduler.add_warm_up(id, sequence) {
                     self.warm_ups.insert(id, warm_up);
                 }
@@ -113,7 +113,7 @@ impl Worker {
         SequenceId(self.next_id)
     }
 
-    fn accept(&mut self, Job { request, encoder, events, cached_tokens, place }: Job) {
+    fn accept(&mut self, Job { request, encoder, events, cached_tokens, slot }: Job) {
         let id = self.new_id();
         let text = request.tokens.iter().filter_map(|t| match t {
             InputToken::Vocab(id) => Some(*id),
@@ -127,15 +127,15 @@ impl Worker {
             deadline: request.deadline,
             events,
             cached_tokens,
-            place: Some(place),
+            slot: Some(slot),
         };
         self.jobs.insert(id, running);
         let encoder = encoder.map(|(tokens, content)| {
             let key = content.map_or(InputKey::Own(id), InputKey::Content);
             EncoderInput { key, tokens }
         });
-        let Request { root, account, priority, .. } = request;
-        self.scheduler.add(id, Sequence { root, account, priority, encoder, ..Sequence::new(request.tokens) });
+        let Request { namespace, tenant, priority, .. } = request;
+        self.scheduler.add(id, Sequence { namespace, tenant, priority, encoder, ..Sequence::new(request.tokens) });
     }
 
     /// Ends sequences whose reader went away, whose deadline passed, or that the drain's end cuts.
@@ -160,8 +160,8 @@ impl Worker {
     fn step(&mut self) {
         let step = self.scheduler.schedule();
         for chunk in &step.chunks {
-            if let Some(job) = self.jobs.get_mut(&chunk.id).filter(|job| job.place.is_some()) {
-                job.place = None;
+            if let Some(job) = self.jobs.get_mut(&chunk.id).filter(|job| job.slot.is_some()) {
+                job.slot = None;
                 let cached = self.scheduler.get(chunk.id).and_then(|s| s.cached_tokens).unwrap_or(0);
                 job.cached_tokens.store(cached, Relaxed);
                 self.shared.counters.cached_tokens.fetch_add(cached as u64, Relaxed);
@@ -183,7 +183,7 @@ impl Worker {
     }
 
     fn compute(&mut self, step: &Step) -> candle_core::Result<Logits> {
-        self.encode(step)?;
+        self.run_encoder(step)?;
         let mut parts = Vec::with_capacity(step.chunks.len());
         for chunk in &step.chunks {
             let prompt = match (self.jobs.get(&chunk.id), self.warm_ups.get(&chunk.id)) {
@@ -199,14 +199,14 @@ impl Worker {
                 blocks: &sequence.blocks,
                 prompt,
                 encoded: sequence.encoder_key().and_then(|key| self.encoded.get(&key)),
-                samples: chunk.samples,
+                wants_logits: chunk.wants_logits,
             });
         }
         self.runner.run(&parts)
     }
 
     /// Computes the encoder's inputs of a step.
-    fn encode(&mut self, step: &Step) -> candle_core::Result<()> {
+    fn run_encoder(&mut self, step: &Step) -> candle_core::Result<()> {
         let (mut keys, mut inputs) = (Vec::new(), Vec::new());
         for chunk in step.chunks.iter().filter(|chunk| chunk.encodes) {
             let (Some(sequence), Some(job)) = (self.scheduler.get(chunk.id), self.jobs.get(&chunk.id)) else {
@@ -216,10 +216,10 @@ impl Worker {
                 candle_core::bail!("sequence {:?} was scheduled for an encoder and has no input for it", chunk.id)
             };
             let (tokens, prompt) = (&input.tokens[..], job.prompt.as_ref());
-            inputs.push(Part { tokens, start: 0, blocks: &[], prompt, encoded: None, samples: false });
+            inputs.push(Part { tokens, start: 0, blocks: &[], prompt, encoded: None, wants_logits: false });
             keys.push(input.key);
         }
-        let made = self.runner.encode(&inputs)?;
+        let made = self.runner.run_encoder(&inputs)?;
         self.encoded.extend(keys.into_iter().zip(made));
         Ok(())
     }
@@ -245,7 +245,7 @@ impl Worker {
         step: &Step,
         logits: &Logits,
     ) -> candle_core::Result<Vec<(SequenceId, Option<GeneratedToken>)>> {
-        let sampling = step.chunks.iter().filter(|c| c.samples);
+        let sampling = step.chunks.iter().filter(|c| c.wants_logits);
         logits.with_rows(|rows| {
             let mut tokens = Vec::with_capacity(rows.len());
             for (chunk, logits) in sampling.zip(rows) {
@@ -323,11 +323,11 @@ impl Worker {
         s.preemptions.store(self.scheduler.preemptions(), Relaxed);
         if !changes.is_empty() {
             let mut prompts = self.shared.cached_prompts.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-            for (root, came) in changes {
+            for (namespace, came) in changes {
                 if came {
-                    prompts.insert(root)
+                    prompts.insert(namespace)
                 } else {
-                    prompts.remove(&root)
+                    prompts.remove(&namespace)
                 };
             }
         }

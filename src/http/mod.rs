@@ -34,10 +34,10 @@ use utoipa_swagger_ui::SwaggerUi;
 
 use crate::{
     config::{Access, Limits},
-    engine::{Engine, request::CacheRoot},
+    engine::{Engine, request::CacheNamespace},
     model::ModelInfo,
     registry::Registry,
-    text::Text,
+    tokenizer::Tokenizer,
 };
 use problem::{Code, Problem};
 
@@ -46,7 +46,7 @@ use problem::{Code, Problem};
 pub struct App {
     pub engine: Engine,
     pub registry: Arc<Registry>,
-    pub text: Text,
+    pub tokenizer: Tokenizer,
     pub model: ModelInfo,
     pub limits: Limits,
     pub access: Access,
@@ -63,15 +63,15 @@ impl App {
     pub fn new(
         engine: Engine,
         registry: Arc<Registry>,
-        text: Text,
+        tokenizer: Tokenizer,
         model: ModelInfo,
         limits: Limits,
         access: Access,
     ) -> AppState {
         let uploads = Semaphore::new(limits.max_concurrent_uploads);
         let warm = engine.clone();
-        registry.on_active(move |version| warm.warm_up(Arc::clone(&version.prompt), CacheRoot(version.digest.0)));
-        Arc::new(Self { engine, registry, text, model, limits, access, uploads, stopping: AtomicBool::new(false) })
+        registry.on_active(move |version| warm.warm_up(Arc::clone(&version.prompt), CacheNamespace(version.digest.0)));
+        Arc::new(Self { engine, registry, tokenizer, model, limits, access, uploads, stopping: AtomicBool::new(false) })
     }
 
     /// Readiness drops, so that load balancers send nothing more; what is running goes on.

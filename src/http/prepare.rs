@@ -13,7 +13,7 @@ use super::{
     types::GenerateRequest,
 };
 use crate::{
-    engine::request::{Account, CacheRoot, Request, SamplingParams},
+    engine::request::{CacheNamespace, Request, SamplingParams, Tenant},
     prompt::{TaskName, Version, template::Input},
 };
 
@@ -48,11 +48,11 @@ pub async fn prepare(app: &App, task: &str, request: GenerateRequest) -> Result<
     let started = Instant::now();
     let version = app.registry.resolve(task, request.version.as_deref())?;
     let mut settings = Settings::check(app, &version, &request)?;
-    let ids = encode(app, &version, request.input).await?;
+    let ids = tokenize(app, &version, request.input).await?;
     let virtual_tokens = version.prompt.num_virtual_tokens();
     let room = room_for_answer(app, &version, ids.len())?;
     settings.sampling.max_tokens = settings.sampling.max_tokens.min(room);
-    let account = account(app, &version.task);
+    let tenant = tenant(app, &version.task);
     let requests = (0..settings.choices)
         .map(|i| {
             let seed = settings.sampling.seed.wrapping_add(i as u64);
@@ -60,8 +60,8 @@ pub async fn prepare(app: &App, task: &str, request: GenerateRequest) -> Result<
             let deadline = Some(started + settings.timeout);
             Request {
                 deadline,
-                root: Some(CacheRoot(version.digest.0)),
-                account,
+                namespace: Some(CacheNamespace(version.digest.0)),
+                tenant,
                 priority: settings.priority,
                 ..Request::new(Some(Arc::clone(&version.prompt)), &ids, sampling)
             }
@@ -79,21 +79,21 @@ pub async fn prepare(app: &App, task: &str, request: GenerateRequest) -> Result<
 }
 
 /// Whom the engine counts a task's requests for. It needs to tell tasks apart, not to know them.
-fn account(app: &App, task: &TaskName) -> Account {
+fn tenant(app: &App, task: &TaskName) -> Tenant {
     let mut hash = DefaultHasher::new();
     task.hash(&mut hash);
-    Account { key: hash.finish(), weight: app.limits.task_weights.of(task.as_str()) }
+    Tenant { key: hash.finish(), weight: app.limits.task_weights.of(task.as_str()) }
 }
 
 /// Renders the input by the task's template and turns it into token ids.
-pub async fn encode(app: &App, version: &Arc<Version>, input: Input) -> Result<Vec<u32>, Problem> {
+pub async fn tokenize(app: &App, version: &Arc<Version>, input: Input) -> Result<Vec<u32>, Problem> {
     let bytes = match &input {
         Input::Text(text) => text.len(),
         Input::Fields(fields) => fields.values().map(String::len).sum(),
     };
-    let text = app.text.clone();
+    let tokenizer = app.tokenizer.clone();
     let version = Arc::clone(version);
-    let work = move || -> Result<Vec<u32>, Problem> { Ok(text.encode(&version.template.render(&input)?)?) };
+    let work = move || -> Result<Vec<u32>, Problem> { Ok(tokenizer.tokenize(&version.template.render(&input)?)?) };
     if bytes > LONG_TEXT { super::blocking(work).await } else { work() }
 }
 

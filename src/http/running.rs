@@ -17,7 +17,7 @@ use crate::{
         request::{Event, GeneratedToken},
     },
     telemetry,
-    text::{Detokenizer, Text},
+    tokenizer::{Detokenizer, Tokenizer},
 };
 
 /// One choice that the engine works on. Dropping it cancels it.
@@ -25,7 +25,7 @@ use crate::{
 pub struct Running {
     events: EventStream,
     detokenizer: Detokenizer,
-    text: Text,
+    tokenizer: Tokenizer,
     logprobs: bool,
     submitted: Instant,
     completion_tokens: usize,
@@ -57,8 +57,8 @@ pub fn start(app: &App, prepared: &mut Prepared) -> Result<Vec<Running>, Problem
         .map(|request| {
             Ok(Running {
                 events: app.engine.submit(request)?,
-                detokenizer: app.text.detokenizer(prepared.stop.clone()),
-                text: app.text.clone(),
+                detokenizer: app.tokenizer.detokenizer(prepared.stop.clone()),
+                tokenizer: app.tokenizer.clone(),
                 logprobs: prepared.logprobs,
                 submitted: Instant::now(),
                 completion_tokens: 0,
@@ -142,7 +142,7 @@ impl Running {
     }
 
     fn describe(&self, token: &GeneratedToken) -> TokenInfo {
-        let one = |id, logprob| TokenLogprob { id, text: self.text.token_text(id), logprob };
+        let one = |id, logprob| TokenLogprob { id, text: self.tokenizer.token_text(id), logprob };
         TokenInfo {
             token: one(token.id, token.logprob.unwrap_or_default()),
             top_logprobs: token.top.iter().map(|&(id, logprob)| one(id, logprob)).collect(),

@@ -8,7 +8,8 @@ use std::ops::Range;
 use candle_core::{D, Device, Result, Tensor, bail};
 
 use super::{
-    AttentionParams, Kernels, cross::EncodedBatch, distance_bias::DistanceBias, given::GivenKeyValues, widened,
+    AttentionParams, Kernels, cross::EncodedBatch, past::PastKeyValues, relative_position_bias::RelativePositionBias,
+    widened,
 };
 
 /// Attention over whole sequences that lie one after another in the packed rows; no cache.
@@ -25,7 +26,7 @@ pub struct DenseKernels {
     masks: Vec<(Option<usize>, Tensor)>,
     sequences: usize,
     longest: usize,
-    given: Option<GivenKeyValues>,
+    given: Option<PastKeyValues>,
     /// The keys and values of each layer, where they are asked for.
     recorded: Option<Vec<(Tensor, Tensor)>>,
     /// The rows of each sequence's own.
@@ -72,7 +73,7 @@ impl DenseKernels {
     }
 
     /// With these keys and values, if there are any, in place of the first rows' own.
-    pub fn with_given(self, given: impl Into<Option<GivenKeyValues>>) -> Self {
+    pub fn with_past(self, given: impl Into<Option<PastKeyValues>>) -> Self {
         Self { given: given.into(), ..self }
     }
 
@@ -122,7 +123,7 @@ impl DenseKernels {
             if let Some(softcap) = params.softcap.map(f64::from) {
                 scores = ((scores / softcap)?.tanh()? * softcap)?;
             }
-            if let Some(bias) = &params.distance_bias {
+            if let Some(bias) = &params.relative_position_bias {
                 scores = (&scores + distances(bias, rows, keys, q.device())?.to_dtype(scores.dtype())?)?;
             }
             let weights = candle_nn::ops::softmax(&scores, D::Minus1)?.to_dtype(v.dtype())?;
@@ -214,7 +215,7 @@ impl Kernels for DenseKernels {
         if let Some(slopes) = &params.alibi_slopes {
             scores = scores.broadcast_add(&self.alibi(slopes)?.to_dtype(scores.dtype())?)?;
         }
-        if let Some(bias) = &params.distance_bias {
+        if let Some(bias) = &params.relative_position_bias {
             let bias = distances(bias, self.longest, self.longest, q.device())?;
             scores = scores.broadcast_add(&bias.to_dtype(scores.dtype())?)?;
         }
@@ -233,7 +234,7 @@ impl Kernels for DenseKernels {
 }
 
 /// `[heads, queries, keys]`: what is added to each score for the distance, both counted from 0.
-fn distances(bias: &DistanceBias, queries: usize, keys: usize, device: &Device) -> Result<Tensor> {
+fn distances(bias: &RelativePositionBias, queries: usize, keys: usize, device: &Device) -> Result<Tensor> {
     let heads = bias.heads();
     let places = (0..heads).flat_map(|h| (0..queries).flat_map(move |i| (0..keys).map(move |j| (h, i, j))));
     let values: Vec<f32> = places.map(|(head, query, key)| bias.at(head, query, key)).collect();

@@ -6,7 +6,7 @@ mod attention;
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, DType, Device, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
-use super::{Activation, AttentionParams, GELU_TANH, Kernels, cross::EncodedBatch, dot, given::GivenKeyValues};
+use super::{Activation, AttentionParams, GELU_TANH, Kernels, cross::EncodedBatch, dot, past::PastKeyValues};
 use attention::{Sequences, attend};
 
 /// Whole sequences that lie one after another in the packed rows and may share their first rows;
@@ -14,7 +14,7 @@ use attention::{Sequences, attend};
 #[derive(Debug, Clone)]
 pub struct FusedKernels {
     sequences: Sequences,
-    given: Option<GivenKeyValues>,
+    given: Option<PastKeyValues>,
     encoded: Option<EncodedBatch>,
 }
 
@@ -26,7 +26,7 @@ impl FusedKernels {
     }
 
     /// With these keys and values, if there are any, in place of the first rows' own.
-    pub fn with_given(self, given: impl Into<Option<GivenKeyValues>>) -> Self {
+    pub fn with_past(self, given: impl Into<Option<PastKeyValues>>) -> Self {
         Self { given: given.into(), ..self }
     }
 
@@ -318,7 +318,7 @@ mod tests {
     use candle_core::Var;
 
     use super::*;
-    use crate::kernels::{dense::DenseKernels, distance_bias::DistanceBias};
+    use crate::kernels::{dense::DenseKernels, relative_position_bias::RelativePositionBias};
 
     fn random(shape: impl Into<Shape>) -> Var {
         Var::randn(0f32, 1.0, shape, &Device::Cpu).unwrap()
@@ -360,20 +360,20 @@ mod tests {
             AttentionParams { window: Some(2), ..plain.clone() },
             AttentionParams { window: Some(5), softcap: Some(2.0), ..plain.clone() },
             AttentionParams { alibi_slopes: Some(slopes), window: Some(6), ..plain.clone() },
-            AttentionParams { distance_bias: Some(bias(6)), ..plain },
+            AttentionParams { relative_position_bias: Some(bias(6)), ..plain },
         ] {
             for (heads, kv_heads) in [(4, 2), (3, 3), (6, 1)] {
                 let (q, k, v) = (random((14, heads, 20)), random((14, kv_heads, 20)), random((14, kv_heads, 20)));
                 let slopes = params.alibi_slopes.as_ref().map(|s| s[..heads].into());
-                let distance_bias = params.distance_bias.as_ref().map(|_| bias(heads));
-                let params = AttentionParams { alibi_slopes: slopes, distance_bias, ..params.clone() };
+                let relative_position_bias = params.relative_position_bias.as_ref().map(|_| bias(heads));
+                let params = AttentionParams { alibi_slopes: slopes, relative_position_bias, ..params.clone() };
                 compare(&[&q, &k, &v], |kernels| kernels.attention(0, &q, &k, &v, &params).unwrap());
             }
         }
     }
 
-    fn bias(heads: usize) -> Arc<DistanceBias> {
-        DistanceBias::new(heads, 4, |head, distance| (head as f32 + 0.3 * distance as f32).sin()).into()
+    fn bias(heads: usize) -> Arc<RelativePositionBias> {
+        RelativePositionBias::new(heads, 4, |head, distance| (head as f32 + 0.3 * distance as f32).sin()).into()
     }
 
     #[test]
@@ -381,7 +381,7 @@ mod tests {
         for (heads, kv_heads) in [(4, 2), (3, 3)] {
             let (q, k, v) = (random((11, heads, 20)), random((11, kv_heads, 20)), random((11, kv_heads, 20)));
             let scaled = AttentionParams { causal: false, ..AttentionParams::scaled(0.22) };
-            let biased = AttentionParams { distance_bias: Some(bias(heads)), ..scaled.clone() };
+            let biased = AttentionParams { relative_position_bias: Some(bias(heads)), ..scaled.clone() };
             let fused = FusedKernels::with_prefix(0, &[4, 1, 6]);
             let plain = DenseKernels::new(&[4, 1, 6], &Device::Cpu).unwrap();
             compare_with(fused, plain, &[&q, &k, &v], |kernels| kernels.attention(0, &q, &k, &v, &biased).unwrap());

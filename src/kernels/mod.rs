@@ -4,17 +4,17 @@
 pub mod cpu;
 pub mod cross;
 pub mod dense;
-pub mod distance_bias;
 pub mod fused;
-pub mod given;
 pub mod kv_cache;
 pub mod paged;
+pub mod past;
+pub mod relative_position_bias;
 
 use std::sync::Arc;
 
 use candle_core::{D, DType, Result, Tensor, bail};
 
-use distance_bias::DistanceBias;
+use relative_position_bias::RelativePositionBias;
 
 /// What is between a score and its weight, and which positions are seen at all.
 #[derive(Debug, Clone, PartialEq)]
@@ -29,7 +29,7 @@ pub struct AttentionParams {
     /// zero (ALiBi, Press et al. 2022).
     pub alibi_slopes: Option<Arc<[f32]>>,
     /// What is added to a score for its head and its key's distance (T5).
-    pub distance_bias: Option<Arc<DistanceBias>>,
+    pub relative_position_bias: Option<Arc<RelativePositionBias>>,
     /// Whether a position sees only itself and those before it. If not, it sees all of its sequence,
     /// which has to be in one call then, with no window and no slopes (an encoder).
     pub causal: bool,
@@ -38,7 +38,7 @@ pub struct AttentionParams {
 impl AttentionParams {
     /// Scores times `scale`, and nothing else.
     pub fn scaled(scale: f32) -> Self {
-        Self { scale, softcap: None, window: None, alibi_slopes: None, distance_bias: None, causal: true }
+        Self { scale, softcap: None, window: None, alibi_slopes: None, relative_position_bias: None, causal: true }
     }
 }
 

@@ -175,8 +175,8 @@ mod tests {
         cpu::Precision,
         cross::EncodedBatch,
         dense::DenseKernels,
-        distance_bias::DistanceBias,
         kv_cache::{BLOCK_SIZE, KvShape},
+        relative_position_bias::RelativePositionBias,
     };
 
     fn random(shape: (usize, usize, usize)) -> Tensor {
@@ -257,8 +257,8 @@ mod tests {
         }
     }
 
-    fn bias(heads: usize) -> std::sync::Arc<DistanceBias> {
-        DistanceBias::new(heads, 20, |head, distance| (head as f32 + 0.3 * distance as f32).sin()).into()
+    fn bias(heads: usize) -> std::sync::Arc<RelativePositionBias> {
+        RelativePositionBias::new(heads, 20, |head, distance| (head as f32 + 0.3 * distance as f32).sin()).into()
     }
 
     #[test]
@@ -267,7 +267,7 @@ mod tests {
         for (heads, kv_heads, dim) in [(6, 2, 20), (4, 4, 16), (3, 1, 64)] {
             let case = Case::new(&lengths, heads, kv_heads, dim);
             let params = AttentionParams { causal: false, softcap: Some(4.0), ..AttentionParams::scaled(0.4) };
-            let biased = AttentionParams { distance_bias: Some(bias(heads)), ..params.clone() };
+            let biased = AttentionParams { relative_position_bias: Some(bias(heads)), ..params.clone() };
             let mut cache = KvCache::new(
                 KvShape { num_layers: 1, num_kv_heads: kv_heads, head_dim: dim, precision: Precision::F32 },
                 1,
@@ -312,7 +312,7 @@ mod tests {
             AttentionParams { softcap: Some(0.5), scale: 1.0, ..plain.clone() },
             AttentionParams { alibi_slopes: Some(slopes.clone()), ..plain.clone() },
             AttentionParams { alibi_slopes: Some(slopes), window: Some(32), softcap: Some(5.0), ..plain.clone() },
-            AttentionParams { distance_bias: Some(bias(heads)), scale: 0.3, ..plain.clone() },
+            AttentionParams { relative_position_bias: Some(bias(heads)), scale: 0.3, ..plain.clone() },
             plain,
         ]
     }

@@ -51,7 +51,7 @@ impl Decoder {
         let mut norm = |is: bool, name| is.then(|| source.norm(None, name, hidden)).transpose();
         let embedding_norm = norm(config.embedding_norm, names.embedding_norm)?;
         let final_norm = norm(config.final_norm, names.final_norm)?;
-        let bias = source.distance_bias(config)?;
+        let bias = source.relative_position_bias(config)?;
         let layer = |i| Layer::load(config, i, bias.as_ref(), &mut source);
         let layers = (0..config.num_layers).map(layer).collect::<Loaded<_>>()?;
         let head = match config.tie_word_embeddings && (config.encoder.is_none() || !source.has_head()) {

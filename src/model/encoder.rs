@@ -22,7 +22,7 @@ impl Encoder {
     pub fn load(config: &ModelConfig, weights: &mut Weights) -> Loaded<Option<Self>> {
         let Some(config) = config.of_encoder() else { return Ok(None) };
         let mut source = Source::of_encoder(&config, weights);
-        let bias = source.distance_bias(&config)?;
+        let bias = source.relative_position_bias(&config)?;
         let layer = |i| Layer::load(&config, i, bias.as_ref(), &mut source);
         let layers = (0..config.num_layers).map(layer).collect::<Loaded<_>>()?;
         let name = source.names().final_norm;

@@ -12,7 +12,7 @@ use super::{
     names::{CrossNames, Mlp as MlpNames, NormNames, Qkv},
     source::{Loaded, Norm, Source},
 };
-use crate::kernels::{Activation, AttentionParams, Kernels, distance_bias::DistanceBias};
+use crate::kernels::{Activation, AttentionParams, Kernels, relative_position_bias::RelativePositionBias};
 
 /// Cosines and sines of the rows of a step, each `[t, dims / 2]`.
 pub type Rotation = (Tensor, Tensor);
@@ -35,7 +35,7 @@ impl Layer {
     pub fn load(
         config: &ModelConfig,
         index: usize,
-        bias: Option<&Arc<DistanceBias>>,
+        bias: Option<&Arc<RelativePositionBias>>,
         source: &mut Source,
     ) -> Loaded<Self> {
         let (names, hidden) = (source.names(), config.hidden_size);
@@ -168,7 +168,12 @@ struct Attention {
 }
 
 impl Attention {
-    fn load(config: &ModelConfig, index: usize, bias: Option<&Arc<DistanceBias>>, source: &mut Source) -> Loaded<Self> {
+    fn load(
+        config: &ModelConfig,
+        index: usize,
+        bias: Option<&Arc<RelativePositionBias>>,
+        source: &mut Source,
+    ) -> Loaded<Self> {
         let ModelConfig { num_heads, num_kv_heads, head_dim, hidden_size, qkv_bias, .. } = *config;
         let (queries, keys) = (num_heads * head_dim, num_kv_heads * head_dim);
         let [q, k, v] = match source.names().qkv {
@@ -203,7 +208,7 @@ impl Attention {
             softcap: config.attention_softcap.map(|cap| cap as f32),
             window: layer.window,
             alibi_slopes: config.alibi.then(|| alibi_slopes(num_heads).into()),
-            distance_bias: bias.cloned(),
+            relative_position_bias: bias.cloned(),
             causal: config.causal,
         };
         let whole_norms = config.qk_norm == Some(QkNorm::Projection);

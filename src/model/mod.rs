@@ -142,7 +142,7 @@ impl Model {
     ///
     /// # Errors
     /// The model has no encoder, or a kernel fails.
-    pub fn encode(&self, x: &Tensor, kernels: &mut dyn Kernels) -> Result<Tensor> {
+    pub fn run_encoder(&self, x: &Tensor, kernels: &mut dyn Kernels) -> Result<Tensor> {
         match &self.encoder {
             Some(encoder) => encoder.forward(x, kernels),
             None => bail!("the model {} has no encoder", self.info.name),

@@ -139,7 +139,7 @@ mod tests {
     use super::*;
     use crate::{
         model::{Model, ModelFiles},
-        text::Text,
+        tokenizer::Tokenizer,
     };
 
     /// A small shape with everything that a shape can have: biases, its own output matrix.
@@ -162,9 +162,9 @@ mod tests {
         let model = Model::load(&files, &Device::Cpu, DType::F32).unwrap();
         assert_eq!(model.info().eos_token_ids, [3]);
         assert_eq!(model.info().fingerprint, files.fingerprint().unwrap());
-        let text = Text::load(&files).unwrap();
-        assert_eq!(text.encode("w7 w499\nw0 elsewhere").unwrap(), [7, 499, 0, 0]);
-        assert_eq!(text.decode(&[7, 499]).unwrap(), "w7 w499");
+        let tokenizer = Tokenizer::load(&files).unwrap();
+        assert_eq!(tokenizer.tokenize("w7 w499\nw0 elsewhere").unwrap(), [7, 499, 0, 0]);
+        assert_eq!(tokenizer.decode(&[7, 499]).unwrap(), "w7 w499");
     }
 
     #[test]

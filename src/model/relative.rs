@@ -4,13 +4,15 @@
 use candle_core::{DType, Result, Tensor};
 
 use super::config::RelativeBias;
-use crate::kernels::distance_bias::DistanceBias;
+use crate::kernels::relative_position_bias::RelativePositionBias;
 
 /// The bias of a table `[buckets, heads]`, for keys on both sides of a query or on one.
-pub fn distance_bias(table: &Tensor, config: RelativeBias, causal: bool) -> Result<DistanceBias> {
+pub fn relative_position_bias(table: &Tensor, config: RelativeBias, causal: bool) -> Result<RelativePositionBias> {
     let heads = table.dim(1)?;
     let table = table.to_device(&candle_core::Device::Cpu)?.to_dtype(DType::F32)?.to_vec2::<f32>()?;
-    Ok(DistanceBias::new(heads, config.max_distance, |head, distance| table[bucket(config, causal, distance)][head]))
+    Ok(RelativePositionBias::new(heads, config.max_distance, |head, distance| {
+        table[bucket(config, causal, distance)][head]
+    }))
 }
 
 /// The bucket of a key that lies `distance` positions after the query, as transformers'

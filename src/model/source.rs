@@ -13,7 +13,7 @@ use super::{
     relative,
     weights::{Matrix, Weights},
 };
-use crate::kernels::{Kernels, distance_bias::DistanceBias};
+use crate::kernels::{Kernels, relative_position_bias::RelativePositionBias};
 
 /// What reading a part gives.
 pub type Loaded<T> = std::result::Result<T, ModelError>;
@@ -49,7 +49,7 @@ impl<'a> Source<'a> {
     }
 
     /// The relative position bias that the first layer has for all, if the model has one.
-    pub fn distance_bias(&mut self, config: &ModelConfig) -> Loaded<Option<Arc<DistanceBias>>> {
+    pub fn relative_position_bias(&mut self, config: &ModelConfig) -> Loaded<Option<Arc<RelativePositionBias>>> {
         let Some(bias) = config.relative_bias else { return Ok(None) };
         let name = format!("{}.weight", self.path(0, self.names.relative_bias));
         let shape = [bias.buckets, config.num_heads];
@@ -58,7 +58,7 @@ impl<'a> Source<'a> {
         if !is_there {
             return Ok(None);
         }
-        Ok(Some(Arc::new(relative::distance_bias(&table, bias, config.causal)?)))
+        Ok(Some(Arc::new(relative::relative_position_bias(&table, bias, config.causal)?)))
     }
 
     /// The names of its family.

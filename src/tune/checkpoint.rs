@@ -14,7 +14,7 @@ use safetensors::{
 };
 
 use super::{
-    loss::Held,
+    loss::ValidationMetrics,
     optim::Moments,
     trainer::{Best, State},
 };
@@ -87,11 +87,16 @@ impl Checkpoint {
         let state = &self.state;
         let f32s = |values: &[f32]| values.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>();
         let f64s = |values: &[f64]| values.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>();
-        let evaluations: Vec<f64> =
-            state.evaluations.iter().flat_map(|(step, held)| [*step as f64, held.loss, held.exact]).collect();
+        let evaluations: Vec<f64> = state
+            .evaluations
+            .iter()
+            .flat_map(|(step, validation)| [*step as f64, validation.loss, validation.exact])
+            .collect();
         let mut scalars = vec![self.rate, state.step as f64, state.stale as f64];
         scalars.extend(state.mark.map_or([f64::NAN; 2], |m| [m.loss, m.exact]));
-        scalars.extend(state.best.as_ref().map_or([f64::NAN; 3], |b| [b.step as f64, b.held.loss, b.held.exact]));
+        scalars.extend(
+            state.best.as_ref().map_or([f64::NAN; 3], |b| [b.step as f64, b.validation.loss, b.validation.exact]),
+        );
         let best = state.best.as_ref().map_or(&[][..], |b| &b.values);
         let tensors = [
             ("best", Dtype::F32, f32s(best)),
@@ -125,8 +130,8 @@ impl Checkpoint {
         let [rate, step, stale, mark_loss, mark_exact, best_step, best_loss, best_exact] = f64s("scalars")?[..] else {
             return Err("it was written by another version".to_owned());
         };
-        let held = |loss: f64, exact: f64| Held { loss, exact };
-        let best = Best { step: best_step as usize, values: f32s("best")?, held: held(best_loss, best_exact) };
+        let metrics = |loss: f64, exact: f64| ValidationMetrics { loss, exact };
+        let best = Best { step: best_step as usize, values: f32s("best")?, validation: metrics(best_loss, best_exact) };
         let evaluations = f64s("evaluations")?;
         let state = State {
             step: step as usize,
@@ -134,9 +139,9 @@ impl Checkpoint {
             moments: Moments { first: f32s("first_moment")?, second: f32s("second_moment")? },
             best: (!best_step.is_nan()).then_some(best),
             stale: stale as usize,
-            mark: (!mark_exact.is_nan()).then_some(held(mark_loss, mark_exact)),
+            mark: (!mark_exact.is_nan()).then_some(metrics(mark_loss, mark_exact)),
             losses: f64s("losses")?,
-            evaluations: evaluations.as_chunks::<3>().0.iter().map(|e| (e[0] as usize, held(e[1], e[2]))).collect(),
+            evaluations: evaluations.as_chunks::<3>().0.iter().map(|e| (e[0] as usize, metrics(e[1], e[2]))).collect(),
         };
         Ok(Self { identity: identity.into_iter().collect(), rate, state })
     }
@@ -161,8 +166,12 @@ mod tests {
         let mut state = State::new(vec![0.1, -2.5e-30, f32::MAX]);
         state.step = 7;
         state.losses = vec![1.0 / 3.0, 2e-300];
-        state.evaluations = vec![(0, Held { loss: 0.1 + 0.2, exact: 0.5 })];
-        state.best = Some(Best { step: 3, values: vec![1.0, 2.0, 3.0], held: Held { loss: 0.7, exact: 1.0 } });
+        state.evaluations = vec![(0, ValidationMetrics { loss: 0.1 + 0.2, exact: 0.5 })];
+        state.best = Some(Best {
+            step: 3,
+            values: vec![1.0, 2.0, 3.0],
+            validation: ValidationMetrics { loss: 0.7, exact: 1.0 },
+        });
         let identity = [("seed", "1"), ("batch size", "16")].map(|(k, v)| (k.to_owned(), v.to_owned())).into();
         Checkpoint { identity, rate: 0.3, state }
     }

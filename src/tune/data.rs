@@ -16,7 +16,7 @@ use crate::{
         labels::{LabelError, Verbalizer},
         template::{Input, PromptTemplate},
     },
-    text::Text,
+    tokenizer::Tokenizer,
 };
 
 /// The most faults that an error message lists; the rest are counted.
@@ -246,44 +246,44 @@ fn with_label(answer: Answer, labels: Option<&Verbalizer>) -> Result<(String, Op
 
 /// An example as the model sees it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Encoded {
+pub struct TokenizedExample {
     /// The rendered input, special tokens included.
-    pub prompt: Vec<u32>,
+    pub input_ids: Vec<u32>,
     /// The answer with EOS; never empty.
     pub answer: Vec<u32>,
 }
 
 /// Renders and tokenizes examples. One that needs more than `room` is a fault.
-pub fn encode(
+pub fn tokenize(
     path: &Path,
     examples: &[Example],
     template: &PromptTemplate,
-    text: &Text,
+    tokenizer: &Tokenizer,
     eos: u32,
     room: Room,
-) -> Result<Vec<Encoded>, DataError> {
-    let one = |example: &Example| -> Result<Encoded, String> {
+) -> Result<Vec<TokenizedExample>, DataError> {
+    let one = |example: &Example| -> Result<TokenizedExample, String> {
         let rendered = template.render(&example.input).map_err(|e| e.to_string())?;
-        let prompt = text.encode(&rendered).map_err(|e| e.to_string())?;
-        let mut answer = text.encode_continuation(&example.output).map_err(|e| e.to_string())?;
+        let input_ids = tokenizer.tokenize(&rendered).map_err(|e| e.to_string())?;
+        let mut answer = tokenizer.tokenize_continuation(&example.output).map_err(|e| e.to_string())?;
         if answer.is_empty() {
             return Err(format!("the answer {} has no tokens", quote(&example.output)));
         }
         answer.push(eos);
-        let fits = room.check(prompt.len(), answer.len());
+        let fits = room.check(input_ids.len(), answer.len());
         fits.map_err(|fault| format!("{fault}; shorten it, or take fewer --virtual-tokens"))?;
-        Ok(Encoded { prompt, answer })
+        Ok(TokenizedExample { input_ids, answer })
     };
     let mut faults = Vec::new();
-    let mut encoded = Vec::with_capacity(examples.len());
+    let mut tokenized = Vec::with_capacity(examples.len());
     for example in examples {
         match one(example) {
-            Ok(e) => encoded.push(e),
+            Ok(e) => tokenized.push(e),
             Err(fault) => faults.push((example.line, fault)),
         }
     }
     match faults.is_empty() {
-        true => Ok(encoded),
+        true => Ok(tokenized),
         false => Err(DataError::Faults(Faults { path: path.to_owned(), faults })),
     }
 }
@@ -296,7 +296,7 @@ const SPLIT_AT_LEAST: usize = 8;
 
 /// Which of `examples` are held out: a tenth, at least 8, chosen by `seed`; none where there are
 /// fewer than [`SPLIT_FROM`]. Examples with the same input stay on one side.
-pub fn held_out(examples: &[Encoded], seed: u64) -> Vec<bool> {
+pub fn held_out(examples: &[TokenizedExample], seed: u64) -> Vec<bool> {
     let mut out = vec![false; examples.len()];
     if examples.len() < SPLIT_FROM {
         return out;
@@ -304,11 +304,11 @@ pub fn held_out(examples: &[Encoded], seed: u64) -> Vec<bool> {
     let wanted = (examples.len() / 10).max(SPLIT_AT_LEAST);
     let mut same: HashMap<&[u32], Vec<usize>> = HashMap::new();
     for (i, example) in examples.iter().enumerate() {
-        same.entry(&example.prompt).or_default().push(i);
+        same.entry(&example.input_ids).or_default().push(i);
     }
     let mut taken = 0;
     for i in super::order::shuffled(examples.len(), seed, super::order::SPLIT) {
-        let group = &same[examples[i].prompt.as_slice()];
+        let group = &same[examples[i].input_ids.as_slice()];
         // A large group would take far more than was wanted.
         if taken < wanted && group[0] == i && taken + group.len() <= 2 * wanted {
             group.iter().for_each(|&j| out[j] = true);
@@ -373,7 +373,7 @@ mod tests {
 
     #[test]
     fn a_split_keeps_equal_inputs_on_one_side_and_takes_a_tenth_but_at_least_eight() {
-        let example = |i: u32| Encoded { prompt: vec![i / 2], answer: vec![1] };
+        let example = |i: u32| TokenizedExample { input_ids: vec![i / 2], answer: vec![1] };
         let few: Vec<_> = (0..39).map(example).collect();
         assert!(held_out(&few, 1).iter().all(|&out| !out));
         let many: Vec<_> = (0..100).map(example).collect();

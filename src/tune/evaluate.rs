@@ -6,14 +6,14 @@ use serde::Serialize;
 
 use super::{
     TuneError,
-    data::{DataError, Dataset, Encoded, Faults},
+    data::{DataError, Dataset, Faults, TokenizedExample},
     generate, loss, metrics,
     room::Room,
 };
 use crate::{
     model::Model,
     prompt::{LearnedPrompt, Version, labels::Verbalizer, template::PromptTemplate},
-    text::Text,
+    tokenizer::Tokenizer,
 };
 
 /// What stands in front of the inputs.
@@ -49,7 +49,7 @@ pub const NO_LABEL: &str = "(no label)";
 #[derive(Debug)]
 pub struct Evaluation<'a> {
     pub model: &'a Model,
-    pub text: &'a Text,
+    pub tokenizer: &'a Tokenizer,
     pub template: &'a PromptTemplate,
     pub labels: Option<&'a Verbalizer>,
     pub data: &'a Dataset,
@@ -68,7 +68,7 @@ impl Evaluation<'_> {
         let generated = generate::greedy(self.model, prompt, &inputs, self.max_tokens, done)?;
         let mut outputs = Vec::with_capacity(generated.len());
         for ids in &generated {
-            let output = self.text.decode(ids).map_err(super::init::InitError::Text)?;
+            let output = self.tokenizer.decode(ids).map_err(super::init::InitError::Tokenizer)?;
             outputs.push(match front {
                 Front::Tuned(_) => output.trim().to_owned(),
                 // A model that was never told when to stop is not blamed for what it adds.
@@ -100,7 +100,7 @@ impl Evaluation<'_> {
                     Front::Instruction(instruction) => format!("{instruction}\n{rendered}"),
                     Front::Tuned(_) | Front::Bare => rendered,
                 };
-                let ids = self.text.encode(&text).map_err(|e| e.to_string())?;
+                let ids = self.tokenizer.tokenize(&text).map_err(|e| e.to_string())?;
                 room.check(ids.len(), 1).map_err(|fault| format!("{fault}; shorten it"))?;
                 Ok(ids)
             });
@@ -161,15 +161,17 @@ impl Evaluation<'_> {
         let mut words = Vec::new();
         for label in labels.labels() {
             let word = labels.word_for(label).unwrap_or(label);
-            let ids = self.text.encode_continuation(word).map_err(super::init::InitError::Text)?;
+            let ids = self.tokenizer.tokenize_continuation(word).map_err(super::init::InitError::Tokenizer)?;
             words.push((label, ids));
         }
         words.retain(|(_, ids)| !ids.is_empty());
         let mut chosen = Vec::with_capacity(inputs.len());
         for input in inputs {
-            let choices: Vec<Encoded> =
-                words.iter().map(|(_, ids)| Encoded { prompt: input.clone(), answer: ids.clone() }).collect();
-            let batch: Vec<&Encoded> = choices.iter().collect();
+            let choices: Vec<TokenizedExample> = words
+                .iter()
+                .map(|(_, ids)| TokenizedExample { input_ids: input.clone(), answer: ids.clone() })
+                .collect();
+            let batch: Vec<&TokenizedExample> = choices.iter().collect();
             let scores = loss::score(self.model, prompt, &batch)?.log_likelihoods(&batch)?;
             let best = scores.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1));
             chosen.push(best.map(|(i, _)| words[i].0.to_owned()));

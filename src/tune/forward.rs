@@ -5,9 +5,9 @@ use std::{collections::HashMap, ops::Range};
 
 use candle_core::{DType, Device, Result, Tensor, bail};
 
-use super::data::Encoded;
+use super::data::TokenizedExample;
 use crate::{
-    kernels::{Kernels, cross::EncodedBatch, dense::DenseKernels, fused::FusedKernels, given::GivenKeyValues},
+    kernels::{Kernels, cross::EncodedBatch, dense::DenseKernels, fused::FusedKernels, past::PastKeyValues},
     model::Model,
     prompt::learned::{KeyValues, LearnedPrompt},
 };
@@ -16,19 +16,21 @@ use crate::{
 /// for a decoder of `[prompt][input][answer]`; for an encoder-decoder of `[start][answer]`, after the
 /// encoder's `[prompt][input]` or a prompt of key-values. `prompt` is in any float type; with none, the
 /// model answers on its own.
-pub fn answer_states(model: &Model, prompt: Option<&LearnedPrompt>, batch: &[&Encoded]) -> Result<Tensor> {
+pub fn answer_states(model: &Model, prompt: Option<&LearnedPrompt>, batch: &[&TokenizedExample]) -> Result<Tensor> {
     let Some(encoder) = &model.info().encoder else {
-        let texts: Vec<_> = batch.iter().map(|e| (e.prompt.as_slice(), e.answer.as_slice())).collect();
+        let texts: Vec<_> = batch.iter().map(|e| (e.input_ids.as_slice(), e.answer.as_slice())).collect();
         return decode(model, prompt, &texts, None);
     };
-    let inputs: Vec<&[u32]> = batch.iter().map(|e| e.prompt.as_slice()).collect();
+    let inputs: Vec<&[u32]> = batch.iter().map(|e| e.input_ids.as_slice()).collect();
     let start = [encoder.start_token];
     let texts: Vec<_> = batch.iter().map(|e| (start.as_slice(), e.answer.as_slice())).collect();
     match prompt {
         Some(LearnedPrompt::Embeddings(embeddings)) => {
-            decode(model, None, &texts, Some(encode(model, Some(&embeddings.rows), &inputs)?))
+            decode(model, None, &texts, Some(run_encoder(model, Some(&embeddings.rows), &inputs)?))
         }
-        Some(LearnedPrompt::KeyValues(_)) | None => decode(model, prompt, &texts, Some(encode(model, None, &inputs)?)),
+        Some(LearnedPrompt::KeyValues(_)) | None => {
+            decode(model, prompt, &texts, Some(run_encoder(model, None, &inputs)?))
+        }
     }
 }
 
@@ -37,7 +39,7 @@ pub fn answer_states(model: &Model, prompt: Option<&LearnedPrompt>, batch: &[&En
 ///
 /// # Errors
 /// The model has no encoder, or an input is empty and there are no rows.
-pub fn encode(model: &Model, rows: Option<&Tensor>, inputs: &[&[u32]]) -> Result<EncodedBatch> {
+pub fn run_encoder(model: &Model, rows: Option<&Tensor>, inputs: &[&[u32]]) -> Result<EncodedBatch> {
     let device = &model.info().device;
     let n = rows.map_or(Ok(0), |rows| rows.dim(0))?;
     let rows = rows.map(|rows| rows.to_device(device)?.to_dtype(model.activation_dtype())).transpose()?;
@@ -64,7 +66,7 @@ pub fn encode(model: &Model, rows: Option<&Tensor>, inputs: &[&[u32]]) -> Result
         true => Box::new(FusedKernels::with_prefix(0, &lengths)),
         false => Box::new(DenseKernels::new(&lengths, device)?),
     };
-    let hidden = model.encode(&x, kernels.as_mut())?;
+    let hidden = model.run_encoder(&x, kernels.as_mut())?;
     let inputs = inputs.iter().map(|input| places[input].clone()).collect();
     Ok(EncodedBatch { layers: model.cross_key_values(&hidden)?, inputs })
 }
@@ -136,12 +138,12 @@ fn kernels(
         _ => None,
     };
     Ok(match FusedKernels::fit(device, dtype) {
-        true => Box::new(FusedKernels::with_prefix(n, lengths).with_given(given).with_encoded(encoded)),
-        false => Box::new(DenseKernels::with_prefix(n, lengths, device)?.with_given(given).with_encoded(encoded)),
+        true => Box::new(FusedKernels::with_prefix(n, lengths).with_past(given).with_encoded(encoded)),
+        false => Box::new(DenseKernels::with_prefix(n, lengths, device)?.with_past(given).with_encoded(encoded)),
     })
 }
 
-fn given(prompt: &KeyValues) -> Result<GivenKeyValues> {
+fn given(prompt: &KeyValues) -> Result<PastKeyValues> {
     let layers = prompt.layers.iter().map(|l| Ok((l.keys.transpose(0, 1)?, l.values.transpose(0, 1)?)));
-    Ok(GivenKeyValues { layers: layers.collect::<Result<_>>()? })
+    Ok(PastKeyValues { layers: layers.collect::<Result<_>>()? })
 }

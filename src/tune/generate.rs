@@ -72,7 +72,7 @@ fn batch(
     let mut openings = asked.iter().map(opening).collect::<Result<Vec<_>>>()?;
     let mut encoded = Vec::new();
     if let Some(encoder) = &info.encoder {
-        encoded = encode(model, &openings)?;
+        encoded = run_encoder(model, &openings)?;
         openings = vec![embed(&[encoder.start_token])?; asked.len()];
     }
     let mut encoded = encoded.into_iter();
@@ -119,7 +119,7 @@ fn batch(
 }
 
 /// What the encoder makes of inputs, embeddings `[rows, hidden]` each.
-fn encode(model: &Model, inputs: &[Tensor]) -> Result<Vec<CrossKeyValues>> {
+fn run_encoder(model: &Model, inputs: &[Tensor]) -> Result<Vec<CrossKeyValues>> {
     if inputs.is_empty() {
         return Ok(Vec::new());
     }
@@ -127,7 +127,7 @@ fn encode(model: &Model, inputs: &[Tensor]) -> Result<Vec<CrossKeyValues>> {
     let segments = inputs.iter().map(segment).collect::<Result<Vec<_>>>()?;
     // Nothing of an encoder's rows is kept.
     let mut cache = KvCache::new(model.kv_shape(), 0)?;
-    let hidden = model.encode(&Tensor::cat(inputs, 0)?, &mut PagedKernels::new(&mut cache, &segments))?;
+    let hidden = model.run_encoder(&Tensor::cat(inputs, 0)?, &mut PagedKernels::new(&mut cache, &segments))?;
     let layers = model.cross_key_values(&hidden)?;
     let mut end = 0;
     let of = |segment: &Segment| {

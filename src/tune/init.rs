@@ -7,7 +7,7 @@ use rand::Rng;
 use rand_distr::StandardNormal;
 
 use super::{
-    data::Encoded,
+    data::TokenizedExample,
     forward, order,
     parameters::{Method, Parameters},
 };
@@ -15,7 +15,7 @@ use crate::{
     kernels::dense::DenseKernels,
     model::Model,
     prompt::learned::LearnedPrompt,
-    text::{Text, TextError},
+    tokenizer::{Tokenizer, TokenizerError},
 };
 
 /// The vocabulary's first ids are its most frequent words, as Lester et al. sample them.
@@ -50,7 +50,7 @@ pub enum InitError {
     )]
     OtherKind { found: &'static str, method: &'static str, expected: &'static str },
     #[error(transparent)]
-    Text(#[from] TextError),
+    Tokenizer(#[from] TokenizerError),
     #[error("cannot compute the initial values: {0}")]
     Tensor(#[from] candle_core::Error),
 }
@@ -59,9 +59,9 @@ pub enum InitError {
 #[derive(Debug, Clone, Copy)]
 pub struct Source<'a> {
     pub model: &'a Model,
-    pub text: &'a Text,
+    pub tokenizer: &'a Tokenizer,
     /// The training examples.
-    pub examples: &'a [Encoded],
+    pub examples: &'a [TokenizedExample],
     pub seed: u64,
 }
 
@@ -117,7 +117,7 @@ impl Source<'_> {
     /// writes the words that the encoder reads.
     fn computed(&self, init: &Init, n: usize) -> std::result::Result<Vec<[Vec<f32>; 2]>, InitError> {
         let device = &self.model.info().device;
-        let around = self.text.encode("")?;
+        let around = self.tokenizer.tokenize("")?;
         let mut ids = match &self.model.info().encoder {
             None => around.iter().copied().take(n).collect(),
             Some(encoder) => vec![encoder.start_token],
@@ -125,7 +125,7 @@ impl Source<'_> {
         let words = self.words(init, (n - ids.len()).max(1))?;
         let encoded = match &self.model.info().encoder {
             None => None,
-            Some(_) => Some(forward::encode(self.model, None, &[&[words.as_slice(), &around].concat()])?),
+            Some(_) => Some(forward::run_encoder(self.model, None, &[&[words.as_slice(), &around].concat()])?),
         };
         ids.extend(&words);
         ids.truncate(n);
@@ -142,18 +142,18 @@ impl Source<'_> {
     fn words(&self, init: &Init, n: usize) -> std::result::Result<Vec<u32>, InitError> {
         match init {
             Init::Text(words) => {
-                let ids = self.text.encode_continuation(words)?;
+                let ids = self.tokenizer.tokenize_continuation(words)?;
                 if ids.is_empty() {
                     return Err(InitError::EmptyText);
                 }
                 Ok(ids.iter().copied().cycle().take(n).collect())
             }
             Init::Examples => {
-                let line_break = self.text.encode_continuation("\n")?;
+                let line_break = self.tokenizer.tokenize_continuation("\n")?;
                 let mut ids = Vec::new();
                 for i in order::shuffled(self.examples.len(), self.seed, order::INIT) {
-                    let Encoded { prompt, answer } = &self.examples[i];
-                    ids.extend(prompt.iter().chain(answer).filter(|id| !self.text.is_special(**id)));
+                    let TokenizedExample { input_ids, answer } = &self.examples[i];
+                    ids.extend(input_ids.iter().chain(answer).filter(|id| !self.tokenizer.is_special(**id)));
                     ids.extend(&line_break);
                     if ids.len() >= n {
                         break;
@@ -170,8 +170,8 @@ impl Source<'_> {
             }
             Init::Vocab | Init::Prompt(_) | Init::Random => {
                 let mut rng = order::rng(self.seed, order::INIT);
-                let rows = self.model.info().vocab_size.min(self.text.vocab_size()) as u32;
-                let words: Vec<u32> = (0..rows).filter(|&id| !self.text.is_special(id)).take(FREQUENT).collect();
+                let rows = self.model.info().vocab_size.min(self.tokenizer.vocab_size()) as u32;
+                let words: Vec<u32> = (0..rows).filter(|&id| !self.tokenizer.is_special(id)).take(FREQUENT).collect();
                 if words.is_empty() {
                     return Err(InitError::NoVocabulary);
                 }

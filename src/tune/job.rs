@@ -10,7 +10,7 @@ use candle_core::Device;
 use super::{
     TuneError,
     checkpoint::Checkpoint,
-    loss::Held,
+    loss::ValidationMetrics,
     output,
     plan::{HeldOut, Plan},
     sweep::{self, Sweep},
@@ -58,11 +58,11 @@ pub struct Outcome {
     /// The learning rate's peak.
     pub rate: f64,
     /// The model on its own, without a prompt.
-    pub bare: Held,
+    pub bare: ValidationMetrics,
     /// The initial values.
-    pub before: Held,
+    pub before: ValidationMetrics,
     /// The prompt that was kept, and the step it is from.
-    pub after: Held,
+    pub after: ValidationMetrics,
     pub best_step: usize,
 }
 
@@ -102,18 +102,18 @@ pub fn run(model: &Model, plan: &Plan, places: &Places, observer: &mut dyn Obser
     let before = state.evaluations.first().map(|e| e.1).ok_or(TuneError::Diverged { rate, step: state.step })?;
     let best = match state.best.clone() {
         // A prompt that is no better than its initial values is not a result.
-        Some(best) if best.step > 0 && best.held.better_than(&before) => best,
+        Some(best) if best.step > 0 && best.validation.better_than(&before) => best,
         _ if ended == Ended::Diverged => return Err(TuneError::Diverged { rate, step: state.step }),
         _ => return Err(TuneError::NoGain { rate, loss: before.loss }),
     };
-    let bare = trainer.held(&settings, None)?;
-    let spec = spec(model, plan, &settings, &state, best.held);
+    let bare = trainer.validate(&settings, None)?;
+    let spec = spec(model, plan, &settings, &state, best.validation);
     let prompt = plan.parameters.prompt_of(&best.values, &Device::Cpu)?;
-    let files = output::encode(&plan.parameters, &prompt, &spec, model)?;
+    let files = output::serialise(&plan.parameters, &prompt, &spec, model)?;
     let version = output::write(&places.output, &plan.task, &files, &fit(model))?;
     output::write_curve(&places.output, plan, &state)?;
     output::remove_checkpoint(&places.checkpoint);
-    Ok(Outcome { version, ended, rate, bare, before, after: best.held, best_step: best.step, state })
+    Ok(Outcome { version, ended, rate, bare, before, after: best.validation, best_step: best.step, state })
 }
 
 fn choose_rate(trainer: &Trainer<'_>, plan: &Plan, observer: &mut dyn Observer) -> Result<f64, TuneError> {
@@ -133,11 +133,11 @@ pub fn fit(model: &Model) -> Fit {
     model.info().into()
 }
 
-fn spec(model: &Model, plan: &Plan, settings: &Settings, state: &State, held: Held) -> TaskSpec {
+fn spec(model: &Model, plan: &Plan, settings: &Settings, state: &State, validation: ValidationMetrics) -> TaskSpec {
     let side = if plan.held_out_is == HeldOut::Training { "train" } else { "held_out" };
     let metrics = [
-        (format!("{side}_loss"), held.loss),
-        (format!("{side}_{}", plan.metric()), held.exact),
+        (format!("{side}_loss"), validation.loss),
+        (format!("{side}_{}", plan.metric()), validation.exact),
         ("train_examples".to_owned(), plan.train.len() as f64),
         ("steps".to_owned(), state.step as f64),
         ("learning_rate".to_owned(), settings.schedule.peak),

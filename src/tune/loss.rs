@@ -3,7 +3,7 @@
 
 use candle_core::{D, DType, Result, Tensor, Var, bail};
 
-use super::{data::Encoded, forward::answer_states, parameters::Parameters};
+use super::{data::TokenizedExample, forward::answer_states, parameters::Parameters};
 use crate::{
     kernels::fused::{FusedKernels, LogProbabilities},
     model::Model,
@@ -25,7 +25,7 @@ pub struct Scored {
 
 impl Scored {
     /// The log-likelihood of each answer of the batch, summed over its tokens.
-    pub fn log_likelihoods(&self, batch: &[&Encoded]) -> Result<Vec<f64>> {
+    pub fn log_likelihoods(&self, batch: &[&TokenizedExample]) -> Result<Vec<f64>> {
         let log_probs = self.log_probs.to_dtype(DType::F64)?.to_vec1::<f64>()?;
         let mut rest = log_probs.as_slice();
         Ok(batch
@@ -40,7 +40,7 @@ impl Scored {
 
     /// How many of the batch's answers greedy decoding gives, token for token with the end: those
     /// whose every token is the likeliest after the ones before it.
-    pub fn exact(&self, batch: &[&Encoded]) -> Result<usize> {
+    pub fn exact(&self, batch: &[&TokenizedExample]) -> Result<usize> {
         let likeliest = self.likeliest.to_vec1::<u32>()?;
         let mut rest = likeliest.as_slice();
         Ok(batch
@@ -56,7 +56,7 @@ impl Scored {
 
 /// One forward pass over the examples after a prompt. `prompt` is in any float type; with none, the model
 /// answers on its own.
-pub fn score(model: &Model, prompt: Option<&LearnedPrompt>, batch: &[&Encoded]) -> Result<Scored> {
+pub fn score(model: &Model, prompt: Option<&LearnedPrompt>, batch: &[&TokenizedExample]) -> Result<Scored> {
     let device = &model.info().device;
     let targets: Vec<u32> = batch.iter().flat_map(|example| example.answer.iter().copied()).collect();
     let tokens = targets.len();
@@ -75,7 +75,12 @@ pub fn score(model: &Model, prompt: Option<&LearnedPrompt>, batch: &[&Encoded]) 
 
 /// The loss on a batch and its gradient to the values that are learned, both as sums over the answer
 /// tokens.
-pub fn gradient(model: &Model, parameters: &Parameters, values: &[f32], batch: &[&Encoded]) -> Result<(f64, Vec<f32>)> {
+pub fn gradient(
+    model: &Model,
+    parameters: &Parameters,
+    values: &[f32],
+    batch: &[&TokenizedExample],
+) -> Result<(f64, Vec<f32>)> {
     let variables = parameters.variables(values, &model.info().device)?;
     let tensors: Vec<Tensor> = variables.iter().map(|v| v.as_tensor().clone()).collect();
     let scored = score(model, Some(&parameters.prompt(&tensors)?), batch)?;
@@ -107,9 +112,9 @@ pub fn scalar(x: &Tensor) -> Result<f64> {
 pub fn evaluate(
     model: &Model,
     prompt: Option<&LearnedPrompt>,
-    examples: &[&Encoded],
+    examples: &[&TokenizedExample],
     batch_size: usize,
-) -> Result<Held> {
+) -> Result<ValidationMetrics> {
     let (mut sum, mut tokens, mut exact) = (0.0, 0, 0);
     for batch in examples.chunks(batch_size.max(1)) {
         let scored = score(model, prompt, batch)?;
@@ -117,12 +122,12 @@ pub fn evaluate(
         tokens += scored.tokens;
         exact += scored.exact(batch)?;
     }
-    Ok(Held { loss: sum / tokens.max(1) as f64, exact: exact as f64 / examples.len().max(1) as f64 })
+    Ok(ValidationMetrics { loss: sum / tokens.max(1) as f64, exact: exact as f64 / examples.len().max(1) as f64 })
 }
 
 /// How good a prompt is on held-out examples.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Held {
+pub struct ValidationMetrics {
     /// Mean cross-entropy of an answer token, in nats.
     pub loss: f64,
     /// The part of the answers that greedy decoding gives exactly, 0 to 1; a labelled task's
@@ -130,14 +135,14 @@ pub struct Held {
     pub exact: f64,
 }
 
-impl Held {
+impl ValidationMetrics {
     /// Whether this is better: more exact answers, or as many and a lower loss.
-    pub fn better_than(&self, other: &Held) -> bool {
+    pub fn better_than(&self, other: &ValidationMetrics) -> bool {
         self.loss.is_finite() && (self.exact > other.exact || self.exact == other.exact && self.loss < other.loss)
     }
 
     /// Whether it is better by enough to wait for more.
-    pub fn clearly_better_than(&self, other: &Held) -> bool {
+    pub fn clearly_better_than(&self, other: &ValidationMetrics) -> bool {
         self.loss.is_finite()
             && (self.exact > other.exact || self.exact == other.exact && self.loss < 0.99 * other.loss)
     }

@@ -39,7 +39,7 @@ pub fn check(output: &Path) -> Result<(), TuneError> {
 }
 
 /// The files of a prompt, as PEFT would write them.
-pub fn encode(
+pub fn serialise(
     parameters: &Parameters,
     prompt: &LearnedPrompt,
     spec: &TaskSpec,

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use super::{
     TuneError,
     checkpoint::Identity,
-    data::{self, Dataset, Encoded},
+    data::{self, Dataset, TokenizedExample},
     encoder::{Encoder, EncoderKind},
     init::{self, Init, Source},
     optim::AdamW,
@@ -24,7 +24,7 @@ use crate::{
         labels::Verbalizer,
         template::{DEFAULT_TEMPLATE, PromptTemplate},
     },
-    text::Text,
+    tokenizer::Tokenizer,
 };
 
 /// The template of a prompt that is tuned without one: the line break tells the model where the
@@ -94,7 +94,7 @@ impl PromptType {
 pub struct Options {
     pub task: TaskName,
     pub data: PathBuf,
-    /// Held-out examples; without them a part of `data`.
+    /// ValidationMetrics-out examples; without them a part of `data`.
     pub eval_data: Option<PathBuf>,
     /// minijinja source; [`default_template`] where there is none.
     pub template: Option<String>,
@@ -177,8 +177,8 @@ pub struct Plan {
     pub description: Option<String>,
     pub template: PromptTemplate,
     pub labels: Option<Verbalizer>,
-    pub train: Vec<Encoded>,
-    pub held_out: Vec<Encoded>,
+    pub train: Vec<TokenizedExample>,
+    pub held_out: Vec<TokenizedExample>,
     pub held_out_is: HeldOut,
     /// What is learned.
     pub parameters: Parameters,
@@ -197,7 +197,7 @@ pub struct Plan {
 
 impl Plan {
     /// Reads the data and checks everything against the model.
-    pub fn new(model: &Model, text: &Text, options: &Options) -> Result<Self, TuneError> {
+    pub fn new(model: &Model, tokenizer: &Tokenizer, options: &Options) -> Result<Self, TuneError> {
         check_numbers(options)?;
         let info = model.info();
         let mut warnings = Vec::new();
@@ -218,12 +218,13 @@ impl Plan {
             return Err(TuneError::DeeperDecoder { encoder: fit.key_values_layers(), decoder: fit.num_layers });
         }
         let room = Room::behind(model, n, method == Method::PrefixTuning);
-        let encode = |path: &Path, data: &Dataset| data::encode(path, &data.examples, &template, text, eos, room);
-        let all = encode(&options.data, &data)?;
+        let tokenize =
+            |path: &Path, data: &Dataset| data::tokenize(path, &data.examples, &template, tokenizer, eos, room);
+        let all = tokenize(&options.data, &data)?;
         let (train, held_out, held_out_is) = match &eval {
             Some((path, eval)) => {
-                let held_out = encode(path, eval)?;
-                let shared = held_out.iter().filter(|h| all.iter().any(|t| t.prompt == h.prompt)).count();
+                let held_out = tokenize(path, eval)?;
+                let shared = held_out.iter().filter(|h| all.iter().any(|t| t.input_ids == h.input_ids)).count();
                 if shared > 0 {
                     warnings.push(format!("{shared} of the {} held-out inputs are also trained on", held_out.len()));
                 }
@@ -234,7 +235,7 @@ impl Plan {
         let batch_size = options.batch_size.min(train.len());
         let steps = steps(options.length, train.len(), batch_size * options.accumulate);
         let parameters = Parameters::new(method, n, model);
-        let source = Source { model, text, examples: &train, seed: options.seed };
+        let source = Source { model, tokenizer, examples: &train, seed: options.seed };
         let initial = source.values(&options.init, &parameters)?;
         let unit = init::rate_unit(&parameters, &initial, model)?;
         let settings = Settings {
@@ -306,7 +307,11 @@ fn check_numbers(options: &Options) -> Result<(), TuneError> {
     }
 }
 
-fn split(all: Vec<Encoded>, seed: u64, warnings: &mut Vec<String>) -> (Vec<Encoded>, Vec<Encoded>, HeldOut) {
+fn split(
+    all: Vec<TokenizedExample>,
+    seed: u64,
+    warnings: &mut Vec<String>,
+) -> (Vec<TokenizedExample>, Vec<TokenizedExample>, HeldOut) {
     let out = data::held_out(&all, seed);
     if !out.contains(&true) {
         warnings.push(format!(
@@ -317,7 +322,7 @@ fn split(all: Vec<Encoded>, seed: u64, warnings: &mut Vec<String>) -> (Vec<Encod
         return (all.clone(), all, HeldOut::Training);
     }
     let (held_out, train): (Vec<_>, Vec<_>) = all.into_iter().zip(out).partition(|(_, out)| *out);
-    let examples = |side: Vec<(Encoded, bool)>| side.into_iter().map(|e| e.0).collect();
+    let examples = |side: Vec<(TokenizedExample, bool)>| side.into_iter().map(|e| e.0).collect();
     (examples(train), examples(held_out), HeldOut::Split)
 }
 
@@ -331,7 +336,7 @@ fn steps(length: Length, examples: usize, per_step: usize) -> usize {
 }
 
 /// The longest answer; half as much again where answers are free text.
-fn max_tokens(train: &[Encoded], held_out: &[Encoded], labels: bool) -> usize {
+fn max_tokens(train: &[TokenizedExample], held_out: &[TokenizedExample], labels: bool) -> usize {
     let longest = train.iter().chain(held_out).map(|e| e.answer.len()).max().unwrap_or(1);
     if labels { longest } else { longest + longest.div_ceil(2).max(4) }
 }

@@ -30,9 +30,11 @@ fn draw(svg: &mut String, plan: &Plan, state: &State) -> Result<(), Box<dyn std:
     root.fill(&WHITE)?;
     let steps = state.step.max(1) as f64;
     let train = smooth(&state.losses);
-    let held: Vec<(f64, f64)> = state.evaluations.iter().map(|(step, held)| (*step as f64, held.loss)).collect();
-    let exact: Vec<(f64, f64)> = state.evaluations.iter().map(|(step, held)| (*step as f64, held.exact)).collect();
-    let highest = train.iter().chain(&held).map(|p| p.1).filter(|y| y.is_finite()).fold(0.0, f64::max);
+    let held_out: Vec<(f64, f64)> =
+        state.evaluations.iter().map(|(step, validation)| (*step as f64, validation.loss)).collect();
+    let exact: Vec<(f64, f64)> =
+        state.evaluations.iter().map(|(step, validation)| (*step as f64, validation.exact)).collect();
+    let highest = train.iter().chain(&held_out).map(|p| p.1).filter(|y| y.is_finite()).fold(0.0, f64::max);
     let top = if highest > 0.0 { highest * 1.08 } else { 1.0 };
 
     let mut chart = ChartBuilder::on(&root)
@@ -80,7 +82,7 @@ fn draw(svg: &mut String, plan: &Plan, state: &State) -> Result<(), Box<dyn std:
     chart.draw_series(LineSeries::new(finite(train), style))?.label("loss, training batches").legend(sample(style));
     let style = line(HELD_OUT, 2);
     chart
-        .draw_series(LineSeries::new(finite(held.clone()), style).point_size(3))?
+        .draw_series(LineSeries::new(finite(held_out.clone()), style).point_size(3))?
         .label(format!("loss, {held_name}"))
         .legend(sample(style));
     let style = line(METRIC, 2);

@@ -6,7 +6,7 @@ use std::ops::ControlFlow;
 use candle_core::Result;
 
 use super::{
-    loss::Held,
+    loss::ValidationMetrics,
     parameters::Method,
     schedule::{Decay, Schedule},
     trainer::{Ended, Settings, State, Trainer},
@@ -30,7 +30,7 @@ pub const STEPS: usize = 30;
 pub struct Trial {
     pub rate: f64,
     /// What the held-out examples gave after the short run.
-    pub held: Held,
+    pub validation: ValidationMetrics,
     /// The loss was not finite, or higher than at the start.
     pub diverged: bool,
 }
@@ -38,7 +38,7 @@ pub struct Trial {
 /// Every rate tried, and the chosen one.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Sweep {
-    pub start: Held,
+    pub start: ValidationMetrics,
     pub trials: Vec<Trial>,
     /// `None` where every rate diverged.
     pub chosen: Option<f64>,
@@ -55,7 +55,7 @@ pub fn sweep(
     steps: usize,
     observe: &mut dyn FnMut(usize, usize) -> ControlFlow<()>,
 ) -> Result<Option<Sweep>> {
-    let start = trainer.held(settings, Some(initial))?;
+    let start = trainer.validate(settings, Some(initial))?;
     let mut trials: Vec<Trial> = Vec::new();
     for (i, &peak) in rates.iter().enumerate() {
         let schedule = Schedule { peak, warmup: steps / 10, steps, decay: Decay::Linear };
@@ -72,11 +72,11 @@ pub fn sweep(
         if ended == Ended::Interrupted {
             return Ok(None);
         }
-        let held = state.evaluations.last().map_or(start, |e| e.1);
-        let diverged = ended == Ended::Diverged || !held.loss.is_finite() || held.loss > start.loss;
-        trials.push(Trial { rate: peak, held, diverged });
+        let validation = state.evaluations.last().map_or(start, |e| e.1);
+        let diverged = ended == Ended::Diverged || !validation.loss.is_finite() || validation.loss > start.loss;
+        trials.push(Trial { rate: peak, validation, diverged });
     }
-    let best = trials.iter().filter(|t| !t.diverged).min_by(|a, b| a.held.loss.total_cmp(&b.held.loss));
+    let best = trials.iter().filter(|t| !t.diverged).min_by(|a, b| a.validation.loss.total_cmp(&b.validation.loss));
     let chosen = best.map(|t| t.rate);
     Ok(Some(Sweep { start, trials, chosen }))
 }

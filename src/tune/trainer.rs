@@ -6,8 +6,8 @@ use std::ops::ControlFlow;
 use candle_core::Result;
 
 use super::{
-    data::Encoded,
-    loss::{self, Held},
+    data::TokenizedExample,
+    loss::{self, ValidationMetrics},
     optim::{self, AdamW, Moments},
     order,
     parameters::Parameters,
@@ -46,11 +46,11 @@ pub struct State {
     pub best: Option<Best>,
     /// Evaluations since the last clear gain, and what that gain reached.
     pub stale: usize,
-    pub mark: Option<Held>,
+    pub mark: Option<ValidationMetrics>,
     /// The training loss of each step.
     pub losses: Vec<f64>,
     /// Each evaluation, by the number of updates before it.
-    pub evaluations: Vec<(usize, Held)>,
+    pub evaluations: Vec<(usize, ValidationMetrics)>,
 }
 
 /// The values of a prompt and what it reached.
@@ -58,7 +58,7 @@ pub struct State {
 pub struct Best {
     pub step: usize,
     pub values: Vec<f32>,
-    pub held: Held,
+    pub validation: ValidationMetrics,
 }
 
 impl State {
@@ -75,7 +75,7 @@ pub enum Progress<'a> {
     /// An update was made.
     Step { step: usize, of: usize, loss: f64, rate: f64 },
     /// The prompt was evaluated; `state` is a moment to go on from.
-    Evaluated { state: &'a State, held: Held, best: bool },
+    Evaluated { state: &'a State, validation: ValidationMetrics, best: bool },
 }
 
 /// Why a run ended.
@@ -96,9 +96,9 @@ pub enum Ended {
 pub struct Trainer<'a> {
     pub model: &'a Model,
     pub parameters: &'a Parameters,
-    pub train: &'a [Encoded],
+    pub train: &'a [TokenizedExample],
     /// Examples that choose the learning rate and the best prompt and are not trained on.
-    pub held_out: &'a [Encoded],
+    pub held_out: &'a [TokenizedExample],
 }
 
 impl Trainer<'_> {
@@ -137,7 +137,7 @@ impl Trainer<'_> {
 
     /// One update; returns the mean loss of the batch before it.
     pub fn step(&self, settings: &Settings, state: &mut State, rate: f64) -> Result<f64> {
-        let batches: Vec<Vec<&Encoded>> = (0..settings.accumulate)
+        let batches: Vec<Vec<&TokenizedExample>> = (0..settings.accumulate)
             .map(|i| {
                 let index = state.step * settings.accumulate + i;
                 let chosen = order::batch(self.train.len(), settings.batch_size, index, settings.seed);
@@ -165,8 +165,8 @@ impl Trainer<'_> {
     }
 
     /// The prompt that values make on the held-out examples; without any the model on its own.
-    pub fn held(&self, settings: &Settings, values: Option<&[f32]>) -> Result<Held> {
-        let examples: Vec<&Encoded> = self.held_out.iter().collect();
+    pub fn validate(&self, settings: &Settings, values: Option<&[f32]>) -> Result<ValidationMetrics> {
+        let examples: Vec<&TokenizedExample> = self.held_out.iter().collect();
         let prompt = match values {
             Some(values) => Some(self.parameters.prompt_of(values, &self.model.info().device)?),
             None => None,
@@ -180,17 +180,17 @@ impl Trainer<'_> {
         state: &mut State,
         observe: &mut dyn FnMut(Progress<'_>) -> Result<ControlFlow<()>>,
     ) -> Result<ControlFlow<()>> {
-        let held = self.held(settings, Some(&state.values))?;
-        let best = state.best.as_ref().is_none_or(|best| held.better_than(&best.held));
+        let validation = self.validate(settings, Some(&state.values))?;
+        let best = state.best.as_ref().is_none_or(|best| validation.better_than(&best.validation));
         if best {
-            state.best = Some(Best { step: state.step, values: state.values.clone(), held });
+            state.best = Some(Best { step: state.step, values: state.values.clone(), validation });
         }
-        if state.mark.is_none_or(|mark| held.clearly_better_than(&mark)) {
-            (state.stale, state.mark) = (0, Some(held));
+        if state.mark.is_none_or(|mark| validation.clearly_better_than(&mark)) {
+            (state.stale, state.mark) = (0, Some(validation));
         } else {
             state.stale += 1;
         }
-        state.evaluations.push((state.step, held));
-        observe(Progress::Evaluated { state, held, best })
+        state.evaluations.push((state.step, validation));
+        observe(Progress::Evaluated { state, validation, best })
     }
 }

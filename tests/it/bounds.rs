@@ -9,7 +9,7 @@ use candle_core::DType;
 use serde_json::json;
 use softserve::engine::{
     Engine, EngineConfig,
-    request::{Account, CacheRoot, Event, FinishReason, Request, SamplingParams},
+    request::{CacheNamespace, Event, FinishReason, Request, SamplingParams, Tenant},
 };
 
 use crate::{
@@ -50,7 +50,7 @@ fn the_prompts_of_many_tasks_stay_in_the_cache_beside_a_batch_of_one() {
     let config = EngineConfig { max_batch: 1, ..Default::default() };
     let (engine, _thread) = Engine::start(fixtures::load(model, DType::F32), config).unwrap();
     let prompt = fixtures::prompt(model, "prompt33");
-    let roots: Vec<_> = (0..100).map(|n| CacheRoot([n + 1; 32])).collect();
+    let roots: Vec<_> = (0..100).map(|n| CacheNamespace([n + 1; 32])).collect();
     for &root in &roots {
         engine.warm_up(Arc::clone(&prompt), root);
     }
@@ -71,7 +71,7 @@ fn accounts_that_never_end_do_not_keep_one_of_a_lower_priority_number_waiting() 
     let config = EngineConfig { max_batch: 2, ..Default::default() };
     let (engine, _thread) = Engine::start(fixtures::load("qwen2", DType::F32), config).unwrap();
     let of =
-        |key, priority, max_tokens| Request { account: Account { key, weight: 1.0 }, priority, ..request(max_tokens) };
+        |key, priority, max_tokens| Request { tenant: Tenant { key, weight: 1.0 }, priority, ..request(max_tokens) };
     let low: Vec<_> = (0..40).map(|i| engine.submit(of(i % 2, i32::MAX, 400)).unwrap()).collect();
     let (ids, ..) = collect(engine.submit(of(7, i32::MIN, 20)).unwrap());
     assert_eq!(ids.len(), 20);

@@ -96,7 +96,7 @@ fn every_format_gives_the_rows_that_peft_has_and_the_answers_too() {
     let mut command = with_fixture(home.path());
     command.arg("--prompts=prompts");
     let server = Process::start(command);
-    let text = fixtures::text(MODEL);
+    let tokenizer = fixtures::tokenizer(MODEL);
     let cases: Vec<_> = fixtures::cases(MODEL).into_iter().filter(|case| case.prompt == TASK).collect();
     assert!(cases.len() > 1);
     for (file, task) in tasks {
@@ -104,7 +104,7 @@ fn every_format_gives_the_rows_that_peft_has_and_the_answers_too() {
             let request = json!({"input": case.text, "max_tokens": case.greedy_ids.len(), "ignore_eos": true});
             let (status, answer) = server.generate(&task, request);
             assert_eq!(status, 200, "{file}: {answer}");
-            assert_eq!(answer["output"], text.decode(&case.greedy_ids).unwrap(), "{file}");
+            assert_eq!(answer["output"], tokenizer.decode(&case.greedy_ids).unwrap(), "{file}");
         }
     }
 }

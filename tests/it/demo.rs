@@ -16,7 +16,7 @@ use softserve::{
         format::{self, Fit, PromptFiles},
         template::Input,
     },
-    text::Text,
+    tokenizer::Tokenizer,
 };
 
 const TASKS: [&str; 5] = ["question-answering", "sentiment", "story", "topic", "translation"];
@@ -24,7 +24,7 @@ const TASKS: [&str; 5] = ["question-answering", "sentiment", "story", "topic", "
 struct Demo {
     engine: Engine,
     _thread: EngineThread,
-    text: Text,
+    tokenizer: Tokenizer,
     eos: Vec<u32>,
     versions: BTreeMap<String, Arc<Version>>,
 }
@@ -42,14 +42,14 @@ impl Demo {
             (task.to_owned(), Arc::new(version))
         };
         let versions = TASKS.into_iter().map(version).collect();
-        let text = Text::load(&demo::model()).unwrap();
+        let tokenizer = Tokenizer::load(&demo::model()).unwrap();
         let (engine, thread) = Engine::start(model, EngineConfig::default()).unwrap();
-        Self { engine, _thread: thread, text, eos: info.eos_token_ids, versions }
+        Self { engine, _thread: thread, tokenizer, eos: info.eos_token_ids, versions }
     }
 
     fn submit(&self, task: &str, input: &str) -> EventStream {
         let version = &self.versions[task];
-        let ids = self.text.encode(&version.template.render(&Input::Text(input.to_owned())).unwrap()).unwrap();
+        let ids = self.tokenizer.tokenize(&version.template.render(&Input::Text(input.to_owned())).unwrap()).unwrap();
         let sampling = SamplingParams {
             max_tokens: version.spec.defaults.max_tokens.unwrap(),
             stop_tokens: self.eos.clone(),
@@ -63,7 +63,7 @@ impl Demo {
         while let Some(event) = stream.blocking_next() {
             match event {
                 Event::Token(token) => ids.push(token.id),
-                Event::Finished { .. } => return (ids.clone(), self.text.decode(&ids).unwrap()),
+                Event::Finished { .. } => return (ids.clone(), self.tokenizer.decode(&ids).unwrap()),
                 Event::Failed => break,
             }
         }

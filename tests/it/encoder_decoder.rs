@@ -13,7 +13,7 @@ use serde_json::json;
 use softserve::{
     engine::{
         Engine, EngineConfig, EngineStats, SubmitError,
-        request::{CacheRoot, Event, FinishReason, InputToken, Request, SamplingParams},
+        request::{CacheNamespace, Event, FinishReason, InputToken, Request, SamplingParams},
         runner::{Part, Runner},
     },
     kernels::{
@@ -54,7 +54,7 @@ const MANY: usize = 40;
 fn request(version: Option<&Version>, case: &Case) -> Request {
     let sampling = SamplingParams { max_tokens: MANY, ..Default::default() };
     let request = Request::new(version.map(|v| v.prompt.clone()), &case.input_ids, sampling);
-    Request { root: Some(version.map_or(CacheRoot::TEXT, |v| CacheRoot(v.digest.0))), ..request }
+    Request { namespace: Some(version.map_or(CacheNamespace::TEXT, |v| CacheNamespace(v.digest.0))), ..request }
 }
 
 fn of_encoder(prompt: Option<&Arc<LearnedPrompt>>, case: &Case) -> Vec<InputToken> {
@@ -71,10 +71,10 @@ fn encode(runner: &mut Runner, inputs: &[(&Case, Option<&Arc<LearnedPrompt>>)]) 
     let tokens: Vec<_> = inputs.iter().map(|(case, prompt)| of_encoder(*prompt, case)).collect();
     let part = |(tokens, (_, prompt)): (_, &(_, Option<_>))| {
         let tokens: &Vec<_> = tokens;
-        Part { tokens, start: 0, blocks: &[], prompt: *prompt, encoded: None, samples: false }
+        Part { tokens, start: 0, blocks: &[], prompt: *prompt, encoded: None, wants_logits: false }
     };
     let parts: Vec<Part> = tokens.iter().zip(inputs).map(part).collect();
-    runner.encode(&parts).unwrap()
+    runner.run_encoder(&parts).unwrap()
 }
 
 /// The logits after the decoder's start, its positions computed `chunk` at a time.
@@ -92,9 +92,9 @@ fn logits(
     let blocks: Vec<BlockId> = (0..tokens.len().div_ceil(BLOCK_SIZE) as BlockId).rev().collect();
     let mut last = None;
     for (i, part) in tokens.chunks(chunk).enumerate() {
-        let samples = (i + 1) * chunk >= tokens.len();
+        let wants_logits = (i + 1) * chunk >= tokens.len();
         let encoded = Some(encoded);
-        let part = Part { tokens: part, start: i * chunk, blocks: &blocks, prompt, encoded, samples };
+        let part = Part { tokens: part, start: i * chunk, blocks: &blocks, prompt, encoded, wants_logits };
         last = Some(runner.run(&[part]).unwrap());
     }
     last.unwrap().with_rows(|mut rows| Ok(rows.next().unwrap().to_vec())).unwrap()
@@ -113,7 +113,7 @@ fn decoded(model: &Model, prompt: Option<&Arc<LearnedPrompt>>, case: &Case, toke
         Some(LearnedPrompt::Embeddings(prompt)) => Tensor::cat(&[&prompt.rows, &text], 0).unwrap(),
         _ => text,
     };
-    let hidden = model.encode(&x, &mut DenseKernels::new(&[x.dims()[0]], &Device::Cpu).unwrap()).unwrap();
+    let hidden = model.run_encoder(&x, &mut DenseKernels::new(&[x.dims()[0]], &Device::Cpu).unwrap()).unwrap();
     let inputs = std::iter::once(0..x.dims()[0]).collect();
     let encoded = EncodedBatch { layers: model.cross_key_values(&hidden).unwrap(), inputs };
     let mut kernels = DenseKernels::new(&[tokens.len()], &Device::Cpu).unwrap().with_encoded(encoded);
@@ -405,7 +405,7 @@ fn the_positions_that_the_encoder_holds_and_their_limit_are_in_the_metrics() {
     };
     comes_to(0);
     let text = "the cat sat on the mat";
-    let positions = 7 + fixtures::text(MODELS[0]).encode(text).unwrap().len();
+    let positions = 7 + fixtures::tokenizer(MODELS[0]).tokenize(text).unwrap().len();
     // Those of all choices, once.
     let body = json!({"input": text, "max_tokens": 2000, "ignore_eos": true, "stream": true, "n": 4});
     let mut answer = agent().post(server.at("/v1/tasks/prompt7/generate")).send_json(body).unwrap();

@@ -16,7 +16,7 @@ use softserve::{
     model::{Model, ModelFiles, random::RandomModel},
     prompt::LearnedPrompt,
     tune::{
-        data::Encoded,
+        data::TokenizedExample,
         loss,
         parameters::{Method, Parameters},
     },
@@ -105,7 +105,7 @@ fn tokens_are_those_of_peft_alone_in_a_mixed_batch_and_in_small_chunks() {
 fn gradients_of_rows_and_of_key_values_are_those_of_central_differences() {
     const ROWS: usize = 2;
     // Longer than the windows there are.
-    let example = Encoded { prompt: (40..66).collect(), answer: vec![70, 2] };
+    let example = TokenizedExample { input_ids: (40..66).collect(), answer: vec![70, 2] };
     for name in fixtures::families() {
         let (model, fast) = (fixtures::load(&name, DType::F64), fixtures::load(&name, DType::F32));
         for method in [Method::PromptTuning, Method::PrefixTuning] {

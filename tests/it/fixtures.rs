@@ -15,7 +15,7 @@ use softserve::{
         format::{self, Fit, PromptFiles},
         learned::Embeddings,
     },
-    text::Text,
+    tokenizer::Tokenizer,
 };
 
 pub const MODELS: [&str; 3] = ["llama-scaled", "llama-tied", "qwen2"];
@@ -93,8 +93,8 @@ pub fn load(model: &str, dtype: DType) -> Model {
     Model::load(&files(model), &Device::Cpu, dtype).unwrap()
 }
 
-pub fn text(model: &str) -> Text {
-    Text::load(&files(model)).unwrap()
+pub fn tokenizer(model: &str) -> Tokenizer {
+    Tokenizer::load(&files(model)).unwrap()
 }
 
 pub fn cases(model: &str) -> Vec<Case> {

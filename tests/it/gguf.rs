@@ -12,7 +12,7 @@ use serde::Deserialize;
 use softserve::{
     kernels::{Kernels, dense::DenseKernels, fused::FusedKernels},
     model::{Model, ModelFiles, gguf},
-    text::Text,
+    tokenizer::Tokenizer,
 };
 
 use crate::process::{Process, output, softserve};
@@ -116,11 +116,11 @@ fn every_family_that_gguf_has_answers_as_in_transformers() {
 #[test]
 fn the_tokenizer_of_a_file_is_the_one_it_was_made_from() {
     for name in TOKENIZERS {
-        let text = Text::load(&files(name)).unwrap();
+        let tokenizer = Tokenizer::load(&files(name)).unwrap();
         for line in expected(name).page {
-            assert_eq!(text.encode(&line.text).unwrap(), line.ids, "{name}: {:?}", line.text);
+            assert_eq!(tokenizer.tokenize(&line.text).unwrap(), line.ids, "{name}: {:?}", line.text);
             // Normalization and unknown characters aside, what was encoded comes back.
-            let same = text.decode(&line.ids).unwrap();
+            let same = tokenizer.decode(&line.ids).unwrap();
             let whole = !["<s>", "e\u{301}"].iter().any(|s| line.text.contains(s));
             assert!(!whole || same == line.text, "{name}: {:?} {same:?}", line.text);
         }
@@ -203,9 +203,9 @@ fn a_model_in_parts_is_the_model_that_one_file_holds() {
         let model = Model::load(&files, &Device::Cpu, DType::F32).unwrap();
         check("qwen2-q8_0", &model);
         assert_eq!(logits(&model, None, &[5, 6, 7]), logits(&whole, None, &[5, 6, 7]));
-        let text = Text::load(&files).unwrap();
+        let tokenizer = Tokenizer::load(&files).unwrap();
         for line in expected("qwen2-q8_0").page {
-            assert_eq!(text.encode(&line.text).unwrap(), line.ids, "{:?}", line.text);
+            assert_eq!(tokenizer.tokenize(&line.text).unwrap(), line.ids, "{:?}", line.text);
         }
     }
 }
@@ -260,7 +260,7 @@ fn a_file_that_is_cut_off_or_changed_says_what_is_wrong() {
         let file = folder.path().join("x.gguf");
         fs::write(&file, bytes).unwrap();
         let files = ModelFiles::open(&file)?;
-        Text::load(&files).map_err(|e| e.to_string()).ok();
+        Tokenizer::load(&files).map_err(|e| e.to_string()).ok();
         Model::load(&files, &Device::Cpu, DType::F32).map(drop)
     };
     let replaced = |from: &str, to: &str| {

@@ -67,11 +67,14 @@ fn a_row_that_is_a_tokens_embedding_has_that_token_as_its_nearest() {
     let (code, report) = inspect_json(home.path(), &path, &["--model", &model(), "--nearest", "2"]);
     assert_eq!(code, Some(0), "{report}");
     let tokens = report["virtual_tokens"].as_array().unwrap();
-    let text = fixtures::text(MODEL);
+    let tokenizer = fixtures::tokenizer(MODEL);
     for (token, id) in tokens.iter().zip(ids) {
         let nearest = token["nearest"].as_array().unwrap();
         assert_eq!(nearest.len(), 2);
-        assert_eq!((&nearest[0]["id"], nearest[0]["text"].as_str()), (&id.into(), Some(text.token_text(id).as_str())));
+        assert_eq!(
+            (&nearest[0]["id"], nearest[0]["text"].as_str()),
+            (&id.into(), Some(tokenizer.token_text(id).as_str()))
+        );
         assert!((nearest[0]["similarity"].as_f64().unwrap() - 1.0).abs() < 1e-5);
         assert!(nearest[1]["similarity"].as_f64().unwrap() < 0.99);
     }

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use softserve::{
     engine::{
         Engine, EngineConfig, SubmitError,
-        request::{CacheRoot, InputToken, Request, SamplingParams},
+        request::{CacheNamespace, InputToken, Request, SamplingParams},
         runner::{Part, Runner},
     },
     http::problem::Problem,
@@ -46,7 +46,7 @@ fn cases(model: &str) -> Vec<Case> {
 fn request(version: &Version, case: &Case) -> Request {
     let sampling = SamplingParams { max_tokens: LONG, ..Default::default() };
     let request = Request::new(Some(version.prompt.clone()), &case.input_ids, sampling);
-    Request { root: Some(CacheRoot(version.digest.0)), ..request }
+    Request { namespace: Some(CacheNamespace(version.digest.0)), ..request }
 }
 
 /// So many new tokens that sequences outgrow a small cache.
@@ -60,8 +60,9 @@ fn logits(runner: &mut Runner, prompt: &Arc<LearnedPrompt>, case: &Case, chunk: 
     let blocks: Vec<BlockId> = (0..tokens.len().div_ceil(BLOCK_SIZE) as BlockId).rev().collect();
     let mut last = None;
     for (i, tokens) in tokens.chunks(chunk).enumerate() {
-        let samples = (i + 1) * chunk >= prompt.num_virtual_tokens() + case.input_ids.len();
-        let part = Part { tokens, start: i * chunk, blocks: &blocks, prompt: Some(prompt), encoded: None, samples };
+        let wants_logits = (i + 1) * chunk >= prompt.num_virtual_tokens() + case.input_ids.len();
+        let part =
+            Part { tokens, start: i * chunk, blocks: &blocks, prompt: Some(prompt), encoded: None, wants_logits };
         last = Some(runner.run(&[part]).unwrap());
     }
     last.unwrap().with_rows(|mut rows| Ok(rows.next().unwrap().to_vec())).unwrap()
@@ -209,13 +210,13 @@ fn warmed_keys_and_values_are_found_in_full_by_the_first_request() {
     let chosen = ["prefix7", "prefix33", "cartridge40"]
         .map(|prompt| (of(prompt), of(prompt).version(&dir(name), &fit).unwrap()));
     for (_, version) in &chosen {
-        engine.warm_up(version.prompt.clone(), CacheRoot(version.digest.0));
+        engine.warm_up(version.prompt.clone(), CacheNamespace(version.digest.0));
     }
     // Warming uses what is left of the steps of others.
     let other = Request::new(None, &[5, 6, 7], SamplingParams { max_tokens: 20, ..Default::default() });
     collect(engine.submit(other).unwrap());
     for (case, version) in &chosen {
-        assert!(engine.is_cached(CacheRoot(version.digest.0)), "{}", case.prompt);
+        assert!(engine.is_cached(CacheNamespace(version.digest.0)), "{}", case.prompt);
         let (ids, _, cached) = collect(engine.submit(request(version, case)).unwrap());
         assert_eq!(
             (&ids[..case.greedy_ids.len()], cached),

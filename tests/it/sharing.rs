@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use softserve::{
     engine::{
         Engine, EngineConfig, EngineThread,
-        request::{Account, CacheRoot, Request, SamplingParams},
+        request::{CacheNamespace, Request, SamplingParams, Tenant},
     },
     prompt::Version,
 };
@@ -21,16 +21,16 @@ fn start(model: &str, config: EngineConfig) -> (Engine, EngineThread) {
 }
 
 /// A root for each prompt, as its digest is.
-fn root(prompt: &str) -> CacheRoot {
+fn root(prompt: &str) -> CacheNamespace {
     let mut root = [1; 32];
     root[..prompt.len()].copy_from_slice(prompt.as_bytes());
-    CacheRoot(root)
+    CacheNamespace(root)
 }
 
 fn request(model: &str, case: &Case) -> Request {
     let sampling = SamplingParams { max_tokens: case.greedy_ids.len(), ..Default::default() };
     let request = Request::new(Some(fixtures::prompt(model, &case.prompt)), &case.input_ids, sampling);
-    Request { root: Some(root(&case.prompt)), ..request }
+    Request { namespace: Some(root(&case.prompt)), ..request }
 }
 
 /// How long a prompt of the fixtures is.
@@ -96,7 +96,7 @@ fn the_same_words_after_another_prompt_are_not_found() {
     let (engine, _thread) = start(model, EngineConfig::default());
     let cases = fixtures::cases(model);
     let case = cases.iter().max_by_key(|case| case.input_ids.len()).unwrap();
-    let answer = |root| collect(engine.submit(Request { root, ..request(model, case) }).unwrap());
+    let answer = |namespace| collect(engine.submit(Request { namespace, ..request(model, case) }).unwrap());
     let input = rows(&case.prompt) + case.input_ids.len();
     let found = [Some(root("one")), Some(root("one")), Some(root("two")), None, Some(root("two"))].map(answer);
     assert_eq!(found.each_ref().map(|f| f.2), [0, input - 1, 0, 0, input - 1]);
@@ -108,7 +108,7 @@ fn a_light_account_is_answered_while_a_busy_one_fills_queue_and_batch() {
     let config = EngineConfig { max_batch: 8, max_waiting: 64, ..Default::default() };
     let (engine, _thread) = start("llama-tied", config);
     let of = |key: u64, max_tokens| Request {
-        account: Account { key, weight: 1.0 },
+        tenant: Tenant { key, weight: 1.0 },
         ..Request::new(None, &[5, 6, key as u32], SamplingParams { max_tokens, ..Default::default() })
     };
     let mut busy = Vec::new();
@@ -210,7 +210,7 @@ async fn a_published_version_is_warmed_before_anyone_asks_for_it() {
     let version: std::sync::Arc<Version> = server.app.registry.resolve("new", version["version"].as_str()).unwrap();
     // The steps of another task's request have room for it.
     server.generate(&json!({"input": "a", "max_tokens": 30, "ignore_eos": true})).await.ok();
-    assert!(server.app.engine.is_cached(CacheRoot(version.digest.0)));
+    assert!(server.app.engine.is_cached(CacheNamespace(version.digest.0)));
     let answer = server.post("/v1/tasks/new/generate", &json!({"input": "a", "max_tokens": 1})).await.ok();
     assert_eq!(cached(&answer), 40);
 }

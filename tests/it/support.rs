@@ -76,7 +76,7 @@ impl Options {
             max_versions_per_task: self.limits.max_versions,
         })
         .unwrap();
-        let app = App::new(engine, registry, fixtures::text(self.model), info, self.limits, self.access);
+        let app = App::new(engine, registry, fixtures::tokenizer(self.model), info, self.limits, self.access);
         Server { router: router(Arc::clone(&app)), app, prompts }
     }
 }

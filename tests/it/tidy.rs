@@ -124,8 +124,7 @@ fn imports_follow_the_arrows() {
 
 #[test]
 fn grouped_and_plain_imports_are_both_seen() {
-    let code =
-        "use crate::{\n    engine::{Engine, request::Event},\n    text::Text,\n};\nlet x = crate::prompt::TaskName;";
+    let code = "use crate::{\n    engine::{Engine, request::Event},\n    tokenizer::Tokenizer,\n};\nlet x = crate::prompt::TaskName;";
     assert_eq!(named(code).into_iter().collect::<Vec<_>>(), ["engine", "prompt", "text"]);
 }
 

@@ -9,7 +9,7 @@ use softserve::{
     prompt::learned::{Embeddings, LearnedPrompt},
     tune::{
         checkpoint::{Checkpoint, Identity},
-        data::Encoded,
+        data::TokenizedExample,
         encoder::{Encoder, EncoderKind},
         loss,
         optim::AdamW,
@@ -31,13 +31,13 @@ fn tokens(text: &str) -> Vec<u32> {
     text.bytes().map(|b| FIRST_BYTE + u32::from(b)).collect()
 }
 
-fn example(input: &str, output: &str) -> Encoded {
-    let prompt = [BOS].into_iter().chain(tokens(input)).collect();
+fn example(input: &str, output: &str) -> TokenizedExample {
+    let input_ids = [BOS].into_iter().chain(tokens(input)).collect();
     let answer = tokens(output).into_iter().chain([EOS]).collect();
-    Encoded { prompt, answer }
+    TokenizedExample { input_ids, answer }
 }
 
-fn examples() -> Vec<Encoded> {
+fn examples() -> Vec<TokenizedExample> {
     let pairs = [
         ("red\n", "a"),
         ("green\n", "b"),
@@ -90,7 +90,7 @@ fn settings(steps: usize) -> Settings {
     }
 }
 
-fn run(model: &Model, data: &[Encoded], settings: &Settings, state: &mut State) -> Ended {
+fn run(model: &Model, data: &[TokenizedExample], settings: &Settings, state: &mut State) -> Ended {
     let parameters = Parameters::new(Method::PromptTuning, state.values.len() / model.info().hidden_size, model);
     let trainer = Trainer { model, parameters: &parameters, train: data, held_out: data };
     trainer.run(settings, state, &mut |_| Ok(ControlFlow::Continue(()))).unwrap()
@@ -100,7 +100,7 @@ fn run(model: &Model, data: &[Encoded], settings: &Settings, state: &mut State) 
 fn the_gradient_of_every_prompt_row_is_that_of_central_differences() {
     let model = model(DType::F64);
     let data = [example("some text\n", "yes"), example("x", "no, not at all"), example("", "ok")];
-    let batch: Vec<&Encoded> = data.iter().collect();
+    let batch: Vec<&TokenizedExample> = data.iter().collect();
     let (n, hidden) = (5, model.info().hidden_size);
     let values: Vec<f64> = initial(&model, n).into_iter().map(f64::from).collect();
     let tensor = |values: &[f64]| Tensor::from_slice(values, (n, hidden), &Device::Cpu).unwrap();
@@ -138,7 +138,7 @@ fn the_gradient_of_every_prompt_row_is_that_of_central_differences() {
 fn the_gradient_of_every_key_and_value_is_that_of_central_differences() {
     let model = model(DType::F64);
     let data = [example("some text\n", "yes"), example("x", "no, not at all"), example("", "ok")];
-    let batch: Vec<&Encoded> = data.iter().collect();
+    let batch: Vec<&TokenizedExample> = data.iter().collect();
     let parameters = Parameters::new(Method::PrefixTuning, 3, &model);
     let tensors: Vec<Tensor> = parameters
         .variables(&noise(parameters.len()), &Device::Cpu)
@@ -176,7 +176,7 @@ pub fn plain_gradient(
     model: &Model,
     parameters: &Parameters,
     values: &[f32],
-    batch: &[&Encoded],
+    batch: &[&TokenizedExample],
 ) -> (f64, Vec<Tensor>) {
     let vars = parameters.variables(values, &Device::Cpu).unwrap();
     let tensors: Vec<Tensor> = vars.iter().map(|v| v.as_tensor().clone()).collect();
@@ -189,7 +189,7 @@ pub fn plain_gradient(
 fn the_fast_gradient_in_f32_is_the_plain_one_in_f64() {
     let (slow, fast) = (model(DType::F64), model(DType::F32));
     let data = [example("some text\n", "yes"), example("x", "no, not at all"), example("", "ok")];
-    let batch: Vec<&Encoded> = data.iter().collect();
+    let batch: Vec<&TokenizedExample> = data.iter().collect();
     for method in methods() {
         let parameters = Parameters::new(method, 5, &fast);
         let values = begin(&fast, &parameters);
@@ -217,7 +217,7 @@ fn a_batch_costs_what_its_examples_cost_alone_and_counts_exact_answers() {
     let key_values = Parameters::new(Method::PrefixTuning, 6, &model);
     let key_values = key_values.prompt_of(&noise(key_values.len()), &Device::Cpu).unwrap();
     for prompt in [Some(&rows), Some(&key_values), None] {
-        let all: Vec<&Encoded> = data.iter().collect();
+        let all: Vec<&TokenizedExample> = data.iter().collect();
         let together = loss::score(&model, prompt, &all).unwrap();
         let alone: f64 =
             data.iter().map(|e| loss::scalar(&loss::score(&model, prompt, &[e]).unwrap().sum).unwrap()).sum();
@@ -237,7 +237,7 @@ fn eight_examples_of_a_random_model_are_learned_by_heart() {
     let run_settings = Settings { batch_size: 8, eval_every: 50, ..settings(600) };
     run(&model, &data, &run_settings, &mut state);
     let best = state.best.unwrap();
-    assert!(best.held.loss < 0.05 && best.held.exact == 1.0, "{:?}", best.held);
+    assert!(best.validation.loss < 0.05 && best.validation.exact == 1.0, "{:?}", best.validation);
     assert!(state.losses[0] > 2.0, "there was something to learn");
     assert_eq!(model.weights_digest().unwrap(), before, "the model's weights changed");
 }
@@ -334,7 +334,7 @@ fn a_run_without_a_gain_ends_early_and_keeps_its_best() {
     assert_eq!(ended, Ended::Early);
     assert!(state.step < 400);
     let least = state.evaluations.iter().map(|e| e.1).reduce(|a, b| if b.better_than(&a) { b } else { a }).unwrap();
-    assert_eq!(state.best.unwrap().held, least);
+    assert_eq!(state.best.unwrap().validation, least);
 }
 
 #[test]

@@ -10,7 +10,7 @@ use softserve::{
     prompt::{LearnedPrompt, format::Fit},
     tune::{
         TuneError,
-        data::Encoded,
+        data::TokenizedExample,
         encoder::{Encoder, EncoderKind},
         generate,
         init::{Init, Source},
@@ -42,12 +42,12 @@ fn noise(n: usize) -> Vec<f32> {
     (0..n).map(|i| ((i * 7919 + i / 13) % 101) as f32 / 100.0 - 0.5).collect()
 }
 
-fn example(input: &[u32], answer: &[u32]) -> Encoded {
-    Encoded { prompt: [input, &[END]].concat(), answer: [answer, &[END]].concat() }
+fn example(input: &[u32], answer: &[u32]) -> TokenizedExample {
+    TokenizedExample { input_ids: [input, &[END]].concat(), answer: [answer, &[END]].concat() }
 }
 
 /// Inputs of several lengths, two of them equal.
-fn examples() -> Vec<Encoded> {
+fn examples() -> Vec<TokenizedExample> {
     vec![
         example(&[20, 31, 42, 53], &[60, 61]),
         example(&[70], &[80]),
@@ -76,7 +76,7 @@ fn norm(values: impl Iterator<Item = f64>) -> f64 {
 #[test]
 fn the_gradient_of_all_that_is_learned_is_that_of_central_differences() {
     let data = examples();
-    let batch: Vec<&Encoded> = data.iter().collect();
+    let batch: Vec<&TokenizedExample> = data.iter().collect();
     for name in MODELS {
         let model = fixtures::load(name, DType::F64);
         for method in methods(2) {
@@ -118,7 +118,7 @@ fn the_gradient_of_all_that_is_learned_is_that_of_central_differences() {
 #[test]
 fn the_fast_gradient_in_f32_is_the_plain_one_in_f64() {
     let data = examples();
-    let batch: Vec<&Encoded> = data.iter().collect();
+    let batch: Vec<&TokenizedExample> = data.iter().collect();
     for name in MODELS {
         let (slow, fast) = (fixtures::load(name, DType::F64), fixtures::load(name, DType::F32));
         for method in methods(12) {
@@ -148,7 +148,7 @@ fn a_batch_costs_what_its_examples_cost_alone() {
         };
         let (rows, key_values) = (prompt_of(Method::PromptTuning), prompt_of(Method::PrefixTuning));
         for prompt in [Some(&rows), Some(&key_values), None] {
-            let all: Vec<&Encoded> = data.iter().collect();
+            let all: Vec<&TokenizedExample> = data.iter().collect();
             let together = loss::score(&model, prompt, &all).unwrap();
             let alone: Vec<f64> =
                 data.iter().map(|e| loss::scalar(&loss::score(&model, prompt, &[e]).unwrap().sum).unwrap()).collect();
@@ -167,17 +167,18 @@ fn a_batch_costs_what_its_examples_cost_alone() {
 fn a_prefix_of_words_begins_as_what_the_decoder_has_after_it_wrote_them() {
     // Of this model each layer of the decoder has keys and values of its own.
     let name = MODELS[1];
-    let (model, text) = (fixtures::load(name, DType::F32), fixtures::text(name));
-    let words = text.encode_continuation("the dog ran").unwrap();
+    let (model, tokenizer) = (fixtures::load(name, DType::F32), fixtures::tokenizer(name));
+    let words = tokenizer.tokenize_continuation("the dog ran").unwrap();
     let parameters = Parameters::new(Method::PrefixTuning, 1 + words.len(), &model);
     let names: Vec<&str> = parameters.tensors().iter().map(|t| t.name.as_str()).collect();
     assert_eq!(names, ["layers.0.key", "layers.0.value", "layers.2.key", "layers.2.value"]);
-    let source = Source { model: &model, text: &text, examples: &[], seed: 0 };
+    let source = Source { model: &model, tokenizer: &tokenizer, examples: &[], seed: 0 };
     let initial = source.values(&Init::Text("the dog ran".to_owned()), &parameters).unwrap();
     let prefix = parameters.prompt_of(&initial, &Device::Cpu).unwrap();
 
     let loss_of = |prompt: Option<&LearnedPrompt>, answer: &[u32]| {
-        let example = Encoded { prompt: text.encode("the dog ran").unwrap(), answer: answer.to_vec() };
+        let example =
+            TokenizedExample { input_ids: tokenizer.tokenize("the dog ran").unwrap(), answer: answer.to_vec() };
         loss::scalar(&loss::score(&model, prompt, &[&example]).unwrap().sum).unwrap()
     };
     let written = [words.as_slice(), &[0]].concat();
@@ -262,7 +263,7 @@ fn every_way_to_learn_lowers_the_loss_and_leaves_the_model_as_it_was() {
 fn a_run_of_each_type_is_resumed_bit_for_bit_and_answers_as_it_was_measured() {
     let folder = tempfile::tempdir().unwrap();
     for name in &MODELS[..2] {
-        let (model, text) = (fixtures::load(name, DType::F32), fixtures::text(name));
+        let (model, tokenizer) = (fixtures::load(name, DType::F32), fixtures::tokenizer(name));
         for (i, (prompt_type, rate)) in RUNS.into_iter().enumerate() {
             let options = Options {
                 prompt_type,
@@ -275,14 +276,14 @@ fn a_run_of_each_type_is_resumed_bit_for_bit_and_answers_as_it_was_measured() {
                 batch_size: 4,
                 ..Options::new("animal".parse().unwrap(), data(folder.path(), "label"))
             };
-            let plan = Plan::new(&model, &text, &options).unwrap();
+            let plan = Plan::new(&model, &tokenizer, &options).unwrap();
             let places = |kind: &str| {
                 let output = folder.path().join(format!("{}-{i}-{kind}", model.info().name)).join("animal");
                 Places { checkpoint: job::default_checkpoint(&output), output, resume: false }
             };
             let outcome = job::run(&model, &plan, &places("whole"), &mut { NEVER }).unwrap();
             assert_eq!(outcome.version.spec.template.as_deref(), Some("{{ input }}"));
-            let inputs: Vec<Vec<u32>> = plan.train.iter().map(|e| e.prompt.clone()).collect();
+            let inputs: Vec<Vec<u32>> = plan.train.iter().map(|e| e.input_ids.clone()).collect();
             assert!(inputs.iter().all(|ids| ids.last() == Some(&END)), "an input ends as one that is served");
             let outputs = generate::greedy(&model, Some(&outcome.version.prompt), &inputs, 5, &mut |_| {}).unwrap();
             let right =
@@ -305,7 +306,7 @@ fn a_run_of_each_type_is_resumed_bit_for_bit_and_answers_as_it_was_measured() {
 #[test]
 fn what_a_model_has_no_room_or_form_for_is_refused_before_anything_is_trained() {
     let folder = tempfile::tempdir().unwrap();
-    let (model, text) = (fixtures::load(MODELS[0], DType::F32), fixtures::text(MODELS[0]));
+    let (model, text) = (fixtures::load(MODELS[0], DType::F32), fixtures::tokenizer(MODELS[0]));
     let options = |virtual_tokens, prompt_type| Options {
         virtual_tokens: Some(virtual_tokens),
         prompt_type,

@@ -6,7 +6,7 @@ use candle_core::{DType, Device};
 use softserve::{
     model::Model,
     prompt::{LearnedPrompt, format::Fit},
-    text::Text,
+    tokenizer::Tokenizer,
     tune::{
         TuneError,
         checkpoint::CheckpointError,
@@ -45,7 +45,7 @@ pub const NEVER: StopAt = StopAt(usize::MAX);
 struct Room {
     dir: tempfile::TempDir,
     model: Model,
-    text: Text,
+    tokenizer: Tokenizer,
 }
 
 impl Room {
@@ -53,7 +53,7 @@ impl Room {
         let dir = tempfile::tempdir().unwrap();
         let (_model_dir, files) = TinyModel::default().temp();
         let model = Model::load(&files, &Device::Cpu, DType::F32).unwrap();
-        let text = Text::load(&files).unwrap();
+        let tokenizer = Tokenizer::load(&files).unwrap();
         let lines = ["red", "dark", "sky", "lawn", "tar", "snow", "sand", "coal"];
         let jsonl: String = lines
             .iter()
@@ -61,7 +61,7 @@ impl Room {
             .map(|(i, input)| format!("{{\"input\": \"{input}\", \"label\": \"{}\"}}\n", ["a", "b"][i % 2]))
             .collect();
         fs::write(dir.path().join("train.jsonl"), jsonl).unwrap();
-        Self { dir, model, text }
+        Self { dir, model, tokenizer }
     }
 
     fn options(&self) -> Options {
@@ -82,7 +82,7 @@ impl Room {
     }
 
     fn tune(&self, options: &Options, places: &Places, mut observer: StopAt) -> Result<Outcome, TuneError> {
-        let plan = Plan::new(&self.model, &self.text, options)?;
+        let plan = Plan::new(&self.model, &self.tokenizer, options)?;
         job::run(&self.model, &plan, places, &mut observer)
     }
 
@@ -133,10 +133,10 @@ fn a_run_writes_a_prompt_that_serve_reads_and_leaves_the_model_as_it_was() {
 fn greedy_answers_on_the_serving_kernels_are_those_that_tuning_counts_as_exact() {
     let room = Room::new();
     let options = Options { length: Length::Steps(120), ..room.options() };
-    let plan = Plan::new(&room.model, &room.text, &options).unwrap();
+    let plan = Plan::new(&room.model, &room.tokenizer, &options).unwrap();
     assert_eq!(plan.held_out_is, HeldOut::Training);
     let outcome = job::run(&room.model, &plan, &room.places("out"), &mut { NEVER }).unwrap();
-    let inputs: Vec<Vec<u32>> = plan.train.iter().map(|e| e.prompt.clone()).collect();
+    let inputs: Vec<Vec<u32>> = plan.train.iter().map(|e| e.input_ids.clone()).collect();
     let mut answered = 0;
     let outputs =
         generate::greedy(&room.model, Some(&outcome.version.prompt), &inputs, 5, &mut |done| answered = done).unwrap();
@@ -153,7 +153,7 @@ fn each_type_is_written_as_peft_writes_it_read_back_and_answers_as_it_was_measur
         let places = room.places(&format!("out-{i}"));
         let init = prompt_type.default_init();
         let options = Options { prompt_type, init, rate: None, length: Length::Steps(150), ..room.options() };
-        let plan = Plan::new(&room.model, &room.text, &options).unwrap();
+        let plan = Plan::new(&room.model, &room.tokenizer, &options).unwrap();
         let outcome = job::run(&room.model, &plan, &places, &mut { NEVER }).unwrap();
         assert!(outcome.after.loss < 0.7 * outcome.before.loss, "{prompt_type:?}: {outcome:?}");
         let best = outcome.state.best.as_ref().unwrap();
@@ -170,7 +170,7 @@ fn each_type_is_written_as_peft_writes_it_read_back_and_answers_as_it_was_measur
         assert_eq!(config["num_attention_heads"], heads);
         assert!(config.get(own).is_some(), "{config}");
 
-        let inputs: Vec<Vec<u32>> = plan.train.iter().map(|e| e.prompt.clone()).collect();
+        let inputs: Vec<Vec<u32>> = plan.train.iter().map(|e| e.input_ids.clone()).collect();
         let outputs = generate::greedy(&room.model, Some(&outcome.version.prompt), &inputs, 5, &mut |_| {}).unwrap();
         let right = outputs.iter().zip(&plan.train).filter(|(o, e)| o[..] == e.answer[..e.answer.len() - 1]).count();
         assert_eq!(right as f64 / 8.0, outcome.after.exact, "{prompt_type:?}");
@@ -208,7 +208,7 @@ fn a_prompt_begins_as_another_of_its_kind_whichever_way_it_is_learned() {
     let (rows, prefix) = (tuned(PromptType::Prompt, "rows"), tuned(PromptType::Prefix, "prefix"));
     let begun = |prompt_type: PromptType, from: &LearnedPrompt| {
         let options = Options { prompt_type, init: Init::Prompt(from.clone()), ..room.options() };
-        let plan = Plan::new(&room.model, &room.text, &options)?;
+        let plan = Plan::new(&room.model, &room.tokenizer, &options)?;
         Ok::<_, TuneError>(room.flat(&plan.parameters.prompt_of(&plan.initial, &Device::Cpu).unwrap()))
     };
     for (prompt_type, from) in [(PromptType::Prompt, &rows), (TYPES[0], &rows), (TYPES[1], &rows), (TYPES[2], &prefix)]
@@ -229,16 +229,16 @@ fn a_prompt_begins_as_another_of_its_kind_whichever_way_it_is_learned() {
 #[test]
 fn a_prefix_of_words_begins_as_the_words_themselves_in_front_of_the_input() {
     let room = Room::new();
-    let words = room.text.encode("a text of words").unwrap();
+    let words = room.tokenizer.tokenize("a text of words").unwrap();
     let options = Options {
         prompt_type: PromptType::Prefix,
         virtual_tokens: Some(words.len()),
         init: Init::Text("a text of words".to_owned()),
         ..room.options()
     };
-    let plan = Plan::new(&room.model, &room.text, &options).unwrap();
+    let plan = Plan::new(&room.model, &room.tokenizer, &options).unwrap();
     let prefix = plan.parameters.prompt_of(&plan.initial, &Device::Cpu).unwrap();
-    let inputs: Vec<Vec<u32>> = plan.train.iter().map(|e| e.prompt.clone()).collect();
+    let inputs: Vec<Vec<u32>> = plan.train.iter().map(|e| e.input_ids.clone()).collect();
     let behind = generate::greedy(&room.model, Some(&prefix), &inputs, 8, &mut |_| {}).unwrap();
     let whole: Vec<Vec<u32>> = inputs.iter().map(|input| [words.as_slice(), input].concat()).collect();
     assert_eq!(behind, generate::greedy(&room.model, None, &whole, 8, &mut |_| {}).unwrap());
@@ -284,7 +284,8 @@ fn a_run_that_fails_leaves_an_existing_prompt_as_it_was() {
 #[test]
 fn a_prompt_that_the_context_has_no_room_for_is_refused_before_anything_is_trained() {
     let room = Room::new();
-    let refused = |options: Options| Plan::new(&room.model, &room.text, &options).expect_err("refused").to_string();
+    let refused =
+        |options: Options| Plan::new(&room.model, &room.tokenizer, &options).expect_err("refused").to_string();
     let message = refused(Options { virtual_tokens: Some(0), ..room.options() });
     assert!(message.contains("--virtual-tokens is 0, expected 1 to 254"), "{message}");
     let message = refused(Options { virtual_tokens: Some(255), ..room.options() });

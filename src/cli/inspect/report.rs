@@ -19,7 +19,7 @@ use crate::{
         format,
         spec::{BaseModel, TaskSpec},
     },
-    text::Text,
+    tokenizer::Tokenizer,
 };
 
 /// Everything; fields that do not apply are null or empty.
@@ -175,10 +175,10 @@ impl Report {
     }
 
     /// Adds what the vocabulary says.
-    pub fn compare(&mut self, vocabulary: &Vocabulary, text: &Text) {
+    pub fn compare(&mut self, vocabulary: &Vocabulary, tokenizer: &Tokenizer) {
         for (token, nearest) in self.virtual_tokens.iter_mut().zip(&vocabulary.nearest) {
             token.percentile = Some(vocabulary.percentile(token.norm));
-            let near = |&(id, similarity): &(u32, f32)| Near { id, text: text.token_text(id), similarity };
+            let near = |&(id, similarity): &(u32, f32)| Near { id, text: tokenizer.token_text(id), similarity };
             token.nearest = nearest.iter().map(near).collect();
         }
         if let (Some(model), Some(norms)) = (&mut self.model, Summary::of(&vocabulary.norms)) {

@@ -3,7 +3,7 @@
 use candle_core::{DType, Device, Result, Tensor};
 
 use super::subject::Rows;
-use crate::{model::Model, text::Text};
+use crate::{model::Model, tokenizer::Tokenizer};
 
 /// Embeddings that are compared at once.
 const CHUNK: usize = 4096;
@@ -19,12 +19,12 @@ pub struct Vocabulary {
 
 impl Vocabulary {
     /// Compares each row with each token that the tokenizer knows, as the model embeds it.
-    pub fn of(model: &Model, text: &Text, rows: &Rows, count: usize) -> Result<Self> {
+    pub fn of(model: &Model, tokenizer: &Tokenizer, rows: &Rows, count: usize) -> Result<Self> {
         let hidden = model.info().hidden_size;
         let num_rows = rows.values.len() / hidden;
         let virtual_tokens = Tensor::from_slice(&rows.values, (num_rows, hidden), &Device::Cpu)?;
         let virtual_tokens = unit(&virtual_tokens)?.0;
-        let num_tokens = model.info().vocab_size.min(text.vocab_size()) as u32;
+        let num_tokens = model.info().vocab_size.min(tokenizer.vocab_size()) as u32;
         let mut norms = Vec::with_capacity(num_tokens as usize);
         let mut nearest = vec![Vec::new(); num_rows];
         for start in (0..num_tokens).step_by(CHUNK) {

@@ -16,7 +16,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::tune::{
     job::{Observer, Outcome, Places},
-    loss::Held,
+    loss::ValidationMetrics,
     plan::Plan,
     sweep::{self, Sweep},
     trainer::{Ended, Progress, Settings},
@@ -28,7 +28,7 @@ pub(super) struct Screen {
     terminal: bool,
     metric: String,
     interrupted: Arc<AtomicBool>,
-    held: Option<Held>,
+    validation: Option<ValidationMetrics>,
 }
 
 impl Screen {
@@ -42,7 +42,7 @@ impl Screen {
         if let Ok(style) = ProgressStyle::with_template(template) {
             bar.set_style(style);
         }
-        Self { bar, terminal, metric: plan.metric().replace('_', " "), interrupted: interrupts(), held: None }
+        Self { bar, terminal, metric: plan.metric().replace('_', " "), interrupted: interrupts(), validation: None }
     }
 
     pub(super) fn say(&self, line: &str) {
@@ -89,9 +89,9 @@ impl Observer for Screen {
             let line = format!(
                 "  {:>9}  loss {:.3}  {} {:>5.1}%  {verdict}",
                 trial.rate,
-                trial.held.loss,
+                trial.validation.loss,
                 self.metric,
-                100.0 * trial.held.exact
+                100.0 * trial.validation.exact
             );
             self.say(line.trim_end());
         }
@@ -110,23 +110,23 @@ impl Observer for Screen {
     fn progress(&mut self, progress: Progress<'_>) -> ControlFlow<()> {
         match progress {
             Progress::Step { step, loss, rate, .. } => {
-                let held = self.held.map_or(String::new(), |h| {
+                let validation = self.validation.map_or(String::new(), |h| {
                     format!("  held-out {:.3}  {} {:.0}%", h.loss, self.metric, 100.0 * h.exact)
                 });
-                self.bar.set_message(format!("loss {loss:.3}{held}  lr {rate:.2e}"));
+                self.bar.set_message(format!("loss {loss:.3}{validation}  lr {rate:.2e}"));
                 self.bar.set_position(step as u64);
             }
-            Progress::Evaluated { state, held, best } => {
-                self.held = Some(held);
+            Progress::Evaluated { state, validation, best } => {
+                self.validation = Some(validation);
                 if !self.terminal {
                     let train = state.losses.last().map_or(String::new(), |l| format!("  loss {l:.3}"));
                     let best = if best { "  best" } else { "" };
                     self.say(&format!(
                         "step {:>5}{train}  held-out loss {:.3}  {} {:>5.1}%{best}",
                         state.step,
-                        held.loss,
+                        validation.loss,
                         self.metric,
-                        100.0 * held.exact
+                        100.0 * validation.exact
                     ));
                 }
             }
@@ -144,7 +144,9 @@ pub(super) fn write_result(
     started: Instant,
 ) -> std::io::Result<()> {
     let metric = plan.metric().replace('_', " ");
-    let row = |name: &str, held: Held| format!("  {name:<22} {:>8.3} {:>11.1}%", held.loss, 100.0 * held.exact);
+    let row = |name: &str, validation: ValidationMetrics| {
+        format!("  {name:<22} {:>8.3} {:>11.1}%", validation.loss, 100.0 * validation.exact)
+    };
     let ended = match outcome.ended {
         Ended::Early => ", stopped early",
         Ended::Diverged => ", stopped where the loss diverged",

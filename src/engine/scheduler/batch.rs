@@ -11,8 +11,8 @@ use crate::engine::{
     sequence::{Sequence, SequenceId},
 };
 
-/// A waiting request takes the place of a running one whose account has this many times its own
-/// account's places.
+/// A waiting request takes the place of a running one whose tenant has this many times its own
+/// tenant's places.
 const FAR_MORE_PLACES: f64 = 4.0;
 
 impl Scheduler {
@@ -45,33 +45,33 @@ impl Scheduler {
             0 => self.limits.max_step_tokens,
             tokens => self.limits.max_step_tokens.min(tokens + self.limits.max_prefill_tokens),
         };
-        // What those that join now will have had after it, so that accounts join in turn.
+        // What those that join now will have had after it, so that tenants join in turn.
         let mut joined: HashMap<(i32, u64), f64> = HashMap::new();
         let mut served = HashSet::new();
         loop {
-            let next = self.queue.next(|priority, account| {
-                let more = joined.get(&(priority, account)).copied().unwrap_or(0.0);
-                (!served.contains(&account)).then(|| self.ledger.rank(priority, account).counter + more)
+            let next = self.queue.next(|priority, tenant| {
+                let more = joined.get(&(priority, tenant)).copied().unwrap_or(0.0);
+                (!served.contains(&tenant)).then(|| self.ledger.rank(priority, tenant).counter + more)
             });
             let Some((id, sequence)) = next.and_then(|id| Some((id, self.sequences.get(&id)?))) else { break };
-            let (priority, account) = (sequence.priority, sequence.account);
+            let (priority, tenant) = (sequence.priority, sequence.tenant);
             let planned = self.planned_before(sequence, quota);
             if planned.values().sum::<usize>() >= most {
                 break;
             }
-            if planned.get(&account.key).is_some_and(|tokens| *tokens >= quota.left(account.key)) {
-                served.insert(account.key);
+            if planned.get(&tenant.key).is_some_and(|tokens| *tokens >= quota.left(tenant.key)) {
+                served.insert(tenant.key);
                 continue;
             }
             if !self.join(id, step) {
                 break;
             }
-            let work = self.sequences.get(&id).map_or(0, Sequence::work).min(quota.left(account.key));
-            *joined.entry((priority, account.key)).or_default() += work as f64 * INPUT_COST / fairness::weight(account);
+            let work = self.sequences.get(&id).map_or(0, Sequence::work).min(quota.left(tenant.key));
+            *joined.entry((priority, tenant.key)).or_default() += work as f64 * INPUT_COST / fairness::weight(tenant);
         }
     }
 
-    /// What each account will take of the step, by what it wants and may, before a waiting sequence
+    /// What each tenant will take of the step, by what it wants and may, before a waiting sequence
     /// gets any: for those that wait for one token, for those that joined in this step, and for
     /// inputs that rank before it. A long input that ranks after it is no reason to wait.
     fn planned_before(&self, waiting: &Sequence, quota: &Quota) -> HashMap<u64, usize> {
@@ -79,10 +79,10 @@ impl Scheduler {
         let mut planned: HashMap<u64, usize> = HashMap::new();
         for sequence in self.running.iter().filter_map(|id| self.sequences.get(id)) {
             if sequence.work() == 1 || sequence.joined == self.now || self.rank(sequence) <= rank {
-                *planned.entry(sequence.account.key).or_default() += sequence.work();
+                *planned.entry(sequence.tenant.key).or_default() += sequence.work();
             }
         }
-        planned.iter_mut().for_each(|(&account, tokens)| *tokens = (*tokens).min(quota.left(account)));
+        planned.iter_mut().for_each(|(&tenant, tokens)| *tokens = (*tokens).min(quota.left(tenant)));
         planned
     }
 
@@ -101,12 +101,12 @@ impl Scheduler {
                 step.copies.extend(copy);
                 sequence.joined = self.now;
                 sequence.encoded = same.is_some_and(|input| input.encoded);
-                let (priority, account) = (sequence.priority, sequence.account.key);
+                let (priority, tenant) = (sequence.priority, sequence.tenant.key);
                 if sequence.cached_tokens.is_none() {
                     sequence.charged = sequence.num_computed.min(sequence.num_input);
                     sequence.cached_tokens = Some(sequence.charged);
                 }
-                self.queue.remove(priority, account, id);
+                self.queue.remove(priority, tenant, id);
                 self.running.push(id);
                 return true;
             }
@@ -119,7 +119,7 @@ impl Scheduler {
     }
 
     /// A running sequence that is to give way to a waiting one: of a lower priority, or of an
-    /// account that has far more than its share of places.
+    /// tenant that has far more than its share of places.
     fn victim_for(&self, id: SequenceId) -> Option<SequenceId> {
         let waiting = self.sequences.get(&id)?;
         // Those that joined in this very step may have copies to come.
@@ -127,22 +127,22 @@ impl Scheduler {
         if let Some(last) = self.last_of(|s| settled(s) && s.priority > waiting.priority) {
             return Some(last);
         }
-        let place = |account| 1.0 / fairness::weight(account);
+        let place = |tenant| 1.0 / fairness::weight(tenant);
         let mut places: HashMap<u64, f64> = HashMap::new();
         for sequence in self.running.iter().filter_map(|id| self.sequences.get(id)) {
-            *places.entry(sequence.account.key).or_default() += place(sequence.account);
+            *places.entry(sequence.tenant.key).or_default() += place(sequence.tenant);
         }
-        let own = waiting.account.key;
-        let after = places.remove(&own).unwrap_or(0.0) + place(waiting.account);
+        let own = waiting.tenant.key;
+        let after = places.remove(&own).unwrap_or(0.0) + place(waiting.tenant);
         let (most, count) = places.into_iter().max_by(|a, b| a.1.total_cmp(&b.1).then(a.0.cmp(&b.0)))?;
         if count < after * FAR_MORE_PLACES {
             return None;
         }
-        self.last_of(|s| settled(s) && s.account.key == most && s.priority >= waiting.priority)
+        self.last_of(|s| settled(s) && s.tenant.key == most && s.priority >= waiting.priority)
     }
 
     /// Of the running sequences that `may` allows, the one that ranks last: lowest priority, then
-    /// the account with the most service, then the youngest.
+    /// the tenant with the most service, then the youngest.
     fn last_of(&self, may: impl Fn(&Sequence) -> bool) -> Option<SequenceId> {
         let candidates = self.running.iter().filter_map(|&id| Some((id, self.sequences.get(&id)?)));
         candidates.filter(|(_, s)| may(s)).map(|(id, s)| (self.rank(s), id)).max().map(|(_, id)| id)
@@ -155,7 +155,7 @@ impl Scheduler {
         if let Some(sequence) = self.sequences.get_mut(&id) {
             self.cache.release(sequence);
             sequence.encoded = false;
-            self.queue.push_front(sequence.priority, sequence.account.key, id);
+            self.queue.push_front(sequence.priority, sequence.tenant.key, id);
             self.preemptions += 1;
         }
     }

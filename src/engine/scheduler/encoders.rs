@@ -14,13 +14,13 @@ use super::{
 use crate::engine::{
     encoder::{EncoderInput, InputKey},
     prefix::ChainHash,
-    request::Account,
+    request::Tenant,
 };
 
 /// A sequence with an encoder's input of `n` positions that starts with `first`; equal ones are shared.
 fn encoding_of(first: u32, n: usize) -> Sequence {
     let tokens: Vec<_> = (first..).take(n).map(InputToken::Vocab).collect();
-    let key = InputKey::Content(ChainHash::root(CacheRoot::TEXT).next(&tokens));
+    let key = InputKey::Content(ChainHash::namespace(CacheNamespace::TEXT).next(&tokens));
     Sequence { encoder: Some(EncoderInput { key, tokens }), ..input(1) }
 }
 
@@ -166,9 +166,9 @@ proptest! {
             for (i, a) in arrivals.iter().enumerate() {
                 let id = SequenceId(i as u64);
                 if a.at == clock {
-                    let account = Account { key: u64::from(a.first) % 3, weight: 1.0 };
+                    let tenant = Tenant { key: u64::from(a.first) % 3, weight: 1.0 };
                     let Sequence { encoder, .. } = encoding_of(a.first, a.positions);
-                    s.add(id, Sequence { encoder, account, priority: a.priority, ..input(a.rows + 1) });
+                    s.add(id, Sequence { encoder, tenant, priority: a.priority, ..input(a.rows + 1) });
                 }
                 if a.cancel_after.is_some_and(|n| a.at + n == clock) && s.remove(id).is_some() {
                     ended.insert(id);
@@ -192,7 +192,7 @@ proptest! {
             let inputs = s.encoder_inputs();
             prop_assert!(inputs.values().map(|input| input.positions).sum::<usize>() <= max_encoded);
             prop_assert!(encoded.iter().all(|key| inputs.contains_key(key)));
-            let tokens: Vec<_> = step.chunks.iter().filter(|c| c.samples).map(|c| (c.id, 9)).collect();
+            let tokens: Vec<_> = step.chunks.iter().filter(|c| c.wants_logits).map(|c| (c.id, 9)).collect();
             s.commit(&step, &tokens);
             for (id, _) in tokens {
                 let sequence = s.get(id).unwrap();

@@ -1,45 +1,45 @@
-//! Which positions of a step each running sequence gets, and each account at most.
+//! Which positions of a step each running sequence gets, and each tenant at most.
 
 use std::collections::{HashMap, HashSet};
 
 use super::{Chunk, Scheduler, Step};
 use crate::engine::{fairness::Rank, quota::Quota};
 
-/// For this many steps after an account's last sequence, one that fills the batch keeps to what it
+/// For this many steps after a tenant's last sequence, one that fills the batch keeps to what it
 /// may take beside others: whoever comes back soon does not find a long step under way.
 pub(super) const LINGER: u64 = 256;
 
 impl Scheduler {
-    /// Remembers an account whose sequence went, for [`LINGER`] steps.
-    pub(super) fn linger(&mut self, account: u64) {
-        self.recent.insert(account, self.now + LINGER);
+    /// Remembers a tenant whose sequence went, for [`LINGER`] steps.
+    pub(super) fn linger(&mut self, tenant: u64) {
+        self.recent.insert(tenant, self.now + LINGER);
     }
 
-    /// What each account may take of the next step.
+    /// What each tenant may take of the next step.
     pub(super) fn quota(&mut self) -> Quota {
-        // By account: positions wanted, and sequences.
+        // By tenant: positions wanted, and sequences.
         let mut wanted: HashMap<u64, (usize, usize)> = HashMap::new();
         for sequence in self.running.iter().copied().chain(self.queue.iter()).filter_map(|id| self.sequences.get(&id)) {
             // Of what a waiting one will find, its prompt is known at once.
-            let is_found = sequence.root.is_some_and(|root| self.cache.contains_prompt(root));
+            let is_found = sequence.namespace.is_some_and(|namespace| self.cache.contains_prompt(namespace));
             let known = if is_found { sequence.num_virtual.saturating_sub(sequence.num_computed) } else { 0 };
-            let (positions, sequences) = wanted.entry(sequence.account.key).or_default();
+            let (positions, sequences) = wanted.entry(sequence.tenant.key).or_default();
             // The last one is computed in any case.
             *positions += sequence.work().saturating_sub(known).max(1);
             *sequences += 1;
         }
         let tokens = self.limits.max_step_tokens;
         let busy = self.ledger.busy().into_iter();
-        let mut accounts: Vec<_> =
+        let mut tenants: Vec<_> =
             busy.map(|(key, rank)| (key, rank, wanted.get(&key).map_or(0, |w| w.0.min(tokens)))).collect();
         self.recent.retain(|_, until| *until > self.now);
-        // Only an account that would fill the batch is held back: others share a step as it comes.
+        // Only a tenant that would fill the batch is held back: others share a step as it comes.
         if wanted.values().all(|w| 2 * w.1 < self.limits.max_batch) {
-            accounts.clear();
+            tenants.clear();
         } else if let Some(&absent) = self.recent.keys().find(|key| !wanted.contains_key(key)) {
-            accounts.push((absent, Rank { priority: i32::MIN, counter: 0.0 }, 0));
+            tenants.push((absent, Rank { priority: i32::MIN, counter: 0.0 }, 0));
         }
-        Quota::new(tokens, self.limits.fair_step_tokens, &accounts)
+        Quota::new(tokens, self.limits.fair_step_tokens, &tenants)
     }
 
     /// Gives running sequences their positions of this step.
@@ -57,16 +57,16 @@ impl Scheduler {
         let mut encoding = HashSet::new();
         for (is_input, .., id) in order {
             let Some(sequence) = self.sequences.get_mut(&id) else { continue };
-            let (key, account) = (sequence.encoder_key(), sequence.account.key);
+            let (key, tenant) = (sequence.encoder_key(), sequence.tenant.key);
             // One that is computed in this step for another sequence is there before the decoder runs.
             let unencoded = if key.is_some_and(|key| encoding.contains(&key)) { 0 } else { sequence.num_unencoded() };
             let wanted = if is_input { (unencoded + sequence.num_pending()).min(inputs_left) } else { 1 };
             // An encoder's input cannot be cut: the first of a step is taken in any case, others if
             // they fit.
-            if unencoded > 0 && !encoding.is_empty() && unencoded >= wanted.min(quota.left(account)) {
+            if unencoded > 0 && !encoding.is_empty() && unencoded >= wanted.min(quota.left(tenant)) {
                 continue;
             }
-            let taken = quota.take(account, wanted);
+            let taken = quota.take(tenant, wanted);
             if is_input {
                 inputs_left -= taken;
             } else if taken > 0 {
@@ -78,8 +78,8 @@ impl Scheduler {
                 let start = sequence.num_computed;
                 self.turns += 1;
                 sequence.last_turn = self.turns;
-                let samples = start + len == sequence.tokens.len();
-                step.chunks.push(Chunk { id, start, len, samples, encodes: unencoded > 0 });
+                let wants_logits = start + len == sequence.tokens.len();
+                step.chunks.push(Chunk { id, start, len, wants_logits, encodes: unencoded > 0 });
             }
         }
     }

@@ -1,12 +1,12 @@
-//! What a light account waits beside a busy one, by a simple model of what a step costs.
+//! What a light tenant waits beside a busy one, by a simple model of what a step costs.
 
 use std::collections::HashMap;
 
 use super::*;
-use crate::engine::request::Account;
+use crate::engine::request::Tenant;
 
 /// A step costs as much as reading the weights at least, which is as much as computing so many
-/// positions: on CPUs about 13 in f32, 64 in bf16. And what each account may then take of a step.
+/// positions: on CPUs about 13 in f32, 64 in bf16. And what each tenant may then take of a step.
 const FLOORS: [(usize, usize); 2] = [(13, 16), (64, 64)];
 const OUTPUT: usize = 32;
 const VIRTUAL: u32 = 32;
@@ -22,7 +22,7 @@ impl Numbers {
 }
 
 /// What the requests of one light client take, in positions: until the first token, and in all.
-/// Beside them, `busy` clients of another account ask again as soon as they are answered.
+/// Beside them, `busy` clients of another tenant ask again as soon as they are answered.
 fn waits(busy: usize, floor: usize, fair: usize) -> (Vec<usize>, Vec<usize>) {
     let mut s = Scheduler::new(Limits {
         max_batch: 64,
@@ -41,10 +41,10 @@ fn waits(busy: usize, floor: usize, fair: usize) -> (Vec<usize>, Vec<usize>) {
     let mut ask = |s: &mut Scheduler, live: &mut HashMap<_, _>, numbers: &mut Numbers, key: u64, clock: usize| {
         let words = (0..numbers.between(16, 64)).map(|_| InputToken::Vocab(numbers.between(0, 9999) as u32));
         let tokens = (0..VIRTUAL).map(InputToken::Virtual).chain(words).collect();
-        let root = Some(CacheRoot([key as u8; 32]));
-        let account = Account { key, weight: 1.0 };
+        let namespace = Some(CacheNamespace([key as u8; 32]));
+        let tenant = Tenant { key, weight: 1.0 };
         next += 1;
-        s.add(SequenceId(next), Sequence { root, account, ..Sequence::new(tokens) });
+        s.add(SequenceId(next), Sequence { namespace, tenant, ..Sequence::new(tokens) });
         live.insert(SequenceId(next), (key, clock));
     };
     for _ in 0..busy {
@@ -64,7 +64,7 @@ fn waits(busy: usize, floor: usize, fair: usize) -> (Vec<usize>, Vec<usize>) {
         }
         let step = s.schedule();
         clock += step.chunks.iter().map(|c| c.len).sum::<usize>().max(floor);
-        let tokens: Vec<_> = step.chunks.iter().filter(|c| c.samples).map(|c| (c.id, 1)).collect();
+        let tokens: Vec<_> = step.chunks.iter().filter(|c| c.wants_logits).map(|c| (c.id, 1)).collect();
         s.commit(&step, &tokens);
         for (id, _) in tokens {
             let (key, came) = live[&id];

@@ -1,4 +1,4 @@
-//! What each account gets of the engine beside others.
+//! What each tenant gets of the engine beside others.
 
 use proptest::prelude::*;
 
@@ -6,7 +6,7 @@ use super::{
     tests::{LIMITS, chunk, id, input, of, prompted, turn},
     *,
 };
-use crate::engine::request::Account;
+use crate::engine::request::Tenant;
 
 #[test]
 fn two_busy_accounts_get_service_by_their_weights_however_much_more_one_asks_for() {
@@ -22,21 +22,20 @@ fn two_busy_accounts_get_service_by_their_weights_however_much_more_one_asks_for
         // No request is larger than 96 positions, each counted twice at most, and 8 run.
         let bound = 2.0 * 8.0 * 96.0 * 2.0;
         while served.iter().sum::<f64>() < 40.0 * bound {
-            for account in 0..2 {
-                while waiting[account] < load[account] {
-                    let key = account as u64;
-                    let sequence =
-                        Sequence { account: Account { key, weight: weights[account] }, ..input(sizes[account]) };
+            for tenant in 0..2 {
+                while waiting[tenant] < load[tenant] {
+                    let key = tenant as u64;
+                    let sequence = Sequence { tenant: Tenant { key, weight: weights[tenant] }, ..input(sizes[tenant]) };
                     s.add(id(next * 2 + key), sequence);
                     next += 1;
-                    waiting[account] += 1;
+                    waiting[tenant] += 1;
                 }
             }
             let step = turn(&mut s);
             for c in &step.chunks {
                 let sequence = s.get(c.id).unwrap();
                 let inputs = (c.start + c.len).min(sequence.num_input).saturating_sub(c.start);
-                served[owner(c.id.0)] += inputs as f64 + if c.samples { 2.0 } else { 0.0 };
+                served[owner(c.id.0)] += inputs as f64 + if c.wants_logits { 2.0 } else { 0.0 };
                 if sequence.tokens.len() >= sequence.num_input + 16 {
                     s.remove(c.id);
                     waiting[owner(c.id.0)] -= 1;
@@ -57,7 +56,7 @@ fn a_light_account_does_not_wait_for_all_of_a_long_input() {
     // They are equal now, and who came first goes first.
     assert_eq!(turn(&mut s).chunks, [chunk(1, 100, 100, false)]);
     assert_eq!(turn(&mut s).chunks, [chunk(2, 0, 30, true), chunk(1, 200, 70, false)]);
-    // The next one of the same account waits for it.
+    // The next one of the same tenant waits for it.
     s.add(id(3), of(1, 30));
     assert_eq!(turn(&mut s).chunks, [chunk(2, 30, 1, true), chunk(1, 270, 99, false)]);
     assert_eq!(s.num_waiting(), 1);
@@ -82,8 +81,8 @@ fn an_input_that_is_a_known_prompt_alone_gets_its_last_position_beside_others() 
         s.add(id(n), of(5, 20));
     }
     s.add(id(2), prompted(40, &[]));
-    // The other account is owed far more.
-    s.ledger.charge(0, Account::default(), 1e6);
+    // The other tenant is owed far more.
+    s.ledger.charge(0, Tenant::default(), 1e6);
     let mut steps = 0;
     while s.get(id(2)).unwrap().tokens.len() == 40 {
         turn(&mut s);
@@ -96,19 +95,19 @@ fn an_input_that_is_a_known_prompt_alone_gets_its_last_position_beside_others() 
 fn a_request_that_waits_at_a_low_priority_saves_up_no_claim() {
     let mut s = Scheduler::new(Limits { max_batch: 2, ..LIMITS });
     let mut next = 100;
-    // Accounts 1 to `accounts` always have four requests; returns what each got.
-    let mut busy = |s: &mut Scheduler, accounts: u64, steps: usize| {
+    // Tenants 1 to `tenants` always have four requests; returns what each got.
+    let mut busy = |s: &mut Scheduler, tenants: u64, steps: usize| {
         let mut served = [0usize; 3];
         for _ in 0..steps {
-            for key in 1..=accounts {
-                while s.sequences.values().filter(|q| q.account.key == key && q.priority == 0).count() < 4 {
+            for key in 1..=tenants {
+                while s.sequences.values().filter(|q| q.tenant.key == key && q.priority == 0).count() < 4 {
                     s.add(id(next), of(key, 10));
                     next += 1;
                 }
             }
             for c in turn(s).chunks {
                 let sequence = s.get(c.id).unwrap();
-                served[sequence.account.key as usize] += c.len;
+                served[sequence.tenant.key as usize] += c.len;
                 if sequence.tokens.len() >= 20 {
                     s.remove(c.id);
                 }
@@ -116,7 +115,7 @@ fn a_request_that_waits_at_a_low_priority_saves_up_no_claim() {
         }
         served
     };
-    // It waits while account 1 has all there is.
+    // It waits while tenant 1 has all there is.
     s.add(id(1), Sequence { priority: 1000, ..of(2, 10) });
     busy(&mut s, 1, 300);
     assert_eq!(s.get(id(1)).unwrap().num_computed, 0);
@@ -127,11 +126,11 @@ fn a_request_that_waits_at_a_low_priority_saves_up_no_claim() {
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
-    /// The bound of "Fairness in Serving Large Language Models": of accounts that always have more to
+    /// The bound of "Fairness in Serving Large Language Models": of tenants that always have more to
     /// ask, none is ahead of another by more than what a batch can hold, however long it goes on.
     #[test]
     fn accounts_that_always_want_more_stay_within_a_batch_of_each_other(
-        accounts in prop::collection::vec((1usize..60, 1usize..12, 1u8..5), 2..5),
+        tenants in prop::collection::vec((1usize..60, 1usize..12, 1u8..5), 2..5),
         max_batch in 1usize..8,
         (max_step_tokens, max_prefill_tokens, fair_step_tokens) in (8usize..80, 8usize..80, 1usize..12),
         num_blocks in 3usize..24,
@@ -141,26 +140,26 @@ proptest! {
         };
         let mut s = Scheduler::new(limits);
         let mut next = 0;
-        let most = accounts.iter().map(|&(n, new, _)| n + 2 * new).max().unwrap_or(0);
+        let most = tenants.iter().map(|&(n, new, _)| n + 2 * new).max().unwrap_or(0);
         let bound = 2.0 * (max_batch * most) as f64;
         let counter = |s: &Scheduler, key: usize| s.ledger.rank(0, key as u64).counter;
         while counter(&s, 0) < 5.0 * bound {
-            for (key, &(n, _, weight)) in accounts.iter().enumerate() {
-                let own = |q: &&Sequence| q.account.key == key as u64;
+            for (key, &(n, _, weight)) in tenants.iter().enumerate() {
+                let own = |q: &&Sequence| q.tenant.key == key as u64;
                 for _ in s.sequences.values().filter(own).count()..=max_batch {
                     next += 1;
-                    s.add(id(next), Sequence { account: Account { key: key as u64, weight: weight.into() }, ..input(n) });
+                    s.add(id(next), Sequence { tenant: Tenant { key: key as u64, weight: weight.into() }, ..input(n) });
                 }
             }
             let step = turn(&mut s);
             prop_assert!(!step.chunks.is_empty(), "nothing is done");
             for c in &step.chunks {
                 let q = s.get(c.id).unwrap();
-                if q.tokens.len() >= q.num_input + accounts[q.account.key as usize].1 {
+                if q.tokens.len() >= q.num_input + tenants[q.tenant.key as usize].1 {
                     s.remove(c.id);
                 }
             }
-            let counters: Vec<_> = (0..accounts.len()).map(|key| counter(&s, key)).collect();
+            let counters: Vec<_> = (0..tenants.len()).map(|key| counter(&s, key)).collect();
             let (least, greatest) = counters.iter().fold((f64::MAX, 0.0f64), |(a, b), &c| (a.min(c), b.max(c)));
             prop_assert!(greatest - least <= bound, "{:?} are further apart than {}", counters, bound);
         }

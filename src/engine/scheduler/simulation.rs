@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, HashSet};
 use proptest::prelude::*;
 
 use super::*;
-use crate::{engine::request::Account, kernels::kv_cache::BlockId};
+use crate::{engine::request::Tenant, kernels::kv_cache::BlockId};
 
 /// Warm-ups have names from here on.
 const WARM_UPS: u64 = 1000;
@@ -16,8 +16,8 @@ const MOST_BLOCKS: usize = 6;
 #[derive(Debug, Clone)]
 struct Arrival {
     at: usize,
-    /// 0 has no root, 1 is without a prompt, others have one of their own.
-    root: u8,
+    /// 0 has no namespace, 1 is without a prompt, others have one of their own.
+    namespace: u8,
     /// The words are those of a common text up to here, then those of its own.
     common: usize,
     own: usize,
@@ -28,37 +28,37 @@ struct Arrival {
 
 impl Arrival {
     fn rows(&self) -> u32 {
-        [0, 0, 20, 32, 70][usize::from(self.root)]
+        [0, 0, 20, 32, 70][usize::from(self.namespace)]
     }
 
     fn sequence(&self, n: usize) -> Sequence {
         let rows = (0..self.rows()).map(InputToken::Virtual);
         let words =
             (0..self.common as u32).map(|i| i * i % 7).chain((0..self.own as u32).map(|i| 7 + (i + n as u32) % 5));
-        let weight = [1.0, 2.5][usize::from(self.root) % 2];
+        let weight = [1.0, 2.5][usize::from(self.namespace) % 2];
         Sequence {
-            root: root(self.root),
-            account: Account { key: u64::from(self.root) % 3, weight },
+            namespace: namespace(self.namespace),
+            tenant: Tenant { key: u64::from(self.namespace) % 3, weight },
             priority: self.priority,
             ..Sequence::new(rows.chain(words.map(InputToken::Vocab)).collect())
         }
     }
 }
 
-fn root(kind: u8) -> Option<CacheRoot> {
+fn namespace(kind: u8) -> Option<CacheNamespace> {
     match kind {
         0 => None,
-        1 => Some(CacheRoot::TEXT),
-        _ => Some(CacheRoot([kind; 32])),
+        1 => Some(CacheNamespace::TEXT),
+        _ => Some(CacheNamespace([kind; 32])),
     }
 }
 
 fn arrivals() -> impl Strategy<Value = Vec<Arrival>> {
     let shape = (0u8..5, prop_oneof![Just(0usize), Just(31), 0usize..40], 1usize..24, 1usize..30);
     let one = (0usize..40, shape, prop_oneof![4 => Just(0), 1 => -2..3], prop::option::weighted(0.2, 0usize..30));
-    let one = one.prop_map(|(at, (root, common, own, new), priority, cancel_after)| Arrival {
+    let one = one.prop_map(|(at, (namespace, common, own, new), priority, cancel_after)| Arrival {
         at,
-        root,
+        namespace,
         common,
         own,
         new,
@@ -76,8 +76,8 @@ const NOTHING: Slot = 0;
 fn names(id: SequenceId, sequence: &Sequence) -> Vec<Slot> {
     use std::hash::{DefaultHasher, Hash as _, Hasher as _};
     let mut hash = DefaultHasher::new();
-    // Without a root a sequence shares with nobody.
-    sequence.root.ok_or(id).hash(&mut hash);
+    // Without a namespace a sequence shares with nobody.
+    sequence.namespace.ok_or(id).hash(&mut hash);
     let mut name = |token: &InputToken| {
         match token {
             InputToken::Vocab(id) => (0, *id).hash(&mut hash),
@@ -147,7 +147,7 @@ fn check(s: &Scheduler, step: &Step, limits: Limits) -> Result<(), TestCaseError
         prop_assert!(c.len > 0 && c.start + c.len <= q.tokens.len());
         prop_assert!(q.tokens.len() <= q.blocks.len() * BLOCK_SIZE);
         let is_warm_up = c.id.0 >= WARM_UPS;
-        prop_assert_eq!(c.samples, !is_warm_up && c.start + c.len == q.tokens.len());
+        prop_assert_eq!(c.wants_logits, !is_warm_up && c.start + c.len == q.tokens.len());
         for block in &q.blocks[c.start / BLOCK_SIZE..=(c.start + c.len - 1) / BLOCK_SIZE] {
             prop_assert_eq!(holders[block], 1, "block {} is written and shared", block);
         }
@@ -193,7 +193,7 @@ proptest! {
                 s.add(SequenceId(i as u64), a.sequence(i));
             }
             for (i, (_, kind)) in warm_ups.iter().enumerate().filter(|(_, w)| w.0 == clock) {
-                let prompt = Arrival { root: *kind, common: 0, own: 0, ..arrivals[0].clone() };
+                let prompt = Arrival { namespace: *kind, common: 0, own: 0, ..arrivals[0].clone() };
                 prop_assert!(s.add_warm_up(SequenceId(WARM_UPS + i as u64), prompt.sequence(0)));
             }
             for (i, a) in arrivals.iter().enumerate() {
@@ -216,7 +216,7 @@ proptest! {
             }
             memory.run(&s, &step)?;
             let token = |id: SequenceId| (s.get(id).unwrap().tokens.len() as u32) % 4;
-            let tokens: Vec<_> = step.chunks.iter().filter(|c| c.samples).map(|c| (c.id, token(c.id))).collect();
+            let tokens: Vec<_> = step.chunks.iter().filter(|c| c.wants_logits).map(|c| (c.id, token(c.id))).collect();
             s.commit(&step, &tokens);
             for (id, _) in tokens {
                 let n = given.entry(id).or_default();

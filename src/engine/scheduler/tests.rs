@@ -1,7 +1,7 @@
 //! The scheduler's rules, one by one.
 
 use super::{fill::LINGER, *};
-use crate::engine::request::Account;
+use crate::engine::request::Tenant;
 
 pub(super) const LIMITS: Limits = Limits {
     max_batch: 4,
@@ -17,28 +17,28 @@ pub(super) fn input(n: usize) -> Sequence {
     Sequence::new(vec![InputToken::Vocab(0); n])
 }
 
-/// A prompt of `rows` rows and a text, all of one root.
+/// A prompt of `rows` rows and a text, all of one namespace.
 pub(super) fn prompted(rows: u32, text: &[u32]) -> Sequence {
     let tokens = (0..rows).map(InputToken::Virtual).chain(text.iter().map(|&id| InputToken::Vocab(id)));
-    Sequence { root: Some(CacheRoot([1; 32])), ..Sequence::new(tokens.collect()) }
+    Sequence { namespace: Some(CacheNamespace([1; 32])), ..Sequence::new(tokens.collect()) }
 }
 
 pub(super) fn of(key: u64, n: usize) -> Sequence {
-    Sequence { account: Account { key, weight: 1.0 }, ..input(n) }
+    Sequence { tenant: Tenant { key, weight: 1.0 }, ..input(n) }
 }
 
 pub(super) fn id(n: u64) -> SequenceId {
     SequenceId(n)
 }
 
-pub(super) fn chunk(n: u64, start: usize, len: usize, samples: bool) -> Chunk {
-    Chunk { id: id(n), start, len, samples, encodes: false }
+pub(super) fn chunk(n: u64, start: usize, len: usize, wants_logits: bool) -> Chunk {
+    Chunk { id: id(n), start, len, wants_logits, encodes: false }
 }
 
 /// Runs one step, in which each sampling sequence gets token 9; returns it.
 pub(super) fn turn(s: &mut Scheduler) -> Step {
     let step = s.schedule();
-    let tokens: Vec<_> = step.chunks.iter().filter(|c| c.samples).map(|c| (c.id, 9)).collect();
+    let tokens: Vec<_> = step.chunks.iter().filter(|c| c.wants_logits).map(|c| (c.id, 9)).collect();
     s.commit(&step, &tokens);
     step
 }
@@ -141,11 +141,12 @@ fn an_input_seen_before_is_found_but_for_its_last_token() {
 fn nothing_is_found_under_another_root_without_one_or_with_sharing_off() {
     let mut s = Scheduler::new(LIMITS);
     let text: Vec<u32> = (0..40).collect();
-    let roots = [Some(CacheRoot([1; 32])), Some(CacheRoot([2; 32])), Some(CacheRoot::TEXT), None, None];
-    for (n, root) in roots.into_iter().enumerate() {
-        s.add(id(n as u64), Sequence { root, ..prompted(0, &text) });
+    let namespaces =
+        [Some(CacheNamespace([1; 32])), Some(CacheNamespace([2; 32])), Some(CacheNamespace::TEXT), None, None];
+    for (n, namespace) in namespaces.into_iter().enumerate() {
+        s.add(id(n as u64), Sequence { namespace, ..prompted(0, &text) });
         turn(&mut s);
-        assert_eq!(s.get(id(n as u64)).map(|s| s.cached_tokens), Some(Some(0)), "{root:?}");
+        assert_eq!(s.get(id(n as u64)).map(|s| s.cached_tokens), Some(Some(0)), "{namespace:?}");
         s.remove(id(n as u64));
     }
     let mut s = Scheduler::new(Limits { prefix_sharing: false, ..LIMITS });
@@ -172,13 +173,13 @@ fn two_that_compute_the_same_at_the_same_time_end_up_with_the_same_blocks() {
 #[test]
 fn a_warmed_prompt_is_found_by_its_first_request_and_outlives_other_content() {
     let mut s = Scheduler::new(Limits { num_blocks: 8, ..LIMITS });
-    let root = CacheRoot([1; 32]);
+    let namespace = CacheNamespace([1; 32]);
     assert!(s.add_warm_up(id(1), prompted(50, &[])));
     assert_eq!(turn(&mut s).chunks, [chunk(1, 0, 50, false)]);
-    assert!(s.is_empty() && s.cache().contains_prompt(root));
-    assert_eq!(s.take_prompt_changes(), [(root, true)]);
+    assert!(s.is_empty() && s.cache().contains_prompt(namespace));
+    assert_eq!(s.take_prompt_changes(), [(namespace, true)]);
     for n in 2..10 {
-        s.add(id(n), Sequence { root: Some(CacheRoot([n as u8; 32])), ..input(150) });
+        s.add(id(n), Sequence { namespace: Some(CacheNamespace([n as u8; 32])), ..input(150) });
         turn(&mut s);
         s.remove(id(n));
     }
@@ -189,7 +190,7 @@ fn a_warmed_prompt_is_found_by_its_first_request_and_outlives_other_content() {
     // What needs the whole cache gets it.
     s.add(id(21), input(8 * 32));
     assert_eq!(turn(&mut s).chunks, [chunk(21, 0, 256, true)]);
-    assert_eq!((s.take_prompt_changes(), s.cache().contains_prompt(root)), (vec![(root, false)], false));
+    assert_eq!((s.take_prompt_changes(), s.cache().contains_prompt(namespace)), (vec![(namespace, false)], false));
 }
 
 #[test]
@@ -206,7 +207,7 @@ fn warming_waits_for_those_who_wait_and_gives_its_blocks_up_to_them() {
     while !s.is_empty() {
         assert!(!turn(&mut s).chunks.is_empty());
     }
-    assert!(s.cache().contains_prompt(CacheRoot([1; 32])));
+    assert!(s.cache().contains_prompt(CacheNamespace([1; 32])));
 }
 
 #[test]
@@ -227,7 +228,7 @@ fn priority_goes_before_service_and_takes_places_from_lower_ones() {
     s.add(id(3), Sequence { priority: -5, ..of(1, 4) });
     assert_eq!(turn(&mut s).chunks, [chunk(3, 0, 4, true)]);
     s.remove(id(3));
-    // Account 2 has had nothing yet.
+    // Tenant 2 has had nothing yet.
     assert_eq!(turn(&mut s).chunks, [chunk(2, 0, 4, true)]);
 }
 

@@ -38,7 +38,7 @@ impl Scheduler {
         while self.warming.is_none() {
             let Some(id) = self.warm_ups.pop_front() else { return };
             let Some(sequence) = self.sequences.get_mut(&id) else { continue };
-            let is_new = sequence.root.is_some_and(|root| !self.cache.contains_prompt(root));
+            let is_new = sequence.namespace.is_some_and(|namespace| !self.cache.contains_prompt(namespace));
             let has_room = is_new && self.cache.has_room_for_prompt(sequence.tokens.len());
             if let Some(copy) = has_room.then(|| self.cache.join(sequence, 0)).flatten() {
                 step.copies.extend(copy);
@@ -55,7 +55,7 @@ impl Scheduler {
         if let Some((id, sequence)) = self.warming.and_then(|id| Some((id, self.sequences.get(&id)?))) {
             let len = sequence.num_pending().min(quota.remaining()).min(most);
             if len > 0 {
-                step.chunks.push(Chunk { id, start: sequence.num_computed, len, samples: false, encodes: false });
+                step.chunks.push(Chunk { id, start: sequence.num_computed, len, wants_logits: false, encodes: false });
             }
         }
     }

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
 use crate::{
-    engine::request::CacheRoot,
+    engine::request::CacheNamespace,
     http::{App, types::VersionMeta},
     prompt::TaskName,
     registry::{TaskEntry, VersionEntry},
@@ -148,7 +148,7 @@ impl AdminTask {
             residency: Residency {
                 device: device.to_owned(),
                 bytes: entry.version.prompt.num_bytes(),
-                cache: match app.engine.is_cached(CacheRoot(entry.version.digest.0)) {
+                cache: match app.engine.is_cached(CacheNamespace(entry.version.digest.0)) {
                     true => CacheState::Resident,
                     false => CacheState::Cold,
                 },

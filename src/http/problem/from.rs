@@ -9,7 +9,7 @@ use crate::{
         template::TemplateError,
     },
     registry::{RegistryError, package::PackageError},
-    text::TextError,
+    tokenizer::TokenizerError,
 };
 
 impl From<SubmitError> for Problem {
@@ -143,8 +143,8 @@ impl From<TemplateError> for Problem {
     }
 }
 
-impl From<TextError> for Problem {
-    fn from(error: TextError) -> Self {
+impl From<TokenizerError> for Problem {
+    fn from(error: TokenizerError) -> Self {
         Self::internal(error)
     }
 }

@@ -56,7 +56,9 @@ pub fn attend(isa: Isa, pool: &Pool, cache: &mut KvCache, layer: usize, segments
     let t: usize = segments.iter().map(|s| s.rows).sum();
     assert!(layer < shape.num_layers && rows.heads.is_multiple_of(shape.num_kv_heads));
     assert!(rows.q.len() == t * rows.heads * shape.head_dim);
-    assert!(rows.params.causal && rows.params.distance_bias.as_ref().is_none_or(|bias| bias.heads() == rows.heads));
+    assert!(
+        rows.params.causal && rows.params.relative_position_bias.as_ref().is_none_or(|bias| bias.heads() == rows.heads)
+    );
     assert!(rows.params.window != Some(0) && rows.params.alibi_slopes.as_ref().is_none_or(|s| s.len() == rows.heads));
     assert!(rows.k.len() == t * shape.num_kv_heads * shape.head_dim && rows.v.len() == rows.k.len());
     for s in segments {
@@ -311,7 +313,7 @@ unsafe fn attend_tile<S: Simd>(step: &Step, index: usize, head: usize, tile: usi
                 Precision::F32 => std::ptr::null_mut(),
             };
             let scores = scores.add(i * BLOCK_SIZE);
-            let factor = match (params.softcap, &params.alibi_slopes, &params.distance_bias) {
+            let factor = match (params.softcap, &params.alibi_slopes, &params.relative_position_bias) {
                 (None, None, None) => params.scale,
                 (softcap, slopes, bias) => {
                     let query_head = head * step.groups + (first + i) % step.groups;

@@ -43,7 +43,7 @@ pub fn attend(pool: &Pool, spans: &[Span], q: &[f32], shape: Heads, params: &Att
         assert!(!span.keys.is_empty() && span.keys.len().is_multiple_of(kv_width));
         assert!(span.values.len() == span.keys.len());
     }
-    assert!(params.distance_bias.as_ref().is_none_or(|bias| bias.heads() == heads));
+    assert!(params.relative_position_bias.as_ref().is_none_or(|bias| bias.heads() == heads));
     let fill = |out: *mut f32| {
         let out = Out(out);
         pool.run(places.len(), &|row| {
@@ -69,7 +69,7 @@ fn attend_row(span: &Span, index: usize, q: &[f32], shape: Heads, params: &Atten
         for (j, (weight, keys)) in weights.iter_mut().zip(span.keys.chunks_exact(kv_width)).enumerate() {
             let score = dot(q, &keys[part.clone()]) * params.scale;
             let score = params.softcap.map_or(score, |cap| cap * (score / cap).tanh());
-            *weight = score + params.distance_bias.as_ref().map_or(0.0, |bias| bias.at(head, index, j));
+            *weight = score + params.relative_position_bias.as_ref().map_or(0.0, |bias| bias.at(head, index, j));
         }
         let max = weights.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         let mut sum = 0.0;

@@ -109,7 +109,7 @@ impl Attention {
     /// The softmax of a query's scores over the rows it sees, in their order; `slopes` becomes how
     /// much each score moves with the product of query and key.
     fn weights(&self, q: &[f32], k: &[f32], row: usize, head: usize, out: &mut Vec<f32>, slopes: &mut Vec<f32>) {
-        let AttentionParams { scale, softcap, alibi_slopes, distance_bias, .. } = &self.params;
+        let AttentionParams { scale, softcap, alibi_slopes, relative_position_bias, .. } = &self.params;
         let kv_head = head / (self.heads / self.kv_heads);
         let seen = &self.seen[row];
         out.clear();
@@ -126,7 +126,7 @@ impl Attention {
         if let Some(alibi) = alibi_slopes {
             out.iter_mut().enumerate().for_each(|(i, score)| *score -= alibi[head] * (seen.place - i) as f32);
         }
-        if let Some(bias) = distance_bias {
+        if let Some(bias) = relative_position_bias {
             out.iter_mut().enumerate().for_each(|(i, score)| *score += bias.at(head, seen.place, i));
         }
         let max = out.iter().copied().fold(f32::NEG_INFINITY, f32::max);

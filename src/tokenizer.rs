@@ -2,73 +2,74 @@
 
 use std::{fmt, sync::Arc};
 
-use tokenizers::{Tokenizer, step_decode_stream};
+use tokenizers::step_decode_stream;
 
 use crate::model::{ModelError, ModelFiles};
 
 /// The model's tokenizer. Cheap to clone.
 #[derive(Clone)]
-pub struct Text {
-    tokenizer: Arc<Tokenizer>,
+pub struct Tokenizer {
+    inner: Arc<tokenizers::Tokenizer>,
 }
 
-/// Why a tokenizer cannot be read or a text cannot be encoded.
+/// Why a tokenizer cannot be read or a text cannot be tokenized.
 #[derive(Debug, thiserror::Error)]
-pub enum TextError {
+pub enum TokenizerError {
     #[error(transparent)]
     File(#[from] ModelError),
     #[error("cannot read tokenizer.json: {0}")]
-    Tokenizer(#[source] tokenizers::Error),
-    #[error("cannot encode the text: {0}")]
-    Encode(#[source] tokenizers::Error),
+    Parse(#[source] tokenizers::Error),
+    #[error("cannot tokenize the text: {0}")]
+    Tokenize(#[source] tokenizers::Error),
     #[error("cannot decode the tokens: {0}")]
     Decode(#[source] tokenizers::Error),
 }
 
-impl Text {
+impl Tokenizer {
     /// Reads `tokenizer.json`. Truncation and padding that it may ask for are switched off: a
-    /// text is encoded whole and alone.
-    pub fn load(files: &ModelFiles) -> Result<Self, TextError> {
-        let mut tokenizer = Tokenizer::from_bytes(files.read("tokenizer.json")?).map_err(TextError::Tokenizer)?;
+    /// text is tokenized whole and alone.
+    pub fn load(files: &ModelFiles) -> Result<Self, TokenizerError> {
+        let mut tokenizer =
+            tokenizers::Tokenizer::from_bytes(files.read("tokenizer.json")?).map_err(TokenizerError::Parse)?;
         tokenizer.with_padding(None);
-        tokenizer.with_truncation(None).map_err(TextError::Tokenizer)?;
-        Ok(Self { tokenizer: Arc::new(tokenizer) })
+        tokenizer.with_truncation(None).map_err(TokenizerError::Parse)?;
+        Ok(Self { inner: Arc::new(tokenizer) })
     }
 
     /// Ids with the special tokens that the tokenizer's own post-processor adds (BOS).
-    pub fn encode(&self, text: &str) -> Result<Vec<u32>, TextError> {
-        self.encode_as(text, true)
+    pub fn tokenize(&self, text: &str) -> Result<Vec<u32>, TokenizerError> {
+        self.tokenize_as(text, true)
     }
 
     /// Ids of a text that continues another: no special tokens.
-    pub fn encode_continuation(&self, text: &str) -> Result<Vec<u32>, TextError> {
-        self.encode_as(text, false)
+    pub fn tokenize_continuation(&self, text: &str) -> Result<Vec<u32>, TokenizerError> {
+        self.tokenize_as(text, false)
     }
 
-    fn encode_as(&self, text: &str, special: bool) -> Result<Vec<u32>, TextError> {
-        let encoding = self.tokenizer.encode_fast(text, special).map_err(TextError::Encode)?;
+    fn tokenize_as(&self, text: &str, special: bool) -> Result<Vec<u32>, TokenizerError> {
+        let encoding = self.inner.encode_fast(text, special).map_err(TokenizerError::Tokenize)?;
         Ok(encoding.get_ids().to_vec())
     }
 
     /// The text of ids, special tokens left out.
-    pub fn decode(&self, ids: &[u32]) -> Result<String, TextError> {
-        self.tokenizer.decode(ids, true).map_err(TextError::Decode)
+    pub fn decode(&self, ids: &[u32]) -> Result<String, TokenizerError> {
+        self.inner.decode(ids, true).map_err(TokenizerError::Decode)
     }
 
     /// One token as it would be shown alone, special tokens by name. A token that is part of a
     /// character only shows U+FFFD.
     pub fn token_text(&self, id: u32) -> String {
-        self.tokenizer.decode(&[id], false).unwrap_or_default()
+        self.inner.decode(&[id], false).unwrap_or_default()
     }
 
     /// Whether an id is a special token, such as BOS or padding.
     pub fn is_special(&self, id: u32) -> bool {
-        self.tokenizer.get_added_tokens_decoder().get(&id).is_some_and(|t| t.special)
+        self.inner.get_added_tokens_decoder().get(&id).is_some_and(|t| t.special)
     }
 
     /// Ids in the tokenizer, added tokens included. The model's table may be larger.
     pub fn vocab_size(&self) -> usize {
-        self.tokenizer.get_vocab_size(true)
+        self.inner.get_vocab_size(true)
     }
 
     /// Starts a streamed answer that ends before the first of the stop strings; empty ones are
@@ -76,7 +77,7 @@ impl Text {
     pub fn detokenizer(&self, mut stop: Vec<String>) -> Detokenizer {
         stop.retain(|s| !s.is_empty());
         Detokenizer {
-            text: self.clone(),
+            tokenizer: self.clone(),
             ids: Vec::new(),
             prefix: String::new(),
             prefix_index: 0,
@@ -85,9 +86,9 @@ impl Text {
     }
 }
 
-impl fmt::Debug for Text {
+impl fmt::Debug for Tokenizer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Text").field("vocab_size", &self.vocab_size()).finish()
+        f.debug_struct("Tokenizer").field("vocab_size", &self.vocab_size()).finish()
     }
 }
 
@@ -95,7 +96,7 @@ impl fmt::Debug for Text {
 /// be the beginning of a stop string.
 #[derive(Debug)]
 pub struct Detokenizer {
-    text: Text,
+    tokenizer: Tokenizer,
     // The state of tokenizers' DecodeStream, which borrows its tokenizer and so cannot be kept.
     ids: Vec<u32>,
     prefix: String,
@@ -114,16 +115,16 @@ pub struct Delta {
 
 impl Detokenizer {
     /// Adds one token.
-    pub fn push(&mut self, id: u32) -> Result<Delta, TextError> {
-        let Self { text, ids, prefix, prefix_index, stop } = self;
-        let new = step_decode_stream(&text.tokenizer, vec![id], true, ids, prefix, prefix_index);
-        Ok(stop.push(&new.map_err(TextError::Decode)?.unwrap_or_default()))
+    pub fn push(&mut self, id: u32) -> Result<Delta, TokenizerError> {
+        let Self { tokenizer, ids, prefix, prefix_index, stop } = self;
+        let new = step_decode_stream(&tokenizer.inner, vec![id], true, ids, prefix, prefix_index);
+        Ok(stop.push(&new.map_err(TokenizerError::Decode)?.unwrap_or_default()))
     }
 
     /// The text still held back, once no token follows. A character that was never completed
     /// becomes U+FFFD.
-    pub fn finish(&mut self) -> Result<Delta, TextError> {
-        let whole = self.text.decode(&self.ids)?;
+    pub fn finish(&mut self) -> Result<Delta, TokenizerError> {
+        let whole = self.tokenizer.decode(&self.ids)?;
         let rest = whole.strip_prefix(self.prefix.as_str()).unwrap_or_default().to_owned();
         self.prefix = whole;
         let mut delta = self.stop.push(&rest);

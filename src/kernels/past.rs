@@ -7,12 +7,12 @@ use candle_core::{Result, Tensor, bail};
 /// for what the forward pass computes at those rows, which nothing reads then, so the rows
 /// themselves may be anything. Gradients flow to them.
 #[derive(Debug, Clone)]
-pub struct GivenKeyValues {
+pub struct PastKeyValues {
     /// For each layer, both `[n, kv_heads, head_dim]`; keys as attention reads them, rotated.
     pub layers: Vec<(Tensor, Tensor)>,
 }
 
-impl GivenKeyValues {
+impl PastKeyValues {
     /// Computed keys and values `[t, kv_heads, head_dim]` of a layer, the first n replaced.
     pub fn replace(&self, layer: usize, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
         let Some((keys, values)) = self.layers.get(layer) else {
@@ -50,13 +50,13 @@ mod tests {
         let (n, lengths) = (3, [4, 1, 2]);
         let (q, k, v) = (random((10, 4, 8)), random((10, 2, 8)), random((10, 2, 8)));
         let (keys, values_) = (random((n, 2, 8)), random((n, 2, 8)));
-        let given = || GivenKeyValues { layers: vec![(keys.as_tensor().clone(), values_.as_tensor().clone())] };
+        let given = || PastKeyValues { layers: vec![(keys.as_tensor().clone(), values_.as_tensor().clone())] };
         let whole = |x: &Var, given: &Var| Tensor::cat(&[given.as_tensor(), &x.narrow(0, n, 7).unwrap()], 0).unwrap();
 
         let mut plain = DenseKernels::with_prefix(n, &lengths, &Device::Cpu).unwrap();
         let expected = attend(&mut plain, &q, &whole(&k, &keys), &whole(&v, &values_));
-        let mut dense = DenseKernels::with_prefix(n, &lengths, &Device::Cpu).unwrap().with_given(given());
-        let mut fused = FusedKernels::with_prefix(n, &lengths).with_given(given());
+        let mut dense = DenseKernels::with_prefix(n, &lengths, &Device::Cpu).unwrap().with_past(given());
+        let mut fused = FusedKernels::with_prefix(n, &lengths).with_past(given());
         let all: [&mut dyn Kernels; 2] = [&mut dense, &mut fused];
         let gradients = |y: &Tensor| {
             let read = y.narrow(0, n, 7).unwrap().sqr().unwrap().sum_all().unwrap().backward().unwrap();
@@ -85,7 +85,7 @@ mod tests {
         let x = random((4, 2, 8)).as_tensor().clone();
         let given = |shape| {
             let x = random(shape).as_tensor().clone();
-            GivenKeyValues { layers: vec![(x.clone(), x)] }
+            PastKeyValues { layers: vec![(x.clone(), x)] }
         };
         assert!(given((4, 2, 8)).replace(0, &x, &x).is_ok());
         assert!(given((4, 2, 8)).replace(1, &x, &x).is_err());

@@ -4,12 +4,12 @@
 /// `[heads, 2 * farthest + 1]`: one number for each head and each distance from `-farthest` to
 /// `farthest`. Keys that are farther away get what the farthest gets.
 #[derive(Debug, Clone, PartialEq)]
-pub struct DistanceBias {
+pub struct RelativePositionBias {
     values: Vec<f32>,
     farthest: usize,
 }
 
-impl DistanceBias {
+impl RelativePositionBias {
     /// The table of a function of the head and of how many positions the key lies after the query.
     pub fn new(heads: usize, farthest: usize, of: impl Fn(usize, isize) -> f32) -> Self {
         let most = farthest as isize;
@@ -42,7 +42,7 @@ mod tests {
 
     #[test]
     fn every_distance_has_its_number_and_farther_ones_have_the_last() {
-        let bias = DistanceBias::new(2, 3, |head, distance| (head * 100) as f32 + distance as f32);
+        let bias = RelativePositionBias::new(2, 3, |head, distance| (head * 100) as f32 + distance as f32);
         assert_eq!(bias.heads(), 2);
         for (query, key, expected) in [(5, 5, 0.0), (5, 3, -2.0), (5, 7, 2.0), (9, 0, -3.0), (0, 9, 3.0)] {
             assert_eq!(bias.at(0, query, key), expected);
