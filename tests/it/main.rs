@@ -18,6 +18,7 @@ mod inspect;
 mod model;
 mod openapi;
 mod parsers;
+mod passes;
 mod peft;
 mod problems;
 mod process;
