@@ -1,6 +1,7 @@
 //! Everything that is tested from outside, in one crate so that it links once.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+mod backends;
 mod bench;
 mod bounds;
 mod convert;
