@@ -14,13 +14,14 @@ use crate::{
         paged::{PagedKernels, Segment},
     },
     model::Model,
+    packing::{self, EmbeddingSource, leading_virtual_tokens},
     prompt::{LearnedPrompt, learned::KeyValues},
 };
 
-/// The model and its cache of keys and values.
+/// The model, which others may share, and a KV cache.
 #[derive(Debug)]
 pub struct Runner {
-    model: Model,
+    model: Arc<Model>,
     cache: KvCache,
 }
 
@@ -60,7 +61,8 @@ impl Runner {
     ///
     /// # Errors
     /// The system does not give the memory.
-    pub fn new(model: Model, num_blocks: usize) -> Result<Self> {
+    pub fn new(model: impl Into<Arc<Model>>, num_blocks: usize) -> Result<Self> {
+        let model = model.into();
         let cache = KvCache::new(model.kv_shape(), num_blocks)?;
         Ok(Self { model, cache })
     }
@@ -96,7 +98,7 @@ impl Runner {
         if inputs.is_empty() {
             return Ok(Vec::new());
         }
-        let x = self.embed(inputs, &self.model.info().device)?;
+        let x = self.embed(inputs)?;
         let segments: Vec<Segment> =
             inputs.iter().map(|input| Segment { rows: input.tokens.len(), start: 0, blocks: Vec::new() }).collect();
         let hidden = self.model.run_encoder(&x, &mut PagedKernels::new(&mut self.cache, &segments))?;
@@ -113,7 +115,7 @@ impl Runner {
     /// to compute.
     fn place<'a>(&mut self, part: Part<'a>) -> Result<Option<Part<'a>>> {
         let Some(LearnedPrompt::KeyValues(prompt)) = part.prompt.map(Arc::as_ref) else { return Ok(Some(part)) };
-        let len = part.tokens.iter().take_while(|token| is_virtual(token)).count();
+        let len = leading_virtual_tokens(part.tokens);
         if len > 0 {
             self.write(prompt, part.start, len, part.blocks)?;
         }
@@ -140,7 +142,7 @@ impl Runner {
 
     fn forward(&mut self, parts: &[Part]) -> Result<Logits> {
         let device = self.model.info().device.clone();
-        let x = self.embed(parts, &device)?;
+        let x = self.embed(parts)?;
         let positions: Vec<u32> =
             parts.iter().flat_map(|p| p.start as u32..(p.start + p.tokens.len()) as u32).collect();
         let positions = Tensor::new(positions, &device)?;
@@ -164,44 +166,14 @@ impl Runner {
     }
 
     /// The packed embeddings of all parts, `[t, hidden]`.
-    fn embed(&self, parts: &[Part], device: &Device) -> Result<Tensor> {
-        let ids: Vec<u32> = parts
-            .iter()
-            .flat_map(|p| p.tokens)
-            .filter_map(|t| match t {
-                InputToken::Vocab(id) => Some(*id),
-                InputToken::Virtual(_) => None,
-            })
-            .collect();
-        let words = if ids.is_empty() { None } else { Some(self.model.embed(&Tensor::new(ids, device)?)?) };
-        let mut rows = Vec::new();
-        let mut taken = 0;
-        for part in parts {
-            for run in part.tokens.chunk_by(|a, b| is_virtual(a) == is_virtual(b)) {
-                match (run[0], &words) {
-                    (InputToken::Virtual(first), _) => {
-                        let Some(LearnedPrompt::Embeddings(prompt)) = part.prompt.map(Arc::as_ref) else {
-                            bail!("a sequence has virtual tokens but no prompt")
-                        };
-                        rows.push(
-                            prompt
-                                .rows
-                                .narrow(0, first as usize, run.len())?
-                                .to_dtype(self.model.activation_dtype())?,
-                        );
-                    }
-                    (InputToken::Vocab(_), Some(words)) => {
-                        rows.push(words.narrow(0, taken, run.len())?);
-                        taken += run.len();
-                    }
-                    (InputToken::Vocab(_), None) => bail!("vocabulary tokens without embeddings"),
-                }
-            }
-        }
-        Tensor::cat(&rows, 0)
+    fn embed<'a>(&self, parts: &[Part<'a>]) -> Result<Tensor> {
+        let source = |part: &Part<'a>| {
+            let prompt_rows = match part.prompt.map(Arc::as_ref) {
+                Some(LearnedPrompt::Embeddings(prompt)) => Some(&prompt.rows),
+                Some(LearnedPrompt::KeyValues(_)) | None => None,
+            };
+            EmbeddingSource { tokens: part.tokens, prompt_rows }
+        };
+        packing::embed(&self.model, &parts.iter().map(source).collect::<Vec<_>>())
     }
-}
-
-fn is_virtual(token: &InputToken) -> bool {
-    matches!(token, InputToken::Virtual(_))
 }
