@@ -141,11 +141,7 @@ impl Packing {
     /// The same with bounds that are at most these: positions of an encoder's input, and of a decoder's
     /// sequence with its new tokens.
     pub fn bounded(self, max_encoder: usize, max_decoder: usize) -> Self {
-        Self {
-            max_encoder: self.max_encoder.min(max_encoder),
-            max_decoder: self.max_decoder.min(max_decoder),
-            ..self
-        }
+        Self { max_encoder: self.max_encoder.min(max_encoder), max_decoder: self.max_decoder.min(max_decoder), ..self }
     }
 
     /// The most positions of the decoder's sequence, its new tokens included.
@@ -231,9 +227,7 @@ impl TokenBudget {
     /// Which of them is too long.
     pub fn check(self, input: usize, output: usize) -> Result<(), BudgetError> {
         match self.shared {
-            true if input + output > self.output => {
-                Err(BudgetError::Sequence { input, output, limit: self.output })
-            }
+            true if input + output > self.output => Err(BudgetError::Sequence { input, output, limit: self.output }),
             false if input > self.input => Err(BudgetError::Input { found: input, limit: self.input }),
             false if output > self.output => Err(BudgetError::Output { found: output, limit: self.output }),
             _ => Ok(()),

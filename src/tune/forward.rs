@@ -1,7 +1,7 @@
-//! A batch through the forward that serves: laid out for a decoder, or for an encoder and the decoder
-//! after it.
+//! The forward passes of a tuning run, all through one struct that lives as long as the run: a batch laid
+//! out for a decoder, or for an encoder and the decoder after it, on kernels with gradients.
 
-use std::{collections::HashMap, ops::Range};
+use std::{collections::HashMap, ops::Range, sync::Arc};
 
 use candle_core::{DType, Device, Result, Tensor, bail};
 
@@ -9,141 +9,171 @@ use super::data::TokenizedExample;
 use crate::{
     kernels::{Kernels, cross::EncodedBatch, dense::DenseKernels, fused::FusedKernels, past::PastKeyValues},
     model::Model,
+    packing::{self, EmbeddingSource, InputToken, PackedInput, Packing, PromptShape, leading_virtual_tokens},
     prompt::learned::{KeyValues, LearnedPrompt},
 };
 
-/// The final hidden states of the rows that predict the answers' tokens, `[answer tokens, hidden]`:
-/// for a decoder of `[prompt][input][answer]`; for an encoder-decoder of `[start][answer]`, after the
-/// encoder's `[prompt][input]` or a prompt of key-values. `prompt` is in any float type; with none, the
-/// model answers on its own.
-pub fn answer_states(model: &Model, prompt: Option<&LearnedPrompt>, batch: &[&TokenizedExample]) -> Result<Tensor> {
-    let Some(encoder) = &model.info().encoder else {
-        let texts: Vec<_> = batch.iter().map(|e| (e.input_ids.as_slice(), e.answer.as_slice())).collect();
-        return decode(model, prompt, &texts, None);
-    };
-    let inputs: Vec<&[u32]> = batch.iter().map(|e| e.input_ids.as_slice()).collect();
-    let start = [encoder.start_token];
-    let texts: Vec<_> = batch.iter().map(|e| (start.as_slice(), e.answer.as_slice())).collect();
-    match prompt {
-        Some(LearnedPrompt::Embeddings(embeddings)) => {
-            decode(model, None, &texts, Some(run_encoder(model, Some(&embeddings.rows), &inputs)?))
-        }
-        Some(LearnedPrompt::KeyValues(_)) | None => {
-            decode(model, prompt, &texts, Some(run_encoder(model, None, &inputs)?))
-        }
-    }
+/// Forward passes of a model with gradients. What a run keeps beside the model for its gradients belongs
+/// here and goes with it; the model may be shared with whoever serves it.
+#[derive(Debug, Clone)]
+pub struct Forward {
+    model: Arc<Model>,
+    packing: Packing,
 }
 
-/// What the encoder makes of `[rows][input]` of each input, for the decoder. Equal inputs are computed
-/// once.
-///
-/// # Errors
-/// The model has no encoder, or an input is empty and there are no rows.
-pub fn run_encoder(model: &Model, rows: Option<&Tensor>, inputs: &[&[u32]]) -> Result<EncodedBatch> {
-    let device = &model.info().device;
-    let n = rows.map_or(Ok(0), |rows| rows.dim(0))?;
-    let rows = rows.map(|rows| rows.to_device(device)?.to_dtype(model.activation_dtype())).transpose()?;
-    let (mut parts, mut lengths, mut end) = (Vec::new(), Vec::new(), 0);
-    let mut places: HashMap<&[u32], Range<usize>> = HashMap::new();
-    for &input in inputs {
-        let length = n + input.len();
-        if length == 0 {
-            bail!("an example has neither virtual tokens nor an input");
-        }
-        if places.contains_key(input) {
-            continue;
-        }
-        parts.extend(rows.clone());
-        if !input.is_empty() {
-            parts.push(model.embed(&Tensor::new(input, device)?)?);
-        }
-        places.insert(input, end..end + length);
-        lengths.push(length);
-        end += length;
-    }
-    let x = Tensor::cat(&parts, 0)?;
-    let mut kernels: Box<dyn Kernels> = match FusedKernels::fit(device, x.dtype()) {
-        true => Box::new(FusedKernels::with_prefix(0, &lengths)),
-        false => Box::new(DenseKernels::new(&lengths, device)?),
-    };
-    let hidden = model.run_encoder(&x, kernels.as_mut())?;
-    let inputs = inputs.iter().map(|input| places[input].clone()).collect();
-    Ok(EncodedBatch { layers: model.cross_key_values(&hidden)?, inputs })
+/// An example's positions, and the decoder's rows that predict its answer.
+struct PackedExample {
+    input: PackedInput,
+    predicting: Range<usize>,
 }
 
-/// The decoder over `[prompt][input][answer]` of each text, an input and an answer: the rows that predict the
-/// answers. The prompt's rows are computed once for the whole batch.
-fn decode(
-    model: &Model,
-    prompt: Option<&LearnedPrompt>,
-    texts: &[(&[u32], &[u32])],
-    encoded: Option<EncodedBatch>,
-) -> Result<Tensor> {
-    let device = &model.info().device;
-    let n = prompt.map_or(0, LearnedPrompt::num_virtual_tokens);
-    let given = matches!(prompt, Some(LearnedPrompt::KeyValues(_)));
-    let mut ids: Vec<u32> = Vec::new();
-    let mut positions: Vec<u32> = (0..n as u32).collect();
-    let mut lengths = Vec::with_capacity(texts.len());
-    let mut answer_rows: Vec<u32> = Vec::new();
-    for (input, answer) in texts {
-        if n + input.len() == 0 {
-            bail!("an example has neither virtual tokens nor an input");
-        }
-        if given && input.is_empty() {
-            bail!("an example has no input, and key-values need a text to continue; its template should add one");
-        }
-        let start = n + ids.len();
-        ids.extend(*input);
-        // The last answer token is predicted and never read.
-        ids.extend(&answer[..answer.len() - 1]);
-        let length = n + ids.len() - start;
-        positions.extend((n..n + length).map(|p| p as u32));
-        lengths.push(length);
-        // The row before an answer token predicts it: for an empty input the prompt's last row.
-        let before = |j: usize| match input.len() + j {
-            0 => n - 1,
-            k => start + k - 1,
+impl Forward {
+    /// Forward passes of this model.
+    pub fn new(model: impl Into<Arc<Model>>) -> Self {
+        let model = model.into();
+        let packing = Packing::of(model.info());
+        Self { model, packing }
+    }
+
+    /// The model.
+    pub fn model(&self) -> &Arc<Model> {
+        &self.model
+    }
+
+    /// How the model reads an input.
+    pub fn packing(&self) -> Packing {
+        self.packing
+    }
+
+    /// The logits that predict the answers' tokens, `[answer tokens, vocab]`, with the answers given
+    /// (teacher forcing). `prompt` is in any float type; with none, the model answers on its own.
+    ///
+    /// # Errors
+    /// An example has nothing to read before its answer.
+    pub fn answer_logits(&self, prompt: Option<&LearnedPrompt>, batch: &[&TokenizedExample]) -> Result<Tensor> {
+        let shape = PromptShape::of(prompt);
+        let pack = |example: &&TokenizedExample| {
+            let tokens = shape.followed_by(&example.input_ids);
+            let mut input = self.packing.pack(shape, tokens).map_err(candle_core::Error::wrap)?;
+            let predicting = input.continued_by(&example.answer);
+            Ok(PackedExample { input, predicting })
         };
-        answer_rows.extend((0..answer.len()).map(|j| before(j) as u32));
+        let packed = batch.iter().map(pack).collect::<Result<Vec<_>>>()?;
+        let inputs: Vec<&[InputToken]> = packed.iter().filter_map(|example| example.input.encoder.as_deref()).collect();
+        let rows = match prompt {
+            Some(LearnedPrompt::Embeddings(embeddings)) => Some(&embeddings.rows),
+            Some(LearnedPrompt::KeyValues(_)) | None => None,
+        };
+        let encoded = if inputs.is_empty() { None } else { Some(self.run_encoder(rows, &inputs)?) };
+        self.model.logits(&self.decode(prompt, &packed, encoded)?)
     }
-    if lengths.contains(&0) {
-        bail!("an example has no input and an answer of one token; its template should add a text");
+
+    /// The keys and values `[n, kv_heads, head_dim]` of each layer of the decoder for a text of `n` tokens,
+    /// after an encoder that has read `encoder_ids`, if the model has one.
+    pub fn key_values(&self, ids: &[u32], encoder_ids: &[u32]) -> Result<Vec<(Tensor, Tensor)>> {
+        let device = &self.model.info().device;
+        let encoded = match &self.model.info().encoder {
+            None => None,
+            Some(_) => Some(self.run_encoder(None, &[&PromptShape::None.followed_by(encoder_ids)])?),
+        };
+        let positions: Vec<u32> = (0..ids.len() as u32).collect();
+        let mut kernels = DenseKernels::new(&[ids.len()], device)?.with_encoded(encoded).recording();
+        let x = self.model.embed(&Tensor::new(ids, device)?)?;
+        // What is wanted is recorded on the way to the last row.
+        let last = Tensor::new(&[ids.len() as u32 - 1], device)?;
+        self.model.forward(&x, &Tensor::new(positions, device)?, &last, &mut kernels)?;
+        Ok(kernels.into_recorded())
     }
-    let mut x = model.embed(&Tensor::new(ids, device)?)?;
-    let rows = match prompt {
-        Some(LearnedPrompt::Embeddings(embeddings)) => Some(embeddings.rows.to_dtype(x.dtype())?),
-        // The rows only take the places: attention reads what is given instead.
-        Some(LearnedPrompt::KeyValues(_)) => Some(Tensor::zeros((n, x.dim(1)?), x.dtype(), device)?),
-        None => None,
-    };
-    if let Some(rows) = rows {
-        x = Tensor::cat(&[&rows, &x], 0)?;
+
+    /// What the encoder makes of each input, for the decoder; `prompt_rows` stand for virtual tokens. Equal
+    /// inputs are computed once.
+    fn run_encoder(&self, prompt_rows: Option<&Tensor>, inputs: &[&[InputToken]]) -> Result<EncodedBatch> {
+        let device = &self.model.info().device;
+        // Converted once for all inputs.
+        let dtype = self.model.activation_dtype();
+        let prompt_rows = prompt_rows.map(|rows| rows.to_device(device)?.to_dtype(dtype)).transpose()?;
+        let (mut sources, mut lengths, mut end) = (Vec::new(), Vec::new(), 0);
+        let mut rows_of: HashMap<&[InputToken], Range<usize>> = HashMap::new();
+        for &tokens in inputs {
+            if rows_of.contains_key(tokens) {
+                continue;
+            }
+            sources.push(EmbeddingSource { tokens, prompt_rows: prompt_rows.as_ref() });
+            rows_of.insert(tokens, end..end + tokens.len());
+            lengths.push(tokens.len());
+            end += tokens.len();
+        }
+        let x = packing::embed(&self.model, &sources)?;
+        let mut kernels: Box<dyn Kernels> = match FusedKernels::fit(device, x.dtype()) {
+            true => Box::new(FusedKernels::with_prefix(0, &lengths)),
+            false => Box::new(DenseKernels::new(&lengths, device)?),
+        };
+        let hidden = self.model.run_encoder(&x, kernels.as_mut())?;
+        let inputs = inputs.iter().map(|input| rows_of[input].clone()).collect();
+        Ok(EncodedBatch { layers: self.model.cross_key_values(&hidden)?, inputs })
     }
-    let mut kernels = kernels(prompt, &lengths, encoded, device, x.dtype())?;
-    model.forward(&x, &Tensor::new(positions, device)?, &Tensor::new(answer_rows, device)?, kernels.as_mut())
+
+    /// The decoder over a batch: the final hidden states of the rows that predict the answers, `[answer
+    /// tokens, hidden]`. The learned prompt's rows, if the decoder reads it, are computed once for the whole
+    /// batch.
+    fn decode(
+        &self,
+        prompt: Option<&LearnedPrompt>,
+        batch: &[PackedExample],
+        encoded: Option<EncodedBatch>,
+    ) -> Result<Tensor> {
+        let device = &self.model.info().device;
+        let n = batch.first().map_or(0, |example| leading_virtual_tokens(&example.input.decoder));
+        let mut tokens: Vec<InputToken> = (0..n as u32).map(InputToken::Virtual).collect();
+        let mut positions: Vec<u32> = (0..n as u32).collect();
+        let mut lengths = Vec::with_capacity(batch.len());
+        let mut answer_rows: Vec<u32> = Vec::new();
+        for PackedExample { input, predicting } in batch {
+            let text = &input.decoder[n..];
+            if text.is_empty() {
+                bail!("an example has no input and an answer of one token; its template should add a text");
+            }
+            // Position n of this example is this row of the batch.
+            let first = tokens.len();
+            tokens.extend(text);
+            positions.extend((n..n + text.len()).map(|position| position as u32));
+            lengths.push(text.len());
+            let row = |position: usize| if position < n { position } else { first + position - n };
+            answer_rows.extend(predicting.clone().map(|position| row(position) as u32));
+        }
+        let (past, prompt_rows) = match prompt.filter(|_| n > 0) {
+            Some(LearnedPrompt::Embeddings(embeddings)) => (None, Some(embeddings.rows.clone())),
+            // Attention reads the past key values; what the rows in their positions hold does not matter.
+            Some(LearnedPrompt::KeyValues(prompt)) => {
+                let rows = Tensor::zeros((n, self.model.info().hidden_size), self.model.activation_dtype(), device)?;
+                (Some(past_key_values(prompt)?), Some(rows))
+            }
+            None => (None, None),
+        };
+        let source = EmbeddingSource { tokens: &tokens, prompt_rows: prompt_rows.as_ref() };
+        let x = packing::embed(&self.model, &[source])?;
+        let mut kernels = kernels(n, &lengths, past, encoded, device, x.dtype())?;
+        let (positions, rows) = (Tensor::new(positions, device)?, Tensor::new(answer_rows, device)?);
+        self.model.forward(&x, &positions, &rows, kernels.as_mut())
+    }
 }
 
-/// The tuning kernels for `[prompt][text]` of these lengths of text.
+/// The tuning kernels for texts of these lengths after `n` virtual tokens that they share.
 fn kernels(
-    prompt: Option<&LearnedPrompt>,
+    n: usize,
     lengths: &[usize],
+    past: Option<PastKeyValues>,
     encoded: Option<EncodedBatch>,
     device: &Device,
     dtype: DType,
 ) -> Result<Box<dyn Kernels>> {
-    let n = prompt.map_or(0, LearnedPrompt::num_virtual_tokens);
-    let given = match prompt {
-        Some(LearnedPrompt::KeyValues(prompt)) => Some(given(prompt)?),
-        _ => None,
-    };
     Ok(match FusedKernels::fit(device, dtype) {
-        true => Box::new(FusedKernels::with_prefix(n, lengths).with_past(given).with_encoded(encoded)),
-        false => Box::new(DenseKernels::with_prefix(n, lengths, device)?.with_past(given).with_encoded(encoded)),
+        true => Box::new(FusedKernels::with_prefix(n, lengths).with_past(past).with_encoded(encoded)),
+        false => Box::new(DenseKernels::with_prefix(n, lengths, device)?.with_past(past).with_encoded(encoded)),
     })
 }
 
-fn given(prompt: &KeyValues) -> Result<PastKeyValues> {
+fn past_key_values(prompt: &KeyValues) -> Result<PastKeyValues> {
     let layers = prompt.layers.iter().map(|l| Ok((l.keys.transpose(0, 1)?, l.values.transpose(0, 1)?)));
     Ok(PastKeyValues { layers: layers.collect::<Result<_>>()? })
 }
