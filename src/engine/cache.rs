@@ -106,7 +106,7 @@ impl Cache {
 
     /// Makes what a sequence has computed known to others, after `num_computed` went up.
     pub fn commit(&mut self, sequence: &mut Sequence) {
-        let Some(namespace) = sequence.namespace.filter(|_| self.index.is_some()) else { return };
+        let Some(namespace) = self.committed_to(sequence) else { return };
         self.commit_whole_blocks(sequence, namespace);
         let prompt_done = sequence.num_virtual > 0 && sequence.num_computed >= sequence.num_virtual;
         if prompt_done && !self.prompts.contains(namespace) {
@@ -117,9 +117,14 @@ impl Cache {
         }
     }
 
+    /// Where what a sequence computes becomes known to others.
+    fn committed_to(&self, sequence: &Sequence) -> Option<CacheNamespace> {
+        sequence.namespace.filter(|_| self.index.is_some() && sequence.commits)
+    }
+
     /// Takes a sequence's blocks back and keeps what others may want.
     pub fn release(&mut self, sequence: &mut Sequence) {
-        if let Some(namespace) = sequence.namespace.filter(|_| self.index.is_some()) {
+        if let Some(namespace) = self.committed_to(sequence) {
             self.commit_tail(sequence, namespace);
         }
         self.drop_table(sequence);
@@ -183,11 +188,11 @@ impl Cache {
     }
 
     /// The whole blocks that hold a sequence's beginning, and the block that holds some of what
-    /// follows, with how much. The last token is never among them: its logits are wanted.
+    /// follows, with how much. Never among them is a position whose logits are wanted, such as the last.
     fn find(&self, sequence: &Sequence) -> (Vec<BlockId>, Option<(BlockId, usize)>) {
         let mut shared = Vec::new();
         let (Some(index), Some(namespace)) = (&self.index, sequence.namespace) else { return (shared, None) };
-        let known = &sequence.tokens[..sequence.tokens.len().saturating_sub(1)];
+        let known = &sequence.tokens[..sequence.wanted_from()];
         let mut parent = ChainHash::namespace(namespace);
         for tokens in known.chunks(BLOCK_SIZE) {
             match index.find(parent, tokens) {

@@ -25,6 +25,16 @@ pub enum InputKey {
     Own(SequenceId),
 }
 
+impl InputKey {
+    /// A namespace of the decoder's keys and values after this input, which depend on all of it.
+    pub fn as_namespace(self) -> CacheNamespace {
+        match self {
+            Self::Content(content) => content.as_namespace(),
+            Self::Own(id) => CacheNamespace::of_request(id.0),
+        }
+    }
+}
+
 /// The bounds of the encoder's output in the batch.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct EncoderLimits {

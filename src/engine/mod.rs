@@ -14,8 +14,9 @@ pub mod queue;
 pub mod quota;
 pub mod request;
 pub mod runner;
-pub mod sampler;
+pub mod sampling;
 pub mod scheduler;
+pub mod score;
 pub mod sequence;
 mod stats;
 mod trial;
@@ -41,9 +42,10 @@ use crate::{
 use admission::{Admission, Slot};
 use encoder::EncoderLimits;
 use prefix::ChainHash;
-use request::{CacheNamespace, Event, InputToken, Request};
+use request::{CacheNamespace, Event, Goal, InputToken, Request, SamplingParams};
 use runner::Runner;
 use scheduler::Limits;
+use score::{MAX_CONTINUATION_TOKENS, MAX_CONTINUATIONS, ScorePlan};
 use stats::Counters;
 pub use stats::EngineStats;
 
@@ -118,12 +120,20 @@ enum Mail {
 #[derive(Debug)]
 struct Job {
     request: Request,
+    work: Work,
     /// The encoder's input, if the model has an encoder, and the name of its content; the request's
     /// tokens are the decoder's.
     encoder: Option<(Vec<InputToken>, Option<ChainHash>)>,
     events: mpsc::Sender<Event>,
     cached_tokens: Arc<AtomicUsize>,
     slot: Slot,
+}
+
+/// A request's goal, checked.
+#[derive(Debug)]
+enum Work {
+    Generate(SamplingParams),
+    Score(ScorePlan),
 }
 
 /// A learned prompt to compute ahead of its first request.
@@ -174,6 +184,12 @@ pub enum SubmitError {
     /// The encoder's input is longer than it may be.
     #[error("the encoder's input takes {found} positions, at most {limit} are taken")]
     EncoderTooLong { found: usize, limit: usize },
+    /// There are more continuations to score than a request may have, or they have more tokens.
+    #[error(
+        "{continuations} continuations with {tokens} tokens were given, at most {MAX_CONTINUATIONS} with \
+         {MAX_CONTINUATION_TOKENS} are scored at once"
+    )]
+    TooManyContinuations { continuations: usize, tokens: usize },
 }
 
 impl From<PackingError> for SubmitError {
@@ -277,7 +293,12 @@ impl Engine {
     /// prompt of keys and values is the decoder's.
     pub fn submit(&self, mut request: Request) -> Result<EventStream, SubmitError> {
         let shared = &self.shared;
-        if request.tokens.is_empty() || request.sampling.max_tokens == 0 {
+        let mut work = match &request.goal {
+            Goal::Generate(sampling) if sampling.max_tokens > 0 => Work::Generate(sampling.clone()),
+            Goal::Generate(_) => return Err(SubmitError::Empty),
+            Goal::Score(continuations) => Work::Score(ScorePlan::new(continuations)?),
+        };
+        if request.tokens.is_empty() {
             return Err(SubmitError::Empty);
         }
         let shape = PromptShape::of(request.prompt.as_deref());
@@ -289,15 +310,25 @@ impl Engine {
             (input, content)
         });
         let left = shared.packing.max_decoder() - request.tokens.len();
-        request.sampling.max_tokens = request.sampling.max_tokens.min(left);
+        // One event a token and one at the end: sending never has to wait.
+        let most_events = match &mut work {
+            Work::Generate(sampling) => {
+                sampling.max_tokens = sampling.max_tokens.min(left);
+                sampling.max_tokens + 1
+            }
+            Work::Score(plan) if plan.longest() <= left => 1,
+            Work::Score(plan) => {
+                let found = request.tokens.len() + plan.longest();
+                return Err(SubmitError::TooLong { found, limit: shared.packing.max_decoder() });
+            }
+        };
         if shared.draining.load(Relaxed) {
             return Err(SubmitError::Closed);
         }
         let slot = Admission::take(&shared.waiting, request.tenant.key).map_err(|limit| SubmitError::Full { limit })?;
-        // One event a token and one at the end: sending never has to wait.
-        let (events, stream) = mpsc::channel(request.sampling.max_tokens + 1);
+        let (events, stream) = mpsc::channel(most_events);
         let cached_tokens = Arc::new(AtomicUsize::new(0));
-        let job = Job { request, encoder, events, cached_tokens: Arc::clone(&cached_tokens), slot };
+        let job = Job { request, work, encoder, events, cached_tokens: Arc::clone(&cached_tokens), slot };
         self.mail.try_send(Mail::Job(Box::new(job))).map_err(|e| match e {
             TrySendError::Full(_) => SubmitError::Full { limit: shared.waiting.limit() },
             TrySendError::Closed(_) => SubmitError::Closed,

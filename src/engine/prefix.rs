@@ -26,6 +26,11 @@ impl ChainHash {
         Self(namespace.0)
     }
 
+    /// A namespace of what depends on all of this chain.
+    pub fn as_namespace(self) -> CacheNamespace {
+        CacheNamespace(self.0)
+    }
+
     /// The name of this chain and one more block.
     pub fn next(self, tokens: &[InputToken]) -> Self {
         let mut hash = Sha256::new();

@@ -2,6 +2,7 @@
 
 use std::{sync::Arc, time::Instant};
 
+use super::sampling::mask::TokenConstraint;
 pub use crate::packing::InputToken;
 use crate::{packing::PromptShape, prompt::LearnedPrompt};
 
@@ -14,6 +15,14 @@ pub struct CacheNamespace(pub [u8; 32]);
 impl CacheNamespace {
     /// The namespace of sequences without a learned prompt.
     pub const TEXT: Self = Self([0; 32]);
+
+    /// A namespace that no other request of an engine has.
+    pub(super) fn of_request(number: u64) -> Self {
+        // Not a digest: one with so many equal bytes does not come up.
+        let mut bytes = [0xa5; 32];
+        bytes[..8].copy_from_slice(&number.to_le_bytes());
+        Self(bytes)
+    }
 }
 
 /// Whom a request's work is counted for when the engine shares itself out.
@@ -39,8 +48,8 @@ pub struct Request {
     pub tokens: Vec<InputToken>,
     /// Where the virtual tokens' embeddings come from.
     pub prompt: Option<Arc<LearnedPrompt>>,
-    /// How to choose the new tokens.
-    pub sampling: SamplingParams,
+    /// What is wanted of the input.
+    pub goal: Goal,
     /// When to give up, with [`FinishReason::Timeout`].
     pub deadline: Option<Instant>,
     /// Whose cached keys and values may be used; `None` shares nothing.
@@ -56,12 +65,28 @@ impl Request {
     pub fn new(prompt: Option<Arc<LearnedPrompt>>, ids: &[u32], sampling: SamplingParams) -> Self {
         let tokens = PromptShape::of(prompt.as_deref()).followed_by(ids);
         let namespace = prompt.is_none().then_some(CacheNamespace::TEXT);
-        Self { tokens, prompt, sampling, deadline: None, namespace, tenant: Tenant::default(), priority: 0 }
+        let goal = Goal::Generate(sampling);
+        Self { tokens, prompt, goal, deadline: None, namespace, tenant: Tenant::default(), priority: 0 }
+    }
+
+    /// As [`new`](Self::new), to score continuations of the input.
+    pub fn score(prompt: Option<Arc<LearnedPrompt>>, ids: &[u32], continuations: Vec<Vec<u32>>) -> Self {
+        Self { goal: Goal::Score(continuations), ..Self::new(prompt, ids, SamplingParams::default()) }
     }
 }
 
+/// What is wanted of an input.
+#[derive(Debug, Clone)]
+pub enum Goal {
+    /// New tokens, one after another.
+    Generate(SamplingParams),
+    /// The log-probability of each token of each continuation, at least one token each. What continuations have in
+    /// common is computed once.
+    Score(Vec<Vec<u32>>),
+}
+
 /// How the next token is chosen from the logits.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone)]
 pub struct SamplingParams {
     /// The most new tokens; at least 1.
     pub max_tokens: usize,
@@ -85,6 +110,8 @@ pub struct SamplingParams {
     pub logprobs: Option<usize>,
     /// Tokens that end the sequence and are not part of it (EOS).
     pub stop_tokens: Vec<u32>,
+    /// What the new tokens must obey, such as a grammar.
+    pub constraint: Option<Arc<dyn TokenConstraint>>,
 }
 
 impl Default for SamplingParams {
@@ -101,6 +128,7 @@ impl Default for SamplingParams {
             presence_penalty: 0.0,
             logprobs: None,
             stop_tokens: Vec::new(),
+            constraint: None,
         }
     }
 }
@@ -129,11 +157,18 @@ pub enum FinishReason {
     Timeout,
 }
 
-/// What happens to a request, in order: tokens, then exactly one of the last two.
+/// What happens to a request, in order: tokens, then exactly one of the others.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Event {
     /// A token was chosen.
     Token(GeneratedToken),
+    /// The continuations were scored, and the sequence ended: the natural log-probability of each token of each
+    /// continuation under the model's distribution.
+    Scored {
+        log_probs: Vec<Vec<f32>>,
+        /// Positions of the input whose keys and values were found in the cache.
+        cached_tokens: usize,
+    },
     /// The sequence ended.
     Finished {
         reason: FinishReason,

@@ -35,11 +35,11 @@ pub struct Part<'a> {
     pub prompt: Option<&'a Arc<LearnedPrompt>>,
     /// What the encoder made of the sequence's input, if the model has an encoder.
     pub encoded: Option<&'a CrossKeyValues>,
-    /// Whether the logits after the last of them are wanted.
-    pub wants_logits: bool,
+    /// How many of the last ones have logits that are wanted.
+    pub wanted: usize,
 }
 
-/// What the next tokens are chosen from: a row `[vocab]` of f32 for each part that wants_logits.
+/// What the next tokens are chosen from: a row `[vocab]` of f32 for each position of each part that is wanted.
 #[derive(Debug)]
 pub struct Logits(Option<Tensor>);
 
@@ -115,7 +115,7 @@ impl Runner {
         }
         let rest = Part { tokens: &part.tokens[len..], start: part.start + len, ..part };
         match rest.tokens {
-            [] if part.wants_logits => bail!("there is no text to continue after a prompt of keys and values"),
+            [] if part.wanted > 0 => bail!("there is no text to continue after a prompt of keys and values"),
             [] => Ok(None),
             _ => Ok(Some(rest)),
         }
@@ -138,8 +138,9 @@ impl Runner {
         let x = self.embed(parts)?;
         let segment = |p: &Part| Segment { rows: p.tokens.len(), start: p.start, blocks: p.blocks.to_vec() };
         let mut batch = BatchLayout { segments: parts.iter().map(segment).collect(), ..Default::default() };
-        let lasts = batch.rows().zip(parts).filter(|(_, p)| p.wants_logits).map(|(rows, _)| rows.end as u32 - 1);
-        batch.wanted = lasts.collect();
+        let wanted =
+            |(rows, p): (std::ops::Range<usize>, &Part)| rows.end.saturating_sub(p.wanted) as u32..rows.end as u32;
+        batch.wanted = batch.rows().zip(parts).flat_map(wanted).collect();
         let wants_logits = !batch.wanted.is_empty();
         if !wants_logits {
             // Keys and values are all that is wanted; a pass gives at least one row.

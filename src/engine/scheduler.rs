@@ -58,8 +58,9 @@ pub struct Chunk {
     pub id: SequenceId,
     pub start: usize,
     pub len: usize,
-    /// The chunk ends at the sequence's last token, so the next one is to be chosen.
-    pub wants_logits: bool,
+    /// How many of its last positions have logits that are wanted: the last one's where the next token is to be chosen,
+    /// those of several where continuations are scored.
+    pub wanted: usize,
     /// The encoder's input is computed first, all of it.
     pub encodes: bool,
 }

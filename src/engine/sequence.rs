@@ -24,6 +24,10 @@ pub struct Sequence {
     pub encoder: Option<EncoderInput>,
     /// Whether the encoder's output for it is there.
     pub encoded: bool,
+    /// The first position whose logits are wanted, of a sequence that is scored; of others it is the last.
+    pub scored_from: Option<usize>,
+    /// Whether what it computes is left to those who come after.
+    pub commits: bool,
     /// Positions whose keys and values are in `blocks`; it catches up with `tokens`.
     pub num_computed: usize,
     /// The block table: position p is in block p / BLOCK_SIZE.
@@ -55,6 +59,8 @@ impl Sequence {
             tokens,
             encoder: None,
             encoded: false,
+            scored_from: None,
+            commits: true,
             num_computed: 0,
             blocks: Vec::new(),
             namespace: None,
@@ -71,6 +77,16 @@ impl Sequence {
     /// Positions still to compute before a token can be chosen, without those of an encoder.
     pub fn num_pending(&self) -> usize {
         self.tokens.len() - self.num_computed
+    }
+
+    /// The first position whose logits are wanted: it has to be computed whatever the cache holds.
+    pub fn wanted_from(&self) -> usize {
+        self.scored_from.unwrap_or(self.tokens.len().saturating_sub(1))
+    }
+
+    /// Whether its continuations were to be scored, and all of it is computed.
+    pub fn is_scored(&self) -> bool {
+        self.scored_from.is_some() && self.num_pending() == 0
     }
 
     /// Positions of the encoder's input.

@@ -1,5 +1,8 @@
 //! The engine's thread: take mail, schedule, run, send tokens out; again until drained.
 
+mod rows;
+mod scoring;
+
 use std::{
     collections::HashMap,
     sync::{
@@ -12,21 +15,24 @@ use std::{
 use tokio::sync::mpsc::{self, error::TryRecvError};
 
 use super::{
-    Job, Mail, Shared, Slot, WarmUp,
+    Job, Mail, Shared, Slot, WarmUp, Work,
     encoder::{EncoderInput, InputKey},
     request::{Event, FinishReason, GeneratedToken, InputToken, Request},
     runner::{Logits, Part, Runner},
-    sampler::Sampler,
+    sampling::Sampler,
     scheduler::{Limits, Scheduler, Step},
     sequence::{Sequence, SequenceId},
 };
 use crate::{kernels::cross::CrossKeyValues, prompt::LearnedPrompt};
+use scoring::{Group, GroupId};
 
 /// Everything the thread owns.
 pub(super) struct Worker {
     runner: Runner,
     scheduler: Scheduler,
     jobs: HashMap<SequenceId, Running>,
+    /// Requests that score continuations, each with one sequence or more in `jobs`.
+    groups: HashMap<GroupId, Group>,
     /// What the encoder made of the inputs of running sequences.
     encoded: HashMap<InputKey, CrossKeyValues>,
     /// The prompts that the scheduler is to warm.
@@ -39,9 +45,7 @@ pub(super) struct Worker {
 /// A sequence's side that the scheduler need not see.
 struct Running {
     prompt: Option<Arc<LearnedPrompt>>,
-    sampler: Sampler,
-    stop_tokens: Vec<u32>,
-    remaining: usize,
+    task: Task,
     deadline: Option<Instant>,
     events: mpsc::Sender<Event>,
     /// For the reader of the events: [`EventStream::cached_tokens`](super::EventStream::cached_tokens).
@@ -50,11 +54,25 @@ struct Running {
     slot: Option<Slot>,
 }
 
+/// What becomes of a sequence's logits.
+enum Task {
+    Generate {
+        sampler: Box<Sampler>,
+        stop_tokens: Vec<u32>,
+        remaining: usize,
+    },
+    /// A branch of a request's continuations.
+    Score {
+        group: GroupId,
+        branch: usize,
+    },
+}
+
 impl Worker {
     pub(super) fn new(runner: Runner, limits: Limits, inbox: mpsc::Receiver<Mail>, shared: Arc<Shared>) -> Self {
         let scheduler = Scheduler::new(limits);
-        let (jobs, encoded, warm_ups) = (HashMap::new(), HashMap::new(), HashMap::new());
-        Self { runner, scheduler, jobs, encoded, warm_ups, inbox, shared, next_id: 0 }
+        let (jobs, groups, encoded, warm_ups) = Default::default();
+        Self { runner, scheduler, jobs, groups, encoded, warm_ups, inbox, shared, next_id: 0 }
     }
 
     /// Runs until drained, or until every handle is dropped and nothing is left to do.
@@ -113,29 +131,31 @@ impl Worker {
         SequenceId(self.next_id)
     }
 
-    fn accept(&mut self, Job { request, encoder, events, cached_tokens, slot }: Job) {
+    fn accept(&mut self, Job { request, work, encoder, events, cached_tokens, slot }: Job) {
         let id = self.new_id();
-        let text = request.tokens.iter().filter_map(|t| match t {
-            InputToken::Vocab(id) => Some(*id),
-            InputToken::Virtual(_) => None,
-        });
-        let running = Running {
-            sampler: Sampler::new(request.sampling.clone(), text),
-            prompt: request.prompt,
-            stop_tokens: request.sampling.stop_tokens,
-            remaining: request.sampling.max_tokens,
-            deadline: request.deadline,
-            events,
-            cached_tokens,
-            slot: Some(slot),
-        };
-        self.jobs.insert(id, running);
+        let Request { tokens, prompt, deadline, namespace, tenant, priority, .. } = request;
         let encoder = encoder.map(|(tokens, content)| {
             let key = content.map_or(InputKey::Own(id), InputKey::Content);
             EncoderInput { key, tokens }
         });
-        let Request { namespace, tenant, priority, .. } = request;
-        self.scheduler.add(id, Sequence { namespace, tenant, priority, encoder, ..Sequence::new(request.tokens) });
+        let running = |task| Running { prompt, task, deadline, events, cached_tokens, slot: Some(slot) };
+        match work {
+            Work::Generate(sampling) => {
+                let text = tokens.iter().filter_map(|t| match t {
+                    InputToken::Vocab(id) => Some(*id),
+                    InputToken::Virtual(_) => None,
+                });
+                let (stop_tokens, remaining) = (sampling.stop_tokens.clone(), sampling.max_tokens);
+                let mask = sampling.constraint.as_ref().map(|constraint| constraint.start());
+                let sampler = Box::new(Sampler::new(sampling, text).with_mask(mask));
+                self.jobs.insert(id, running(Task::Generate { sampler, stop_tokens, remaining }));
+                self.scheduler.add(id, Sequence { namespace, tenant, priority, encoder, ..Sequence::new(tokens) });
+            }
+            Work::Score(plan) => {
+                let sequence = Sequence { namespace, tenant, priority, encoder, ..Sequence::new(tokens) };
+                self.accept_score(id, plan, sequence, running(Task::Score { group: id.0, branch: 0 }));
+            }
+        }
     }
 
     /// Ends sequences whose reader went away, whose deadline passed, or that the drain's end cuts.
@@ -173,7 +193,7 @@ impl Worker {
         if !step.chunks.is_empty() {
             let result = copied.and_then(|()| self.compute(&step));
             self.shared.counters.steps.fetch_add(1, Relaxed);
-            match result.and_then(|logits| self.sample(&step, &logits)) {
+            match result.and_then(|logits| self.use_rows(&step, &logits)) {
                 Ok(tokens) => self.deliver(&step, tokens),
                 Err(error) => self.fail(&step, &error),
             }
@@ -199,7 +219,7 @@ impl Worker {
                 blocks: &sequence.blocks,
                 prompt,
                 encoded: sequence.encoder_key().and_then(|key| self.encoded.get(&key)),
-                wants_logits: chunk.wants_logits,
+                wanted: chunk.wanted,
             });
         }
         self.runner.run(&parts)
@@ -216,7 +236,7 @@ impl Worker {
                 candle_core::bail!("sequence {:?} was scheduled for an encoder and has no input for it", chunk.id)
             };
             let (tokens, prompt) = (&input.tokens[..], job.prompt.as_ref());
-            inputs.push(Part { tokens, start: 0, blocks: &[], prompt, encoded: None, wants_logits: false });
+            inputs.push(Part { tokens, start: 0, blocks: &[], prompt, encoded: None, wanted: 0 });
             keys.push(input.key);
         }
         let made = self.runner.run_encoder(&inputs)?;
@@ -239,46 +259,26 @@ impl Worker {
         }
     }
 
-    /// Chooses each sampling sequence's token; `None` where none could be drawn.
-    fn sample(
-        &mut self,
-        step: &Step,
-        logits: &Logits,
-    ) -> candle_core::Result<Vec<(SequenceId, Option<GeneratedToken>)>> {
-        let sampling = step.chunks.iter().filter(|c| c.wants_logits);
-        logits.with_rows(|rows| {
-            let mut tokens = Vec::with_capacity(rows.len());
-            for (chunk, logits) in sampling.zip(rows) {
-                let Some(job) = self.jobs.get_mut(&chunk.id) else { continue };
-                let token = job.sampler.next(logits);
-                if let Err(error) = &token {
-                    tracing::error!(%error, "a token could not be drawn");
-                }
-                tokens.push((chunk.id, token.ok()));
-            }
-            Ok(tokens)
-        })
-    }
-
     /// Sends the chosen tokens out.
     fn deliver(&mut self, step: &Step, tokens: Vec<(SequenceId, Option<GeneratedToken>)>) {
         let mut chosen = Vec::with_capacity(tokens.len());
         let mut ended = Vec::new();
         for (id, token) in tokens {
             let Some(job) = self.jobs.get_mut(&id) else { continue };
+            let Task::Generate { stop_tokens, remaining, .. } = &mut job.task else { continue };
             let Some(token) = token else {
                 ended.push((id, None));
                 continue;
             };
-            if job.stop_tokens.contains(&token.id) {
+            if stop_tokens.contains(&token.id) {
                 ended.push((id, Some(FinishReason::Stop)));
                 continue;
             }
             chosen.push((id, token.id));
             // There is room for every token; an error means that the reader is gone.
             let _ = job.events.try_send(Event::Token(token));
-            job.remaining -= 1;
-            if job.remaining == 0 {
+            *remaining -= 1;
+            if *remaining == 0 {
                 ended.push((id, Some(FinishReason::Length)));
             }
         }
@@ -294,6 +294,8 @@ impl Worker {
             let event = reason.map_or(Event::Failed, |reason| self.finished(id, reason));
             self.end(id, event);
         }
+        let scored: Vec<_> = step.chunks.iter().filter(|chunk| chunk.wanted > 0).map(|chunk| chunk.id).collect();
+        self.end_branches(&scored);
     }
 
     fn finished(&self, id: SequenceId, reason: FinishReason) -> Event {
@@ -304,6 +306,9 @@ impl Worker {
     fn end(&mut self, id: SequenceId, event: Event) {
         self.scheduler.remove(id);
         let job = self.jobs.remove(&id);
+        if let Some(Running { task: Task::Score { group, .. }, .. }) = job {
+            self.forget_group(group);
+        }
         // First, so that whoever reads the last event finds the counters without this sequence.
         self.publish();
         if let Some(job) = job {

@@ -185,6 +185,7 @@ impl Settings {
             presence_penalty,
             logprobs: request.logprobs,
             stop_tokens: if request.ignore_eos { Vec::new() } else { app.model.eos_token_ids.clone() },
+            constraint: None,
         };
         Ok(Self { sampling, stop, choices, timeout, priority })
     }

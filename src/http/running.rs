@@ -82,6 +82,9 @@ impl Running {
                     let finish = if rest.stopped { Finish::Stop } else { reason.into() };
                     return Ok(self.end(rest.text, finish, cached_tokens));
                 }
+                Some(Event::Scored { .. }) => {
+                    return Err(Problem::internal("a request for new tokens was answered with scores"));
+                }
                 Some(Event::Failed) => return Err(Problem::internal("the forward pass failed")),
                 None => return Err(Problem::internal("the engine ended before the answer")),
             }

@@ -11,6 +11,7 @@ pub mod quantized;
 pub mod recording;
 pub mod reference;
 pub mod relative_position_bias;
+pub mod rows;
 #[cfg(test)]
 mod suite;
 pub mod weight;
@@ -23,6 +24,7 @@ use cross::{CrossKeyValues, EncodedBatch};
 use layout::{BatchLayout, BlockId, KvShape};
 pub use params::{Activation, AttentionParams};
 use past::PastKeyValues;
+use rows::{PortableRows, RowKernels};
 use weight::{Linear, Matrix, Weight};
 
 /// Which backend to run on.
@@ -104,6 +106,11 @@ pub trait Backend: fmt::Debug + Send + Sync {
     /// What a tuning job computes with. What it derives from the weights, such as transposed copies for gradients,
     /// belongs to the job and goes with it.
     fn tuning(&self) -> Arc<dyn Tuning>;
+
+    /// What tokens are chosen with on the host.
+    fn row_kernels(&self) -> &dyn RowKernels {
+        &PortableRows
+    }
 
     /// Calls `task` with each of `0..tasks`, on the threads that the backend computes with where it has some.
     fn parallel(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {

@@ -6,10 +6,9 @@ use serde::Serialize;
 
 use super::{
     TuneError,
-    data::{DataError, Dataset, Faults, TokenizedExample},
-    forward::Forward,
+    data::{DataError, Dataset, Faults},
     inference::Inference,
-    loss, metrics,
+    metrics,
 };
 use crate::{
     model::Model,
@@ -87,8 +86,10 @@ impl Evaluation<'_> {
         let inputs = self.inputs(variant)?;
         let prompt = variant.learned();
         let longest = inputs.iter().map(Vec::len).max().unwrap_or(0);
-        let generated =
-            Inference::start(self.model, prompt, longest, self.max_tokens)?.greedy(&inputs, self.max_tokens, done)?;
+        let words = self.labels.map(|labels| self.label_tokens(labels)).transpose()?.unwrap_or_default();
+        let longest_word = words.iter().map(|(_, ids)| ids.len()).max().unwrap_or(0);
+        let engine = Inference::start(self.model, prompt, longest, self.max_tokens.max(longest_word))?;
+        let generated = engine.greedy(&inputs, self.max_tokens, done)?;
         let mut outputs = Vec::with_capacity(generated.len());
         for ids in &generated {
             let output = self.tokenizer.decode(ids).map_err(super::init::InitError::Tokenizer)?;
@@ -99,7 +100,10 @@ impl Evaluation<'_> {
             });
         }
         match self.labels {
-            Some(labels) => self.score_labels(variant, labels, &inputs, outputs),
+            Some(labels) => {
+                let likeliest = likeliest(&engine, &words, &inputs)?;
+                Ok(self.score_labels(variant, labels, likeliest, outputs))
+            }
             None => Ok(self.score_texts(variant.name(), outputs)),
         }
     }
@@ -145,12 +149,11 @@ impl Evaluation<'_> {
         &self,
         variant: &PromptVariant<'_>,
         labels: &Verbalizer,
-        inputs: &[Vec<u32>],
+        likeliest: Vec<Option<String>>,
         outputs: Vec<String>,
-    ) -> Result<Column, TuneError> {
+    ) -> Column {
         let expected: Vec<String> = self.data.examples.iter().map(|e| e.label.clone().unwrap_or_default()).collect();
         let answered: Vec<Option<String>> = outputs.iter().map(|o| labels.label_of(o).map(str::to_owned)).collect();
-        let likeliest = self.likeliest(labels, variant.learned(), inputs)?;
         let confusion = metrics::confusion(&answered, &expected)
             .into_iter()
             .map(|(label, row)| {
@@ -162,37 +165,37 @@ impl Evaluation<'_> {
             ("macro_f1", metrics::macro_f1(&answered, &expected)),
             ("choice_accuracy", metrics::accuracy(&likeliest, &expected)),
         ];
-        Ok(Column { name: variant.name(), metrics: metrics.into(), confusion: Some(confusion), outputs })
+        Column { name: variant.name(), metrics: metrics.into(), confusion: Some(confusion), outputs }
     }
 
-    /// The label whose word is the likeliest answer to each input.
-    fn likeliest(
-        &self,
-        labels: &Verbalizer,
-        prompt: Option<&Arc<LearnedPrompt>>,
-        inputs: &[Vec<u32>],
-    ) -> Result<Vec<Option<String>>, TuneError> {
-        let forward = Forward::new(Arc::clone(self.model));
+    /// Each label with the tokens of its word; a label whose word has none is left out.
+    fn label_tokens(&self, labels: &Verbalizer) -> Result<Vec<(String, Vec<u32>)>, TuneError> {
         let mut words = Vec::new();
         for label in labels.labels() {
             let word = labels.word_for(label).unwrap_or(label);
             let ids = self.tokenizer.tokenize_continuation(word).map_err(super::init::InitError::Tokenizer)?;
-            words.push((label, ids));
+            words.push((label.to_owned(), ids));
         }
         words.retain(|(_, ids)| !ids.is_empty());
-        let mut chosen = Vec::with_capacity(inputs.len());
-        for input in inputs {
-            let choices: Vec<TokenizedExample> = words
-                .iter()
-                .map(|(_, ids)| TokenizedExample { input_ids: input.clone(), answer: ids.clone() })
-                .collect();
-            let batch: Vec<&TokenizedExample> = choices.iter().collect();
-            let scores = loss::score(&forward, prompt.map(Arc::as_ref), &batch)?.log_likelihoods(&batch)?;
-            let best = scores.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1));
-            chosen.push(best.map(|(i, _)| words[i].0.to_owned()));
-        }
-        Ok(chosen)
+        Ok(words)
     }
+}
+
+/// The label whose word is the likeliest answer to each input.
+fn likeliest(
+    engine: &Inference,
+    words: &[(String, Vec<u32>)],
+    inputs: &[Vec<u32>],
+) -> Result<Vec<Option<String>>, TuneError> {
+    if words.is_empty() {
+        return Ok(vec![None; inputs.len()]);
+    }
+    let continuations: Vec<Vec<u32>> = words.iter().map(|(_, ids)| ids.clone()).collect();
+    let best = |scores: Option<Vec<f64>>| {
+        let best = scores?.into_iter().enumerate().max_by(|a, b| a.1.total_cmp(&b.1))?.0;
+        Some(words[best].0.clone())
+    };
+    Ok(engine.score(inputs, &continuations)?.into_iter().map(best).collect())
 }
 
 fn first_line(output: &str) -> &str {

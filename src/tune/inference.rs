@@ -71,31 +71,55 @@ impl Inference {
         max_new: usize,
         done: &mut dyn FnMut(usize),
     ) -> Result<Vec<Vec<u32>>, TuneError> {
-        let mut outputs = vec![Vec::new(); inputs.len()];
+        let sampling =
+            SamplingParams { max_tokens: max_new, stop_tokens: self.stop_tokens.clone(), ..SamplingParams::default() };
+        let request = |input: &Vec<u32>| Request::new(self.prompt.clone(), input, sampling.clone());
+        let answers = self.answer(inputs, request, collect, done)?;
+        Ok(answers.into_iter().map(Option::unwrap_or_default).collect())
+    }
+
+    /// The log-probability of each continuation after each input, summed over its tokens; `None` for an input that has
+    /// nothing to predict from.
+    ///
+    /// # Errors
+    /// An input is too long, there are too many continuations, or a forward pass fails.
+    pub fn score(&self, inputs: &[Vec<u32>], continuations: &[Vec<u32>]) -> Result<Vec<Option<Vec<f64>>>, TuneError> {
+        let request = |input: &Vec<u32>| Request::score(self.prompt.clone(), input, continuations.to_vec());
+        let sums = |stream| -> Result<Vec<f64>, TuneError> {
+            let sum = |tokens: &Vec<f32>| tokens.iter().map(|&x| f64::from(x)).sum();
+            Ok(scores(stream)?.iter().map(sum).collect())
+        };
+        self.answer(inputs, request, sums, &mut |_| ())
+    }
+
+    /// What `read` makes of the answer to each input, `None` where there is nothing to predict from. As many as the
+    /// batch takes run at once.
+    fn answer<T>(
+        &self,
+        inputs: &[Vec<u32>],
+        request: impl Fn(&Vec<u32>) -> Request,
+        read: impl Fn(EventStream) -> Result<T, TuneError>,
+        done: &mut dyn FnMut(usize),
+    ) -> Result<Vec<Option<T>>, TuneError> {
+        let mut answers: Vec<Option<T>> = inputs.iter().map(|_| None).collect();
         let mut running: VecDeque<(usize, EventStream)> = VecDeque::new();
         let mut waiting = inputs.iter().enumerate();
         loop {
             while running.len() < 2 * BATCH
                 && let Some((i, input)) = waiting.next()
             {
-                match self.engine.submit(self.request(input, max_new)) {
+                match self.engine.submit(Request { namespace: Some(NAMESPACE), ..request(input) }) {
                     Ok(stream) => running.push_back((i, stream)),
                     Err(SubmitError::Empty | SubmitError::NoText) => {}
                     Err(error) => return Err(error.into()),
                 }
             }
             let Some((i, stream)) = running.pop_front() else { break };
-            outputs[i] = collect(stream)?;
+            answers[i] = Some(read(stream)?);
             done(i + 1);
         }
         done(inputs.len());
-        Ok(outputs)
-    }
-
-    fn request(&self, input: &[u32], max_new: usize) -> Request {
-        let sampling =
-            SamplingParams { max_tokens: max_new, stop_tokens: self.stop_tokens.clone(), ..SamplingParams::default() };
-        Request { namespace: Some(NAMESPACE), ..Request::new(self.prompt.clone(), input, sampling) }
+        Ok(answers)
     }
 }
 
@@ -116,8 +140,16 @@ fn collect(mut stream: EventStream) -> Result<Vec<u32>, TuneError> {
         match stream.blocking_next() {
             Some(Event::Token(token)) => ids.push(token.id),
             Some(Event::Finished { .. }) => return Ok(ids),
-            Some(Event::Failed) | None => return Err(TuneError::EngineFailed),
+            Some(Event::Scored { .. } | Event::Failed) | None => return Err(TuneError::EngineFailed),
         }
+    }
+}
+
+/// The scores of a request that asked for them.
+fn scores(mut stream: EventStream) -> Result<Vec<Vec<f32>>, TuneError> {
+    match stream.blocking_next() {
+        Some(Event::Scored { log_probs, .. }) => Ok(log_probs),
+        Some(Event::Token(_) | Event::Finished { .. } | Event::Failed) | None => Err(TuneError::EngineFailed),
     }
 }
 

@@ -13,7 +13,7 @@ use serde_json::json;
 use softserve::{
     engine::{
         Engine, EngineConfig, EngineStats, SubmitError,
-        request::{CacheNamespace, Event, FinishReason, InputToken, Request, SamplingParams},
+        request::{CacheNamespace, Event, FinishReason, Goal, InputToken, Request, SamplingParams},
         runner::{Part, Runner},
     },
     kernels::{
@@ -72,7 +72,7 @@ fn encode(runner: &mut Runner, inputs: &[(&Case, Option<&Arc<LearnedPrompt>>)]) 
     let tokens: Vec<_> = inputs.iter().map(|(case, prompt)| of_encoder(*prompt, case)).collect();
     let part = |(tokens, (_, prompt)): (_, &(_, Option<_>))| {
         let tokens: &Vec<_> = tokens;
-        Part { tokens, start: 0, blocks: &[], prompt: *prompt, encoded: None, wants_logits: false }
+        Part { tokens, start: 0, blocks: &[], prompt: *prompt, encoded: None, wanted: 0 }
     };
     let parts: Vec<Part> = tokens.iter().zip(inputs).map(part).collect();
     runner.run_encoder(&parts).unwrap()
@@ -93,9 +93,9 @@ fn logits(
     let blocks: Vec<BlockId> = (0..tokens.len().div_ceil(BLOCK_SIZE) as BlockId).rev().collect();
     let mut last = None;
     for (i, part) in tokens.chunks(chunk).enumerate() {
-        let wants_logits = (i + 1) * chunk >= tokens.len();
+        let wanted = usize::from((i + 1) * chunk >= tokens.len());
         let encoded = Some(encoded);
-        let part = Part { tokens: part, start: i * chunk, blocks: &blocks, prompt, encoded, wants_logits };
+        let part = Part { tokens: part, start: i * chunk, blocks: &blocks, prompt, encoded, wanted };
         last = Some(runner.run(&[part]).unwrap());
     }
     last.unwrap().with_rows(|mut rows| Ok(rows.next().unwrap().to_vec())).unwrap()
@@ -266,7 +266,8 @@ fn choices_of_one_input_share_what_the_encoder_made_of_it_and_answer_as_they_do_
     let positions = 7 + case.input_ids.len();
     let choice = |seed: u64, max_tokens: usize| {
         let request = request(Some(&version), case);
-        Request { sampling: SamplingParams { max_tokens, temperature: 1.0, seed, ..Default::default() }, ..request }
+        let sampling = SamplingParams { max_tokens, temperature: 1.0, seed, ..Default::default() };
+        Request { goal: Goal::Generate(sampling), ..request }
     };
     let mut answers = Vec::new();
     for prefix_sharing in [true, false] {

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use candle_core::DType;
 use softserve::engine::{
     Engine, EngineConfig, EngineThread, SubmitError,
-    request::{Event, FinishReason, Request, SamplingParams},
+    request::{Event, FinishReason, Goal, Request, SamplingParams},
 };
 
 use crate::{fixtures, support::collect};
@@ -21,6 +21,14 @@ fn request(model: &str, case: &fixtures::Case) -> Request {
 
 fn long_request(max_tokens: usize) -> Request {
     Request::new(None, &[5, 6, 7], SamplingParams { max_tokens, ..Default::default() })
+}
+
+/// How a request's tokens are chosen.
+fn sampling(request: &mut Request) -> &mut SamplingParams {
+    match &mut request.goal {
+        Goal::Generate(sampling) => sampling,
+        Goal::Score(_) => panic!("the request asks for scores"),
+    }
 }
 
 #[test]
@@ -47,7 +55,7 @@ fn answers_stay_the_same_in_small_chunks_and_when_sequences_are_preempted() {
     // Far enough for every sequence to need one more block than its input.
     let longer = |case| {
         let mut request = request(model, case);
-        request.sampling.max_tokens = 40;
+        sampling(&mut request).max_tokens = 40;
         request
     };
     let (engine, _thread) = start(model, EngineConfig::default());
@@ -101,7 +109,7 @@ fn a_request_ends_at_its_deadline_at_a_stop_token_and_at_the_contexts_end() {
     let (ids, ..) = collect(engine.submit(long_request(8)).unwrap());
     let stop_at = ids.iter().position(|id| *id == ids[5]).unwrap();
     let mut stopped = long_request(8);
-    stopped.sampling.stop_tokens = vec![ids[5]];
+    sampling(&mut stopped).stop_tokens = vec![ids[5]];
     let (stopped, reason, _) = collect(engine.submit(stopped).unwrap());
     assert_eq!((&stopped[..], reason), (&ids[..stop_at], FinishReason::Stop));
 
@@ -145,7 +153,8 @@ fn a_seeded_draw_is_the_same_whatever_runs_beside_it() {
     let (engine, _thread) = start("llama-tied", EngineConfig::default());
     let sampled = |seed| {
         let mut request = long_request(30);
-        request.sampling = SamplingParams { temperature: 1.0, top_p: 0.9, seed, ..request.sampling };
+        let params = sampling(&mut request);
+        (params.temperature, params.top_p, params.seed) = (1.0, 0.9, seed);
         request
     };
     let (alone, ..) = collect(engine.submit(sampled(7)).unwrap());

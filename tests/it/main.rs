@@ -25,6 +25,7 @@ mod problems;
 mod process;
 mod prompt_types;
 mod readme;
+mod score;
 mod sharing;
 mod soak;
 mod support;

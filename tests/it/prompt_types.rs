@@ -60,9 +60,8 @@ fn logits(runner: &mut Runner, prompt: &Arc<LearnedPrompt>, case: &Case, chunk: 
     let blocks: Vec<BlockId> = (0..tokens.len().div_ceil(BLOCK_SIZE) as BlockId).rev().collect();
     let mut last = None;
     for (i, tokens) in tokens.chunks(chunk).enumerate() {
-        let wants_logits = (i + 1) * chunk >= prompt.num_virtual_tokens() + case.input_ids.len();
-        let part =
-            Part { tokens, start: i * chunk, blocks: &blocks, prompt: Some(prompt), encoded: None, wants_logits };
+        let wanted = usize::from((i + 1) * chunk >= prompt.num_virtual_tokens() + case.input_ids.len());
+        let part = Part { tokens, start: i * chunk, blocks: &blocks, prompt: Some(prompt), encoded: None, wanted };
         last = Some(runner.run(&[part]).unwrap());
     }
     last.unwrap().with_rows(|mut rows| Ok(rows.next().unwrap().to_vec())).unwrap()

@@ -192,7 +192,7 @@ proptest! {
             let inputs = s.encoder_inputs();
             prop_assert!(inputs.values().map(|input| input.positions).sum::<usize>() <= max_encoded);
             prop_assert!(encoded.iter().all(|key| inputs.contains_key(key)));
-            let tokens: Vec<_> = step.chunks.iter().filter(|c| c.wants_logits).map(|c| (c.id, 9)).collect();
+            let tokens: Vec<_> = step.chunks.iter().filter(|c| c.wanted > 0).map(|c| (c.id, 9)).collect();
             s.commit(&step, &tokens);
             for (id, _) in tokens {
                 let sequence = s.get(id).unwrap();

@@ -78,8 +78,8 @@ impl Scheduler {
                 let start = sequence.num_computed;
                 self.turns += 1;
                 sequence.last_turn = self.turns;
-                let wants_logits = start + len == sequence.tokens.len();
-                step.chunks.push(Chunk { id, start, len, wants_logits, encodes: unencoded > 0 });
+                let wanted = (start + len).saturating_sub(start.max(sequence.wanted_from()));
+                step.chunks.push(Chunk { id, start, len, wanted, encodes: unencoded > 0 });
             }
         }
     }

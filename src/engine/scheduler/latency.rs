@@ -64,7 +64,7 @@ fn waits(busy: usize, floor: usize, fair: usize) -> (Vec<usize>, Vec<usize>) {
         }
         let step = s.schedule();
         clock += step.chunks.iter().map(|c| c.len).sum::<usize>().max(floor);
-        let tokens: Vec<_> = step.chunks.iter().filter(|c| c.wants_logits).map(|c| (c.id, 1)).collect();
+        let tokens: Vec<_> = step.chunks.iter().filter(|c| c.wanted > 0).map(|c| (c.id, 1)).collect();
         s.commit(&step, &tokens);
         for (id, _) in tokens {
             let (key, came) = live[&id];

@@ -35,7 +35,7 @@ fn two_busy_accounts_get_service_by_their_weights_however_much_more_one_asks_for
             for c in &step.chunks {
                 let sequence = s.get(c.id).unwrap();
                 let inputs = (c.start + c.len).min(sequence.num_input).saturating_sub(c.start);
-                served[owner(c.id.0)] += inputs as f64 + if c.wants_logits { 2.0 } else { 0.0 };
+                served[owner(c.id.0)] += inputs as f64 + if c.wanted > 0 { 2.0 } else { 0.0 };
                 if sequence.tokens.len() >= sequence.num_input + 16 {
                     s.remove(c.id);
                     waiting[owner(c.id.0)] -= 1;

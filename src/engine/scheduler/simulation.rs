@@ -147,7 +147,7 @@ fn check(s: &Scheduler, step: &Step, limits: Limits) -> Result<(), TestCaseError
         prop_assert!(c.len > 0 && c.start + c.len <= q.tokens.len());
         prop_assert!(q.tokens.len() <= q.blocks.len() * BLOCK_SIZE);
         let is_warm_up = c.id.0 >= WARM_UPS;
-        prop_assert_eq!(c.wants_logits, !is_warm_up && c.start + c.len == q.tokens.len());
+        prop_assert_eq!(c.wanted, usize::from(!is_warm_up && c.start + c.len == q.tokens.len()));
         for block in &q.blocks[c.start / BLOCK_SIZE..=(c.start + c.len - 1) / BLOCK_SIZE] {
             prop_assert_eq!(holders[block], 1, "block {} is written and shared", block);
         }
@@ -216,7 +216,7 @@ proptest! {
             }
             memory.run(&s, &step)?;
             let token = |id: SequenceId| (s.get(id).unwrap().tokens.len() as u32) % 4;
-            let tokens: Vec<_> = step.chunks.iter().filter(|c| c.wants_logits).map(|c| (c.id, token(c.id))).collect();
+            let tokens: Vec<_> = step.chunks.iter().filter(|c| c.wanted > 0).map(|c| (c.id, token(c.id))).collect();
             s.commit(&step, &tokens);
             for (id, _) in tokens {
                 let n = given.entry(id).or_default();

@@ -32,13 +32,13 @@ pub(super) fn id(n: u64) -> SequenceId {
 }
 
 pub(super) fn chunk(n: u64, start: usize, len: usize, wants_logits: bool) -> Chunk {
-    Chunk { id: id(n), start, len, wants_logits, encodes: false }
+    Chunk { id: id(n), start, len, wanted: usize::from(wants_logits), encodes: false }
 }
 
 /// Runs one step, in which each sampling sequence gets token 9; returns it.
 pub(super) fn turn(s: &mut Scheduler) -> Step {
     let step = s.schedule();
-    let tokens: Vec<_> = step.chunks.iter().filter(|c| c.wants_logits).map(|c| (c.id, 9)).collect();
+    let tokens: Vec<_> = step.chunks.iter().filter(|c| c.wanted > 0).map(|c| (c.id, 9)).collect();
     s.commit(&step, &tokens);
     step
 }

@@ -55,7 +55,7 @@ impl Scheduler {
         if let Some((id, sequence)) = self.warming.and_then(|id| Some((id, self.sequences.get(&id)?))) {
             let len = sequence.num_pending().min(quota.remaining()).min(most);
             if len > 0 {
-                step.chunks.push(Chunk { id, start: sequence.num_computed, len, wants_logits: false, encodes: false });
+                step.chunks.push(Chunk { id, start: sequence.num_computed, len, wanted: 0, encodes: false });
             }
         }
     }

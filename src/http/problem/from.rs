@@ -32,6 +32,9 @@ impl From<SubmitError> for Problem {
                 Code::InputTooLong,
                 format!("the learned prompt and the input take {found} positions of {limit}: shorten the input"),
             ),
+            error @ SubmitError::TooManyContinuations { .. } => {
+                Self::new(Code::InvalidRequest, format!("{error}: send fewer or shorter ones"))
+            }
             SubmitError::EncoderTooLong { found, limit } => Self::new(
                 Code::InputTooLong,
                 format!(

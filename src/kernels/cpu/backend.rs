@@ -11,22 +11,32 @@ use super::{
     pool,
     serving::CpuServing,
     tuning::CpuTuning,
+    vocabulary::CpuRows,
 };
 use crate::kernels::{
     Backend, Kernels, KvCache, Tuning,
     cross::CrossKeyValues,
     host::with_values,
     layout::{BatchLayout, KvShape},
+    rows::RowKernels,
     weight::{Matrix, Weight},
 };
 
 /// Kernels of our own for CPUs. Weights are f32, bf16 or ggml's blocks; activations are f32.
-#[derive(Debug, Default)]
-pub struct CpuBackend;
+#[derive(Debug)]
+pub struct CpuBackend {
+    rows: CpuRows,
+}
 
 impl CpuBackend {
     pub fn new() -> Self {
-        Self
+        Self { rows: CpuRows(Isa::best()) }
+    }
+}
+
+impl Default for CpuBackend {
+    fn default() -> Self {
+        Self::new()
     }
 }
 
@@ -84,6 +94,10 @@ impl Backend for CpuBackend {
 
     fn tuning(&self) -> Arc<dyn Tuning> {
         Arc::new(CpuTuning::default())
+    }
+
+    fn row_kernels(&self) -> &dyn RowKernels {
+        &self.rows
     }
 
     fn parallel(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {

@@ -24,6 +24,7 @@ mod simd;
 mod tensors;
 pub mod tuning;
 pub mod unmasked;
+pub mod vocabulary;
 
 pub use backend::CpuBackend;
 pub use buffer::Buffer;

@@ -1,0 +1,124 @@
+//! From a row of logits to a token: penalties, a token mask, then a draw by temperature, top-k, top-p and min-p, or the
+//! largest; and log-probabilities. Nothing sorts the vocabulary.
+
+pub mod log_probs;
+pub mod mask;
+mod penalties;
+mod select;
+#[cfg(test)]
+mod tests;
+
+use std::cell::RefCell;
+
+use candle_core::Result;
+use rand::{SeedableRng as _, rngs::StdRng};
+
+use super::request::{GeneratedToken, SamplingParams};
+use crate::kernels::rows::RowKernels;
+use mask::TokenMask;
+use penalties::Penalties;
+
+/// Below this a temperature is greedy: its reciprocal would overflow, and the likeliest token has all of the weight.
+pub const GREEDY_BELOW: f32 = 1e-5;
+
+/// Memory for rows of the vocabulary's length, kept from token to token.
+#[derive(Debug, Default)]
+pub struct Scratch {
+    /// The logits after penalties and mask.
+    adjusted: Vec<f32>,
+    maxima: Vec<f32>,
+    weights: Vec<f32>,
+    sums: Vec<f32>,
+}
+
+impl Scratch {
+    /// Calls `f` with this thread's own.
+    pub fn with<R>(f: impl FnOnce(&mut Self) -> R) -> R {
+        thread_local! {
+            static SCRATCH: RefCell<Scratch> = RefCell::default();
+        }
+        SCRATCH.with_borrow_mut(f)
+    }
+}
+
+/// Chooses the tokens of one sequence.
+pub struct Sampler {
+    params: SamplingParams,
+    /// Seeded by the request; one or more uniform numbers a token, by inverting the distribution. `None` when greedy.
+    rng: Option<StdRng>,
+    penalties: Option<Penalties>,
+    mask: Option<Box<dyn TokenMask>>,
+}
+
+impl std::fmt::Debug for Sampler {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Sampler").field("params", &self.params).finish_non_exhaustive()
+    }
+}
+
+impl Sampler {
+    /// `text` are the vocabulary tokens of the input; virtual tokens have no id and are not seen by penalties.
+    pub fn new(params: SamplingParams, text: impl Iterator<Item = u32>) -> Self {
+        let rng = (params.temperature >= GREEDY_BELOW).then(|| StdRng::seed_from_u64(params.seed));
+        let penalties = Penalties::new(&params, text);
+        Self { rng, penalties, mask: None, params }
+    }
+
+    /// With a mask of the tokens that may come next, if there is one.
+    pub fn with_mask(self, mask: Option<Box<dyn TokenMask>>) -> Self {
+        Self { mask, ..self }
+    }
+
+    /// The next token for `logits` `[vocab]`.
+    ///
+    /// # Errors
+    /// No token can be drawn: no logit is finite, or the mask allows none.
+    pub fn next(&mut self, logits: &[f32], rows: &dyn RowKernels, scratch: &mut Scratch) -> Result<GeneratedToken> {
+        let id = match self.penalties.is_some() || self.mask.is_some() {
+            false => self.choose(logits, rows, scratch)?,
+            true => {
+                let mut adjusted = std::mem::take(&mut scratch.adjusted);
+                self.adjust(logits, &mut adjusted);
+                let id = self.choose(&adjusted, rows, scratch);
+                scratch.adjusted = adjusted;
+                id?
+            }
+        };
+        if let Some(penalties) = &mut self.penalties {
+            penalties.generated(id);
+        }
+        if let Some(mask) = &mut self.mask {
+            mask.accept(id);
+        }
+        let (logprob, top) = match self.params.logprobs {
+            Some(n) => log_probs::of_chosen(logits, id, n, rows, scratch),
+            None => (None, Vec::new()),
+        };
+        Ok(GeneratedToken { id, logprob, top })
+    }
+
+    /// The logits after penalties and mask.
+    fn adjust(&mut self, logits: &[f32], adjusted: &mut Vec<f32>) {
+        adjusted.clear();
+        adjusted.extend_from_slice(logits);
+        if let Some(penalties) = &self.penalties {
+            penalties.apply(adjusted);
+        }
+        if let Some(mask) = &mut self.mask {
+            mask.apply(adjusted);
+        }
+    }
+
+    fn choose(&mut self, logits: &[f32], rows: &dyn RowKernels, scratch: &mut Scratch) -> Result<u32> {
+        match &mut self.rng {
+            Some(rng) => select::draw(&self.params, logits, rows, scratch, rng),
+            None => {
+                let id = rows.argmax(logits);
+                if self.mask.is_some() && logits.get(id).is_none_or(|x| *x == f32::NEG_INFINITY) {
+                    candle_core::bail!("no token can be chosen: the token mask allows none");
+                }
+                Ok(id as u32)
+            }
+        }
+    }
+}

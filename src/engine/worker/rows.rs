@@ -1,0 +1,110 @@
+//! What becomes of a step's rows of logits: a token is chosen, or continuations get their log-probabilities. Rows are
+//! independent, so they are worked on side by side.
+
+use std::{
+    collections::HashMap,
+    sync::{Mutex, PoisonError},
+};
+
+use super::{Running, Task, Worker};
+use crate::{
+    engine::{
+        request::GeneratedToken,
+        runner::Logits,
+        sampling::{Sampler, Scratch, log_probs},
+        scheduler::Step,
+        sequence::SequenceId,
+    },
+    kernels::rows::RowKernels,
+};
+
+/// What is to be made of one row.
+enum Row<'a> {
+    Choose {
+        id: SequenceId,
+        sampler: &'a mut Sampler,
+    },
+    Score {
+        group: u64,
+        branch: usize,
+        row: usize,
+        ids: Vec<u32>,
+    },
+    /// Its sequence is gone.
+    Nobodys,
+}
+
+/// What was made of it.
+enum Made {
+    Token(candle_core::Result<GeneratedToken>),
+    LogProbs(Vec<f32>),
+}
+
+impl Row<'_> {
+    fn make(&mut self, logits: &[f32], kernels: &dyn RowKernels) -> Option<Made> {
+        Scratch::with(|scratch| match self {
+            Row::Choose { sampler, .. } => Some(Made::Token(sampler.next(logits, kernels, scratch))),
+            Row::Score { ids, .. } => Some(Made::LogProbs(log_probs::of_ids(logits, ids, kernels, scratch))),
+            Row::Nobodys => None,
+        })
+    }
+}
+
+impl Worker {
+    /// Chooses the next token of each sequence that waits for one, `None` where none could be drawn, and records the
+    /// log-probabilities of continuations.
+    pub(super) fn use_rows(
+        &mut self,
+        step: &Step,
+        logits: &Logits,
+    ) -> candle_core::Result<Vec<(SequenceId, Option<GeneratedToken>)>> {
+        let mut jobs: HashMap<SequenceId, &mut Running> = self.jobs.iter_mut().map(|(id, job)| (*id, job)).collect();
+        let mut rows = Vec::new();
+        for chunk in step.chunks.iter().filter(|chunk| chunk.wanted > 0) {
+            match jobs.remove(&chunk.id).map(|job| &mut job.task) {
+                Some(Task::Generate { sampler, .. }) => rows.push(Row::Choose { id: chunk.id, sampler }),
+                Some(&mut Task::Score { group, branch }) => {
+                    let from = self.scheduler.get(chunk.id).map_or(0, |sequence| sequence.wanted_from());
+                    let first = (chunk.start + chunk.len - chunk.wanted).saturating_sub(from);
+                    let plan = self.groups.get(&group).map(|group| &group.plan);
+                    rows.extend((first..first + chunk.wanted).map(|row| {
+                        let ids = plan.map_or_else(Vec::new, |plan| plan.wanted(branch, row));
+                        Row::Score { group, branch, row, ids }
+                    }));
+                }
+                None => rows.extend((0..chunk.wanted).map(|_| Row::Nobodys)),
+            }
+        }
+        let backend = self.runner.model().backend();
+        let rows: Vec<Mutex<(Row, Option<Made>)>> = rows.into_iter().map(|row| Mutex::new((row, None))).collect();
+        logits.with_rows(|logits| {
+            let logits: Vec<&[f32]> = logits.collect();
+            if logits.len() != rows.len() {
+                candle_core::bail!("{} rows of logits were computed and {} are wanted", logits.len(), rows.len());
+            }
+            backend.parallel(rows.len(), &|i| {
+                let mut row = rows[i].lock().unwrap_or_else(PoisonError::into_inner);
+                row.1 = row.0.make(logits[i], backend.row_kernels());
+            });
+            Ok(())
+        })?;
+        let mut tokens = Vec::with_capacity(rows.len());
+        for row in rows {
+            match row.into_inner().unwrap_or_else(PoisonError::into_inner) {
+                (Row::Choose { id, .. }, Some(Made::Token(token))) => {
+                    if let Err(error) = &token {
+                        tracing::error!(%error, "a token could not be drawn");
+                    }
+                    tokens.push((id, token.ok()));
+                }
+                (Row::Score { group, branch, row, .. }, Some(Made::LogProbs(log_probs))) => {
+                    if let Some(group) = self.groups.get_mut(&group) {
+                        group.record(branch, row, &log_probs);
+                    }
+                }
+                _ => {}
+            }
+        }
+        Ok(tokens)
+    }
+}

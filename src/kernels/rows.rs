@@ -1,0 +1,72 @@
+//! What choosing a token does with a row of logits on the host, `[vocab]`: a maximum, exponentials and sums, by chunks.
+//!
+//! A row is looked at in chunks of [`CHUNK`] values, of which a maximum or a sum is kept, so that a value is found again
+//! by looking into one chunk only.
+
+use std::fmt;
+
+/// Values in a chunk of a row.
+pub const CHUNK: usize = 256;
+
+/// Operations on rows of f32 values. The portable ones are the default, and what others are held to.
+pub trait RowKernels: fmt::Debug + Sync {
+    /// The index of the largest value, the first of equals; 0 of an empty row. NaN is never the largest.
+    fn argmax(&self, row: &[f32]) -> usize {
+        let mut best = (0, f32::NEG_INFINITY);
+        for (i, &x) in row.iter().enumerate() {
+            if x > best.1 {
+                best = (i, x);
+            }
+        }
+        if best.1 == f32::NEG_INFINITY { row.iter().position(|x| *x == best.1).unwrap_or(0) } else { best.0 }
+    }
+
+    /// The largest value of each chunk. NaN is never the largest.
+    fn chunk_maxima(&self, row: &[f32], maxima: &mut Vec<f32>) {
+        maxima.clear();
+        maxima.extend(row.chunks(CHUNK).map(|chunk| chunk.iter().copied().fold(f32::NEG_INFINITY, f32::max)));
+    }
+
+    /// `e^((x - max) / temperature)` of each value x that is at least `least`, 0 of the others, and the sum of each
+    /// chunk.
+    fn weights(&self, row: &[f32], params: WeightParams, weights: &mut Vec<f32>, sums: &mut Vec<f32>) {
+        weights.clear();
+        weights.extend(row.iter().map(|&x| match x >= params.least {
+            true => ((x - params.max) * params.inverse_temperature).max(-87.0).exp(),
+            false => 0.0,
+        }));
+        sums.clear();
+        sums.extend(weights.chunks(CHUNK).map(|chunk| chunk.iter().sum::<f32>()));
+    }
+
+    /// The sum of each chunk, of the weights alone that rank before a token: those above `pivot`, and those equal to it
+    /// at an index below `tie`.
+    fn sums_before(&self, weights: &[f32], pivot: f32, tie: usize, sums: &mut Vec<f32>) {
+        sums.clear();
+        sums.extend(weights.chunks(CHUNK).enumerate().map(|(i, chunk)| {
+            let before = |(j, w): (usize, &f32)| if ranks_before(*w, i * CHUNK + j, pivot, tie) { *w } else { 0.0 };
+            chunk.iter().enumerate().map(before).sum::<f32>()
+        }));
+    }
+}
+
+/// What [`RowKernels::weights`] computes with.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct WeightParams {
+    /// The largest value of the row.
+    pub max: f32,
+    pub inverse_temperature: f32,
+    /// Smaller values get no weight.
+    pub least: f32,
+}
+
+/// Whether a weight at an index ranks before `pivot` at `tie`: it is larger, or as large and earlier.
+pub fn ranks_before(weight: f32, index: usize, pivot: f32, tie: usize) -> bool {
+    weight > pivot || weight == pivot && index < tie
+}
+
+/// The portable row kernels.
+#[derive(Debug)]
+pub struct PortableRows;
+
+impl RowKernels for PortableRows {}
