@@ -5,7 +5,7 @@ use std::{fmt, io, path::PathBuf};
 
 use super::{checkpoint::CheckpointError, data::DataError, init::InitError};
 use crate::{
-    engine::SubmitError,
+    engine::{StartError, SubmitError},
     prompt::{format::Faults, template::TemplateError},
 };
 
@@ -56,6 +56,8 @@ pub enum TuneError {
     InterruptedSweep,
     #[error("the forward pass failed: {0}")]
     Tensor(#[from] candle_core::Error),
+    #[error("the engine does not start: {0}")]
+    Engine(#[from] StartError),
     /// The engine that answers an evaluation's inputs does not take one.
     #[error("an input cannot be answered: {0}")]
     Submit(#[from] SubmitError),

@@ -9,7 +9,11 @@ use super::data::TokenizedExample;
 use crate::{
     kernels::{Kernels, cross::EncodedBatch, dense::DenseKernels, fused::FusedKernels, past::PastKeyValues},
     model::Model,
-    packing::{self, EmbeddingSource, InputToken, PackedInput, Packing, PromptShape, leading_virtual_tokens},
+    packing::{
+        InputToken, PackedInput, Packing, PromptShape,
+        embed::{EmbeddingSource, embed},
+        leading_virtual_tokens,
+    },
     prompt::learned::{KeyValues, LearnedPrompt},
 };
 
@@ -103,7 +107,7 @@ impl Forward {
             lengths.push(tokens.len());
             end += tokens.len();
         }
-        let x = packing::embed(&self.model, &sources)?;
+        let x = embed(&self.model, &sources)?;
         let mut kernels: Box<dyn Kernels> = match FusedKernels::fit(device, x.dtype()) {
             true => Box::new(FusedKernels::with_prefix(0, &lengths)),
             false => Box::new(DenseKernels::new(&lengths, device)?),
@@ -151,7 +155,7 @@ impl Forward {
             None => (None, None),
         };
         let source = EmbeddingSource { tokens: &tokens, prompt_rows: prompt_rows.as_ref() };
-        let x = packing::embed(&self.model, &[source])?;
+        let x = embed(&self.model, &[source])?;
         let mut kernels = kernels(n, &lengths, past, encoded, device, x.dtype())?;
         let (positions, rows) = (Tensor::new(positions, device)?, Tensor::new(answer_rows, device)?);
         self.model.forward(&x, &positions, &rows, kernels.as_mut())
