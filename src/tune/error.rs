@@ -97,7 +97,7 @@ impl fmt::Display for Setting {
             Self::BatchSize => "the batch size",
             Self::Accumulate => "the number of forward passes for one update",
             Self::EvalEvery => "the number of steps between evaluations",
-            Self::EncoderHidden => "the number of units in the encoder's layers",
+            Self::EncoderHidden => "the number of units in the prompt encoder's layers",
             Self::Steps => "the number of steps",
             Self::Epochs => "the number of epochs",
         })

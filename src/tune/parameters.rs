@@ -3,7 +3,7 @@
 
 use candle_core::{DType, Device, Result, Tensor, Var, bail};
 
-use super::encoder::Encoder;
+use super::prompt_encoder::PromptEncoder;
 use crate::{
     model::Model,
     prompt::{
@@ -18,7 +18,7 @@ pub enum Method {
     /// The rows themselves (Lester et al. 2021).
     PromptTuning,
     /// The rows by way of a network that makes them (Liu et al. 2021).
-    PTuning(Encoder),
+    PTuning(PromptEncoder),
     /// Keys and values of each layer (Li & Liang 2021), without a network.
     PrefixTuning,
 }

@@ -11,13 +11,14 @@ use softserve::{
     tune::{
         TuneError,
         data::TokenizedExample,
-        encoder::{Encoder, EncoderKind},
         forward::Forward,
         init::{Init, Source},
         job::{self, OutputPaths},
         loss,
+        options::{Length, Options, PromptType},
         parameters::{Method, Parameters, matrix},
-        plan::{Length, Options, Plan, PromptType},
+        plan::Plan,
+        prompt_encoder::{PromptEncoder, PromptEncoderKind},
         schedule::{Decay, Schedule},
         trainer::{Settings, State, Trainer},
     },
@@ -57,8 +58,8 @@ fn examples() -> Vec<TokenizedExample> {
 }
 
 fn methods(hidden_size: usize) -> [Method; 4] {
-    let encoder = |kind| Method::PTuning(Encoder { kind, hidden_size, scale: 0.5 });
-    [Method::PromptTuning, encoder(EncoderKind::Mlp), encoder(EncoderKind::Lstm), Method::PrefixTuning]
+    let encoder = |kind| Method::PTuning(PromptEncoder { kind, hidden_size, scale: 0.5 });
+    [Method::PromptTuning, encoder(PromptEncoderKind::Mlp), encoder(PromptEncoderKind::Lstm), Method::PrefixTuning]
 }
 
 fn begin(parameters: &Parameters, width: usize) -> Vec<f32> {
@@ -229,8 +230,8 @@ pub fn data(folder: &Path, key: &str) -> std::path::PathBuf {
 /// What is learned, and a rate for it.
 const RUNS: [(PromptType, f64); 4] = [
     (PromptType::Prompt, 0.1),
-    (PromptType::PTuning { encoder: EncoderKind::Mlp, hidden_size: Some(24) }, 0.01),
-    (PromptType::PTuning { encoder: EncoderKind::Lstm, hidden_size: Some(12) }, 0.01),
+    (PromptType::PTuning { encoder: PromptEncoderKind::Mlp, hidden_size: Some(24) }, 0.01),
+    (PromptType::PTuning { encoder: PromptEncoderKind::Lstm, hidden_size: Some(12) }, 0.01),
     (PromptType::Prefix, 0.1),
 ];
 
