@@ -3,7 +3,7 @@
 //! [`plan`] checks the [`options`] of a run and reads its data, [`job`] runs it; the rest are their parts, usable alone:
 //!
 //! - [`data`]: JSON Lines to token ids, every fault listed
-//! - [`parameters`], [`prompt_encoder`]: what is learned in each way, and the prompt that it makes
+//! - [`learned_tensor`], [`parameters`], [`prompt_encoder`]: what is learned in each way, and the prompt that it makes
 //! - [`init`]: initial values
 //! - [`forward`], [`loss`]: a batch through the model, with gradients; the loss of a prompt and its gradient
 //! - [`optim`], [`schedule`], [`order`]: AdamW, the learning rate and the examples of each step
@@ -21,6 +21,7 @@ pub mod forward;
 pub mod inference;
 pub mod init;
 pub mod job;
+pub mod learned_tensor;
 pub mod loss;
 pub mod metrics;
 pub mod optim;

@@ -5,7 +5,7 @@ use candle_core::{Device, Result, Tensor};
 use rand::Rng;
 use rand_distr::StandardNormal;
 
-use super::{order, parameters::Named};
+use super::{learned_tensor::LearnedTensor, order};
 
 /// How the rows are made of their embeddings.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,12 +43,12 @@ impl PromptEncoderKind {
 impl PromptEncoder {
     /// The embeddings and weights for `n` rows of `width`, named as in PEFT; of the two biases that
     /// PyTorch adds up in an LSTM there is one.
-    pub fn named(&self, n: usize, width: usize) -> Vec<Named> {
+    pub fn named(&self, n: usize, width: usize) -> Vec<LearnedTensor> {
         let h = self.hidden_size;
-        let mut all = vec![Named::new("embedding.weight", &[n, width])];
+        let mut all = vec![LearnedTensor::new("embedding.weight", &[n, width])];
         let mut linear = |path: &str, outer: usize, inner: usize| {
-            all.push(Named::new(&format!("{path}.weight"), &[outer, inner]));
-            all.push(Named::new(&format!("{path}.bias"), &[outer]));
+            all.push(LearnedTensor::new(&format!("{path}.weight"), &[outer, inner]));
+            all.push(LearnedTensor::new(&format!("{path}.bias"), &[outer]));
         };
         match self.kind {
             PromptEncoderKind::Mlp => {
@@ -63,9 +63,9 @@ impl PromptEncoder {
                     let inner = if layer == 0 { width } else { 2 * h };
                     for direction in ["", "_reverse"] {
                         let name = |part: &str| format!("lstm_head.{part}_l{layer}{direction}");
-                        all.push(Named::new(&name("weight_ih"), &[4 * h, inner]));
-                        all.push(Named::new(&name("weight_hh"), &[4 * h, h]));
-                        all.push(Named::new(&name("bias"), &[4 * h]));
+                        all.push(LearnedTensor::new(&name("weight_ih"), &[4 * h, inner]));
+                        all.push(LearnedTensor::new(&name("weight_hh"), &[4 * h, h]));
+                        all.push(LearnedTensor::new(&name("bias"), &[4 * h]));
                     }
                 }
             }
