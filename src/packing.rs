@@ -1,15 +1,13 @@
 //! Packing: what `[learned prompt][text]` means as positions. It says which of them the encoder reads
 //! and which the decoder, where each row comes from, which rows' logits predict a continuation, and how
 //! many tokens a learned prompt leaves for a text and an answer. Serving, tuning and evaluation all ask
-//! here. Plain data; only [`embed`] makes tensors.
+//! here. Plain data; only [`embed`](mod@embed) makes tensors.
 
-mod embed;
+pub mod embed;
 #[cfg(test)]
 mod tests;
 
 use std::ops::Range;
-
-pub use embed::{EmbeddingSource, embed};
 
 use crate::{model::ModelInfo, prompt::LearnedPrompt};
 

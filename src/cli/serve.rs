@@ -16,7 +16,7 @@ use super::model_source;
 use crate::{
     config::{Config, LogFormat, ModelSource, ServeArgs},
     demo,
-    engine::{Engine, EngineConfig, EngineThread},
+    engine::{Engine, EngineConfig, EngineThread, StartError},
     http::{App, AppState, router},
     kernels,
     model::{Model, ModelInfo},
@@ -66,7 +66,11 @@ fn load(config: &Config) -> anyhow::Result<Loaded> {
     let kernels = backend.name();
     let model = Model::load(&files, backend, model_source::dtype(config.dtype))?;
     let info = model.info().clone();
-    let (engine, thread) = Engine::start(model, engine_config(config)).context("cannot start the model")?;
+    let started_engine = Engine::start(model, engine_config(config)).map_err(|error| match error {
+        StartError::KvCacheTooSmall { .. } => anyhow::anyhow!("{error}; give it more by --kv-cache"),
+        StartError::Tensor(error) => error.into(),
+    });
+    let (engine, thread) = started_engine.context("cannot start the model")?;
     tracing::info!(
         seconds = started.elapsed().as_secs_f64(),
         parameters = info.num_parameters,

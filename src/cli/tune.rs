@@ -22,11 +22,12 @@ use crate::{
     model::Model,
     prompt::{TaskName, labels::Verbalizer},
     tune::{
-        encoder::EncoderKind,
         forward::Forward,
         init::Init,
         job::{self, OutputPaths},
-        plan::{Length, Options, Plan, PromptType, Warning},
+        options::{Length, Options, PromptType},
+        plan::{Plan, Warning},
+        prompt_encoder::PromptEncoderKind,
         schedule::Decay,
     },
 };
@@ -297,8 +298,8 @@ impl TuneArgs {
             TypeArg::Prefix => PromptType::Prefix,
             TypeArg::PTuning => PromptType::PTuning {
                 encoder: match self.encoder {
-                    None | Some(EncoderArg::Mlp) => EncoderKind::Mlp,
-                    Some(EncoderArg::Lstm) => EncoderKind::Lstm,
+                    None | Some(EncoderArg::Mlp) => PromptEncoderKind::Mlp,
+                    Some(EncoderArg::Lstm) => PromptEncoderKind::Lstm,
                 },
                 hidden_size: self.encoder_hidden,
             },

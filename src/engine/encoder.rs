@@ -2,7 +2,7 @@
 //! how many positions of them the batch may hold.
 
 use super::{
-    EngineConfig,
+    EngineConfig, StartError,
     prefix::ChainHash,
     request::{CacheNamespace, InputToken},
     sequence::SequenceId,
@@ -50,18 +50,18 @@ impl EncoderLimits {
     ///
     /// # Errors
     /// The bytes hold no position.
-    pub fn of(model: &Model, config: &EngineConfig) -> candle_core::Result<(usize, Option<Self>)> {
+    pub fn of(model: &Model, config: &EngineConfig) -> Result<(usize, Option<Self>), StartError> {
         let bytes = config.kv_cache_bytes;
         if model.info().encoder.is_none() {
             return Ok((bytes, None));
         }
         let max_positions = bytes / 2 / model.cross_bytes().max(1);
         if max_positions == 0 {
-            candle_core::bail!(
-                "half of the key-value cache, {} bytes, does not hold one position of the encoder's output of {} bytes",
-                bytes / 2,
-                model.cross_bytes()
-            );
+            return Err(StartError::KvCacheTooSmall {
+                bytes: bytes / 2,
+                holds: "one position of the encoder's output",
+                needed: model.cross_bytes(),
+            });
         }
         Ok((bytes / 2, Some(Self { max_positions, shares: config.prefix_sharing })))
     }

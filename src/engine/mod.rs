@@ -163,6 +163,16 @@ struct Shared {
     counters: Counters,
 }
 
+/// Why the engine does not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The KV cache, or the half of it that an encoder's output has, does not hold the least that it must.
+    #[error("the KV cache has {bytes} bytes and must hold {holds} of {needed} bytes")]
+    KvCacheTooSmall { bytes: usize, holds: &'static str, needed: usize },
+    #[error(transparent)]
+    Tensor(#[from] candle_core::Error),
+}
+
 /// Why a request was not taken.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum SubmitError {
@@ -233,8 +243,8 @@ impl Engine {
     /// in it.
     ///
     /// # Errors
-    /// The forward pass failed, or the cache's bytes do not hold one block.
-    pub fn start(model: impl Into<Arc<Model>>, config: EngineConfig) -> candle_core::Result<(Engine, EngineThread)> {
+    /// The forward pass failed, or the KV cache has too few bytes.
+    pub fn start(model: impl Into<Arc<Model>>, config: EngineConfig) -> Result<(Engine, EngineThread), StartError> {
         let model = model.into();
         let block_bytes = model.backend().block_bytes(&model.kv_shape());
         let context = model.info().context_length;
@@ -243,10 +253,7 @@ impl Engine {
         let (kv_cache_bytes, encoder) = EncoderLimits::of(&model, &config)?;
         let num_blocks = (kv_cache_bytes / block_bytes).min(useful);
         if num_blocks == 0 {
-            candle_core::bail!(
-                "the key-value cache of {kv_cache_bytes} bytes does not hold one block of {block_bytes} bytes; \
-                 it needs more bytes"
-            );
+            return Err(StartError::KvCacheTooSmall { bytes: kv_cache_bytes, holds: "one block", needed: block_bytes });
         }
         let max_encoder = encoder.map_or(context, |encoder| encoder.max_positions);
         let max_sequence = num_blocks * crate::kernels::layout::BLOCK_SIZE;

@@ -14,7 +14,10 @@ use crate::{
         layout::{BatchLayout, BlockId, Segment},
     },
     model::Model,
-    packing::{self, EmbeddingSource, leading_virtual_tokens},
+    packing::{
+        embed::{EmbeddingSource, embed},
+        leading_virtual_tokens,
+    },
     prompt::{LearnedPrompt, learned::KeyValues},
 };
 
@@ -164,6 +167,6 @@ impl Runner {
             };
             EmbeddingSource { tokens: part.tokens, prompt_rows }
         };
-        packing::embed(&self.model, &parts.iter().map(source).collect::<Vec<_>>())
+        embed(&self.model, &parts.iter().map(source).collect::<Vec<_>>())
     }
 }

@@ -5,7 +5,7 @@ use std::{fmt, io, path::PathBuf};
 
 use super::{checkpoint::CheckpointError, data::DataError, init::InitError};
 use crate::{
-    engine::SubmitError,
+    engine::{StartError, SubmitError},
     prompt::{format::Faults, template::TemplateError},
 };
 
@@ -56,6 +56,8 @@ pub enum TuneError {
     InterruptedSweep,
     #[error("the forward pass failed: {0}")]
     Tensor(#[from] candle_core::Error),
+    #[error("the engine does not start: {0}")]
+    Engine(#[from] StartError),
     /// The engine that answers an evaluation's inputs does not take one.
     #[error("an input cannot be answered: {0}")]
     Submit(#[from] SubmitError),
@@ -95,7 +97,7 @@ impl fmt::Display for Setting {
             Self::BatchSize => "the batch size",
             Self::Accumulate => "the number of forward passes for one update",
             Self::EvalEvery => "the number of steps between evaluations",
-            Self::EncoderHidden => "the number of units in the encoder's layers",
+            Self::EncoderHidden => "the number of units in the prompt encoder's layers",
             Self::Steps => "the number of steps",
             Self::Epochs => "the number of epochs",
         })

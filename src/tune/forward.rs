@@ -15,7 +15,11 @@ use crate::{
         recording::Recording,
     },
     model::Model,
-    packing::{self, EmbeddingSource, InputToken, PackedInput, Packing, PromptShape, leading_virtual_tokens},
+    packing::{
+        InputToken, PackedInput, Packing, PromptShape,
+        embed::{EmbeddingSource, embed},
+        leading_virtual_tokens,
+    },
     prompt::learned::{KeyValues, LearnedPrompt},
 };
 
@@ -115,7 +119,7 @@ impl Forward {
             lengths.push(tokens.len());
             end += tokens.len();
         }
-        let x = packing::embed(&self.model, &sources)?;
+        let x = embed(&self.model, &sources)?;
         let mut kernels = self.tuning.kernels(&BatchLayout::of_lengths(0, &lengths), None, None)?;
         let hidden = self.model.run_encoder(&x, kernels.as_mut())?;
         let inputs = inputs.iter().map(|input| rows_of[input].clone()).collect();
@@ -157,7 +161,7 @@ impl Forward {
             None => (None, None),
         };
         let source = EmbeddingSource { tokens: &tokens, prompt_rows: prompt_rows.as_ref() };
-        let x = packing::embed(&self.model, &[source])?;
+        let x = embed(&self.model, &[source])?;
         let mut kernels = self.tuning.kernels(&layout, past, encoded)?;
         Ok((self.model.forward(&x, &layout, kernels.as_mut())?, kernels))
     }

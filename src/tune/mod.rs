@@ -1,9 +1,9 @@
 //! Learns a prompt by differentiating the forward that serves, and measures it.
 //!
-//! [`plan`] checks what was asked for, [`job`] runs it; the rest are their parts, usable alone:
+//! [`plan`] checks the [`options`] of a run and reads its data, [`job`] runs it; the rest are their parts, usable alone:
 //!
 //! - [`data`]: JSON Lines to token ids, every fault listed
-//! - [`parameters`], [`encoder`]: what is learned in each way, and the prompt that it makes
+//! - [`learned_tensor`], [`parameters`], [`prompt_encoder`]: what is learned in each way, and the prompt that it makes
 //! - [`init`]: initial values
 //! - [`forward`], [`loss`]: a batch through the model, with gradients; the loss of a prompt and its gradient
 //! - [`optim`], [`schedule`], [`order`]: AdamW, the learning rate and the examples of each step
@@ -15,20 +15,22 @@
 
 pub mod checkpoint;
 pub mod data;
-pub mod encoder;
 mod error;
 pub mod evaluate;
 pub mod forward;
 pub mod inference;
 pub mod init;
 pub mod job;
+pub mod learned_tensor;
 pub mod loss;
 pub mod metrics;
 pub mod optim;
+pub mod options;
 pub mod order;
 pub mod output;
 pub mod parameters;
 pub mod plan;
+pub mod prompt_encoder;
 pub mod report;
 pub mod schedule;
 pub mod sweep;

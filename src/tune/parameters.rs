@@ -3,7 +3,7 @@
 
 use candle_core::{DType, Device, Result, Tensor, Var, bail};
 
-use super::encoder::Encoder;
+use super::{learned_tensor::LearnedTensor, prompt_encoder::PromptEncoder};
 use crate::{
     model::Model,
     prompt::{
@@ -18,28 +18,9 @@ pub enum Method {
     /// The rows themselves (Lester et al. 2021).
     PromptTuning,
     /// The rows by way of a network that makes them (Liu et al. 2021).
-    PTuning(Encoder),
+    PTuning(PromptEncoder),
     /// Keys and values of each layer (Li & Liang 2021), without a network.
     PrefixTuning,
-}
-
-/// One of the tensors that are learned.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Named {
-    pub name: String,
-    pub shape: Vec<usize>,
-}
-
-impl Named {
-    pub(super) fn new(name: &str, shape: &[usize]) -> Self {
-        Self { name: name.to_owned(), shape: shape.to_vec() }
-    }
-
-    /// How many values it has; never 0.
-    #[expect(clippy::len_without_is_empty, reason = "none is empty")]
-    pub fn len(&self) -> usize {
-        self.shape.iter().product()
-    }
 }
 
 /// The tensors of a run and what the forward pass takes of them.
@@ -50,7 +31,7 @@ pub struct Parameters {
     kv_heads: usize,
     /// For each layer of the model, which of the learned layers of keys and values it reads.
     read: Vec<usize>,
-    tensors: Vec<Named>,
+    tensors: Vec<LearnedTensor>,
 }
 
 impl Method {
@@ -83,12 +64,12 @@ impl Parameters {
         layers.dedup();
         read.iter_mut().for_each(|layer| *layer = layers.partition_point(|other| other < layer));
         let tensors = match method {
-            Method::PromptTuning => vec![Named::new("prompt_embeddings", &[n, fit.hidden_size])],
+            Method::PromptTuning => vec![LearnedTensor::new("prompt_embeddings", &[n, fit.hidden_size])],
             Method::PTuning(encoder) => encoder.named(n, fit.hidden_size),
             Method::PrefixTuning => layers
                 .into_iter()
                 .flat_map(|layer| ["key", "value"].map(|part| format!("layers.{layer}.{part}")))
-                .map(|name| Named::new(&name, &[n, fit.kv_dim()]))
+                .map(|name| LearnedTensor::new(&name, &[n, fit.kv_dim()]))
                 .collect(),
         };
         Self { method, virtual_tokens: n, kv_heads: fit.num_kv_heads, read, tensors }
@@ -105,7 +86,7 @@ impl Parameters {
     }
 
     /// The tensors, in the order of their values.
-    pub fn tensors(&self) -> &[Named] {
+    pub fn tensors(&self) -> &[LearnedTensor] {
         &self.tensors
     }
 
@@ -117,7 +98,7 @@ impl Parameters {
     /// How many values are learned; never 0.
     #[expect(clippy::len_without_is_empty, reason = "a prompt has a virtual token or more")]
     pub fn len(&self) -> usize {
-        self.tensors.iter().map(Named::len).sum()
+        self.tensors.iter().map(LearnedTensor::len).sum()
     }
 
     /// The values as variables, one for each tensor.

@@ -1,18 +1,18 @@
 //! What is going to be tuned, checked before anything is: data, template, labels, initial values,
 //! settings.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use super::{
     Setting, TuneError,
     checkpoint::Identity,
     data::{self, Dataset, TokenizedExample},
-    encoder::{Encoder, EncoderKind},
     forward::Forward,
-    init::{self, Init, Source},
+    init::{self, Source},
     optim::AdamW,
+    options::{Length, Options},
     parameters::{Method, Parameters},
-    schedule::{Decay, Schedule},
+    schedule::Schedule,
     sweep,
     trainer::Settings,
 };
@@ -49,116 +49,6 @@ const EPOCHS: usize = 15;
 
 /// Evaluations in a run where no interval is asked for.
 const EVALUATIONS: usize = 20;
-
-/// The least units of an encoder where none are asked for. As many as there are rows make any rows.
-const ENCODER_SIZE: usize = 128;
-
-/// The most units of an encoder's layer.
-const MAX_ENCODER_SIZE: usize = 16384;
-
-/// Which type of prompt is learned.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum PromptType {
-    Prompt,
-    PTuning {
-        encoder: EncoderKind,
-        /// Units of a layer; by the number of rows where there is none.
-        hidden_size: Option<usize>,
-    },
-    Prefix,
-}
-
-impl PromptType {
-    /// What a prompt begins as where nothing is asked for.
-    pub fn default_init(self) -> Init {
-        match self {
-            Self::Prompt | Self::PTuning { .. } => Init::Vocab,
-            Self::Prefix => Init::Examples,
-        }
-    }
-
-    fn method(self, virtual_tokens: usize, model: &Model) -> Result<Method, TuneError> {
-        Ok(match self {
-            Self::Prompt => Method::PromptTuning,
-            Self::Prefix => Method::PrefixTuning,
-            Self::PTuning { encoder, hidden_size } => Method::PTuning(Encoder {
-                kind: encoder,
-                hidden_size: hidden_size.unwrap_or(virtual_tokens.max(ENCODER_SIZE)),
-                scale: init::embedding_scale(model)?,
-            }),
-        })
-    }
-}
-
-/// The options of a run.
-#[derive(Debug, Clone)]
-pub struct Options {
-    pub task: TaskName,
-    pub data: PathBuf,
-    /// Held-out examples; without them a part of `data`.
-    pub eval_data: Option<PathBuf>,
-    /// minijinja source; [`default_template`] where there is none.
-    pub template: Option<String>,
-    pub labels: Option<Verbalizer>,
-    pub description: Option<String>,
-    pub prompt_type: PromptType,
-    /// [`VIRTUAL_TOKENS`] where there is none.
-    pub virtual_tokens: Option<usize>,
-    pub init: Init,
-    /// What `init` is called in a checkpoint.
-    pub init_name: String,
-    /// `None` sweeps.
-    pub rate: Option<f64>,
-    pub length: Length,
-    /// Part of the steps that warm up, 0 to 1.
-    pub warmup: f64,
-    pub decay: Decay,
-    pub batch_size: usize,
-    pub accumulate: usize,
-    pub weight_decay: f64,
-    pub clip: f64,
-    pub seed: u64,
-    pub eval_every: Option<usize>,
-    pub patience: usize,
-}
-
-/// How long a run is.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Length {
-    /// By the number of examples.
-    Auto,
-    Steps(usize),
-    Epochs(f64),
-}
-
-impl Options {
-    /// The defaults for a task and its data.
-    pub fn new(task: TaskName, data: impl Into<PathBuf>) -> Self {
-        Self {
-            task,
-            data: data.into(),
-            eval_data: None,
-            template: None,
-            labels: None,
-            description: None,
-            prompt_type: PromptType::Prompt,
-            virtual_tokens: None,
-            init: Init::Vocab,
-            init_name: "vocab".to_owned(),
-            rate: None,
-            length: Length::Auto,
-            warmup: 0.06,
-            decay: Decay::Linear,
-            batch_size: 16,
-            accumulate: 1,
-            weight_decay: 0.0,
-            clip: 1.0,
-            seed: 0,
-            eval_every: None,
-            patience: 6,
-        }
-    }
-}
 
 /// Which examples choose the learning rate and the best prompt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -212,7 +102,7 @@ pub struct Plan {
 impl Plan {
     /// Reads the data and checks everything against the model.
     pub fn new(forward: &Forward, tokenizer: &Tokenizer, options: &Options) -> Result<Self, TuneError> {
-        check_numbers(options)?;
+        options.check()?;
         let model = forward.model();
         let info = model.info();
         let mut warnings: Vec<Warning> = Vec::new();
@@ -300,31 +190,6 @@ impl Plan {
     /// What the part of exact answers is called: for labels it is the accuracy.
     pub fn metric(&self) -> &'static str {
         if self.labels.is_some() { "accuracy" } else { "exact_match" }
-    }
-}
-
-fn check_numbers(options: &Options) -> Result<(), TuneError> {
-    let range = |setting, found: f64, least: f64, most: f64, expected: &str| {
-        let fine = found >= least && found <= most;
-        let error = || TuneError::OutOfRange { setting, found: found.to_string(), expected: expected.to_owned() };
-        if fine { Ok(()) } else { Err(error()) }
-    };
-    let rate = options.rate.unwrap_or(1.0);
-    range(Setting::LearningRate, rate, f64::MIN_POSITIVE, 1e6, "a positive number")?;
-    range(Setting::Warmup, options.warmup, 0.0, 1.0, "a part of the steps, 0 to 1")?;
-    range(Setting::WeightDecay, options.weight_decay, 0.0, 1e6, "0 or more")?;
-    range(Setting::Clip, options.clip, 0.0, f64::MAX, "a norm, or 0 for none")?;
-    let count = |setting, found: usize| range(setting, found as f64, 1.0, 1e9, "1 or more");
-    count(Setting::BatchSize, options.batch_size)?;
-    count(Setting::Accumulate, options.accumulate)?;
-    count(Setting::EvalEvery, options.eval_every.unwrap_or(1))?;
-    if let PromptType::PTuning { hidden_size: Some(size), .. } = options.prompt_type {
-        range(Setting::EncoderHidden, size as f64, 1.0, MAX_ENCODER_SIZE as f64, "1 to 16384")?;
-    }
-    match options.length {
-        Length::Auto => Ok(()),
-        Length::Steps(n) => count(Setting::Steps, n),
-        Length::Epochs(n) => range(Setting::Epochs, n, f64::MIN_POSITIVE, 1e6, "a positive number"),
     }
 }
 

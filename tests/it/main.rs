@@ -15,6 +15,7 @@ mod hot_swap;
 mod http;
 #[cfg(feature = "hub")]
 mod hub;
+mod inference;
 mod inspect;
 mod model;
 mod openapi;

@@ -10,11 +10,11 @@ use softserve::{
     tune::{
         checkpoint::{Checkpoint, Identity},
         data::TokenizedExample,
-        encoder::{Encoder, EncoderKind},
         forward::Forward,
         loss,
         optim::AdamW,
         parameters::{Method, Parameters},
+        prompt_encoder::{PromptEncoder, PromptEncoderKind},
         schedule::{Decay, Schedule},
         sweep,
         trainer::{Ended, Progress, Settings, State, Trainer},
@@ -68,8 +68,8 @@ fn noise(n: usize) -> Vec<f32> {
 
 /// One way to learn of each kind.
 fn methods() -> [Method; 4] {
-    let encoder = |kind| Method::PTuning(Encoder { kind, hidden_size: 12, scale: 0.5 });
-    [Method::PromptTuning, encoder(EncoderKind::Mlp), encoder(EncoderKind::Lstm), Method::PrefixTuning]
+    let encoder = |kind| Method::PTuning(PromptEncoder { kind, hidden_size: 12, scale: 0.5 });
+    [Method::PromptTuning, encoder(PromptEncoderKind::Mlp), encoder(PromptEncoderKind::Lstm), Method::PrefixTuning]
 }
 
 fn begin(model: &Model, parameters: &Parameters) -> Vec<f32> {

@@ -11,13 +11,14 @@ use softserve::{
     tune::{
         TuneError,
         checkpoint::CheckpointError,
-        encoder::EncoderKind,
         forward::Forward,
         inference::Inference,
         init::Init,
         job::{self, Observer, Outcome, OutputPaths},
+        options::{Length, Options, PromptType},
         parameters,
-        plan::{HeldOut, Length, Options, Plan, PromptType},
+        plan::{HeldOut, Plan},
+        prompt_encoder::PromptEncoderKind,
         sweep::Sweep,
         trainer::{Progress, Settings},
     },
@@ -109,8 +110,8 @@ pub fn answers(
 
 /// The types beside plain rows.
 const TYPES: [PromptType; 3] = [
-    PromptType::PTuning { encoder: EncoderKind::Mlp, hidden_size: Some(24) },
-    PromptType::PTuning { encoder: EncoderKind::Lstm, hidden_size: Some(12) },
+    PromptType::PTuning { encoder: PromptEncoderKind::Mlp, hidden_size: Some(24) },
+    PromptType::PTuning { encoder: PromptEncoderKind::Lstm, hidden_size: Some(12) },
     PromptType::Prefix,
 ];
 

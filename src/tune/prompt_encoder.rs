@@ -5,11 +5,11 @@ use candle_core::{Device, Result, Tensor};
 use rand::Rng;
 use rand_distr::StandardNormal;
 
-use super::{order, parameters::Named};
+use super::{learned_tensor::LearnedTensor, order};
 
 /// How the rows are made of their embeddings.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum EncoderKind {
+pub enum PromptEncoderKind {
     /// Each row by itself through three layers.
     Mlp,
     /// All rows through a bidirectional LSTM of two layers, then each through two more layers.
@@ -21,8 +21,8 @@ const LSTM_LAYERS: usize = 2;
 
 /// An encoder's form and size.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Encoder {
-    pub kind: EncoderKind,
+pub struct PromptEncoder {
+    pub kind: PromptEncoderKind,
     /// Units of a layer; of one direction of the LSTM.
     pub hidden_size: usize,
     /// What the output is multiplied by, where PEFT has 1: the size of the model's embeddings, so
@@ -30,7 +30,7 @@ pub struct Encoder {
     pub scale: f64,
 }
 
-impl EncoderKind {
+impl PromptEncoderKind {
     /// PEFT's name for it.
     pub fn name(self) -> &'static str {
         match self {
@@ -40,32 +40,32 @@ impl EncoderKind {
     }
 }
 
-impl Encoder {
+impl PromptEncoder {
     /// The embeddings and weights for `n` rows of `width`, named as in PEFT; of the two biases that
     /// PyTorch adds up in an LSTM there is one.
-    pub fn named(&self, n: usize, width: usize) -> Vec<Named> {
+    pub fn named(&self, n: usize, width: usize) -> Vec<LearnedTensor> {
         let h = self.hidden_size;
-        let mut all = vec![Named::new("embedding.weight", &[n, width])];
+        let mut all = vec![LearnedTensor::new("embedding.weight", &[n, width])];
         let mut linear = |path: &str, outer: usize, inner: usize| {
-            all.push(Named::new(&format!("{path}.weight"), &[outer, inner]));
-            all.push(Named::new(&format!("{path}.bias"), &[outer]));
+            all.push(LearnedTensor::new(&format!("{path}.weight"), &[outer, inner]));
+            all.push(LearnedTensor::new(&format!("{path}.bias"), &[outer]));
         };
         match self.kind {
-            EncoderKind::Mlp => {
+            PromptEncoderKind::Mlp => {
                 linear("mlp_head.0", h, width);
                 linear("mlp_head.2", h, h);
                 linear("mlp_head.4", width, h);
             }
-            EncoderKind::Lstm => {
+            PromptEncoderKind::Lstm => {
                 linear("mlp_head.0", 2 * h, 2 * h);
                 linear("mlp_head.2", width, 2 * h);
                 for layer in 0..LSTM_LAYERS {
                     let inner = if layer == 0 { width } else { 2 * h };
                     for direction in ["", "_reverse"] {
                         let name = |part: &str| format!("lstm_head.{part}_l{layer}{direction}");
-                        all.push(Named::new(&name("weight_ih"), &[4 * h, inner]));
-                        all.push(Named::new(&name("weight_hh"), &[4 * h, h]));
-                        all.push(Named::new(&name("bias"), &[4 * h]));
+                        all.push(LearnedTensor::new(&name("weight_ih"), &[4 * h, inner]));
+                        all.push(LearnedTensor::new(&name("weight_hh"), &[4 * h, h]));
+                        all.push(LearnedTensor::new(&name("bias"), &[4 * h]));
                     }
                 }
             }
@@ -116,8 +116,8 @@ impl Encoder {
     /// Where the output layer's weight is; its bias follows.
     fn output_at(&self) -> usize {
         match self.kind {
-            EncoderKind::Mlp => 5,
-            EncoderKind::Lstm => 3,
+            PromptEncoderKind::Mlp => 5,
+            PromptEncoderKind::Lstm => 3,
         }
     }
 
@@ -131,11 +131,11 @@ impl Encoder {
     /// What the output layer reads, `[n, features]`.
     fn features(&self, tensors: &[Tensor]) -> Result<Tensor> {
         match (self.kind, tensors) {
-            (EncoderKind::Mlp, [x, w0, b0, w2, b2, ..]) => {
+            (PromptEncoderKind::Mlp, [x, w0, b0, w2, b2, ..]) => {
                 let x = linear(x, w0, b0)?.relu()?;
                 linear(&x, w2, b2)?.relu()
             }
-            (EncoderKind::Lstm, [x, w0, b0, _, _, lstm @ ..]) => {
+            (PromptEncoderKind::Lstm, [x, w0, b0, _, _, lstm @ ..]) => {
                 let mut x = x.clone();
                 for layer in lstm.chunks_exact(6) {
                     let forward = lstm_direction(&x, &layer[..3], false)?;
@@ -241,9 +241,9 @@ mod tests {
 
     use super::*;
 
-    const KINDS: [EncoderKind; 2] = [EncoderKind::Mlp, EncoderKind::Lstm];
+    const KINDS: [PromptEncoderKind; 2] = [PromptEncoderKind::Mlp, PromptEncoderKind::Lstm];
 
-    fn tensors(encoder: &Encoder, rows: &[f32], n: usize) -> Vec<Tensor> {
+    fn tensors(encoder: &PromptEncoder, rows: &[f32], n: usize) -> Vec<Tensor> {
         let mut rest = encoder.values(rows, n, 3).expect("values");
         let mut tensors = Vec::new();
         for named in encoder.named(n, rows.len() / n) {
@@ -263,7 +263,7 @@ mod tests {
     fn an_encoder_begins_at_the_rows_it_is_given() {
         for kind in KINDS {
             let rows = words(6, 10);
-            let encoder = Encoder { kind, hidden_size: 16, scale: 0.1 };
+            let encoder = PromptEncoder { kind, hidden_size: 16, scale: 0.1 };
             let made = encoder.rows(&tensors(&encoder, &rows, 6)).expect("rows");
             let made = made.flatten_all().and_then(|r| r.to_vec1::<f32>()).expect("values");
             for (a, b) in made.iter().zip(&rows) {
@@ -278,7 +278,7 @@ mod tests {
         let weights = Tensor::from_vec(words(n, width), (n, width), &Device::Cpu).expect("weights");
         let weights = weights.to_dtype(DType::F64).expect("casts");
         for kind in KINDS {
-            let encoder = Encoder { kind, hidden_size: 5, scale: 0.5 };
+            let encoder = PromptEncoder { kind, hidden_size: 5, scale: 0.5 };
             let tensors = tensors(&encoder, &words(n, width), n);
             let vars: Vec<Var> = tensors
                 .iter()

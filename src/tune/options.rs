@@ -1,0 +1,151 @@
+//! The options of a tuning run, as whoever starts it gives them.
+
+use std::path::PathBuf;
+
+use super::{
+    Setting, TuneError,
+    init::{self, Init},
+    parameters::Method,
+    prompt_encoder::{PromptEncoder, PromptEncoderKind},
+    schedule::Decay,
+};
+use crate::{
+    model::Model,
+    prompt::{TaskName, labels::Verbalizer},
+};
+
+/// The least units of an encoder where none are asked for. As many as there are rows make any rows.
+const ENCODER_SIZE: usize = 128;
+
+/// The most units of an encoder's layer.
+const MAX_ENCODER_SIZE: usize = 16384;
+
+/// Which type of prompt is learned.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PromptType {
+    Prompt,
+    PTuning {
+        encoder: PromptEncoderKind,
+        /// Units of a layer; by the number of rows where there is none.
+        hidden_size: Option<usize>,
+    },
+    Prefix,
+}
+
+impl PromptType {
+    /// What a prompt begins as where nothing is asked for.
+    pub fn default_init(self) -> Init {
+        match self {
+            Self::Prompt | Self::PTuning { .. } => Init::Vocab,
+            Self::Prefix => Init::Examples,
+        }
+    }
+
+    pub(super) fn method(self, virtual_tokens: usize, model: &Model) -> Result<Method, TuneError> {
+        Ok(match self {
+            Self::Prompt => Method::PromptTuning,
+            Self::Prefix => Method::PrefixTuning,
+            Self::PTuning { encoder, hidden_size } => Method::PTuning(PromptEncoder {
+                kind: encoder,
+                hidden_size: hidden_size.unwrap_or(virtual_tokens.max(ENCODER_SIZE)),
+                scale: init::embedding_scale(model)?,
+            }),
+        })
+    }
+}
+
+/// The options of a run.
+#[derive(Debug, Clone)]
+pub struct Options {
+    pub task: TaskName,
+    pub data: PathBuf,
+    /// Held-out examples; without them a part of `data`.
+    pub eval_data: Option<PathBuf>,
+    /// minijinja source; [`default_template`](super::plan::default_template) where there is none.
+    pub template: Option<String>,
+    pub labels: Option<Verbalizer>,
+    pub description: Option<String>,
+    pub prompt_type: PromptType,
+    /// [`VIRTUAL_TOKENS`](super::plan::VIRTUAL_TOKENS) where there is none.
+    pub virtual_tokens: Option<usize>,
+    pub init: Init,
+    /// What `init` is called in a checkpoint.
+    pub init_name: String,
+    /// `None` sweeps.
+    pub rate: Option<f64>,
+    pub length: Length,
+    /// Part of the steps that warm up, 0 to 1.
+    pub warmup: f64,
+    pub decay: Decay,
+    pub batch_size: usize,
+    pub accumulate: usize,
+    pub weight_decay: f64,
+    pub clip: f64,
+    pub seed: u64,
+    pub eval_every: Option<usize>,
+    pub patience: usize,
+}
+
+/// How long a run is.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Length {
+    /// By the number of examples.
+    Auto,
+    Steps(usize),
+    Epochs(f64),
+}
+
+impl Options {
+    /// The defaults for a task and its data.
+    pub fn new(task: TaskName, data: impl Into<PathBuf>) -> Self {
+        Self {
+            task,
+            data: data.into(),
+            eval_data: None,
+            template: None,
+            labels: None,
+            description: None,
+            prompt_type: PromptType::Prompt,
+            virtual_tokens: None,
+            init: Init::Vocab,
+            init_name: "vocab".to_owned(),
+            rate: None,
+            length: Length::Auto,
+            warmup: 0.06,
+            decay: Decay::Linear,
+            batch_size: 16,
+            accumulate: 1,
+            weight_decay: 0.0,
+            clip: 1.0,
+            seed: 0,
+            eval_every: None,
+            patience: 6,
+        }
+    }
+
+    /// Checks every number that needs no model to be checked.
+    pub(super) fn check(&self) -> Result<(), TuneError> {
+        let range = |setting, found: f64, least: f64, most: f64, expected: &str| {
+            let fine = found >= least && found <= most;
+            let error = || TuneError::OutOfRange { setting, found: found.to_string(), expected: expected.to_owned() };
+            if fine { Ok(()) } else { Err(error()) }
+        };
+        let rate = self.rate.unwrap_or(1.0);
+        range(Setting::LearningRate, rate, f64::MIN_POSITIVE, 1e6, "a positive number")?;
+        range(Setting::Warmup, self.warmup, 0.0, 1.0, "a part of the steps, 0 to 1")?;
+        range(Setting::WeightDecay, self.weight_decay, 0.0, 1e6, "0 or more")?;
+        range(Setting::Clip, self.clip, 0.0, f64::MAX, "a norm, or 0 for none")?;
+        let count = |setting, found: usize| range(setting, found as f64, 1.0, 1e9, "1 or more");
+        count(Setting::BatchSize, self.batch_size)?;
+        count(Setting::Accumulate, self.accumulate)?;
+        count(Setting::EvalEvery, self.eval_every.unwrap_or(1))?;
+        if let PromptType::PTuning { hidden_size: Some(size), .. } = self.prompt_type {
+            range(Setting::EncoderHidden, size as f64, 1.0, MAX_ENCODER_SIZE as f64, "1 to 16384")?;
+        }
+        match self.length {
+            Length::Auto => Ok(()),
+            Length::Steps(n) => count(Setting::Steps, n),
+            Length::Epochs(n) => range(Setting::Epochs, n, f64::MIN_POSITIVE, 1e6, "a positive number"),
+        }
+    }
+}
