@@ -172,7 +172,7 @@ macro_rules! product_2x2 {
     }};
 }
 
-/// What a product prefetches.
+/// Which micro-panels a product prefetches.
 #[derive(Debug, Clone, Copy)]
 pub enum Prefetch {
     /// Its own micro-panels, which come from memory, and the beginnings of these, which are next.

@@ -5,12 +5,14 @@
 //! pass over the values. Masked positions have weight zero and add nothing, so a query's numbers do not depend on the
 //! other queries of its tile.
 
+mod prefetch;
 mod scores;
 mod softmax;
 mod values;
 
 use std::{cell::Cell, ops::Range};
 
+use prefetch::Ahead;
 use scores::{block_scores, load_queries};
 use softmax::{shape_scores, softmax};
 use values::weigh_values;
@@ -379,31 +381,6 @@ unsafe fn attend_tile<S: Simd>(step: &Step, index: usize, head: usize, tile: usi
         }
     }
     SCRATCH.set(scratch);
-}
-
-/// The plane of keys or values that is read after the current one, which a kernel prefetches on its way through this
-/// one: planes are short runs in a large memory, which the hardware prefetcher does not foresee, and prefetching
-/// all of one at once would wait for memory instead of computing.
-#[derive(Clone, Copy)]
-struct Ahead(Option<*const u32>);
-
-impl Ahead {
-    const NOTHING: Self = Self(None);
-
-    /// Prefetches part `i` of it, the parts being of `words` words.
-    #[inline(always)]
-    fn prefetch(self, i: usize, words: usize) {
-        #[cfg(all(target_arch = "x86_64", not(miri)))]
-        if let Some(plane) = self.0 {
-            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-            for word in (i * words..(i + 1) * words).step_by(16) {
-                // SAFETY: a prefetch is no access; it may name any address.
-                unsafe { _mm_prefetch::<_MM_HINT_T0>(plane.wrapping_add(word).cast()) };
-            }
-        }
-        #[cfg(not(all(target_arch = "x86_64", not(miri))))]
-        let _ = (self.0, i, words);
-    }
 }
 
 #[cfg(test)]

@@ -59,7 +59,8 @@ pub fn multiply(isa: Isa, pool: &Pool, x: &[f32], rows: usize, products: &[Produ
             out: out.as_mut_ptr(),
         });
     }
-    run(isa, pool, x, rows, k, precision, &targets, Epilogue::Store);
+    // SAFETY: each target is as long as its matrix is wide, its bias and residual are, and `outs` has the capacity.
+    unsafe { run(isa, pool, x, rows, k, precision, &targets, Epilogue::Store) };
     for (out, p) in outs.iter_mut().zip(products) {
         // SAFETY: the capacity is at least this, and the column tiles of a target are all of its columns.
         unsafe { out.set_len(rows * p.weight.n()) };
@@ -92,14 +93,20 @@ pub fn multiply_gated(
             residual: None,
             out,
         };
-        run(isa, pool, x, rows, k, gate.precision(), &[target], Epilogue::Gate(activation));
+        // SAFETY: the target is as long as both matrices are wide, and so is `out`.
+        unsafe { run(isa, pool, x, rows, k, gate.precision(), &[target], Epilogue::Gate(activation)) };
     };
     // SAFETY: the column tiles are all columns.
     unsafe { written(elements(&[rows, n]), fill) }
 }
 
+/// Computes all targets: splits them into tasks for the pool.
+///
+/// # Safety
+/// The matrices of the targets are `k` wide and of `precision`. Each target has as many column tiles as its matrices have
+/// columns for, and its output is valid for `rows` rows of them, its bias for one, its residual for `rows`.
 #[expect(clippy::too_many_arguments, reason = "the private end of two functions")]
-fn run(
+unsafe fn run(
     isa: Isa,
     pool: &Pool,
     x: &[f32],
@@ -141,7 +148,7 @@ fn run(
             DEQUANTISED.with_borrow_mut(|scratch| {
                 let len = if dequantises { BLOCK_COLUMNS * k.next_multiple_of(2) } else { 0 };
                 let scratch = scratch.scratch(len);
-                // SAFETY: the job's pointers are valid for its shapes, which `multiply` has checked, every task has
+                // SAFETY: the job's pointers are valid for its shapes, as the caller says, every task has
                 // its own column tiles and blocks, and the scratch holds two micro-panels if any is dequantised.
                 unsafe {
                     dispatch!(

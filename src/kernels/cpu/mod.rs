@@ -1,5 +1,6 @@
-//! Kernels for CPUs, written for the instructions that a processor has and chosen when the program
-//! runs. The only unsafe code of the project.
+//! Kernels for CPUs, compiled for several instruction sets, of which the best one is chosen when the program
+//! runs. The only unsafe code of the project: no safe function here can be called in a way that is undefined. Public
+//! functions check once a call what their unsafe code relies on, and panic if a shape does not fit.
 //!
 //! Every row of a result is computed by itself, in one order, whatever other rows there are: a
 //! request's answer is the same bit for bit alone, in a batch, in chunks, or from the cache.
@@ -36,8 +37,8 @@ pub use pool::set_threads;
 /// Calls `$generic::<S, …>(args)` compiled for the instructions that `$isa` has.
 ///
 /// The generic function must be `unsafe fn` and `#[inline(always)]`, so that its body is compiled
-/// inside the function that has the instructions enabled. It is called as any unsafe function: in an `unsafe` block
-/// whose reason says why what it asks for holds.
+/// inside the function that has the instructions enabled. The macro is used in an `unsafe` block, whose comment says
+/// why the requirements of the generic function hold.
 macro_rules! dispatch {
     ($isa:expr, $generic:ident($($arg:ident: $ty:ty),* $(,)?)) => {{
         #[cfg(target_arch = "x86_64")]

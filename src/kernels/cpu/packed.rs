@@ -26,7 +26,7 @@ pub enum Precision {
     Bf16,
 }
 
-/// `W` `[n, k]`, to be multiplied as `x Wᵀ`. Micro-panels of 16 rows of `W` lie one after another; in a
+/// A packed weight matrix `W` `[n, k]`, for products `x Wᵀ`. Micro-panels of 16 rows of `W` lie one after another; in a
 /// micro-panel, f32 values are `[k][16]`, and bf16 values `[k / 32][16 pairs][16][2]`, which is both a
 /// tile of AMX and what `vdpbf16ps` reads. Micro-panels and tiles are padded with zeros.
 ///

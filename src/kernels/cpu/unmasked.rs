@@ -1,12 +1,12 @@
-//! Attention without a causal mask: of an encoder's rows among themselves, and of a decoder's rows to
-//! an encoder's output. Plain loops; a row's sums run over the keys in their order.
+//! Attention without a causal mask: an encoder's self-attention, and a decoder's cross-attention to an encoder's output.
+//! Plain loops; a row's sums run over the keys in their order.
 
 use std::sync::{Mutex, PoisonError};
 
 use super::{elements, pool::Pool};
 use crate::kernels::{AttentionParams, host::dot};
 
-/// Consecutive packed rows that see the same keys, all of them.
+/// Consecutive packed rows that attend to the same keys, to all of them.
 #[derive(Debug, Clone, Copy)]
 pub struct Span<'a> {
     /// How many rows.
@@ -26,7 +26,7 @@ pub struct Heads {
 }
 
 /// Attention of `q` `[t, heads, head_dim]`, packed as the spans say, to each span's keys: `[t, heads *
-/// head_dim]`. A distance is that of the row and the key within the span.
+/// head_dim]`. A relative position bias is by the positions of row and key within the span.
 ///
 /// # Panics
 /// If a shape does not fit, or a span has no keys.

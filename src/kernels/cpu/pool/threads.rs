@@ -131,7 +131,8 @@ impl Pool {
             drop(lock(&shared.asleep));
             shared.wake.notify_all();
         }
-        shared.work(job);
+        // SAFETY: the function is borrowed by this call.
+        unsafe { shared.work(job) };
         shared.state.fetch_and(!OPEN, AcqRel);
         let mut turns = 0u32;
         while shared.state.load(Acquire) & HELPERS != 0 {
@@ -167,8 +168,11 @@ impl Drop for Pool {
 
 impl Shared {
     /// Takes tasks until there are none.
-    fn work(&self, job: Job) {
-        // SAFETY: `Pool::run` keeps the function alive until every helper has left.
+    ///
+    /// # Safety
+    /// The job's function is alive until this returns.
+    unsafe fn work(&self, job: Job) {
+        // SAFETY: as the caller says.
         let run = unsafe { &*job.run };
         let result = catch_unwind(AssertUnwindSafe(|| {
             loop {
@@ -208,7 +212,8 @@ impl Shared {
                 last = state / NUMBER;
                 // SAFETY: this thread is counted, so the job stays as it is.
                 if let Some(job) = self.job.0.with(|cell| unsafe { *cell }) {
-                    self.work(job);
+                    // SAFETY: `Pool::run` keeps the function alive until every helper has left.
+                    unsafe { self.work(job) };
                 }
                 self.state.fetch_sub(1, AcqRel);
                 turns = 0;
