@@ -56,6 +56,12 @@ fn logits(model: &Model, x: &Tensor, kernels: &mut dyn Kernels) -> Vec<f32> {
     logits_of(model, x, &[x.dims()[0] as u32 - 1], kernels)
 }
 
+/// The logits of the bare model after these tokens by the plain kernels, `[vocab]`.
+pub fn bare_logits(model: &Model, ids: &[u32]) -> Vec<f32> {
+    let x = model.embed(&Tensor::new(ids, &Device::Cpu).unwrap()).unwrap();
+    logits(model, &x, &mut DenseKernels::new(&[ids.len()], &Device::Cpu).unwrap())
+}
+
 #[test]
 fn logits_are_those_of_peft_by_the_plain_kernels_and_by_those_that_serve() {
     for name in fixtures::families() {

@@ -3,6 +3,7 @@
 
 mod bench;
 mod bounds;
+mod candle_models;
 mod convert;
 mod demo;
 mod encoder_decoder;
