@@ -42,7 +42,7 @@ fn load() -> Load {
 }
 
 fn start(files: &ModelFiles, dtype: DType) -> Load {
-    let model = Model::load(files, &Device::Cpu, dtype).expect("a model");
+    let model = Model::load(files, softserve::kernels::cpu(), dtype).expect("a model");
     let hidden_size = model.info().hidden_size;
     let (engine, thread) = Engine::start(model, EngineConfig::default()).expect("an engine");
     Load { engine, _thread: thread, hidden_size }

@@ -11,6 +11,7 @@
 
 #![expect(clippy::expect_used, reason = "a benchmark that cannot start has nothing to measure")]
 
+use candle_core::DType;
 use divan::{
     Bencher,
     counter::{BytesCount, ItemsCount},
@@ -19,11 +20,11 @@ use softserve::kernels::{
     AttentionParams,
     cpu::{
         Isa, PackedMatrix, Precision, attention,
+        kv_cache::CpuKvCache,
         matmul::{Product, multiply},
         pool,
     },
-    kv_cache::{BLOCK_SIZE, KvCache, KvShape},
-    paged::Segment,
+    layout::{BLOCK_SIZE, KvShape, Segment},
 };
 
 fn main() {
@@ -84,9 +85,10 @@ fn instructions_bf16_32_rows(bencher: Bencher, name: &str) {
 fn attention(bencher: Bencher, precision: Precision, [sequences, prompts]: [usize; 2], positions: usize, rows: usize) {
     const HEADS: usize = 9;
     const LAYERS: usize = 30;
-    let shape = KvShape { num_layers: LAYERS, num_kv_heads: 3, head_dim: 64, precision };
+    let dtype = if precision == Precision::Bf16 { DType::BF16 } else { DType::F32 };
+    let shape = KvShape { num_layers: LAYERS, num_kv_heads: 3, head_dim: 64, dtype };
     let blocks = positions.div_ceil(BLOCK_SIZE);
-    let mut cache = KvCache::new(shape, sequences * blocks).expect("memory for a cache");
+    let mut cache = CpuKvCache::new(shape, sequences * blocks).expect("memory for a cache");
     let segment = |i: usize, start: usize, rows: usize| {
         let block = |b: usize| if b + 1 < blocks && start > 0 { i % prompts * blocks + b } else { i * blocks + b };
         Segment { rows, start, blocks: (0..blocks).map(|b| block(b) as u32).collect() }

@@ -32,6 +32,7 @@ pub struct Config {
     pub listen: SocketAddr,
     pub device: DeviceChoice,
     pub dtype: DtypeChoice,
+    pub backend: BackendChoice,
     pub batch: Batch,
     /// `None` is one for each core.
     pub threads: Option<usize>,
@@ -121,6 +122,17 @@ pub enum DeviceChoice {
     Cpu,
     /// The CUDA device of this number.
     Cuda(usize),
+}
+
+/// What computes on the device.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum BackendChoice {
+    /// The fast kernels of the device.
+    #[default]
+    Auto,
+    /// Plain operations: slow, to compare with.
+    Reference,
 }
 
 /// The number format of the weights in memory.

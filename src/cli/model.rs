@@ -4,7 +4,7 @@ use clap::Args;
 
 use super::model_source;
 use crate::{
-    config::{ConfigError, DeviceChoice, DtypeChoice, ModelSource},
+    config::{BackendChoice, ConfigError, DeviceChoice, DtypeChoice, ModelSource},
     model::Model,
     tokenizer::Tokenizer,
 };
@@ -26,6 +26,11 @@ pub struct ModelArgs {
     #[arg(long, env = "SOFTSERVE_DEVICE")]
     pub device: Option<DeviceChoice>,
 
+    /// What computes: auto (the fast kernels of the device) or reference (plain operations, slow, to compare with)
+    /// [default: auto]
+    #[arg(long, env = "SOFTSERVE_BACKEND", hide_short_help = true)]
+    pub backend: Option<BackendChoice>,
+
     /// The number format of the weights in memory; auto is f32, and bf16 is several times as fast on
     /// a processor with AVX512-BF16 or AMX [default: auto]
     #[arg(long, env = "SOFTSERVE_DTYPE")]
@@ -41,9 +46,9 @@ impl ModelArgs {
     /// Reads the model and its tokenizer.
     pub fn load(&self) -> anyhow::Result<(Model, Tokenizer)> {
         let files = model_source::files(&self.source()?)?;
-        let device = model_source::device(self.device.unwrap_or_default())?;
+        let backend = model_source::backend(self.device.unwrap_or_default(), self.backend.unwrap_or_default())?;
         let tokenizer = Tokenizer::load(&files)?;
-        let model = Model::load(&files, &device, model_source::dtype(self.dtype.unwrap_or_default()))?;
+        let model = Model::load(&files, backend, model_source::dtype(self.dtype.unwrap_or_default()))?;
         Ok((model, tokenizer))
     }
 }

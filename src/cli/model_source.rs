@@ -1,10 +1,13 @@
 //! From `--model`, `--device` and `--dtype` to a model's files and where they go.
 
+use std::sync::Arc;
+
 use candle_core::{DType, Device};
 
 use crate::{
-    config::{DeviceChoice, DtypeChoice, ModelSource},
+    config::{BackendChoice, DeviceChoice, DtypeChoice, ModelSource},
     demo,
+    kernels::{self, Backend, BackendKind},
     model::{ModelError, ModelFiles, random::RandomModel},
 };
 
@@ -24,6 +27,8 @@ pub enum SourceError {
     NoHub { id: String, revision: String },
     #[error("--device cuda:{0}: this build runs on the CPU only; use --device cpu or leave it out")]
     NoCuda(usize),
+    #[error("cannot open the backend: {0}")]
+    Backend(#[from] candle_core::Error),
 }
 
 /// The files of the model.
@@ -51,12 +56,17 @@ fn hub(id: &str, revision: Option<&str>) -> Result<ModelFiles, SourceError> {
     Err(SourceError::NoHub { id: id.to_owned(), revision })
 }
 
-/// Where the model runs.
-pub fn device(choice: DeviceChoice) -> Result<Device, SourceError> {
-    match choice {
-        DeviceChoice::Auto | DeviceChoice::Cpu => Ok(Device::Cpu),
-        DeviceChoice::Cuda(n) => Err(SourceError::NoCuda(n)),
-    }
+/// What the model runs on: the one place that chooses.
+pub fn backend(device: DeviceChoice, choice: BackendChoice) -> Result<Arc<dyn Backend>, SourceError> {
+    let device = match device {
+        DeviceChoice::Auto | DeviceChoice::Cpu => Device::Cpu,
+        DeviceChoice::Cuda(n) => return Err(SourceError::NoCuda(n)),
+    };
+    let kind = match choice {
+        BackendChoice::Auto => BackendKind::Cpu,
+        BackendChoice::Reference => BackendKind::Reference,
+    };
+    Ok(kernels::open(kind, &device)?)
 }
 
 /// The number format of its weights: f32 unless asked otherwise, which answers as PEFT does in f32;

@@ -18,7 +18,7 @@ use crate::{
     demo,
     engine::{Engine, EngineConfig, EngineThread},
     http::{App, AppState, router},
-    kernels::cpu::{Isa, pool},
+    kernels,
     model::{Model, ModelInfo},
     prompt::format::Fit,
     registry::{Registry, RegistryConfig},
@@ -35,7 +35,7 @@ pub fn run(args: ServeArgs) -> anyhow::Result<()> {
     telemetry::metrics();
     if let Some(threads) = config.threads {
         rayon::ThreadPoolBuilder::new().num_threads(threads).build_global().context("--threads")?;
-        pool::set_threads(threads);
+        kernels::set_threads(threads);
     }
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     // Before the model is loaded: a busy port is then known at once.
@@ -59,17 +59,18 @@ struct Loaded {
 
 fn load(config: &Config) -> anyhow::Result<Loaded> {
     let files = model_source::files(&config.model)?;
-    let device = model_source::device(config.device)?;
+    let backend = model_source::backend(config.device, config.backend)?;
     tracing::info!(model = files.name(), from = files.location(), "loading the model");
     let started = Instant::now();
     let tokenizer = Tokenizer::load(&files)?;
-    let model = Model::load(&files, &device, model_source::dtype(config.dtype))?;
+    let kernels = backend.name();
+    let model = Model::load(&files, backend, model_source::dtype(config.dtype))?;
     let info = model.info().clone();
     let (engine, thread) = Engine::start(model, engine_config(config)).context("cannot start the model")?;
     tracing::info!(
         seconds = started.elapsed().as_secs_f64(),
         parameters = info.num_parameters,
-        kernels = Isa::best().name(),
+        kernels,
         "the model is loaded"
     );
     let root = prompts_root(config, &info)?;

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 use serde::{Deserialize, Serialize};
 
-use super::{ByteSize, DeviceChoice, DtypeChoice, LogFormat, Switch, TaskWeight, Time, weights};
+use super::{BackendChoice, ByteSize, DeviceChoice, DtypeChoice, LogFormat, Switch, TaskWeight, Time, weights};
 
 /// The options of `softserve serve` as typed: nothing is required, nothing is checked against
 /// anything else. The same names are the keys of the configuration file.
@@ -46,6 +46,11 @@ pub struct ServeArgs {
     /// a processor with AVX512-BF16 or AMX [default: auto]
     #[arg(long, env = "SOFTSERVE_DTYPE")]
     pub dtype: Option<DtypeChoice>,
+
+    /// What computes: auto (the fast kernels of the device) or reference (plain operations, slow, to compare
+    /// with) [default: auto]
+    #[arg(long, env = "SOFTSERVE_BACKEND", hide_short_help = true)]
+    pub backend: Option<BackendChoice>,
 
     /// The most requests that are worked on at the same time [default: 64]
     #[arg(long, value_name = "N", env = "SOFTSERVE_MAX_BATCH")]

@@ -63,6 +63,7 @@ impl ServeArgs {
             listen,
             device: args.device.unwrap_or_default(),
             dtype: args.dtype.unwrap_or_default(),
+            backend: args.backend.unwrap_or_default(),
             batch: Batch {
                 max_waiting: within("max-waiting", args.max_waiting.unwrap_or(256), 1..=MAX_COUNT)?,
                 max_requests: within("max-batch", args.max_batch.unwrap_or(64), 1..=MAX_COUNT)?,

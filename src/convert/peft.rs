@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, fs, io, path::Path};
 
 use bytes::Bytes;
-use candle_core::{DType, Device};
+use candle_core::DType;
 use clap::ValueEnum;
 use safetensors::tensor::TensorView;
 use serde_json::{Map, Value, json};
@@ -236,7 +236,6 @@ pub fn own_fit(files: &PromptFiles) -> Fit {
         head_dim: (kv_dim / num_kv_heads).min(MAX_COUNT),
         embedding_scale: Some((columns as f64).sqrt()),
         context_length: usize::MAX,
-        device: Device::Cpu,
         dtype: DType::F32,
     }
 }

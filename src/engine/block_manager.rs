@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::kernels::kv_cache::BlockId;
+use crate::kernels::layout::BlockId;
 
 /// Counts who holds each block. Knows nothing of what is in them.
 #[derive(Debug)]

@@ -13,7 +13,7 @@ use super::{
     request::CacheNamespace,
     sequence::Sequence,
 };
-use crate::kernels::kv_cache::{BLOCK_SIZE, BlockId};
+use crate::kernels::layout::{BLOCK_SIZE, BlockId};
 
 /// The first `slots` positions of block `from`, to be copied into block `to`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

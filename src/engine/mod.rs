@@ -203,11 +203,12 @@ impl Engine {
     ///
     /// # Errors
     /// The forward pass failed, or the cache's bytes do not hold one block.
-    pub fn start(model: Model, config: EngineConfig) -> candle_core::Result<(Engine, EngineThread)> {
-        let block_bytes = model.kv_shape().block_bytes();
+    pub fn start(model: impl Into<Arc<Model>>, config: EngineConfig) -> candle_core::Result<(Engine, EngineThread)> {
+        let model = model.into();
+        let block_bytes = model.backend().block_bytes(&model.kv_shape());
         let context = model.info().context_length;
         // Every slot in the batch at full length, and what is kept of prompts and texts beside them.
-        let useful = config.max_batch * context.div_ceil(crate::kernels::kv_cache::BLOCK_SIZE) + MAX_KEPT_BLOCKS;
+        let useful = config.max_batch * context.div_ceil(crate::kernels::layout::BLOCK_SIZE) + MAX_KEPT_BLOCKS;
         let (kv_cache_bytes, encoder) = EncoderLimits::of(&model, &config)?;
         let num_blocks = (kv_cache_bytes / block_bytes).min(useful);
         if num_blocks == 0 {
@@ -216,7 +217,7 @@ impl Engine {
                  give it more by --kv-cache"
             );
         }
-        let max_sequence = context.min(num_blocks * crate::kernels::kv_cache::BLOCK_SIZE);
+        let max_sequence = context.min(num_blocks * crate::kernels::layout::BLOCK_SIZE);
         let mut runner = Runner::new(model, num_blocks)?;
         trial::first_pass(&mut runner)?;
         let fair_step_tokens = match config.fair_step_tokens {

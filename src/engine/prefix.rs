@@ -14,7 +14,7 @@ use std::{
 use sha2::{Digest as _, Sha256};
 
 use super::request::{CacheNamespace, InputToken};
-use crate::kernels::kv_cache::{BLOCK_SIZE, BlockId};
+use crate::kernels::layout::{BLOCK_SIZE, BlockId};
 
 /// Names the content of a chain of whole blocks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

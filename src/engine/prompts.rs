@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, HashMap};
 
 use super::{block_manager::BlockManager, request::CacheNamespace};
-use crate::kernels::kv_cache::BlockId;
+use crate::kernels::layout::BlockId;
 
 /// The prompts that are in the cache.
 #[derive(Debug)]

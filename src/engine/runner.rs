@@ -8,20 +8,20 @@ use candle_core::{Device, Result, Tensor, bail};
 use super::{cache::BlockCopy, request::InputToken};
 use crate::{
     kernels::{
-        cpu::tensors::with_values,
+        KvCache,
         cross::CrossKeyValues,
-        kv_cache::{BlockId, KvCache},
-        paged::{PagedKernels, Segment},
+        host::with_values,
+        layout::{BatchLayout, BlockId, Segment},
     },
     model::Model,
     prompt::{LearnedPrompt, learned::KeyValues},
 };
 
-/// The model and its cache of keys and values.
+/// The model and its key-value cache.
 #[derive(Debug)]
 pub struct Runner {
-    model: Model,
-    cache: KvCache,
+    model: Arc<Model>,
+    cache: Box<dyn KvCache>,
 }
 
 /// Positions of one sequence to compute.
@@ -60,21 +60,20 @@ impl Runner {
     ///
     /// # Errors
     /// The system does not give the memory.
-    pub fn new(model: Model, num_blocks: usize) -> Result<Self> {
-        let cache = KvCache::new(model.kv_shape(), num_blocks)?;
+    pub fn new(model: impl Into<Arc<Model>>, num_blocks: usize) -> Result<Self> {
+        let model = model.into();
+        let cache = model.backend().kv_cache(model.kv_shape(), num_blocks)?;
         Ok(Self { model, cache })
     }
 
     /// The model.
-    pub fn model(&self) -> &Model {
+    pub fn model(&self) -> &Arc<Model> {
         &self.model
     }
 
     /// Copies beginnings of blocks, in order.
-    pub fn copy(&mut self, copies: &[BlockCopy]) {
-        for copy in copies {
-            self.cache.copy(copy.from, copy.to, copy.slots);
-        }
+    pub fn copy(&mut self, copies: &[BlockCopy]) -> Result<()> {
+        copies.iter().try_for_each(|copy| self.cache.copy(copy.from, copy.to, copy.slots))
     }
 
     /// Computes all parts in one forward pass; what a prompt of keys and values says of its positions
@@ -97,16 +96,12 @@ impl Runner {
             return Ok(Vec::new());
         }
         let x = self.embed(inputs, &self.model.info().device)?;
-        let segments: Vec<Segment> =
-            inputs.iter().map(|input| Segment { rows: input.tokens.len(), start: 0, blocks: Vec::new() }).collect();
-        let hidden = self.model.run_encoder(&x, &mut PagedKernels::new(&mut self.cache, &segments))?;
-        let layers = self.model.cross_key_values(&hidden)?;
-        let mut first = 0;
-        let of = |segment: &Segment| {
-            first += segment.rows;
-            CrossKeyValues::of_rows(&layers, first - segment.rows, segment.rows)
-        };
-        segments.iter().map(of).collect()
+        let segment = |input: &Part| Segment { rows: input.tokens.len(), start: 0, blocks: Vec::new() };
+        let batch = BatchLayout { segments: inputs.iter().map(segment).collect(), ..Default::default() };
+        let mut kernels = self.model.backend().serving(&mut *self.cache, &batch, &[])?;
+        let hidden = self.model.run_encoder(&x, kernels.as_mut())?;
+        let layers = self.model.cross_key_values(&hidden, kernels.as_mut())?;
+        batch.rows().map(|rows| CrossKeyValues::of_rows(&layers, rows.start, rows.len())).collect()
     }
 
     /// Writes the keys and values that a part's prompt has for its positions. Returns what is left
@@ -141,26 +136,22 @@ impl Runner {
     fn forward(&mut self, parts: &[Part]) -> Result<Logits> {
         let device = self.model.info().device.clone();
         let x = self.embed(parts, &device)?;
-        let positions: Vec<u32> =
-            parts.iter().flat_map(|p| p.start as u32..(p.start + p.tokens.len()) as u32).collect();
-        let positions = Tensor::new(positions, &device)?;
-        let segments: Vec<Segment> =
-            parts.iter().map(|p| Segment { rows: p.tokens.len(), start: p.start, blocks: p.blocks.to_vec() }).collect();
-        let encoded: Vec<&CrossKeyValues> = parts.iter().filter_map(|p| p.encoded).collect();
-        let ends = parts.iter().scan(0, |end, p| {
-            *end += p.tokens.len();
-            Some((*end as u32 - 1, p.wants_logits))
-        });
-        let mut last: Vec<u32> = ends.filter_map(|(row, wants_logits)| wants_logits.then_some(row)).collect();
-        let wants_logits = !last.is_empty();
+        let segment = |p: &Part| Segment { rows: p.tokens.len(), start: p.start, blocks: p.blocks.to_vec() };
+        let mut batch = BatchLayout { segments: parts.iter().map(segment).collect(), ..Default::default() };
+        let lasts = batch.rows().zip(parts).filter(|(_, p)| p.wants_logits).map(|(rows, _)| rows.end as u32 - 1);
+        batch.wanted = lasts.collect();
+        let wants_logits = !batch.wanted.is_empty();
         if !wants_logits {
             // Keys and values are all that is wanted; a pass gives at least one row.
-            last.push(0);
+            batch.wanted.push(0);
         }
-        let mut kernels = PagedKernels::new(&mut self.cache, &segments).with_encoded(&encoded);
-        let last = self.model.forward(&x, &positions, &Tensor::new(last, &device)?, &mut kernels)?;
-        let logits = wants_logits.then(|| self.model.logits(&last)?.to_device(&Device::Cpu)).transpose()?;
-        Ok(Logits(logits))
+        let encoded: Vec<&CrossKeyValues> = parts.iter().filter_map(|p| p.encoded).collect();
+        let mut kernels = self.model.backend().serving(&mut *self.cache, &batch, &encoded)?;
+        let hidden = self.model.forward(&x, &batch, kernels.as_mut())?;
+        if !wants_logits {
+            return Ok(Logits(None));
+        }
+        Ok(Logits(Some(self.model.logits(&hidden, kernels.as_mut())?.to_device(&Device::Cpu)?)))
     }
 
     /// The packed embeddings of all parts, `[t, hidden]`.
@@ -183,12 +174,8 @@ impl Runner {
                         let Some(LearnedPrompt::Embeddings(prompt)) = part.prompt.map(Arc::as_ref) else {
                             bail!("a sequence has virtual tokens but no prompt")
                         };
-                        rows.push(
-                            prompt
-                                .rows
-                                .narrow(0, first as usize, run.len())?
-                                .to_dtype(self.model.activation_dtype())?,
-                        );
+                        let prompt = prompt.rows.narrow(0, first as usize, run.len())?.to_device(device)?;
+                        rows.push(prompt.to_dtype(self.model.activation_dtype())?);
                     }
                     (InputToken::Vocab(_), Some(words)) => {
                         rows.push(words.narrow(0, taken, run.len())?);

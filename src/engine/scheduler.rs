@@ -24,7 +24,7 @@ use super::{
     request::{CacheNamespace, InputToken},
     sequence::{Sequence, SequenceId},
 };
-use crate::kernels::kv_cache::BLOCK_SIZE;
+use crate::kernels::layout::BLOCK_SIZE;
 
 /// Bounds of a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

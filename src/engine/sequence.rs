@@ -5,7 +5,7 @@ use super::{
     prefix::ChainHash,
     request::{CacheNamespace, InputToken, Tenant},
 };
-use crate::kernels::kv_cache::BlockId;
+use crate::kernels::layout::BlockId;
 
 /// Names a sequence for as long as the engine runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]

@@ -6,7 +6,7 @@ use super::{
     request::InputToken,
     runner::{Part, Runner},
 };
-use crate::kernels::{cross::CrossKeyValues, kv_cache::BlockId};
+use crate::kernels::{cross::CrossKeyValues, layout::BlockId};
 
 /// Computes one token, so that the first request finds everything in place and a model that
 /// cannot run is known before anyone asks.

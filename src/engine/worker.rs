@@ -167,11 +167,11 @@ impl Worker {
                 self.shared.counters.cached_tokens.fetch_add(cached as u64, Relaxed);
             }
         }
-        self.runner.copy(&step.copies);
-        // Of those that were put off nothing is kept.
+        let copied = self.runner.copy(&step.copies);
+        // Of those that were preempted nothing is kept.
         self.forget_encoded();
         if !step.chunks.is_empty() {
-            let result = self.compute(&step);
+            let result = copied.and_then(|()| self.compute(&step));
             self.shared.counters.steps.fetch_add(1, Relaxed);
             match result.and_then(|logits| self.sample(&step, &logits)) {
                 Ok(tokens) => self.deliver(&step, tokens),

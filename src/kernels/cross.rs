@@ -5,31 +5,23 @@ use std::ops::Range;
 
 use candle_core::{Result, Tensor, bail};
 
-use super::cpu::tensors::with_values;
-
-/// Keys and values of one encoder's input for the cross-attention of every layer.
+/// The cross-attention's keys and values of one encoder's input, for every layer, on the device.
 #[derive(Debug, Clone)]
 pub struct CrossKeyValues {
-    layers: Vec<CrossLayer>,
+    /// Both `[positions, kv_heads, head_dim]` in the type of activations.
+    layers: Vec<(Tensor, Tensor)>,
     positions: usize,
 }
 
-/// Those of one layer, both `[positions, kv_heads, head_dim]` in f32.
-#[derive(Debug, Clone)]
-pub struct CrossLayer {
-    pub keys: Vec<f32>,
-    pub values: Vec<f32>,
-}
-
 impl CrossKeyValues {
-    /// Copies `positions` rows from `first` on of each layer's keys and values, `[t, kv_heads,
-    /// head_dim]` in f32 on the CPU.
+    /// Copies `positions` rows from `first` on of each layer's keys and values, `[t, kv_heads, head_dim]`.
     ///
     /// # Errors
-    /// There are no such rows, or the tensors are of another type.
+    /// There are no such rows.
     pub fn of_rows(layers: &[(Tensor, Tensor)], first: usize, positions: usize) -> Result<Self> {
-        let copy = |x: &Tensor| with_values(&x.narrow(0, first, positions)?, |values| Ok(values.to_vec()));
-        let layers = layers.iter().map(|(k, v)| Ok(CrossLayer { keys: copy(k)?, values: copy(v)? }));
+        // A copy: a part of the batch's tensor would keep all of it in memory.
+        let copy = |x: &Tensor| x.narrow(0, first, positions)?.copy();
+        let layers = layers.iter().map(|(k, v)| Ok((copy(k)?, copy(v)?)));
         Ok(Self { layers: layers.collect::<Result<_>>()?, positions })
     }
 
@@ -39,9 +31,12 @@ impl CrossKeyValues {
     }
 
     /// The keys and values of a layer.
-    pub fn layer(&self, layer: usize) -> Result<&CrossLayer> {
+    ///
+    /// # Errors
+    /// There is no such layer.
+    pub fn layer(&self, layer: usize) -> Result<(&Tensor, &Tensor)> {
         match self.layers.get(layer) {
-            Some(found) => Ok(found),
+            Some((keys, values)) => Ok((keys, values)),
             None => bail!("layer {layer} asks for an encoder's keys and values, and there are {}", self.layers.len()),
         }
     }

@@ -1,82 +1,141 @@
-//! Norms, rope, attention and activations: what serving and tuning do differently. The decoder is given one of
-//! these and knows nothing else of where it runs.
+//! The seam between a model and what it runs on: a [`Backend`] keeps weights and the key-value cache, and its
+//! [`Kernels`] are the operations of one forward pass. Nothing above this module names a backend; [`open`] chooses one.
 
 pub mod cpu;
 pub mod cross;
-pub mod dense;
-pub mod fused;
-pub mod kv_cache;
-pub mod paged;
+pub mod host;
+pub mod layout;
+mod open;
+mod params;
 pub mod past;
+pub mod quantized;
+pub mod recording;
+pub mod reference;
 pub mod relative_position_bias;
+#[cfg(test)]
+mod suite;
+pub mod weight;
 
-use std::sync::Arc;
+use std::{any::Any, fmt, sync::Arc};
 
-use candle_core::{D, DType, Result, Tensor, bail};
+use candle_core::{D, DType, Device, Result, Tensor};
 
-use relative_position_bias::RelativePositionBias;
+use cross::{CrossKeyValues, EncodedBatch};
+use layout::{BatchLayout, BlockId, KvShape};
+pub use open::{BackendKind, cpu, open, reference, set_threads};
+pub use params::{Activation, AttentionParams};
+use past::PastKeyValues;
+use weight::{Linear, Matrix, Weight};
 
-/// What is between a score and its weight, and which positions are seen at all.
-#[derive(Debug, Clone, PartialEq)]
-pub struct AttentionParams {
-    /// What the product of a query and a key is multiplied with, usually `head_dim^-1/2`.
-    pub scale: f32,
-    /// A scaled score `s` becomes `softcap * tanh(s / softcap)` (Gemma 2).
-    pub softcap: Option<f32>,
-    /// A position sees itself and those right before it, so many in all; all of them if there is none.
-    pub window: Option<usize>,
-    /// `[heads]`: to a score is added its head's slope times the key's distance, which is not above
-    /// zero (ALiBi, Press et al. 2022).
-    pub alibi_slopes: Option<Arc<[f32]>>,
-    /// What is added to a score for its head and its key's distance (T5).
-    pub relative_position_bias: Option<Arc<RelativePositionBias>>,
-    /// Whether a position sees only itself and those before it. If not, it sees all of its sequence,
-    /// which has to be in one call then, with no window and no slopes (an encoder).
-    pub causal: bool,
-}
+/// Where a model runs: it keeps frozen weights and the key-value cache, and makes the kernels of each forward pass.
+/// One for a process.
+pub trait Backend: fmt::Debug + Send + Sync {
+    /// What it calls itself in a log, with the instructions or the device it uses.
+    fn name(&self) -> String;
 
-impl AttentionParams {
-    /// Scores times `scale`, and nothing else.
-    pub fn scaled(scale: f32) -> Self {
-        Self { scale, softcap: None, window: None, alibi_slopes: None, relative_position_bias: None, causal: true }
+    /// The device that hidden states and small tensors (norms, biases, position tables) are on.
+    fn device(&self) -> &Device;
+
+    /// The type of activations for weights of type `weights`.
+    fn activation_dtype(&self, weights: DType) -> DType;
+
+    /// Keeps a matrix for [`Kernels::linear`]: packed, uploaded, or as the blocks of its file, computed with as `dtype`.
+    ///
+    /// # Errors
+    /// The backend does not compute with that type, or there is no memory.
+    fn weight(&self, matrix: Matrix, dtype: DType) -> Result<Weight>;
+
+    /// Bytes of one block of a cache of this shape, over all layers.
+    fn block_bytes(&self, shape: &KvShape) -> usize;
+
+    /// An empty key-value cache of `num_blocks` blocks.
+    ///
+    /// # Errors
+    /// There is no memory.
+    fn kv_cache(&self, shape: KvShape, num_blocks: usize) -> Result<Box<dyn KvCache>>;
+
+    /// The kernels of one step of serving: keys and values of its rows are written to `cache` and those of earlier
+    /// positions read from there. `encoded` has, for each segment, the cross-attention's keys and values; it is empty for
+    /// a model without an encoder. Not differentiable.
+    ///
+    /// # Errors
+    /// The cache is of another backend, or the layout has shared rows.
+    fn serving<'a>(
+        &'a self,
+        cache: &'a mut dyn KvCache,
+        batch: &'a BatchLayout,
+        encoded: &'a [&'a CrossKeyValues],
+    ) -> Result<Box<dyn Kernels + 'a>>;
+
+    /// What a tuning job computes with. What it derives from the weights, such as transposed copies for gradients,
+    /// belongs to the job and goes with it.
+    fn tuning(&self) -> Arc<dyn Tuning>;
+
+    /// Calls `task` with each of `0..tasks`, on the threads that the backend computes with where it has some.
+    fn parallel(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
+        (0..tasks).for_each(task);
     }
 }
 
-/// The activation function of an MLP.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Activation {
-    /// `x * sigmoid(x)`
-    Silu,
-    /// `x * Phi(x)` with the normal distribution's Phi (Hendrycks & Gimpel 2016).
-    Gelu,
-    /// The same with Phi approximated by a hyperbolic tangent.
-    GeluTanh,
-    Relu,
+/// Keys and values of all sequences in blocks of [`BLOCK_SIZE`](layout::BLOCK_SIZE) positions.
+pub trait KvCache: fmt::Debug + Send {
+    /// The shape it was made for.
+    fn shape(&self) -> &KvShape;
+
+    /// How many blocks there are.
+    fn num_blocks(&self) -> usize;
+
+    /// Copies a block's first `slots` positions, of every layer, to another block.
+    ///
+    /// # Errors
+    /// There is no such block, or both are the same.
+    fn copy(&mut self, from: BlockId, to: BlockId, slots: usize) -> Result<()>;
+
+    /// Writes keys and values of one layer that no forward pass computed, both `[num_kv_heads, rows, head_dim]` in any
+    /// float type on any device, to the positions from `start` of a sequence that has these blocks.
+    ///
+    /// # Errors
+    /// A shape does not fit, or there is no such layer or block.
+    fn write(&mut self, layer: usize, blocks: &[BlockId], start: usize, keys: &Tensor, values: &Tensor) -> Result<()>;
+
+    /// For the backend that made it.
+    fn as_any_mut(&mut self) -> &mut dyn Any;
 }
 
-/// `GeluTanh` is `x * sigmoid(a x (1 + b x²))`, with a twice the root of 2/pi.
-const GELU_TANH: [f32; 2] = [1.595_769, 0.044_715];
-
-impl Activation {
-    /// Of every value, in plain differentiable operations.
-    pub fn apply(self, x: &Tensor) -> Result<Tensor> {
-        match self {
-            Self::Silu => x.silu(),
-            Self::Gelu => x.gelu_erf(),
-            Self::GeluTanh => x.gelu(),
-            Self::Relu => x.relu(),
-        }
-    }
+/// A tuning job's side of a backend.
+pub trait Tuning: fmt::Debug + Send + Sync {
+    /// Differentiable kernels for whole sequences, without a cache. `past` stands in for the keys and values of the
+    /// layout's shared rows; `encoded` is what an encoder made of each sequence's input.
+    ///
+    /// # Errors
+    /// The layout does not fit.
+    fn kernels(
+        &self,
+        batch: &BatchLayout,
+        past: Option<PastKeyValues>,
+        encoded: Option<EncodedBatch>,
+    ) -> Result<Box<dyn Kernels>>;
 }
 
-/// The operations of a decoder that have a differentiable and a fast form.
+/// The operations of one forward pass, the products with the weights included.
 ///
-/// Rows are packed: `t` rows of any number of sequences side by side, no padding. An
-/// implementation knows which rows belong to which sequence and where their keys and values are.
+/// Rows are packed: `t` rows of any number of sequences side by side, without padding. An implementation knows from its
+/// [`BatchLayout`] which rows belong to which sequence and where their keys and values are.
 pub trait Kernels {
+    /// Linear layers of one input: for each `x Wᵀ + bias`, plus `residual` if there is one. `x` is `[t, in]`, each
+    /// result and `residual` `[t, out]`.
+    fn linear(&mut self, x: &Tensor, layers: &[&Linear], residual: Option<&Tensor>) -> Result<Vec<Tensor>>;
+
+    /// The inner layers of a gated MLP: `activation(gate(x)) * up(x)`, `[t, in]` to `[t, intermediate]`.
+    fn gated_linear(&mut self, activation: Activation, gate: &Linear, up: &Linear, x: &Tensor) -> Result<Tensor>;
+
     /// Root-mean-square norm (Zhang & Sennrich 2019) over the last dimension of `x`, by `weight`,
     /// which is as long.
-    fn rms_norm(&mut self, x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor>;
+    fn rms_norm(&mut self, x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
+        let wide = x.to_dtype(widened(x.dtype()))?;
+        let mean_square = wide.sqr()?.mean_keepdim(D::Minus1)?;
+        wide.broadcast_div(&(mean_square + eps)?.sqrt()?)?.to_dtype(x.dtype())?.broadcast_mul(weight)
+    }
 
     /// Layer norm (Ba et al. 2016) over the last dimension of `x`, by `weight` and `bias`, which are
     /// as long.
@@ -96,8 +155,8 @@ pub trait Kernels {
     /// other dimensions stay.
     fn rope(&mut self, x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor>;
 
-    /// Attention of layer `layer`, causal unless `params` says otherwise: `q` `[t, heads, head_dim]` against the keys and values
-    /// of the same sequence, those of this call `[t, kv_heads, head_dim]` and those of earlier
+    /// Attention of layer `layer`, causal unless `params` says otherwise: `q` `[t, heads, head_dim]` against the keys and
+    /// values of the same sequence, those of this call `[t, kv_heads, head_dim]` and those of earlier
     /// calls. Returns `[t, heads * head_dim]`.
     fn attention(
         &mut self,
@@ -110,41 +169,24 @@ pub trait Kernels {
 
     /// Attention of a decoder's layer `layer` to what its encoder made of each sequence's input, all of
     /// it: `q` `[t, heads, head_dim]` to `[t, heads * head_dim]`.
-    fn cross_attention(&mut self, layer: usize, q: &Tensor, params: &AttentionParams) -> Result<Tensor> {
-        let _ = (q, params);
-        bail!("layer {layer} attends to an encoder's output, and these kernels were given none")
-    }
+    fn cross_attention(&mut self, layer: usize, q: &Tensor, params: &AttentionParams) -> Result<Tensor>;
 
-    /// The activation function of an MLP, of every value of `x` `[t, intermediate]`.
+    /// The activation function of an MLP without a gate, of every value of `x` `[t, intermediate]`.
     fn activate(&mut self, activation: Activation, x: &Tensor) -> Result<Tensor> {
         activation.apply(x)
     }
 
-    /// `activation(gate) * up` of a gated MLP, both `[t, intermediate]`.
-    fn gated(&mut self, activation: Activation, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
-        activation.apply(gate)? * up
+    /// The natural log-probability of one target in each row of logits `[t, vocab]`: `[t]`.
+    fn log_probabilities(&mut self, logits: &Tensor, targets: &[u32]) -> Result<Tensor> {
+        let targets = Tensor::new(targets, logits.device())?.unsqueeze(1)?;
+        candle_nn::ops::log_softmax(logits, D::Minus1)?.gather(&targets, 1)?.squeeze(1)
     }
 }
 
-/// Sums run in at least f32.
+/// The type that sums run in: at least f32.
 fn widened(dtype: DType) -> DType {
     match dtype {
         DType::F64 => DType::F64,
         _ => DType::F32,
     }
-}
-
-/// Lanes of independent sums, which the compiler can keep in one vector register.
-const LANES: usize = 16;
-
-fn dot(a: &[f32], b: &[f32]) -> f32 {
-    let mut sums = [0f32; LANES];
-    let (a_chunks, b_chunks) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
-    let tail: f32 = a_chunks.remainder().iter().zip(b_chunks.remainder()).map(|(x, y)| x * y).sum();
-    for (x, y) in a_chunks.zip(b_chunks) {
-        for i in 0..LANES {
-            sums[i] += x[i] * y[i];
-        }
-    }
-    sums.iter().sum::<f32>() + tail
 }

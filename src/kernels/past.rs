@@ -1,5 +1,5 @@
-//! Keys and values that are given, not computed: what the tuning kernels read where a prompt of
-//! key-values is learned.
+//! Past key values: what the tuning kernels attend to at the positions of a learned prompt of key-values, in place of
+//! keys and values that the forward pass would compute.
 
 use candle_core::{Result, Tensor, bail};
 
@@ -16,15 +16,19 @@ impl PastKeyValues {
     /// Computed keys and values `[t, kv_heads, head_dim]` of a layer, the first n replaced.
     pub fn replace(&self, layer: usize, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
         let Some((keys, values)) = self.layers.get(layer) else {
-            bail!("keys and values are given for {} layers, attention is in layer {layer}", self.layers.len());
+            bail!("past key values of {} layers were given, and layer {layer} attends", self.layers.len());
         };
-        let first = |given: &Tensor, computed: &Tensor| {
-            let (n, t) = (given.dim(0)?, computed.dim(0)?);
-            if n > t || given.dims()[1..] != computed.dims()[1..] {
-                bail!("{:?} is given for {:?} in layer {layer}", given.dims(), computed.dims());
+        let first = |past: &Tensor, computed: &Tensor| {
+            let (n, t) = (past.dim(0)?, computed.dim(0)?);
+            if n > t || past.dims()[1..] != computed.dims()[1..] {
+                bail!(
+                    "past key values {:?} do not fit the computed {:?} of layer {layer}",
+                    past.dims(),
+                    computed.dims()
+                );
             }
-            let given = given.to_dtype(computed.dtype())?;
-            if n == t { Ok(given) } else { Tensor::cat(&[given, computed.narrow(0, n, t - n)?], 0) }
+            let past = past.to_dtype(computed.dtype())?;
+            if n == t { Ok(past) } else { Tensor::cat(&[past, computed.narrow(0, n, t - n)?], 0) }
         };
         Ok((first(keys, k)?, first(values, v)?))
     }
@@ -35,7 +39,7 @@ mod tests {
     use candle_core::{Device, Var};
 
     use super::*;
-    use crate::kernels::{AttentionParams, Kernels, dense::DenseKernels, fused::FusedKernels};
+    use crate::kernels::{AttentionParams, Kernels, layout::BatchLayout};
 
     fn random(shape: (usize, usize, usize)) -> Var {
         Var::randn(0f32, 1.0, shape, &Device::Cpu).unwrap()
@@ -46,24 +50,24 @@ mod tests {
     }
 
     #[test]
-    fn given_keys_and_values_are_read_in_place_of_computed_ones_and_get_their_gradient() {
+    fn past_key_values_are_read_in_place_of_computed_ones_and_get_their_gradient() {
         let (n, lengths) = (3, [4, 1, 2]);
         let (q, k, v) = (random((10, 4, 8)), random((10, 2, 8)), random((10, 2, 8)));
         let (keys, values_) = (random((n, 2, 8)), random((n, 2, 8)));
-        let given = || PastKeyValues { layers: vec![(keys.as_tensor().clone(), values_.as_tensor().clone())] };
-        let whole = |x: &Var, given: &Var| Tensor::cat(&[given.as_tensor(), &x.narrow(0, n, 7).unwrap()], 0).unwrap();
+        let past = || PastKeyValues { layers: vec![(keys.as_tensor().clone(), values_.as_tensor().clone())] };
+        let whole = |x: &Var, past: &Var| Tensor::cat(&[past.as_tensor(), &x.narrow(0, n, 7).unwrap()], 0).unwrap();
 
-        let mut plain = DenseKernels::with_prefix(n, &lengths, &Device::Cpu).unwrap();
-        let expected = attend(&mut plain, &q, &whole(&k, &keys), &whole(&v, &values_));
-        let mut dense = DenseKernels::with_prefix(n, &lengths, &Device::Cpu).unwrap().with_past(given());
-        let mut fused = FusedKernels::with_prefix(n, &lengths).with_past(given());
-        let all: [&mut dyn Kernels; 2] = [&mut dense, &mut fused];
+        let batch = BatchLayout::of_lengths(n, &lengths);
+        let reference = crate::kernels::reference().tuning();
+        let mut plain = reference.kernels(&batch, None, None).unwrap();
+        let expected = attend(plain.as_mut(), &q, &whole(&k, &keys), &whole(&v, &values_));
+        let all = [reference, crate::kernels::cpu().tuning()].map(|t| t.kernels(&batch, Some(past()), None).unwrap());
         let gradients = |y: &Tensor| {
             let read = y.narrow(0, n, 7).unwrap().sqr().unwrap().sum_all().unwrap().backward().unwrap();
             [&keys, &values_, &k].map(|x| values(read.get(x).unwrap()))
         };
-        for kernels in all {
-            let got = attend(kernels, &q, &k, &v);
+        for mut kernels in all {
+            let got = attend(kernels.as_mut(), &q, &k, &v);
             let close = |a: &[f32], b: &[f32]| {
                 assert!(a.len() == b.len() && b.iter().any(|x| x.abs() > 1e-2));
                 a.iter().zip(b).for_each(|(a, b)| assert!((a - b).abs() < 1e-4, "{a} {b}"));
@@ -81,15 +85,15 @@ mod tests {
     }
 
     #[test]
-    fn what_is_given_must_fit_the_layers() {
+    fn past_key_values_must_fit_the_layers() {
         let x = random((4, 2, 8)).as_tensor().clone();
-        let given = |shape| {
+        let past = |shape| {
             let x = random(shape).as_tensor().clone();
             PastKeyValues { layers: vec![(x.clone(), x)] }
         };
-        assert!(given((4, 2, 8)).replace(0, &x, &x).is_ok());
-        assert!(given((4, 2, 8)).replace(1, &x, &x).is_err());
-        assert!(given((5, 2, 8)).replace(0, &x, &x).is_err());
-        assert!(given((3, 1, 8)).replace(0, &x, &x).is_err());
+        assert!(past((4, 2, 8)).replace(0, &x, &x).is_ok());
+        assert!(past((4, 2, 8)).replace(1, &x, &x).is_err());
+        assert!(past((5, 2, 8)).replace(0, &x, &x).is_err());
+        assert!(past((3, 1, 8)).replace(0, &x, &x).is_err());
     }
 }

@@ -8,11 +8,14 @@ use super::{
     ModelConfig,
     config::Rope,
     layer::{Layer, Rotation},
-    linear::{Linear, Weight},
-    source::{Loaded, Norm, Source, activation_dtype, activations},
+    source::{Loaded, Norm, Source},
     weights::Weights,
 };
-use crate::kernels::Kernels;
+use crate::kernels::{
+    Backend, Kernels,
+    layout::BatchLayout,
+    weight::{Linear, Weight},
+};
 
 /// The layers of a decoder and the tables around them.
 #[derive(Debug)]
@@ -34,17 +37,17 @@ pub struct Decoder {
 
 impl Decoder {
     /// Takes the decoder's tensors out of `weights`, under the names Hugging Face gives them.
-    pub fn load(config: &ModelConfig, weights: &mut Weights) -> Loaded<Self> {
+    pub fn load(config: &ModelConfig, weights: &mut Weights, backend: &dyn Backend) -> Loaded<Self> {
         let (hidden, vocab) = (config.hidden_size, config.vocab_size);
-        let (stored, device) = (weights.dtype(), weights.device().clone());
-        let dtype = activation_dtype(stored, &device);
-        let mut source = Source::new(config, weights);
+        let stored = weights.dtype();
+        let dtype = backend.activation_dtype(stored);
+        let mut source = Source::new(config, weights, backend);
         let names = source.names();
         let embeddings = source.embeddings(vocab, hidden)?;
         let positions = match config.learned_positions.zip(names.positions) {
             Some((offset, name)) => {
                 let table = source.table(name, config.context_length + offset, hidden)?;
-                Some(activations(table.narrow(0, offset, config.context_length)?.contiguous()?)?)
+                Some(source.activations(table.narrow(0, offset, config.context_length)?.contiguous()?)?)
             }
             None => None,
         };
@@ -61,8 +64,8 @@ impl Decoder {
         };
         let tables = |rope: &Rope| -> Result<Rotation> {
             let (cos, sin) = rope_tables(rope, config.context_length);
-            let table =
-                |values| Tensor::from_vec(values, (config.context_length, rope.dims / 2), &device)?.to_dtype(dtype);
+            let shape = (config.context_length, rope.dims / 2);
+            let table = |values| Tensor::from_vec(values, shape, backend.device())?.to_dtype(dtype);
             Ok((table(cos)?, table(sin)?))
         };
         Ok(Self {
@@ -72,7 +75,7 @@ impl Decoder {
             embedding_norm,
             layers,
             final_norm,
-            head: Linear::new(head, None),
+            head: Linear { name: "lm_head".to_owned(), weight: head, bias: None },
             output_scale: config.output_scale,
             softcap: config.final_softcap,
             rotations: config.ropes.iter().map(tables).collect::<Result<_>>()?,
@@ -108,7 +111,9 @@ impl Decoder {
     }
 
     /// See [`Model::forward`](super::Model::forward).
-    pub fn forward(&self, x: &Tensor, positions: &Tensor, rows: &Tensor, kernels: &mut dyn Kernels) -> Result<Tensor> {
+    pub fn forward(&self, x: &Tensor, batch: &BatchLayout, kernels: &mut dyn Kernels) -> Result<Tensor> {
+        let positions = &Tensor::new(batch.positions(), x.device())?;
+        let wanted = &Tensor::new(batch.wanted.as_slice(), x.device())?;
         let of_rows = |(cos, sin): &Rotation| Ok((cos.index_select(positions, 0)?, sin.index_select(positions, 0)?));
         let rotations = self.rotations.iter().map(of_rows).collect::<Result<Vec<Rotation>>>()?;
         let mut x = match &self.positions {
@@ -119,8 +124,8 @@ impl Decoder {
             x = norm.forward(&x, kernels)?;
         }
         for (i, layer) in self.layers.iter().enumerate() {
-            let rows = (i + 1 == self.layers.len()).then_some(rows);
-            x = layer.forward(i, &x, rows, &rotations, kernels)?;
+            let wanted = (i + 1 == self.layers.len()).then_some(wanted);
+            x = layer.forward(i, &x, wanted, &rotations, kernels)?;
         }
         match &self.final_norm {
             Some(norm) => norm.forward(&x, kernels),
@@ -129,10 +134,10 @@ impl Decoder {
     }
 
     /// `[t, hidden]` to `[t, vocab]`, in f32; in f64 for a model in f64.
-    pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
+    pub fn logits(&self, hidden: &Tensor, kernels: &mut dyn Kernels) -> Result<Tensor> {
         let logits = match self.output_scale {
-            Some(scale) => self.head.forward(&(hidden * scale)?)?,
-            None => self.head.forward(hidden)?,
+            Some(scale) => self.head.forward(&(hidden * scale)?, kernels)?,
+            None => self.head.forward(hidden, kernels)?,
         };
         let logits = match logits.dtype() {
             DType::F64 => logits,
@@ -145,8 +150,8 @@ impl Decoder {
     }
 
     /// See [`Model::cross_key_values`](super::Model::cross_key_values).
-    pub fn cross_key_values(&self, encoded: &Tensor) -> Result<Vec<(Tensor, Tensor)>> {
-        self.layers.iter().map(|layer| layer.cross_key_values(encoded)).collect()
+    pub fn cross_key_values(&self, encoded: &Tensor, kernels: &mut dyn Kernels) -> Result<Vec<(Tensor, Tensor)>> {
+        self.layers.iter().map(|layer| layer.cross_key_values(encoded, kernels)).collect()
     }
 
     /// Every weight, in a fixed order, one at a time.

@@ -8,7 +8,7 @@ use super::{
     source::{Loaded, Norm, Source},
     weights::Weights,
 };
-use crate::kernels::Kernels;
+use crate::kernels::{Backend, Kernels};
 
 /// The layers of an encoder. Its embeddings are the decoder's.
 #[derive(Debug)]
@@ -19,9 +19,9 @@ pub struct Encoder {
 
 impl Encoder {
     /// Takes the encoder's tensors out of `weights`, if the model has one.
-    pub fn load(config: &ModelConfig, weights: &mut Weights) -> Loaded<Option<Self>> {
+    pub fn load(config: &ModelConfig, weights: &mut Weights, backend: &dyn Backend) -> Loaded<Option<Self>> {
         let Some(config) = config.of_encoder() else { return Ok(None) };
-        let mut source = Source::of_encoder(&config, weights);
+        let mut source = Source::of_encoder(&config, weights, backend);
         let bias = source.relative_position_bias(&config)?;
         let layer = |i| Layer::load(&config, i, bias.as_ref(), &mut source);
         let layers = (0..config.num_layers).map(layer).collect::<Loaded<_>>()?;

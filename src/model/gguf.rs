@@ -16,9 +16,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
+pub use crate::kernels::weight::Blocks;
 use header::{Header, TensorInfo};
 use metadata::Metadata;
-pub use names::Blocks;
 use names::Change;
 
 use super::family::Family;

@@ -8,11 +8,12 @@ use candle_core::{Result, Tensor, bail};
 use super::{
     ModelConfig,
     config::{NormPlaces, QkNorm},
-    linear::Linear,
     names::{CrossNames, Mlp as MlpNames, NormNames, Qkv},
     source::{Loaded, Norm, Source},
 };
-use crate::kernels::{Activation, AttentionParams, Kernels, relative_position_bias::RelativePositionBias};
+use crate::kernels::{
+    Activation, AttentionParams, Kernels, relative_position_bias::RelativePositionBias, weight::Linear,
+};
 
 /// Cosines and sines of the rows of a step, each `[t, dims / 2]`.
 pub type Rotation = (Tensor, Tensor);
@@ -88,9 +89,9 @@ impl Layer {
     }
 
     /// Keys and values of an encoder's output `[t, hidden]`, both `[t, kv_heads, head_dim]`.
-    pub fn cross_key_values(&self, encoded: &Tensor) -> Result<(Tensor, Tensor)> {
+    pub fn cross_key_values(&self, encoded: &Tensor, kernels: &mut dyn Kernels) -> Result<(Tensor, Tensor)> {
         match &self.cross {
-            Some(cross) => cross.key_values(encoded),
+            Some(cross) => cross.key_values(encoded, kernels),
             None => bail!("the layer does not attend to an encoder's output"),
         }
     }
@@ -138,8 +139,8 @@ impl BranchNorms {
     /// The branch's `last` layer, added to what it branched off from.
     fn leave(&self, last: &Linear, h: &Tensor, residual: &Tensor, kernels: &mut dyn Kernels) -> Result<Tensor> {
         let y = match &self.after {
-            Some(norm) => (residual + norm.forward(&last.forward(h)?, kernels)?)?,
-            None => last.forward_add(h, residual)?,
+            Some(norm) => (residual + norm.forward(&last.forward(h, kernels)?, kernels)?)?,
+            None => last.forward_add(h, residual, kernels)?,
         };
         match &self.sum {
             Some(norm) => norm.forward(&y, kernels),
@@ -216,7 +217,7 @@ impl Attention {
     }
 
     fn forward(&self, index: usize, x: &Tensor, rotations: &[Rotation], kernels: &mut dyn Kernels) -> Result<Tensor> {
-        let [q, k, v] = Linear::forward_all([&self.q, &self.k, &self.v], x)?;
+        let [q, k, v] = Linear::forward_all([&self.q, &self.k, &self.v], x, kernels)?;
         let q = self.prepared(q, self.num_heads, 0, rotations, kernels)?;
         let k = self.prepared(k, self.num_kv_heads, 1, rotations, kernels)?;
         kernels.attention(index, &q, &k, &self.heads(v, self.num_kv_heads)?, &self.params)
@@ -281,13 +282,13 @@ impl CrossAttention {
 
     fn forward(&self, index: usize, x: &Tensor, kernels: &mut dyn Kernels) -> Result<Tensor> {
         let h = self.norms.enter(x, kernels)?;
-        let q = self.q.forward(&h)?.reshape((x.dims()[0], self.num_heads, self.head_dim))?;
+        let q = self.q.forward(&h, kernels)?.reshape((x.dims()[0], self.num_heads, self.head_dim))?;
         let attended = kernels.cross_attention(index, &q, &self.params)?;
         self.norms.leave(&self.output, &attended, x, kernels)
     }
 
-    fn key_values(&self, encoded: &Tensor) -> Result<(Tensor, Tensor)> {
-        let [k, v] = Linear::forward_all([&self.k, &self.v], encoded)?;
+    fn key_values(&self, encoded: &Tensor, kernels: &mut dyn Kernels) -> Result<(Tensor, Tensor)> {
+        let [k, v] = Linear::forward_all([&self.k, &self.v], encoded, kernels)?;
         let shape = (encoded.dims()[0], self.num_kv_heads, self.head_dim);
         Ok((k.reshape(shape)?, v.reshape(shape)?))
     }
@@ -329,8 +330,11 @@ impl Mlp {
 
     fn forward(&self, x: &Tensor, kernels: &mut dyn Kernels) -> Result<Tensor> {
         match self {
-            Self::Gated(gate, up, activation) => Linear::forward_gated(gate, up, *activation, x, kernels),
-            Self::Plain(inner, activation) => kernels.activate(*activation, &inner.forward(x)?),
+            Self::Gated(gate, up, activation) => kernels.gated_linear(*activation, gate, up, x),
+            Self::Plain(inner, activation) => {
+                let inner = inner.forward(x, kernels)?;
+                kernels.activate(*activation, &inner)
+            }
         }
     }
 

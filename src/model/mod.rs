@@ -10,12 +10,13 @@ pub mod gguf;
 #[cfg(feature = "hub")]
 pub mod hub;
 mod layer;
-pub mod linear;
 mod names;
 pub mod random;
 mod relative;
 mod source;
 pub mod weights;
+
+use std::sync::Arc;
 
 use candle_core::{DType, Device, Result, Tensor, bail};
 use sha2::{Digest as _, Sha256};
@@ -24,7 +25,10 @@ pub use config::{EncoderConfig, ModelConfig};
 pub use error::ModelError;
 pub use files::ModelFiles;
 
-use crate::kernels::{Kernels, cpu::Precision, kv_cache::KvShape};
+use crate::kernels::{
+    Backend, Kernels,
+    layout::{BatchLayout, KvShape},
+};
 use decoder::Decoder;
 use encoder::Encoder;
 
@@ -35,6 +39,7 @@ pub struct Model {
     info: ModelInfo,
     encoder: Option<Encoder>,
     decoder: Decoder,
+    backend: Arc<dyn Backend>,
 }
 
 /// The facts of a model that other layers need.
@@ -68,13 +73,13 @@ pub struct ModelInfo {
 }
 
 impl Model {
-    /// Reads the weights onto `device` in `dtype`.
-    pub fn load(files: &ModelFiles, device: &Device, dtype: DType) -> std::result::Result<Self, ModelError> {
+    /// Reads the weights for `backend` in `dtype`.
+    pub fn load(files: &ModelFiles, backend: Arc<dyn Backend>, dtype: DType) -> std::result::Result<Self, ModelError> {
         let config = files.config()?;
-        let mut weights = weights::Weights::read(files, device, dtype)?;
+        let mut weights = weights::Weights::read(files, dtype)?;
         let num_parameters = weights.num_parameters();
-        let encoder = Encoder::load(&config, &mut weights)?;
-        let decoder = Decoder::load(&config, &mut weights)?;
+        let encoder = Encoder::load(&config, &mut weights, &*backend)?;
+        let decoder = Decoder::load(&config, &mut weights, &*backend)?;
         weights.finish()?;
         let info = ModelInfo {
             name: files.name().to_owned(),
@@ -90,10 +95,10 @@ impl Model {
             embedding_scale: decoder.embedding_scale(),
             num_parameters,
             chat_template: files.chat_template()?,
-            device: device.clone(),
+            device: backend.device().clone(),
             dtype,
         };
-        Ok(Self { config, info, encoder, decoder })
+        Ok(Self { config, info, encoder, decoder, backend })
     }
 
     /// What the model is.
@@ -106,14 +111,19 @@ impl Model {
         &self.config
     }
 
-    /// The shape of its keys and values, which are kept in bf16 where the weights are.
+    /// What the model runs on.
+    pub fn backend(&self) -> &Arc<dyn Backend> {
+        &self.backend
+    }
+
+    /// The shape of its key-value cache, which is in bf16 where the weights are.
     pub fn kv_shape(&self) -> KvShape {
         let c = &self.config;
-        let precision = match self.info.dtype {
-            DType::BF16 => Precision::Bf16,
-            _ => Precision::F32,
+        let dtype = match self.info.dtype {
+            DType::BF16 => DType::BF16,
+            dtype => self.backend.activation_dtype(dtype),
         };
-        KvShape { num_layers: c.num_layers, num_kv_heads: c.num_kv_heads, head_dim: c.head_dim, precision }
+        KvShape { num_layers: c.num_layers, num_kv_heads: c.num_kv_heads, head_dim: c.head_dim, dtype }
     }
 
     /// The type of hidden states: on a CPU never less than f32, whatever the weights are.
@@ -131,13 +141,12 @@ impl Model {
         self.decoder.embedding_table()
     }
 
-    /// Packed embeddings `[t, hidden]` of any number of sequences, and each row's position in its
-    /// own sequence `[t]` u32, to final hidden states of the rows that are named, `[r]` u32 to
-    /// `[r, hidden]`. Which rows belong together is known to `kernels` alone. Learned positions and a
-    /// norm of embeddings are added here, to every row. Differentiable with respect to `x` if the
-    /// kernels are.
-    pub fn forward(&self, x: &Tensor, positions: &Tensor, rows: &Tensor, kernels: &mut dyn Kernels) -> Result<Tensor> {
-        self.decoder.forward(x, positions, rows, kernels)
+    /// Packed embeddings `[t, hidden]` of any number of sequences to the final hidden states of the rows that are wanted,
+    /// `[wanted, hidden]`. The layout says at which position of its sequence each row is; which rows belong together is
+    /// known to `kernels` alone, made for the same layout. Learned positions and a norm of embeddings are added here, to
+    /// every row. Differentiable with respect to `x` if the kernels are.
+    pub fn forward(&self, x: &Tensor, batch: &BatchLayout, kernels: &mut dyn Kernels) -> Result<Tensor> {
+        self.decoder.forward(x, batch, kernels)
     }
 
     /// Packed embeddings `[t, hidden]` of any number of inputs of an encoder, each in one piece, to its
@@ -154,8 +163,8 @@ impl Model {
 
     /// What the decoder's layers find in hidden states of the encoder `[t, hidden]`: for each layer
     /// keys and values, both `[t, kv_heads, head_dim]`.
-    pub fn cross_key_values(&self, encoded: &Tensor) -> Result<Vec<(Tensor, Tensor)>> {
-        self.decoder.cross_key_values(encoded)
+    pub fn cross_key_values(&self, encoded: &Tensor, kernels: &mut dyn Kernels) -> Result<Vec<(Tensor, Tensor)>> {
+        self.decoder.cross_key_values(encoded, kernels)
     }
 
     /// Bytes of keys and values that one position of an encoder's input takes; 0 without an encoder.
@@ -166,8 +175,8 @@ impl Model {
     }
 
     /// Hidden states `[t, hidden]` to logits `[t, vocab]` in f32; in f64 for a model in f64.
-    pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
-        self.decoder.logits(hidden)
+    pub fn logits(&self, hidden: &Tensor, kernels: &mut dyn Kernels) -> Result<Tensor> {
+        self.decoder.logits(hidden, kernels)
     }
 
     /// The SHA-256 of every weight as it lies in memory: equal before and after anything that

@@ -133,10 +133,11 @@ fn name_of(path: &Path) -> String {
 
 #[cfg(test)]
 mod tests {
-    use candle_core::{DType, Device};
+    use candle_core::DType;
 
     use super::*;
     use crate::{
+        kernels,
         model::{Model, ModelFiles},
         tokenizer::Tokenizer,
     };
@@ -158,7 +159,7 @@ mod tests {
         let random = small(dir.path());
         assert!(random.name().starts_with("random-"), "{}", random.name());
         let files = ModelFiles::random(random);
-        let model = Model::load(&files, &Device::Cpu, DType::F32).unwrap();
+        let model = Model::load(&files, kernels::cpu(), DType::F32).unwrap();
         assert_eq!(model.info().eos_token_ids, [3]);
         assert_eq!(model.info().fingerprint, files.fingerprint().unwrap());
         let tokenizer = Tokenizer::load(&files).unwrap();
@@ -173,7 +174,7 @@ mod tests {
         let folder = dir.path().join("saved");
         random.save(&folder).unwrap();
         let digest =
-            |files: ModelFiles| Model::load(&files, &Device::Cpu, DType::BF16).unwrap().weights_digest().unwrap();
+            |files: ModelFiles| Model::load(&files, kernels::cpu(), DType::BF16).unwrap().weights_digest().unwrap();
         assert_eq!(digest(ModelFiles::dir(&folder).unwrap()), digest(ModelFiles::random(random)));
         let full = small(dir.path()).save(&folder).unwrap_err();
         assert!(full.to_string().contains("not empty"), "{full}");

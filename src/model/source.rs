@@ -3,17 +3,14 @@
 
 use std::sync::Arc;
 
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{DType, Result, Tensor};
 
-use super::{
-    ModelConfig, ModelError,
-    config::NormKind,
-    linear::{Linear, Weight},
-    names::Names,
-    relative,
-    weights::{Matrix, Weights},
+use super::{ModelConfig, ModelError, config::NormKind, names::Names, relative, weights::Weights};
+use crate::kernels::{
+    Backend, Kernels,
+    relative_position_bias::RelativePositionBias,
+    weight::{Linear, Matrix, Weight},
 };
-use crate::kernels::{Kernels, relative_position_bias::RelativePositionBias};
 
 /// What reading a part gives.
 pub type Loaded<T> = std::result::Result<T, ModelError>;
@@ -21,6 +18,7 @@ pub type Loaded<T> = std::result::Result<T, ModelError>;
 /// A file's tensors, by the names of a family.
 #[derive(Debug)]
 pub struct Source<'a> {
+    backend: &'a dyn Backend,
     weights: &'a mut Weights,
     names: Names,
     prefix: &'static str,
@@ -30,17 +28,20 @@ pub struct Source<'a> {
 
 impl<'a> Source<'a> {
     /// Finds out what comes before the names in this file.
-    pub fn new(config: &ModelConfig, weights: &'a mut Weights) -> Self {
+    pub fn new(config: &ModelConfig, weights: &'a mut Weights, backend: &'a dyn Backend) -> Self {
         let names = config.family.names;
         let mut prefixes = names.prefixes.iter().copied();
         let found = prefixes.find(|prefix| weights.has(&format!("{prefix}{}.weight", names.embeddings)));
         let prefix = found.or(names.prefixes.first().copied()).unwrap_or_default();
-        Self { weights, names, prefix, norm: config.norm, norm_eps: config.norm_eps }
+        Self { backend, weights, names, prefix, norm: config.norm, norm_eps: config.norm_eps }
     }
 
     /// As [`new`](Self::new), by the names of the encoder, whose shape `config` is.
-    pub fn of_encoder(config: &ModelConfig, weights: &'a mut Weights) -> Self {
-        Self { names: config.family.encoder_names.unwrap_or(config.family.names), ..Self::new(config, weights) }
+    pub fn of_encoder(config: &ModelConfig, weights: &'a mut Weights, backend: &'a dyn Backend) -> Self {
+        Self {
+            names: config.family.encoder_names.unwrap_or(config.family.names),
+            ..Self::new(config, weights, backend)
+        }
     }
 
     /// Whether the file has an output matrix of its own.
@@ -74,7 +75,8 @@ impl<'a> Source<'a> {
     /// The embedding table of tokens, `[rows, width]`.
     pub fn embeddings(&mut self, rows: usize, width: usize) -> Loaded<Weight> {
         let name = format!("{}{}.weight", self.prefix, self.names.embeddings);
-        Ok(self.weights.take_matrix(&name, rows, width)?.pack()?)
+        let matrix = self.weights.take_matrix(&name, rows, width)?;
+        Ok(self.backend.weight(matrix, self.weights.dtype())?)
     }
 
     /// The output matrix, `[rows, width]`.
@@ -83,7 +85,8 @@ impl<'a> Source<'a> {
         let mut names = self.names.heads.iter().map(|name| path(name));
         let found = names.find(|name| self.weights.has(name));
         let first = || self.names.heads.first().map(|name| path(name));
-        Ok(self.weights.take_matrix(&found.or_else(first).unwrap_or_default(), rows, width)?.pack()?)
+        let matrix = self.weights.take_matrix(&found.or_else(first).unwrap_or_default(), rows, width)?;
+        Ok(self.backend.weight(matrix, self.weights.dtype())?)
     }
 
     /// A norm of `width` values, of a layer or outside of them.
@@ -92,19 +95,23 @@ impl<'a> Source<'a> {
             Some(index) => self.path(index, name),
             None => format!("{}{name}", self.prefix),
         };
-        let mut weight = activations(self.weights.take(&format!("{path}.weight"), width)?)?;
+        let mut weight = self.weights.take(&format!("{path}.weight"), width)?;
+        weight = self.activations(weight)?;
         if self.norm == NormKind::RmsPlusOne {
             weight = (weight + 1.0)?;
         }
         let bias = match self.norm {
-            NormKind::Layer => Some(activations(self.weights.take(&format!("{path}.bias"), width)?)?),
+            NormKind::Layer => {
+                let bias = self.weights.take(&format!("{path}.bias"), width)?;
+                Some(self.activations(bias)?)
+            }
             _ => None,
         };
         Ok(Norm { weight, bias, kind: self.norm, eps: self.norm_eps })
     }
 
     /// A linear layer of a layer, from `inner` to `outer` values.
-    pub fn linear(&mut self, layer: usize, name: &str, outer: usize, inner: usize, bias: bool) -> Loaded<Stored> {
+    pub fn linear(&mut self, layer: usize, name: &str, outer: usize, inner: usize, bias: bool) -> Loaded<Stored<'a>> {
         let path = self.path(layer, name);
         let name = format!("{path}.weight");
         let weight = match self.names.transposed {
@@ -112,10 +119,18 @@ impl<'a> Source<'a> {
             false => self.weights.take_matrix(&name, outer, inner)?,
         };
         let bias = match bias {
-            true => Some(activations(self.weights.take(&format!("{path}.bias"), outer)?)?),
+            true => {
+                let bias = self.weights.take(&format!("{path}.bias"), outer)?;
+                Some(self.activations(bias)?)
+            }
             false => None,
         };
-        Ok(Stored { weight, bias })
+        Ok(Stored { backend: self.backend, dtype: self.weights.dtype(), path, weight, bias })
+    }
+
+    /// A tensor in the type of activations, on the device.
+    pub fn activations(&self, x: Tensor) -> Result<Tensor> {
+        x.to_dtype(self.backend.activation_dtype(x.dtype()))?.to_device(self.backend.device())
     }
 
     fn path(&self, layer: usize, name: &str) -> String {
@@ -125,22 +140,26 @@ impl<'a> Source<'a> {
 
 /// A linear layer as a file has it: perhaps several in one.
 #[derive(Debug)]
-pub struct Stored {
+pub struct Stored<'a> {
+    backend: &'a dyn Backend,
+    dtype: DType,
+    path: String,
     /// `[out, in]`
     weight: Matrix,
     /// `[out]`
     bias: Option<Tensor>,
 }
 
-impl Stored {
+impl Stored<'_> {
     /// All of it.
     pub fn whole(self) -> Loaded<Linear> {
-        Ok(Linear::new(self.weight.pack()?, self.bias))
+        let weight = self.backend.weight(self.weight, self.dtype)?;
+        Ok(Linear { name: self.path, weight, bias: self.bias })
     }
 
     /// `n` outputs from `first` on.
     pub fn rows(&self, first: usize, n: usize) -> Loaded<Linear> {
-        self.part(|weight| weight.rows(first, n), |x| x.narrow(0, first, n))
+        self.part(self.weight.rows(first, n)?, |x| x.narrow(0, first, n))
     }
 
     /// Part `part` of three of each head, which all have `dim` outputs.
@@ -151,16 +170,14 @@ impl Stored {
             let split = x.reshape([&[heads, 3, dim], rest].concat())?.narrow(1, part, 1)?;
             split.reshape([&[heads * dim], rest].concat())
         };
-        self.part(|weight| Weight::new(of(&weight.values()?)?), of)
+        let weight = of(&self.weight.values()?)?;
+        // What lay in blocks is f32 now, and has the values that it had.
+        self.part(Matrix::Values(weight.to_dtype(self.dtype)?), of)
     }
 
-    fn part(
-        &self,
-        of_weight: impl Fn(&Matrix) -> Result<Weight>,
-        of_bias: impl Fn(&Tensor) -> Result<Tensor>,
-    ) -> Loaded<Linear> {
+    fn part(&self, weight: Matrix, of_bias: impl Fn(&Tensor) -> Result<Tensor>) -> Loaded<Linear> {
         let bias = self.bias.as_ref().map(|bias| of_bias(bias)?.contiguous()).transpose()?;
-        Ok(Linear::new(of_weight(&self.weight)?, bias))
+        Ok(Linear { name: self.path.clone(), weight: self.backend.weight(weight, self.dtype)?, bias })
     }
 }
 
@@ -185,18 +202,5 @@ impl Norm {
     /// Its weight, and its bias if there is one.
     pub fn tensors(&self) -> impl Iterator<Item = Tensor> {
         std::iter::once(self.weight.clone()).chain(self.bias.clone())
-    }
-}
-
-/// A tensor in the type of activations.
-pub fn activations(x: Tensor) -> Result<Tensor> {
-    x.to_dtype(activation_dtype(x.dtype(), x.device()))
-}
-
-/// The type of activations, which are never less than f32 on a CPU.
-pub fn activation_dtype(weights: DType, device: &Device) -> DType {
-    match weights {
-        DType::BF16 | DType::F16 if device.is_cpu() => DType::F32,
-        dtype => dtype,
     }
 }

@@ -5,14 +5,10 @@ use std::{collections::HashMap, sync::Arc};
 use candle_core::{DType, Device, Shape, Tensor};
 use safetensors::SafeTensors;
 
-use super::{
-    ModelError, ModelFiles,
-    gguf::{Blocks, Gguf},
-    linear::Weight,
-};
-use crate::kernels::cpu::quantized::BlockFormat;
+use super::{ModelError, ModelFiles, gguf::Gguf};
+use crate::kernels::{quantized::BlockFormat, weight::Matrix};
 
-/// Tensors by name. What the decoder asks for and does not find is collected, so that one error
+/// Tensors by name, on the host. What the decoder asks for and does not find is collected, so that one error
 /// lists all of it.
 #[derive(Debug)]
 pub struct Weights {
@@ -20,23 +16,21 @@ pub struct Weights {
     /// Where tensors are read from when they are asked for.
     gguf: Option<Arc<Gguf>>,
     faults: Vec<String>,
-    device: Device,
     dtype: DType,
     num_parameters: usize,
 }
 
 impl Weights {
-    /// Reads every weights file, one at a time, and casts its tensors to `dtype` on `device`.
+    /// Reads every weights file, one at a time, and casts its tensors to `dtype`.
     ///
     /// Of a GGUF file, the tensors are read one by one as they are asked for.
-    pub fn read(files: &ModelFiles, device: &Device, dtype: DType) -> Result<Self, ModelError> {
+    pub fn read(files: &ModelFiles, dtype: DType) -> Result<Self, ModelError> {
         if let Some(gguf) = files.as_gguf() {
             let num_parameters = gguf.tensors().map(|(_, shape)| shape.iter().product::<usize>()).sum();
             return Ok(Self {
                 tensors: HashMap::new(),
                 gguf: Some(Arc::clone(gguf)),
                 faults: Vec::new(),
-                device: device.clone(),
                 dtype,
                 num_parameters,
             });
@@ -50,14 +44,13 @@ impl Weights {
                     .dtype()
                     .try_into()
                     .map_err(|e: candle_core::Error| files.file_error(&file, format!("tensor {name}: {e}")))?;
-                let tensor = Tensor::from_raw_buffer(view.data(), stored, view.shape(), &Device::Cpu)?
-                    .to_dtype(dtype)?
-                    .to_device(device)?;
+                let tensor =
+                    Tensor::from_raw_buffer(view.data(), stored, view.shape(), &Device::Cpu)?.to_dtype(dtype)?;
                 tensors.insert(name.to_owned(), tensor);
             }
         }
         let num_parameters = tensors.values().map(Tensor::elem_count).sum();
-        Ok(Self { tensors, gguf: None, faults: Vec::new(), device: device.clone(), dtype, num_parameters })
+        Ok(Self { tensors, gguf: None, faults: Vec::new(), dtype, num_parameters })
     }
 
     /// The number of values in all files.
@@ -68,11 +61,6 @@ impl Weights {
     /// The type that all tensors have.
     pub fn dtype(&self) -> DType {
         self.dtype
-    }
-
-    /// Where all tensors are.
-    pub fn device(&self) -> &Device {
-        &self.device
     }
 
     /// Whether a tensor of that name is there.
@@ -102,18 +90,19 @@ impl Weights {
             None => self.faults.push(format!("{name} {:?} is missing", shape.dims())),
         }
         // One value, broadcast: a config.json with wrong sizes must not make us allocate them.
-        Ok(Tensor::zeros(1, self.dtype, &self.device)?.broadcast_as(shape)?)
+        Ok(Tensor::zeros(1, self.dtype, &Device::Cpu)?.broadcast_as(shape)?)
     }
 
-    /// As [`take`](Self::take), a matrix `[n, k]`. Blocks of a GGUF file stay as they are where they are
-    /// computed with as f32.
+    /// As [`take`](Self::take), a matrix `[n, k]`. The quantised blocks of a GGUF file stay as they are: the backend
+    /// decides what to make of them.
     pub fn take_matrix(&mut self, name: &str, n: usize, k: usize) -> Result<Matrix, ModelError> {
-        let stay = self.device.is_cpu() && self.dtype == DType::F32;
-        if let Some(gguf) = self.gguf.as_ref().filter(|gguf| stay && gguf.shape(name).as_deref() == Some(&[n, k]))
+        if let Some(gguf) = self.gguf.as_ref().filter(|gguf| gguf.shape(name).as_deref() == Some(&[n, k]))
             && let Some(blocks) = gguf.read(name)?
         {
             return Ok(match blocks.format {
-                BlockFormat::F32 => Matrix::Values(Tensor::from_vec(blocks.values(), (n, k), &self.device)?),
+                BlockFormat::F32 => {
+                    Matrix::Values(Tensor::from_vec(blocks.values(), (n, k), &Device::Cpu)?.to_dtype(self.dtype)?)
+                }
                 _ => Matrix::Blocks(blocks),
             });
         }
@@ -124,7 +113,7 @@ impl Weights {
         let Some(gguf) = &self.gguf else { return Ok(self.tensors.remove(name)) };
         let Some(blocks) = gguf.read(name)? else { return Ok(None) };
         let values = blocks.values();
-        Ok(Some(Tensor::from_vec(values, blocks.shape, &Device::Cpu)?.to_dtype(self.dtype)?.to_device(&self.device)?))
+        Ok(Some(Tensor::from_vec(values, blocks.shape, &Device::Cpu)?.to_dtype(self.dtype)?))
     }
 
     /// Fails with all faults at once. Tensors that nothing asked for are fine: files carry caches
@@ -138,45 +127,4 @@ impl Weights {
             }
         }
     }
-}
-
-/// A matrix `[n, k]` as a file has it.
-#[derive(Debug)]
-pub enum Matrix {
-    Values(Tensor),
-    Blocks(Blocks),
-}
-
-impl Matrix {
-    /// All of it, for the kernels.
-    pub fn pack(self) -> candle_core::Result<Weight> {
-        match self {
-            Self::Values(values) => Weight::new(values),
-            Self::Blocks(blocks) => Ok(packed(blocks.format, blocks.bytes, &blocks.shape)),
-        }
-    }
-
-    /// `n` rows from `first` on, for the kernels.
-    pub fn rows(&self, first: usize, n: usize) -> candle_core::Result<Weight> {
-        match self {
-            Self::Values(values) => Weight::new(values.narrow(0, first, n)?),
-            Self::Blocks(blocks) => {
-                let size = blocks.bytes.len() / blocks.shape[0];
-                let bytes = blocks.bytes[first * size..(first + n) * size].to_vec();
-                Ok(packed(blocks.format, bytes, &[n, blocks.shape[1]]))
-            }
-        }
-    }
-
-    /// Its values, in f32 if they are in blocks.
-    pub fn values(&self) -> candle_core::Result<Tensor> {
-        match self {
-            Self::Values(values) => Ok(values.clone()),
-            Self::Blocks(blocks) => Tensor::from_vec(blocks.values(), blocks.shape.as_slice(), &Device::Cpu),
-        }
-    }
-}
-
-fn packed(format: BlockFormat, bytes: Vec<u8>, shape: &[usize]) -> Weight {
-    Weight::from_blocks(format, bytes, shape[0], shape[1])
 }

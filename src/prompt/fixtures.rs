@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use bytes::Bytes;
-use candle_core::{DType, Device};
+use candle_core::DType;
 use safetensors::{Dtype, tensor::TensorView};
 use serde_json::{Value, json};
 
@@ -24,7 +24,6 @@ pub(crate) fn fit() -> Fit {
         head_dim: 4,
         embedding_scale: None,
         context_length: 64,
-        device: Device::Cpu,
         dtype: DType::F32,
     }
 }

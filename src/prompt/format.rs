@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use candle_core::{DType, Device};
+use candle_core::DType;
 
 use super::{
     LearnedPrompt, PeftType, TaskName, Version,
@@ -38,7 +38,6 @@ pub struct Fit {
     pub embedding_scale: Option<f64>,
     /// The most positions of one sequence, virtual tokens included.
     pub context_length: usize,
-    pub device: Device,
     pub dtype: DType,
 }
 
@@ -54,7 +53,6 @@ impl From<&ModelInfo> for Fit {
             head_dim: info.head_dim,
             embedding_scale: info.embedding_scale,
             context_length: info.context_length,
-            device: info.device.clone(),
             dtype: info.dtype,
         }
     }

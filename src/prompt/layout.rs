@@ -37,7 +37,7 @@ impl Meaning<'_> {
     }
 }
 
-/// Reads the tensors' file into what the model is given, on its device and in its dtype.
+/// Reads the tensors' file into what the model is given, on the host and in its dtype.
 pub(super) fn read(bytes: &[u8], meaning: Meaning<'_>, fit: &Fit) -> Result<LearnedPrompt, Vec<Fault>> {
     let tensors = Tensors::open(bytes, meaning.peft_type.tensors())?;
     let prompt = tensors.get(TENSOR)?;
@@ -102,7 +102,7 @@ fn embeddings(
     if is_changed {
         check_outcome(&rows, fit.dtype)?;
     }
-    let rows = rows.to_dtype(fit.dtype).and_then(|rows| rows.to_device(&fit.device)).map_err(not_loaded)?;
+    let rows = rows.to_dtype(fit.dtype).map_err(not_loaded)?;
     Ok(LearnedPrompt::Embeddings(Embeddings { rows }))
 }
 
@@ -143,7 +143,7 @@ fn key_values(prompt: &Stored<'_>, meaning: Meaning<'_>, fit: &Fit) -> Result<Le
     let shape = (prompt.shape()[0], 2 * num_layers, num_kv_heads, head_dim);
     let layers = || -> candle_core::Result<Vec<LayerKeyValues>> {
         let all = Tensor::from_vec(prompt.to_f32(), shape, &Device::Cpu)?.to_dtype(fit.dtype)?;
-        let of = |row: usize| all.narrow(1, row, 1)?.squeeze(1)?.transpose(0, 1)?.contiguous()?.to_device(&fit.device);
+        let of = |row: usize| all.narrow(1, row, 1)?.squeeze(1)?.transpose(0, 1)?.contiguous();
         let layer = |i| Ok(LayerKeyValues { keys: of(2 * i)?, values: of(2 * i + 1)? });
         (0..fit.num_layers).map(|i| layer(fit.key_values_layer(i))).collect()
     };

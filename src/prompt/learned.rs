@@ -2,7 +2,7 @@
 
 use candle_core::Tensor;
 
-/// The tensors of one version, on the serving device and in the model's dtype.
+/// The tensors of one version, on the host and in the model's dtype: whoever runs the model puts them on its device.
 #[derive(Debug, Clone)]
 pub enum LearnedPrompt {
     /// Prompt tuning, P-tuning, CPT, multitask: rows that go where token embeddings go.

@@ -7,6 +7,7 @@ use serde::Serialize;
 use super::{
     TuneError,
     data::{DataError, Dataset, Faults, TokenizedExample},
+    forward::Forward,
     generate, loss, metrics,
     room::Room,
 };
@@ -172,7 +173,7 @@ impl Evaluation<'_> {
                 .map(|(_, ids)| TokenizedExample { input_ids: input.clone(), answer: ids.clone() })
                 .collect();
             let batch: Vec<&TokenizedExample> = choices.iter().collect();
-            let scores = loss::score(self.model, prompt, &batch)?.log_likelihoods(&batch)?;
+            let scores = loss::score(&Forward::new(self.model), prompt, &batch)?.log_likelihoods(&batch)?;
             let best = scores.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1));
             chosen.push(best.map(|(i, _)| words[i].0.to_owned()));
         }

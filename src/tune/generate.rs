@@ -4,9 +4,9 @@ use candle_core::{D, Result, Tensor};
 
 use crate::{
     kernels::{
+        KvCache,
         cross::CrossKeyValues,
-        kv_cache::{BLOCK_SIZE, BlockId, KvCache},
-        paged::{PagedKernels, Segment},
+        layout::{BLOCK_SIZE, BatchLayout, BlockId, Segment},
     },
     model::Model,
     prompt::learned::{Embeddings, LearnedPrompt},
@@ -92,14 +92,14 @@ fn batch(
         });
         blocks += own;
     }
-    let mut cache = KvCache::new(model.kv_shape(), blocks as usize)?;
+    let mut cache = model.backend().kv_cache(model.kv_shape(), blocks as usize)?;
     for (sequence, given) in running.iter().zip(given.iter().cycle()) {
         for (i, layer) in given.layers.iter().enumerate() {
             cache.write(i, &sequence.blocks, 0, &layer.keys, &layer.values)?;
         }
     }
     while !running.is_empty() {
-        let chosen = step(model, &running, &mut cache)?;
+        let chosen = step(model, &running, &mut *cache)?;
         let mut going_on = Vec::with_capacity(running.len());
         for (mut sequence, token) in running.into_iter().zip(chosen) {
             sequence.computed += sequence.next.dim(0)?;
@@ -124,34 +124,28 @@ fn run_encoder(model: &Model, inputs: &[Tensor]) -> Result<Vec<CrossKeyValues>> 
         return Ok(Vec::new());
     }
     let segment = |input: &Tensor| Ok(Segment { rows: input.dim(0)?, start: 0, blocks: Vec::new() });
-    let segments = inputs.iter().map(segment).collect::<Result<Vec<_>>>()?;
+    let segments = inputs.iter().map(segment).collect::<Result<_>>()?;
+    let batch = BatchLayout { segments, ..Default::default() };
     // Nothing of an encoder's rows is kept.
-    let mut cache = KvCache::new(model.kv_shape(), 0)?;
-    let hidden = model.run_encoder(&Tensor::cat(inputs, 0)?, &mut PagedKernels::new(&mut cache, &segments))?;
-    let layers = model.cross_key_values(&hidden)?;
-    let mut end = 0;
-    let of = |segment: &Segment| {
-        end += segment.rows;
-        CrossKeyValues::of_rows(&layers, end - segment.rows, segment.rows)
-    };
-    segments.iter().map(of).collect()
+    let mut cache = model.backend().kv_cache(model.kv_shape(), 0)?;
+    let mut kernels = model.backend().serving(&mut *cache, &batch, &[])?;
+    let hidden = model.run_encoder(&Tensor::cat(inputs, 0)?, kernels.as_mut())?;
+    let layers = model.cross_key_values(&hidden, kernels.as_mut())?;
+    batch.rows().map(|rows| CrossKeyValues::of_rows(&layers, rows.start, rows.len())).collect()
 }
 
 /// Computes what each sequence lacks and returns the likeliest next token of each.
-fn step(model: &Model, running: &[Running], cache: &mut KvCache) -> Result<Vec<u32>> {
-    let device = &model.info().device;
-    let (mut positions, mut last): (Vec<u32>, Vec<u32>) = (Vec::new(), Vec::new());
-    let mut segments = Vec::with_capacity(running.len());
+fn step(model: &Model, running: &[Running], cache: &mut dyn KvCache) -> Result<Vec<u32>> {
+    let mut batch = BatchLayout::default();
     for sequence in running {
-        let rows = sequence.next.dim(0)?;
-        positions.extend((sequence.computed..sequence.computed + rows).map(|p| p as u32));
-        last.push(positions.len() as u32 - 1);
-        segments.push(Segment { rows, start: sequence.computed, blocks: sequence.blocks.clone() });
+        let (rows, start) = (sequence.next.dim(0)?, sequence.computed);
+        batch.segments.push(Segment { rows, start, blocks: sequence.blocks.clone() });
     }
+    batch.wanted = batch.rows().map(|rows| rows.end as u32 - 1).collect();
     let x = Tensor::cat(&running.iter().map(|sequence| &sequence.next).collect::<Vec<_>>(), 0)?;
     let encoded: Vec<&CrossKeyValues> = running.iter().filter_map(|sequence| sequence.encoded.as_ref()).collect();
-    let mut kernels = PagedKernels::new(cache, &segments).with_encoded(&encoded);
-    let hidden = model.forward(&x, &Tensor::new(positions, device)?, &Tensor::new(last, device)?, &mut kernels)?;
-    let logits = model.logits(&hidden)?;
+    let mut kernels = model.backend().serving(cache, &batch, &encoded)?;
+    let hidden = model.forward(&x, &batch, kernels.as_mut())?;
+    let logits = model.logits(&hidden, kernels.as_mut())?;
     logits.argmax(D::Minus1)?.to_vec1()
 }

@@ -8,11 +8,12 @@ use rand_distr::StandardNormal;
 
 use super::{
     data::TokenizedExample,
-    forward, order,
+    forward::Forward,
+    order,
     parameters::{Method, Parameters},
 };
 use crate::{
-    kernels::dense::DenseKernels,
+    kernels::{layout::BatchLayout, recording::Recording},
     model::Model,
     prompt::learned::LearnedPrompt,
     tokenizer::{Tokenizer, TokenizerError},
@@ -117,6 +118,7 @@ impl Source<'_> {
     /// writes the words that the encoder reads.
     fn computed(&self, init: &Init, n: usize) -> std::result::Result<Vec<[Vec<f32>; 2]>, InitError> {
         let device = &self.model.info().device;
+        let forward = Forward::new(self.model);
         let around = self.tokenizer.tokenize("")?;
         let mut ids = match &self.model.info().encoder {
             None => around.iter().copied().take(n).collect(),
@@ -125,17 +127,16 @@ impl Source<'_> {
         let words = self.words(init, (n - ids.len()).max(1))?;
         let encoded = match &self.model.info().encoder {
             None => None,
-            Some(_) => Some(forward::run_encoder(self.model, None, &[&[words.as_slice(), &around].concat()])?),
+            Some(_) => Some(forward.run_encoder(None, &[&[words.as_slice(), &around].concat()])?),
         };
         ids.extend(&words);
         ids.truncate(n);
-        let positions: Vec<u32> = (0..n as u32).collect();
-        let mut kernels = DenseKernels::new(&[n], device)?.with_encoded(encoded).recording();
-        let x = self.model.embed(&Tensor::new(ids, device)?)?;
         // What is wanted is recorded on the way to the last row.
-        let last = Tensor::new(&[n as u32 - 1], device)?;
-        self.model.forward(&x, &Tensor::new(positions, device)?, &last, &mut kernels)?;
-        Ok(kernels.into_recorded().iter().map(|(k, v)| Ok([host(k)?, host(v)?])).collect::<Result<_>>()?)
+        let batch = BatchLayout { wanted: vec![n as u32 - 1], ..BatchLayout::of_lengths(0, &[n]) };
+        let mut kernels = Recording::new(forward.kernels(&batch, encoded)?);
+        let x = self.model.embed(&Tensor::new(ids, device)?)?;
+        self.model.forward(&x, &batch, &mut kernels)?;
+        Ok(kernels.into_layers().iter().map(|(k, v)| Ok([host(k)?, host(v)?])).collect::<Result<_>>()?)
     }
 
     /// `n` token ids.

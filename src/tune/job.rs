@@ -10,6 +10,7 @@ use candle_core::Device;
 use super::{
     TuneError,
     checkpoint::Checkpoint,
+    forward::Forward,
     loss::ValidationMetrics,
     output,
     plan::{HeldOut, Plan},
@@ -70,7 +71,9 @@ pub struct Outcome {
 /// has been read back.
 pub fn run(model: &Model, plan: &Plan, places: &Places, observer: &mut dyn Observer) -> Result<Outcome, TuneError> {
     output::check(&places.output)?;
-    let trainer = Trainer { model, parameters: &plan.parameters, train: &plan.train, held_out: &plan.held_out };
+    let forward = Forward::new(model);
+    let trainer =
+        Trainer { forward: &forward, parameters: &plan.parameters, train: &plan.train, held_out: &plan.held_out };
     let (rate, mut state) = match places.resume {
         true => {
             let checkpoint = Checkpoint::read(&places.checkpoint, &plan.identity)?;

@@ -3,12 +3,8 @@
 
 use candle_core::{D, DType, Result, Tensor, Var, bail};
 
-use super::{data::TokenizedExample, forward::answer_states, parameters::Parameters};
-use crate::{
-    kernels::fused::{FusedKernels, LogProbabilities},
-    model::Model,
-    prompt::learned::LearnedPrompt,
-};
+use super::{data::TokenizedExample, forward::Forward, parameters::Parameters};
+use crate::prompt::learned::LearnedPrompt;
 
 /// What a forward pass over a batch gives.
 #[derive(Debug)]
@@ -56,19 +52,13 @@ impl Scored {
 
 /// One forward pass over the examples after a prompt. `prompt` is in any float type; with none, the model
 /// answers on its own.
-pub fn score(model: &Model, prompt: Option<&LearnedPrompt>, batch: &[&TokenizedExample]) -> Result<Scored> {
-    let device = &model.info().device;
+pub fn score(forward: &Forward, prompt: Option<&LearnedPrompt>, batch: &[&TokenizedExample]) -> Result<Scored> {
     let targets: Vec<u32> = batch.iter().flat_map(|example| example.answer.iter().copied()).collect();
     let tokens = targets.len();
-    let logits = model.logits(&answer_states(model, prompt, batch)?)?;
+    let mut states = forward.answer_states(prompt, batch)?;
+    let logits = forward.model().logits(&states.hidden, states.kernels.as_mut())?;
     let likeliest = logits.detach().argmax(D::Minus1)?;
-    let log_probs = match FusedKernels::fit(device, logits.dtype()) {
-        true => logits.contiguous()?.apply_op1(LogProbabilities { targets })?,
-        false => {
-            let targets = Tensor::new(targets, device)?.unsqueeze(1)?;
-            candle_nn::ops::log_softmax(&logits, D::Minus1)?.gather(&targets, 1)?.squeeze(1)?
-        }
-    };
+    let log_probs = states.kernels.log_probabilities(&logits, &targets)?;
     let sum = log_probs.sum_all()?.neg()?;
     Ok(Scored { sum, tokens, likeliest, log_probs: log_probs.detach() })
 }
@@ -76,14 +66,14 @@ pub fn score(model: &Model, prompt: Option<&LearnedPrompt>, batch: &[&TokenizedE
 /// The loss on a batch and its gradient to the values that are learned, both as sums over the answer
 /// tokens.
 pub fn gradient(
-    model: &Model,
+    forward: &Forward,
     parameters: &Parameters,
     values: &[f32],
     batch: &[&TokenizedExample],
 ) -> Result<(f64, Vec<f32>)> {
-    let variables = parameters.variables(values, &model.info().device)?;
+    let variables = parameters.variables(values, &forward.model().info().device)?;
     let tensors: Vec<Tensor> = variables.iter().map(|v| v.as_tensor().clone()).collect();
-    let scored = score(model, Some(&parameters.prompt(&tensors)?), batch)?;
+    let scored = score(forward, Some(&parameters.prompt(&tensors)?), batch)?;
     let mut all = Vec::with_capacity(values.len());
     for gradient in gradients_of(&scored.sum, &variables)? {
         all.extend(gradient.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?);
@@ -110,14 +100,14 @@ pub fn scalar(x: &Tensor) -> Result<f64> {
 /// The mean loss of a prompt over examples and the part of them it answers exactly, without
 /// gradients.
 pub fn evaluate(
-    model: &Model,
+    forward: &Forward,
     prompt: Option<&LearnedPrompt>,
     examples: &[&TokenizedExample],
     batch_size: usize,
 ) -> Result<ValidationMetrics> {
     let (mut sum, mut tokens, mut exact) = (0.0, 0, 0);
     for batch in examples.chunks(batch_size.max(1)) {
-        let scored = score(model, prompt, batch)?;
+        let scored = score(forward, prompt, batch)?;
         sum += scalar(&scored.sum)?;
         tokens += scored.tokens;
         exact += scored.exact(batch)?;

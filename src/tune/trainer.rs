@@ -7,13 +7,13 @@ use candle_core::Result;
 
 use super::{
     data::TokenizedExample,
+    forward::Forward,
     loss::{self, ValidationMetrics},
     optim::{self, AdamW, Moments},
     order,
     parameters::Parameters,
     schedule::Schedule,
 };
-use crate::model::Model;
 
 /// What decides a run, beside the data and the initial values.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -94,7 +94,7 @@ pub enum Ended {
 /// A model and the examples that a prompt is tuned on.
 #[derive(Debug, Clone, Copy)]
 pub struct Trainer<'a> {
-    pub model: &'a Model,
+    pub forward: &'a Forward<'a>,
     pub parameters: &'a Parameters,
     pub train: &'a [TokenizedExample],
     /// Examples that choose the learning rate and the best prompt and are not trained on.
@@ -149,7 +149,7 @@ impl Trainer<'_> {
         let mut total = 0.0;
         let mut gradient = vec![0f32; state.values.len()];
         for batch in &batches {
-            let (sum, part) = loss::gradient(self.model, self.parameters, &state.values, batch)?;
+            let (sum, part) = loss::gradient(self.forward, self.parameters, &state.values, batch)?;
             total += sum;
             gradient.iter_mut().zip(part).for_each(|(g, p)| *g += p);
         }
@@ -168,10 +168,10 @@ impl Trainer<'_> {
     pub fn validate(&self, settings: &Settings, values: Option<&[f32]>) -> Result<ValidationMetrics> {
         let examples: Vec<&TokenizedExample> = self.held_out.iter().collect();
         let prompt = match values {
-            Some(values) => Some(self.parameters.prompt_of(values, &self.model.info().device)?),
+            Some(values) => Some(self.parameters.prompt_of(values, &self.forward.model().info().device)?),
             None => None,
         };
-        loss::evaluate(self.model, prompt.as_ref(), &examples, settings.batch_size)
+        loss::evaluate(self.forward, prompt.as_ref(), &examples, settings.batch_size)
     }
 
     fn evaluate(

@@ -11,9 +11,15 @@ use candle_transformers::models::{
 };
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
-use softserve::model::{Model, ModelFiles, family::FAMILIES};
+use softserve::{
+    kernels,
+    model::{Model, ModelFiles, family::FAMILIES},
+};
 
-use crate::{encoder_decoder, families, fixtures};
+use crate::{
+    encoder_decoder, fixtures,
+    passes::{by_serving, by_tuning, cache, values},
+};
 
 /// The greatest difference of two logits, in f32, as a part of the greatest logit.
 const TOLERANCE: f32 = 2e-5;
@@ -84,7 +90,7 @@ fn ours(fixture: &str, config: &Value) -> Model {
     let dir = tempfile::tempdir().unwrap();
     std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
     std::fs::copy(fixtures::dir(fixture).join("model.safetensors"), dir.path().join("model.safetensors")).unwrap();
-    Model::load(&ModelFiles::dir(dir.path()).unwrap(), &Device::Cpu, DType::F32).unwrap()
+    Model::load(&ModelFiles::dir(dir.path()).unwrap(), kernels::cpu(), DType::F32).unwrap()
 }
 
 fn tensors(fixture: &str) -> HashMap<String, Tensor> {
@@ -175,7 +181,11 @@ fn logits_of_decoders_are_those_of_candles_own_models() {
             let ids: Vec<u32> = (0..len).map(|i| (i * 37 + 5) % vocab).collect();
             let expected = decoder(&for_candle, tensors(fixture), &ids);
             let expected = expected.unwrap_or_else(|e| panic!("{fixture}, {len} tokens: {e}"));
-            assert_near(&families::bare_logits(&model, &ids), &expected, &format!("{fixture}, {len} tokens"));
+            let x = model.embed(&Tensor::new(ids.as_slice(), &Device::Cpu).unwrap()).unwrap();
+            let tuning = values(&by_tuning(&model, &x, &[ids.len()], &[len - 1]));
+            assert_near(&tuning, &expected, &format!("{fixture}, {len} tokens, tuning"));
+            let served = values(&by_serving(&model, &mut *cache(&model, ids.len()), &x, 0, &[len - 1]));
+            assert_near(&served, &expected, &format!("{fixture}, {len} tokens, serving"));
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, path::Path, str::FromStr as _, sync::Arc};
 
-use candle_core::{DType, Device};
+use candle_core::DType;
 use serde::Deserialize;
 use softserve::{
     demo,
@@ -10,6 +10,7 @@ use softserve::{
         Engine, EngineConfig, EngineThread, EventStream,
         request::{Event, Request, SamplingParams},
     },
+    kernels,
     model::Model,
     prompt::{
         TaskName, Version,
@@ -31,7 +32,7 @@ struct Demo {
 
 impl Demo {
     fn start() -> Self {
-        let model = Model::load(&demo::model(), &Device::Cpu, DType::F32).unwrap();
+        let model = Model::load(&demo::model(), kernels::cpu(), DType::F32).unwrap();
         let info = model.info().clone();
         let fit = Fit::from(&info);
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("prompts");

@@ -17,9 +17,9 @@ use softserve::{
         runner::{Part, Runner},
     },
     kernels::{
+        self,
         cross::{CrossKeyValues, EncodedBatch},
-        dense::DenseKernels,
-        kv_cache::{BLOCK_SIZE, BlockId},
+        layout::{BLOCK_SIZE, BatchLayout, BlockId},
     },
     model::{Model, ModelFiles, random::RandomModel},
     prompt::{
@@ -30,6 +30,7 @@ use softserve::{
 
 use crate::{
     fixtures::{self, Case},
+    passes::{values, with_encoded},
     process::{Process, agent, softserve},
     support::{LONG, Options, collect, copy, post},
 };
@@ -119,14 +120,12 @@ pub fn decoded(
         Some(LearnedPrompt::Embeddings(prompt)) => Tensor::cat(&[&prompt.rows, &text], 0).unwrap(),
         _ => text,
     };
-    let hidden = model.run_encoder(&x, &mut DenseKernels::new(&[x.dims()[0]], &Device::Cpu).unwrap()).unwrap();
-    let inputs = std::iter::once(0..x.dims()[0]).collect();
-    let encoded = EncodedBatch { layers: model.cross_key_values(&hidden).unwrap(), inputs };
-    let mut kernels = DenseKernels::new(&[tokens.len()], &Device::Cpu).unwrap().with_encoded(encoded);
-    let positions = Tensor::arange(0, tokens.len() as u32, &Device::Cpu).unwrap();
-    let rows = Tensor::new(rows, &Device::Cpu).unwrap();
-    let hidden = model.forward(&embed(tokens), &positions, &rows, &mut kernels).unwrap();
-    model.logits(&hidden).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+    let length = x.dims()[0];
+    let mut kernels = model.backend().tuning().kernels(&BatchLayout::of_lengths(0, &[length]), None, None).unwrap();
+    let hidden = model.run_encoder(&x, kernels.as_mut()).unwrap();
+    let layers = model.cross_key_values(&hidden, kernels.as_mut()).unwrap();
+    let encoded = EncodedBatch { layers, inputs: std::iter::once(0..length).collect() };
+    values(&with_encoded(model, &embed(tokens), &[tokens.len()], rows, Some(encoded)))
 }
 
 #[test]
@@ -188,7 +187,7 @@ fn in_bf16_neighbours_and_cuts_change_no_bit() {
 fn alone_mixed_in_small_steps_and_put_off_all_types_answer_as_peft_does() {
     for name in MODELS {
         let model = fixtures::load(name, DType::F32);
-        let (fit, block_bytes) = (Fit::from(model.info()), model.kv_shape().block_bytes());
+        let (fit, block_bytes) = (Fit::from(model.info()), fixtures::block_bytes(&model));
         let cases = cases(name);
         let versions: Vec<_> = cases.iter().map(|case| version(name, &fit, case)).collect();
         let longest = cases.iter().map(|case| case.input_ids.len()).max().unwrap() + 40;
@@ -428,7 +427,7 @@ fn a_random_model_of_an_encoder_decoder_shape_loads_and_runs() {
     for name in MODELS {
         let config = fixtures::dir(name).join("config.json");
         let files = ModelFiles::random(RandomModel::open(config.to_str().unwrap()).unwrap());
-        let model = Model::load(&files, &Device::Cpu, DType::F32).unwrap();
+        let model = Model::load(&files, kernels::cpu(), DType::F32).unwrap();
         assert_eq!(model.cross_bytes(), fixtures::load(name, DType::F32).cross_bytes());
         let (engine, _thread) = Engine::start(model, EngineConfig::default()).unwrap();
         let sampling = SamplingParams { max_tokens: 3, ..Default::default() };

@@ -42,7 +42,7 @@ fn every_answer_is_that_of_peft_alone_and_in_a_mixed_batch() {
 #[test]
 fn answers_stay_the_same_in_small_chunks_and_when_sequences_are_preempted() {
     let model = "llama-scaled";
-    let block_bytes = fixtures::load(model, DType::F32).kv_shape().block_bytes();
+    let block_bytes = fixtures::block_bytes(&fixtures::load(model, DType::F32));
     let cases = fixtures::cases(model);
     // Far enough for every sequence to need one more block than its input.
     let longer = |case| {

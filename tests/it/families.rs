@@ -7,16 +7,12 @@ use softserve::{
         Engine, EngineConfig,
         request::{Request, SamplingParams},
     },
-    kernels::{
-        Kernels,
-        dense::DenseKernels,
-        kv_cache::{BLOCK_SIZE, KvCache},
-        paged::{PagedKernels, Segment},
-    },
+    kernels,
     model::{Model, ModelFiles, random::RandomModel},
     prompt::LearnedPrompt,
     tune::{
         data::TokenizedExample,
+        forward::Forward,
         loss,
         parameters::{Method, Parameters},
     },
@@ -24,6 +20,7 @@ use softserve::{
 
 use crate::{
     fixtures::{self, Case},
+    passes::{by_serving, by_tuning, cache, values},
     support::collect,
 };
 
@@ -43,39 +40,20 @@ fn rows(model: &Model, name: &str, case: &Case) -> Tensor {
     Tensor::cat(&[prompt, words], 0).unwrap()
 }
 
-/// The logits after these rows, one behind the other.
-fn logits_of(model: &Model, x: &Tensor, rows: &[u32], kernels: &mut dyn Kernels) -> Vec<f32> {
-    let positions = Tensor::arange(0, x.dims()[0] as u32, &Device::Cpu).unwrap();
-    let rows = Tensor::new(rows, &Device::Cpu).unwrap();
-    let hidden = model.forward(x, &positions, &rows, kernels).unwrap();
-    model.logits(&hidden).unwrap().flatten_all().unwrap().to_vec1().unwrap()
-}
-
-/// The logits after the last row, `[vocab]`.
-fn logits(model: &Model, x: &Tensor, kernels: &mut dyn Kernels) -> Vec<f32> {
-    logits_of(model, x, &[x.dims()[0] as u32 - 1], kernels)
-}
-
-/// The logits of the bare model after these tokens by the plain kernels, `[vocab]`.
-pub fn bare_logits(model: &Model, ids: &[u32]) -> Vec<f32> {
-    let x = model.embed(&Tensor::new(ids, &Device::Cpu).unwrap()).unwrap();
-    logits(model, &x, &mut DenseKernels::new(&[ids.len()], &Device::Cpu).unwrap())
-}
-
 #[test]
-fn logits_are_those_of_peft_by_the_plain_kernels_and_by_those_that_serve() {
+fn logits_are_those_of_peft_in_tuning_and_in_serving_on_every_backend() {
     for name in fixtures::families() {
-        let model = fixtures::load(&name, DType::F32);
-        for case in fixtures::embeddings_cases(&name) {
-            let x = rows(&model, &name, &case);
-            let t = x.dims()[0];
-            let plain = logits(&model, &x, &mut DenseKernels::new(&[t], &Device::Cpu).unwrap());
-            let blocks = t.div_ceil(BLOCK_SIZE);
-            let mut cache = KvCache::new(model.kv_shape(), blocks).unwrap();
-            let segment = [Segment { rows: t, start: 0, blocks: (0..blocks as u32).rev().collect() }];
-            let served = logits(&model, &x, &mut PagedKernels::new(&mut cache, &segment));
-            case.assert_near(&plain, 1e-3, &name);
-            case.assert_near(&served, 1e-3, &name);
+        for backend in [kernels::cpu(), kernels::reference()] {
+            let what = format!("{name} on {}", backend.name());
+            let model = fixtures::load_on(&name, DType::F32, backend);
+            for case in fixtures::embeddings_cases(&name) {
+                let x = rows(&model, &name, &case);
+                let t = x.dims()[0];
+                let last = [t as u32 - 1];
+                case.assert_near(&values(&by_tuning(&model, &x, &[t], &last)), 1e-3, &what);
+                let served = by_serving(&model, &mut *cache(&model, t), &x, 0, &last);
+                case.assert_near(&values(&served), 1e-3, &what);
+            }
         }
     }
 }
@@ -114,13 +92,14 @@ fn gradients_of_rows_and_of_key_values_are_those_of_central_differences() {
     let example = TokenizedExample { input_ids: (40..66).collect(), answer: vec![70, 2] };
     for name in fixtures::families() {
         let (model, fast) = (fixtures::load(&name, DType::F64), fixtures::load(&name, DType::F32));
+        let (exact, fast) = (Forward::new(&model), Forward::new(&fast));
         for method in [Method::PromptTuning, Method::PrefixTuning] {
             let parameters = Parameters::new(method, ROWS, &model);
             let values: Vec<f32> = (0..parameters.len()).map(|i| (i as f32 * 0.7).sin() * 0.5).collect();
             let variables = parameters.variables(&values, &Device::Cpu).unwrap();
             let tensors: Vec<Tensor> = variables.iter().map(|v| v.to_dtype(DType::F64).unwrap()).collect();
             let score = |tensors: &[Tensor]| {
-                loss::score(&model, Some(&parameters.prompt(tensors).unwrap()), &[&example]).unwrap().sum
+                loss::score(&exact, Some(&parameters.prompt(tensors).unwrap()), &[&example]).unwrap().sum
             };
             let variables: Vec<Var> = tensors.iter().map(|t| Var::from_tensor(t).unwrap()).collect();
             let inputs: Vec<Tensor> = variables.iter().map(|v| v.as_tensor().clone()).collect();
@@ -161,12 +140,7 @@ fn rows_that_are_asked_for_are_those_of_the_whole_pass_in_every_bit() {
             let model = fixtures::load(&name, dtype);
             let x = rows(&model, &name, &fixtures::embeddings_cases(&name)[1]);
             let t = x.dims()[0];
-            let blocks = t.div_ceil(BLOCK_SIZE);
-            let segment = [Segment { rows: t, start: 0, blocks: (0..blocks as u32).collect() }];
-            let of = |asked: &[u32]| {
-                let mut cache = KvCache::new(model.kv_shape(), blocks).unwrap();
-                logits_of(&model, &x, asked, &mut PagedKernels::new(&mut cache, &segment))
-            };
+            let of = |asked: &[u32]| values(&by_serving(&model, &mut *cache(&model, t), &x, 0, asked));
             let vocab = model.info().vocab_size;
             let whole = of(&(0..t as u32).collect::<Vec<_>>());
             // In any order, and twice.
@@ -185,20 +159,15 @@ fn bf16_answers_do_not_depend_on_chunks_in_one_bit() {
         let case = &fixtures::embeddings_cases(&name)[1];
         let x = rows(&model, &name, case);
         let t = x.dims()[0];
-        let blocks = t.div_ceil(BLOCK_SIZE);
         let of_chunks = |chunk: usize| {
-            let mut cache = KvCache::new(model.kv_shape(), blocks).unwrap();
+            let mut cache = cache(&model, t);
             let mut last = None;
             for start in (0..t).step_by(chunk) {
                 let rows = chunk.min(t - start);
-                let segment = [Segment { rows, start, blocks: (0..blocks as u32).collect() }];
-                let positions = Tensor::arange(start as u32, (start + rows) as u32, &Device::Cpu).unwrap();
-                let mut kernels = PagedKernels::new(&mut cache, &segment);
-                let end = Tensor::new(&[rows as u32 - 1], &Device::Cpu).unwrap();
-                let hidden = model.forward(&x.narrow(0, start, rows).unwrap(), &positions, &end, &mut kernels);
-                last = Some(model.logits(&hidden.unwrap()).unwrap());
+                let x = x.narrow(0, start, rows).unwrap();
+                last = Some(by_serving(&model, &mut *cache, &x, start, &[rows as u32 - 1]));
             }
-            last.unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap()
+            values(&last.unwrap())
         };
         assert!(of_chunks(t) == of_chunks(7), "{name}");
     }
@@ -209,7 +178,7 @@ fn a_random_model_of_every_familys_shape_loads() {
     for name in fixtures::families() {
         let config = fixtures::dir(&name).join("config.json");
         let files = ModelFiles::random(RandomModel::open(config.to_str().unwrap()).unwrap());
-        let model = Model::load(&files, &Device::Cpu, DType::F32).unwrap();
+        let model = Model::load(&files, kernels::cpu(), DType::F32).unwrap();
         let stored = fixtures::load(&name, DType::F32);
         assert_eq!(model.kv_shape(), stored.kv_shape());
         let tied = stored.config().tie_word_embeddings && stored.info().num_parameters > model.info().num_parameters;

@@ -9,6 +9,7 @@ use candle_core::{DType, Device};
 use serde::Deserialize;
 use serde_json::json;
 use softserve::{
+    kernels::{self, Backend},
     model::{Model, ModelFiles},
     prompt::{
         LearnedPrompt, Version,
@@ -90,7 +91,22 @@ pub fn files(model: &str) -> ModelFiles {
 }
 
 pub fn load(model: &str, dtype: DType) -> Model {
-    Model::load(&files(model), &Device::Cpu, dtype).unwrap()
+    load_on(model, dtype, backend_for(dtype))
+}
+
+/// Bytes of one block of the model's key-value cache.
+pub fn block_bytes(model: &Model) -> usize {
+    model.backend().block_bytes(&model.kv_shape())
+}
+
+/// The model on another backend.
+pub fn load_on(model: &str, dtype: DType, backend: Arc<dyn Backend>) -> Model {
+    Model::load(&files(model), backend, dtype).unwrap()
+}
+
+/// The CPU backend where it computes with that type.
+pub fn backend_for(dtype: DType) -> Arc<dyn Backend> {
+    if dtype == DType::F64 { kernels::reference() } else { kernels::cpu() }
 }
 
 pub fn tokenizer(model: &str) -> Tokenizer {

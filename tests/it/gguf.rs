@@ -10,12 +10,16 @@ use candle_core::{DType, Device, Tensor, Var};
 use proptest::prelude::*;
 use serde::Deserialize;
 use softserve::{
-    kernels::{Kernels, dense::DenseKernels, fused::FusedKernels},
+    kernels::{self, layout::BatchLayout},
     model::{Model, ModelFiles, gguf},
     tokenizer::Tokenizer,
 };
 
-use crate::process::{Process, output, softserve};
+use crate::{
+    fixtures,
+    passes::{by_tuning, values},
+    process::{Process, output, softserve},
+};
 
 const MODELS: [&str; 4] = ["llama-f16", "qwen2-q8_0", "llama-q4_0", "llama-k"];
 const TOKENIZERS: [&str; 7] =
@@ -58,7 +62,7 @@ fn expected(name: &str) -> Expected {
 }
 
 fn load(name: &str, dtype: DType) -> Model {
-    Model::load(&files(name), &Device::Cpu, dtype).unwrap()
+    Model::load(&files(name), fixtures::backend_for(dtype), dtype).unwrap()
 }
 
 /// The logits after a prompt's rows and some tokens.
@@ -66,11 +70,7 @@ fn logits(model: &Model, prompt: Option<&Tensor>, ids: &[u32]) -> Vec<f32> {
     let words = model.embed(&Tensor::new(ids, &Device::Cpu).unwrap()).unwrap();
     let x = prompt.map_or_else(|| words.clone(), |rows| Tensor::cat(&[rows, &words], 0).unwrap());
     let n = x.dims()[0];
-    let positions = Tensor::arange(0, n as u32, &Device::Cpu).unwrap();
-    let mut kernels = DenseKernels::new(&[n], &Device::Cpu).unwrap();
-    let last = Tensor::new(&[n as u32 - 1], &Device::Cpu).unwrap();
-    let hidden = model.forward(&x, &positions, &last, &mut kernels).unwrap();
-    model.logits(&hidden).unwrap().squeeze(0).unwrap().to_vec1().unwrap()
+    values(&by_tuning(model, &x, &[n], &[n as u32 - 1]))
 }
 
 fn best(logits: &[f32]) -> u32 {
@@ -132,17 +132,16 @@ fn the_weights_keep_the_size_they_have_in_the_file_and_the_gradient_is_that_of_t
     let model = load("llama-k", DType::F32);
     let wide = load("llama-k", DType::F64);
     let x = Tensor::randn(0f32, 0.3, (9, model.info().hidden_size), &Device::Cpu).unwrap();
-    let gradient = |model: &Model, dtype: DType, kernels: &mut dyn Kernels| {
+    let gradient = |model: &Model, dtype: DType| {
         let x = Var::from_tensor(&x.to_dtype(dtype).unwrap()).unwrap();
-        let positions = Tensor::arange(0, 9u32, &Device::Cpu).unwrap();
-        let hidden = model.forward(x.as_tensor(), &positions, &positions, kernels).unwrap();
-        let loss = model.logits(&hidden).unwrap().sqr().unwrap().mean_all().unwrap();
+        let logits = by_tuning(model, x.as_tensor(), &[9], &BatchLayout::of_lengths(0, &[9]).wanted);
+        let loss = logits.sqr().unwrap().mean_all().unwrap();
         let grads = loss.backward().unwrap();
         let grad = grads.get(x.as_tensor()).expect("a gradient to the input").to_dtype(DType::F64).unwrap();
         grad.flatten_all().unwrap().to_vec1::<f64>().unwrap()
     };
-    let ours = gradient(&model, DType::F32, &mut FusedKernels::with_prefix(0, &[9]));
-    let exact = gradient(&wide, DType::F64, &mut DenseKernels::new(&[9], &Device::Cpu).unwrap());
+    let ours = gradient(&model, DType::F32);
+    let exact = gradient(&wide, DType::F64);
     let scale = exact.iter().fold(0f64, |m, x| m.max(x.abs()));
     for (a, b) in ours.iter().zip(&exact) {
         assert!((a - b).abs() < 1e-3 * scale, "{a} {b}");
@@ -200,7 +199,7 @@ fn a_model_in_parts_is_the_model_that_one_file_holds() {
     for given in [parts[0].as_path(), home.path()] {
         let files = ModelFiles::open(given).unwrap();
         assert_eq!(files.name(), "qwen2-q8_0");
-        let model = Model::load(&files, &Device::Cpu, DType::F32).unwrap();
+        let model = Model::load(&files, kernels::cpu(), DType::F32).unwrap();
         check("qwen2-q8_0", &model);
         assert_eq!(logits(&model, None, &[5, 6, 7]), logits(&whole, None, &[5, 6, 7]));
         let tokenizer = Tokenizer::load(&files).unwrap();
@@ -261,7 +260,7 @@ fn a_file_that_is_cut_off_or_changed_says_what_is_wrong() {
         fs::write(&file, bytes).unwrap();
         let files = ModelFiles::open(&file)?;
         Tokenizer::load(&files).map_err(|e| e.to_string()).ok();
-        Model::load(&files, &Device::Cpu, DType::F32).map(drop)
+        Model::load(&files, kernels::cpu(), DType::F32).map(drop)
     };
     let replaced = |from: &str, to: &str| {
         assert_eq!(from.len(), to.len());

@@ -1,6 +1,7 @@
 //! Everything that is tested from outside, in one crate so that it links once.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+mod backends;
 mod bench;
 mod bounds;
 mod candle_models;
@@ -19,6 +20,7 @@ mod inspect;
 mod model;
 mod openapi;
 mod parsers;
+mod passes;
 mod peft;
 mod problems;
 mod process;

@@ -2,21 +2,22 @@
 
 use candle_core::{DType, Device, Tensor};
 use softserve::{
-    kernels::dense::DenseKernels,
+    kernels,
     model::{Model, ModelFiles},
     prompt::LearnedPrompt,
 };
 
-use crate::fixtures;
+use crate::{
+    fixtures,
+    passes::{by_tuning, values},
+};
 
-/// The packed embeddings of a prompt and a text, and their positions.
-fn packed(model: &Model, prompt: &LearnedPrompt, ids: &[u32]) -> (Tensor, Tensor) {
+/// The packed embeddings of a prompt and a text.
+fn packed(model: &Model, prompt: &LearnedPrompt, ids: &[u32]) -> Tensor {
     let LearnedPrompt::Embeddings(prompt) = prompt else { panic!("not embeddings") };
     let rows = prompt.rows.to_dtype(model.info().dtype).unwrap();
     let words = model.embed(&Tensor::new(ids, &Device::Cpu).unwrap()).unwrap();
-    let x = Tensor::cat(&[rows, words], 0).unwrap();
-    let positions = Tensor::arange(0, x.dims()[0] as u32, &Device::Cpu).unwrap();
-    (x, positions)
+    Tensor::cat(&[rows, words], 0).unwrap()
 }
 
 #[test]
@@ -34,12 +35,9 @@ fn the_logits_after_a_prompt_are_those_of_peft() {
     for name in fixtures::MODELS {
         let model = fixtures::load(name, DType::F32);
         for case in fixtures::cases(name) {
-            let (x, positions) = packed(&model, &fixtures::prompt(name, &case.prompt), &case.input_ids);
-            let mut kernels = DenseKernels::new(&[x.dims()[0]], &Device::Cpu).unwrap();
-            let last = Tensor::new(&[x.dims()[0] as u32 - 1], &Device::Cpu).unwrap();
-            let last = model.forward(&x, &positions, &last, &mut kernels).unwrap();
-            let logits = model.logits(&last).unwrap().squeeze(0).unwrap().to_vec1::<f32>().unwrap();
-            case.assert_near(&logits, 1e-3, name);
+            let x = packed(&model, &fixtures::prompt(name, &case.prompt), &case.input_ids);
+            let logits = by_tuning(&model, &x, &[x.dims()[0]], &[x.dims()[0] as u32 - 1]);
+            case.assert_near(&values(&logits), 1e-3, name);
         }
     }
 }
@@ -50,16 +48,13 @@ fn sequences_packed_together_give_what_each_gives_alone() {
     let prompts: Vec<_> = ["prompt7", "prompt33", "ptuning5"].map(|p| fixtures::prompt("llama-scaled", p)).into();
     let texts: [&[u32]; 3] = [&[5, 6, 7], &[9; 40], &[11]];
     let parts: Vec<_> = prompts.iter().zip(texts).map(|(p, t)| packed(&model, p, t)).collect();
-    let lengths: Vec<usize> = parts.iter().map(|(x, _)| x.dims()[0]).collect();
-    let cat = |of: fn(&(Tensor, Tensor)) -> Tensor| Tensor::cat(&parts.iter().map(of).collect::<Vec<_>>(), 0).unwrap();
-    let mut kernels = DenseKernels::new(&lengths, &Device::Cpu).unwrap();
-    let all = |rows: usize| Tensor::arange(0, rows as u32, &Device::Cpu).unwrap();
-    let (x, positions) = (cat(|p| p.0.clone()), cat(|p| p.1.clone()));
-    let together = model.forward(&x, &positions, &all(x.dims()[0]), &mut kernels).unwrap();
+    let lengths: Vec<usize> = parts.iter().map(|x| x.dims()[0]).collect();
+    let x = Tensor::cat(&parts, 0).unwrap();
+    let all = |rows: usize| (0..rows as u32).collect::<Vec<_>>();
+    let together = by_tuning(&model, &x, &lengths, &all(x.dims()[0]));
     let mut start = 0;
-    for ((x, positions), length) in parts.iter().zip(lengths) {
-        let mut kernels = DenseKernels::new(&[length], &Device::Cpu).unwrap();
-        let alone = model.forward(x, positions, &all(length), &mut kernels).unwrap();
+    for (x, length) in parts.iter().zip(lengths) {
+        let alone = by_tuning(&model, x, &[length], &all(length));
         let difference = (alone - together.narrow(0, start, length).unwrap()).unwrap().abs().unwrap();
         assert!(difference.max_all().unwrap().to_scalar::<f64>().unwrap() < 1e-9);
         start += length;
@@ -78,7 +73,7 @@ fn a_model_that_does_not_fit_its_config_lists_what_is_wrong() {
     let config = folder.path().join("config.json");
     let text = std::fs::read_to_string(&config).unwrap();
     std::fs::write(&config, text.replace("\"intermediate_size\": 48", "\"intermediate_size\": 50000")).unwrap();
-    let load = || Model::load(&ModelFiles::dir(folder.path()).unwrap(), &Device::Cpu, DType::F32);
+    let load = || Model::load(&ModelFiles::dir(folder.path()).unwrap(), kernels::cpu(), DType::F32);
     let error = load().unwrap_err().to_string();
     assert!(error.contains("model.layers.0.mlp.gate_proj.weight has shape [48, 32], expected [50000, 32]"), "{error}");
     assert!(error.contains("model.layers.1.mlp.down_proj.weight"), "{error}");

@@ -16,7 +16,7 @@ use softserve::{
         runner::{Part, Runner},
     },
     http::problem::Problem,
-    kernels::kv_cache::{BLOCK_SIZE, BlockId},
+    kernels::layout::{BLOCK_SIZE, BlockId},
     prompt::{LearnedPrompt, PeftType, Version, format::Fit},
 };
 
@@ -135,7 +135,7 @@ fn in_bf16_the_logits_are_near_those_of_peft_and_cuts_change_no_bit() {
 fn alone_mixed_unshared_cut_small_put_off_and_evicted_all_types_answer_as_peft_does() {
     for name in MODELS {
         let model = fixtures::load(name, DType::F32);
-        let (fit, block_bytes) = (Fit::from(model.info()), model.kv_shape().block_bytes());
+        let (fit, block_bytes) = (Fit::from(model.info()), fixtures::block_bytes(&model));
         let cases = cases(name);
         let versions: Vec<_> = cases.iter().map(|case| case.version(&dir(name), &fit).unwrap()).collect();
         let mut alone = Vec::new();

@@ -41,7 +41,7 @@ fn rows(prompt: &str) -> usize {
 #[test]
 fn cold_repeated_unshared_and_evicted_all_answer_as_peft_does() {
     for model in fixtures::MODELS {
-        let block_bytes = fixtures::load(model, DType::F32).kv_shape().block_bytes();
+        let block_bytes = fixtures::block_bytes(&fixtures::load(model, DType::F32));
         let small = EngineConfig { kv_cache_bytes: 6 * block_bytes, ..Default::default() };
         let unshared = EngineConfig { prefix_sharing: false, ..Default::default() };
         let chunked = EngineConfig { max_step_tokens: 7, ..Default::default() };

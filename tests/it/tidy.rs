@@ -45,20 +45,8 @@ const ARROWS: [(&str, &[&str]); 14] = [
     ),
 ];
 
-/// Modules outside `kernels::cpu` that name it.
-const NAMES_THE_CPU: &[&str] = &[
-    "cli::serve",
-    "engine::runner",
-    "engine::sampler",
-    "kernels::cross",
-    "kernels::kv_cache",
-    "kernels::paged",
-    "model",
-    "model::gguf::header",
-    "model::gguf::names",
-    "model::linear",
-    "model::weights",
-];
+/// Modules outside `kernels::cpu` that name it: the choice of a backend, and who should not.
+const NAMES_THE_CPU: &[&str] = &["engine::sampler", "kernels::open"];
 
 /// Modules of one room that name each other, perhaps through others.
 const CIRCLES: &[&[&str]] = &[
@@ -90,16 +78,15 @@ const CIRCLES: &[&[&str]] = &[
         "http::prepare",
         "http::running",
     ],
+    &["kernels", "kernels::weight"],
     &["kernels::cpu", "kernels::cpu::simd"],
     &[
         "kernels::cpu::attention",
         "kernels::cpu::attention::scores",
         "kernels::cpu::attention::softmax",
         "kernels::cpu::attention::values",
-        "kernels::paged",
     ],
-    &["kernels::cpu::packed", "kernels::cpu::quantized"],
-    &["kernels::fused", "kernels::fused::attention"],
+    &["kernels::cpu::tuning", "kernels::cpu::tuning::attention", "kernels::cpu::tuning::ops"],
     &[
         "prompt::files",
         "prompt::format",

@@ -180,11 +180,11 @@ fn byte_char(byte: u8) -> char {
 
 #[test]
 fn the_tiny_model_loads_and_its_tokenizer_gives_one_token_a_byte() {
-    use candle_core::{DType, Device};
-    use softserve::model::Model;
+    use candle_core::DType;
+    use softserve::{kernels, model::Model};
 
     let (dir, files) = TinyModel::default().temp();
-    let model = Model::load(&files, &Device::Cpu, DType::F32).unwrap();
+    let model = Model::load(&files, kernels::cpu(), DType::F32).unwrap();
     assert_eq!(model.info().eos_token_ids, [EOS]);
     let tokenizer = tokenizers::Tokenizer::from_file(dir.path().join("tokenizer.json")).unwrap();
     let text = "né\n\0";

@@ -11,6 +11,7 @@ use softserve::{
         checkpoint::{Checkpoint, Identity},
         data::TokenizedExample,
         encoder::{Encoder, EncoderKind},
+        forward::Forward,
         loss,
         optim::AdamW,
         parameters::{Method, Parameters},
@@ -20,11 +21,14 @@ use softserve::{
     },
 };
 
-use crate::tiny_model::{BOS, EOS, FIRST_BYTE, TinyModel};
+use crate::{
+    fixtures::backend_for,
+    tiny_model::{BOS, EOS, FIRST_BYTE, TinyModel},
+};
 
 fn model(dtype: DType) -> Model {
     let (_dir, files) = TinyModel::default().temp();
-    Model::load(&files, &Device::Cpu, dtype).unwrap()
+    Model::load(&files, backend_for(dtype), dtype).unwrap()
 }
 
 fn tokens(text: &str) -> Vec<u32> {
@@ -92,7 +96,7 @@ fn settings(steps: usize) -> Settings {
 
 fn run(model: &Model, data: &[TokenizedExample], settings: &Settings, state: &mut State) -> Ended {
     let parameters = Parameters::new(Method::PromptTuning, state.values.len() / model.info().hidden_size, model);
-    let trainer = Trainer { model, parameters: &parameters, train: data, held_out: data };
+    let trainer = Trainer { forward: &Forward::new(model), parameters: &parameters, train: data, held_out: data };
     trainer.run(settings, state, &mut |_| Ok(ControlFlow::Continue(()))).unwrap()
 }
 
@@ -106,7 +110,7 @@ fn the_gradient_of_every_prompt_row_is_that_of_central_differences() {
     let tensor = |values: &[f64]| Tensor::from_slice(values, (n, hidden), &Device::Cpu).unwrap();
     let score = |rows: &Tensor| {
         let prompt = LearnedPrompt::Embeddings(Embeddings { rows: rows.clone() });
-        loss::score(&model, Some(&prompt), &batch).unwrap().sum
+        loss::score(&Forward::new(&model), Some(&prompt), &batch).unwrap().sum
     };
     let loss_of = |values: &[f64]| loss::scalar(&score(&tensor(values))).unwrap();
 
@@ -146,8 +150,9 @@ fn the_gradient_of_every_key_and_value_is_that_of_central_differences() {
         .iter()
         .map(|v| v.to_dtype(DType::F64).unwrap())
         .collect();
-    let score =
-        |tensors: &[Tensor]| loss::score(&model, Some(&parameters.prompt(tensors).unwrap()), &batch).unwrap().sum;
+    let score = |tensors: &[Tensor]| {
+        loss::score(&Forward::new(&model), Some(&parameters.prompt(tensors).unwrap()), &batch).unwrap().sum
+    };
     let vars: Vec<Var> = tensors.iter().map(|t| Var::from_tensor(t).unwrap()).collect();
     let inputs: Vec<Tensor> = vars.iter().map(|v| v.as_tensor().clone()).collect();
     let gradients = loss::gradients_of(&score(&inputs), &vars).unwrap();
@@ -180,7 +185,7 @@ pub fn plain_gradient(
 ) -> (f64, Vec<Tensor>) {
     let vars = parameters.variables(values, &Device::Cpu).unwrap();
     let tensors: Vec<Tensor> = vars.iter().map(|v| v.as_tensor().clone()).collect();
-    let sum = loss::score(model, Some(&parameters.prompt(&tensors).unwrap()), batch).unwrap().sum;
+    let sum = loss::score(&Forward::new(model), Some(&parameters.prompt(&tensors).unwrap()), batch).unwrap().sum;
     let gradient = loss::gradients_of(&sum, &vars).unwrap();
     (loss::scalar(&sum).unwrap(), gradient)
 }
@@ -193,7 +198,7 @@ fn the_fast_gradient_in_f32_is_the_plain_one_in_f64() {
     for method in methods() {
         let parameters = Parameters::new(method, 5, &fast);
         let values = begin(&fast, &parameters);
-        let (sum, gradient) = loss::gradient(&fast, &parameters, &values, &batch).unwrap();
+        let (sum, gradient) = loss::gradient(&Forward::new(&fast), &parameters, &values, &batch).unwrap();
 
         let (exact, expected) = plain_gradient(&slow, &parameters, &values, &batch);
         assert!((sum - exact).abs() < 1e-4 * exact, "{sum} {exact}");
@@ -218,9 +223,11 @@ fn a_batch_costs_what_its_examples_cost_alone_and_counts_exact_answers() {
     let key_values = key_values.prompt_of(&noise(key_values.len()), &Device::Cpu).unwrap();
     for prompt in [Some(&rows), Some(&key_values), None] {
         let all: Vec<&TokenizedExample> = data.iter().collect();
-        let together = loss::score(&model, prompt, &all).unwrap();
-        let alone: f64 =
-            data.iter().map(|e| loss::scalar(&loss::score(&model, prompt, &[e]).unwrap().sum).unwrap()).sum();
+        let together = loss::score(&Forward::new(&model), prompt, &all).unwrap();
+        let alone: f64 = data
+            .iter()
+            .map(|e| loss::scalar(&loss::score(&Forward::new(&model), prompt, &[e]).unwrap().sum).unwrap())
+            .sum();
         let sum = loss::scalar(&together.sum).unwrap();
         assert!((sum - alone).abs() < 1e-4 * alone, "{sum} {alone}");
         assert_eq!(together.tokens, 16);
@@ -248,7 +255,8 @@ fn every_way_to_learn_lowers_the_loss() {
     let data = examples();
     for (method, peak) in methods().into_iter().zip([0.05, 0.01, 0.01, 0.05]) {
         let parameters = Parameters::new(method, 16, &model);
-        let trainer = Trainer { model: &model, parameters: &parameters, train: &data, held_out: &data };
+        let trainer =
+            Trainer { forward: &Forward::new(&model), parameters: &parameters, train: &data, held_out: &data };
         let schedule = Schedule { peak, warmup: 6, steps: 120, decay: Decay::Linear };
         let settings = Settings { batch_size: 8, eval_every: 120, schedule, ..settings(120) };
         let mut state = State::new(begin(&model, &parameters));
@@ -290,13 +298,18 @@ fn a_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_does() {
     let data = examples();
     for method in methods() {
         let parameters = Parameters::new(method, 4, &model);
-        resumes(&Trainer { model: &model, parameters: &parameters, train: &data, held_out: &data[..3] });
+        resumes(&Trainer {
+            forward: &Forward::new(&model),
+            parameters: &parameters,
+            train: &data,
+            held_out: &data[..3],
+        });
     }
 }
 
 fn resumes(trainer: &Trainer<'_>) {
     let settings = Settings { accumulate: 2, ..settings(17) };
-    let begin = || State::new(begin(trainer.model, trainer.parameters));
+    let begin = || State::new(begin(trainer.forward.model(), trainer.parameters));
     let mut whole = begin();
     trainer.run(&settings, &mut whole, &mut |_| Ok(ControlFlow::Continue(()))).unwrap();
 
@@ -342,7 +355,7 @@ fn the_sweep_leaves_out_rates_that_diverge() {
     let model = model(DType::F32);
     let data = examples();
     let parameters = Parameters::new(Method::PromptTuning, 4, &model);
-    let trainer = Trainer { model: &model, parameters: &parameters, train: &data, held_out: &data };
+    let trainer = Trainer { forward: &Forward::new(&model), parameters: &parameters, train: &data, held_out: &data };
     let initial = initial(&model, 4);
     let rates = [1e-9, 0.05, 1e300];
     let mut steps = 0;

@@ -6,12 +6,14 @@ use std::{fs, ops::ControlFlow, path::Path, process::Command};
 use candle_core::{DType, Device, Tensor, Var};
 use serde_json::{Value, json};
 use softserve::{
+    kernels,
     model::Model,
     prompt::{LearnedPrompt, format::Fit},
     tune::{
         TuneError,
         data::TokenizedExample,
         encoder::{Encoder, EncoderKind},
+        forward::Forward,
         generate,
         init::{Init, Source},
         job::{self, Places},
@@ -85,7 +87,7 @@ fn the_gradient_of_all_that_is_learned_is_that_of_central_differences() {
             let wide = |v: &Var| v.to_dtype(DType::F64).unwrap();
             let tensors: Vec<Tensor> = parameters.variables(&values, &Device::Cpu).unwrap().iter().map(wide).collect();
             let score = |tensors: &[Tensor]| {
-                loss::score(&model, Some(&parameters.prompt(tensors).unwrap()), &batch).unwrap().sum
+                loss::score(&Forward::new(&model), Some(&parameters.prompt(tensors).unwrap()), &batch).unwrap().sum
             };
             let vars: Vec<Var> = tensors.iter().map(|t| Var::from_tensor(t).unwrap()).collect();
             let inputs: Vec<Tensor> = vars.iter().map(|v| v.as_tensor().clone()).collect();
@@ -124,7 +126,7 @@ fn the_fast_gradient_in_f32_is_the_plain_one_in_f64() {
         for method in methods(12) {
             let parameters = Parameters::new(method, 5, &fast);
             let values = begin(&parameters, fast.info().hidden_size);
-            let (sum, gradient) = loss::gradient(&fast, &parameters, &values, &batch).unwrap();
+            let (sum, gradient) = loss::gradient(&Forward::new(&fast), &parameters, &values, &batch).unwrap();
 
             let (exact, expected) = plain_gradient(&slow, &parameters, &values, &batch);
             assert!((sum - exact).abs() < 1e-4 * exact, "{name} {method:?}: {sum} {exact}");
@@ -149,9 +151,11 @@ fn a_batch_costs_what_its_examples_cost_alone() {
         let (rows, key_values) = (prompt_of(Method::PromptTuning), prompt_of(Method::PrefixTuning));
         for prompt in [Some(&rows), Some(&key_values), None] {
             let all: Vec<&TokenizedExample> = data.iter().collect();
-            let together = loss::score(&model, prompt, &all).unwrap();
-            let alone: Vec<f64> =
-                data.iter().map(|e| loss::scalar(&loss::score(&model, prompt, &[e]).unwrap().sum).unwrap()).collect();
+            let together = loss::score(&Forward::new(&model), prompt, &all).unwrap();
+            let alone: Vec<f64> = data
+                .iter()
+                .map(|e| loss::scalar(&loss::score(&Forward::new(&model), prompt, &[e]).unwrap().sum).unwrap())
+                .collect();
             let sum = loss::scalar(&together.sum).unwrap();
             let expected: f64 = alone.iter().sum();
             assert!((sum - expected).abs() < 1e-4 * expected, "{name}: {sum} {expected}");
@@ -179,7 +183,7 @@ fn a_prefix_of_words_begins_as_what_the_decoder_has_after_it_wrote_them() {
     let loss_of = |prompt: Option<&LearnedPrompt>, answer: &[u32]| {
         let example =
             TokenizedExample { input_ids: tokenizer.tokenize("the dog ran").unwrap(), answer: answer.to_vec() };
-        loss::scalar(&loss::score(&model, prompt, &[&example]).unwrap().sum).unwrap()
+        loss::scalar(&loss::score(&Forward::new(&model), prompt, &[&example]).unwrap().sum).unwrap()
     };
     let written = [words.as_slice(), &[0]].concat();
     let after = loss_of(None, &[written.as_slice(), &[60, 61, END]].concat()) - loss_of(None, &written);
@@ -238,7 +242,8 @@ fn every_way_to_learn_lowers_the_loss_and_leaves_the_model_as_it_was() {
         let before = model.weights_digest().unwrap();
         for (method, peak) in methods(24).into_iter().zip([0.1, 0.02, 0.02, 0.1]) {
             let parameters = Parameters::new(method, 8, &model);
-            let trainer = Trainer { model: &model, parameters: &parameters, train: &data, held_out: &data };
+            let trainer =
+                Trainer { forward: &Forward::new(&model), parameters: &parameters, train: &data, held_out: &data };
             let settings = Settings {
                 batch_size: 4,
                 accumulate: 1,
@@ -326,7 +331,7 @@ fn what_a_model_has_no_room_or_form_for_is_refused_before_anything_is_trained() 
     let files = softserve::model::ModelFiles::random(
         softserve::model::random::RandomModel::open(deeper.join("config.json").to_str().unwrap()).unwrap(),
     );
-    let model = Model::load(&files, &Device::Cpu, DType::F32).unwrap();
+    let model = Model::load(&files, kernels::cpu(), DType::F32).unwrap();
     let refused = Plan::new(&model, &text, &options(4, PromptType::Prefix)).expect_err("refused").to_string();
     assert!(refused.contains("its decoder has 3") && refused.contains("--type prompt"), "{refused}");
 }

@@ -4,6 +4,7 @@ use std::{collections::BTreeMap, fs, ops::ControlFlow, path::Path};
 
 use candle_core::{DType, Device};
 use softserve::{
+    kernels,
     model::Model,
     prompt::{LearnedPrompt, format::Fit},
     tokenizer::Tokenizer,
@@ -52,7 +53,7 @@ impl Room {
     fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let (_model_dir, files) = TinyModel::default().temp();
-        let model = Model::load(&files, &Device::Cpu, DType::F32).unwrap();
+        let model = Model::load(&files, kernels::cpu(), DType::F32).unwrap();
         let tokenizer = Tokenizer::load(&files).unwrap();
         let lines = ["red", "dark", "sky", "lawn", "tar", "snow", "sand", "coal"];
         let jsonl: String = lines

@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, HashSet};
 use proptest::prelude::*;
 
 use super::*;
-use crate::{engine::request::Tenant, kernels::kv_cache::BlockId};
+use crate::{engine::request::Tenant, kernels::layout::BlockId};
 
 /// Warm-ups have names from here on.
 const WARM_UPS: u64 = 1000;

@@ -1,4 +1,4 @@
-//! Attention over the blocks of a [`KvCache`]: of each sequence's new rows against all its
+//! Attention over the blocks of a [`CpuKvCache`]: of each sequence's new rows against all its
 //! positions, a tile of 16 queries of one key head at a time.
 //!
 //! Scores, then the softmax, then the values: two passes over the blocks. A query's numbers do not
@@ -16,14 +16,14 @@ use values::weigh_values;
 
 use super::{
     Buffer, Isa, Precision, dispatch,
+    kv_cache::CpuKvCache,
     pool::Pool,
     simd::{LANES, Simd},
     tensors::written,
 };
 use crate::kernels::{
-    AttentionParams,
-    kv_cache::{BLOCK_SIZE, KvCache},
-    paged::Segment,
+    AttentionParams, KvCache as _,
+    layout::{BLOCK_SIZE, Segment},
 };
 
 /// Queries of a tile.
@@ -51,8 +51,15 @@ pub struct Rows<'a> {
 /// # Panics
 /// If a shape does not fit, a segment has too few blocks or one that does not exist, or two
 /// segments would write into one block.
-pub fn attend(isa: Isa, pool: &Pool, cache: &mut KvCache, layer: usize, segments: &[Segment], rows: Rows) -> Vec<f32> {
-    let shape = cache.shape();
+pub fn attend(
+    isa: Isa,
+    pool: &Pool,
+    cache: &mut CpuKvCache,
+    layer: usize,
+    segments: &[Segment],
+    rows: Rows,
+) -> Vec<f32> {
+    let shape = cache.layout();
     let t: usize = segments.iter().map(|s| s.rows).sum();
     assert!(layer < shape.num_layers && rows.heads.is_multiple_of(shape.num_kv_heads));
     assert!(rows.q.len() == t * rows.heads * shape.head_dim);

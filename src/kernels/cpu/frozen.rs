@@ -1,115 +1,164 @@
-//! Tensors times frozen matrices: what the model's layers call. Differentiable with respect to the
+//! Tensors times frozen matrices: what the CPU's linear layers call. Differentiable with respect to the
 //! tensor, never to the matrix.
 
-use std::sync::{Arc, OnceLock};
+use std::{
+    any::Any,
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError},
+};
 
-use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp1, Device, Layout, Result, Shape, Tensor, bail};
 
 use super::{
     Isa, PackedMatrix, Precision,
     matmul::{Product, multiply, multiply_gated},
     pool,
-    tensors::with_values,
 };
-use crate::kernels::Activation;
+use crate::kernels::{
+    Activation,
+    host::with_values,
+    weight::{FrozenWeight, Linear},
+};
 
-/// A packed matrix, and its transpose once a gradient has asked for it. Cheap to clone.
+/// A packed matrix. Cheap to clone.
 #[derive(Debug, Clone)]
-pub struct FrozenMatrix(Arc<Inner>);
+pub struct FrozenMatrix(Arc<PackedMatrix>);
 
-#[derive(Debug)]
-struct Inner {
-    matrix: PackedMatrix,
-    transposed: OnceLock<PackedMatrix>,
+impl FrozenWeight for FrozenMatrix {
+    fn dims(&self) -> (usize, usize) {
+        (self.0.n(), self.0.k())
+    }
+
+    fn rows(&self, ids: &Tensor) -> Result<Tensor> {
+        let ids = ids.to_vec1::<u32>()?;
+        let (n, k) = self.dims();
+        let mut values = vec![0f32; ids.len() * k];
+        for (&id, out) in ids.iter().zip(values.chunks_exact_mut(k)) {
+            if id as usize >= n {
+                bail!("token {id} is not in a vocabulary of {n}");
+            }
+            self.0.row(id as usize, out);
+        }
+        Tensor::from_vec(values, (ids.len(), k), &Device::Cpu)
+    }
+
+    fn to_tensor(&self) -> Result<Tensor> {
+        let ids: Vec<u32> = (0..self.0.n() as u32).collect();
+        self.rows(&Tensor::new(ids, &Device::Cpu)?)
+    }
+
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
 }
 
 impl FrozenMatrix {
     pub fn new(matrix: PackedMatrix) -> Self {
-        Self(Arc::new(Inner { matrix, transposed: OnceLock::new() }))
+        Self(Arc::new(matrix))
     }
 
     /// The matrix.
     pub fn matrix(&self) -> &PackedMatrix {
-        &self.0.matrix
+        &self.0
     }
 
-    /// `x Wᵀ + bias + residual`: `x` `[t, k]`, `bias` `[n]`, `residual` and the result `[t, n]`.
-    /// Differentiable with respect to `x` and `residual`.
-    pub fn forward(&self, x: &Tensor, bias: Option<&Tensor>, residual: Option<&Tensor>) -> Result<Tensor> {
-        if x.track_op() || residual.is_some_and(|r| r.track_op()) {
-            let mut y = x.contiguous()?.apply_op1(FrozenProduct(self.clone()))?;
-            if let Some(bias) = bias {
-                y = y.broadcast_add(bias)?;
-            }
-            return match residual {
-                Some(residual) => residual + y,
-                None => Ok(y),
-            };
-        }
-        let [y] = Self::forward_all([(self, bias)], x, residual)?;
-        Ok(y)
+    /// The matrix of a linear layer of a model on this backend.
+    ///
+    /// # Errors
+    /// The layer is of another backend.
+    pub fn of(layer: &Linear) -> Result<&Self> {
+        layer.weight.downcast()
     }
+}
 
-    /// Several products of one `x`, each with its bias, in one go. Not differentiable.
-    pub fn forward_all<const N: usize>(
-        matrices: [(&Self, Option<&Tensor>); N],
-        x: &Tensor,
-        residual: Option<&Tensor>,
-    ) -> Result<[Tensor; N]> {
-        let (rows, k) = x.dims2()?;
-        let mut biases: [Option<Vec<f32>>; N] = [const { None }; N];
-        for ((matrix, bias), values) in matrices.iter().zip(&mut biases) {
-            fits(matrix.matrix(), k)?;
-            *values = bias.map(|b| with_values(b, |b| Ok(b.to_vec()))).transpose()?;
-        }
-        let run = |residual: Option<&[f32]>| {
-            let products: Vec<_> = matrices
-                .iter()
-                .zip(&biases)
-                .map(|((matrix, _), bias)| Product { weight: matrix.matrix(), bias: bias.as_deref(), residual })
-                .collect();
-            with_values(x, |x| Ok(multiply(Isa::best(), pool::global(), x, rows, &products)))
-        };
-        let results = match residual {
-            Some(residual) => with_values(residual, |residual| run(Some(residual)))?,
-            None => run(None)?,
-        };
-        let tensors: Vec<Tensor> = matrices
+/// Linear layers of one `x` `[t, k]`, `x Wᵀ + bias + residual` each, in one go. Not differentiable.
+///
+/// # Errors
+/// A shape does not fit, or a layer is of another backend.
+pub fn linear(x: &Tensor, layers: &[&Linear], residual: Option<&Tensor>) -> Result<Vec<Tensor>> {
+    let (rows, k) = x.dims2()?;
+    let matrices = layers.iter().map(|layer| FrozenMatrix::of(layer)).collect::<Result<Vec<_>>>()?;
+    let mut biases = Vec::with_capacity(layers.len());
+    for (matrix, layer) in matrices.iter().zip(layers) {
+        fits(matrix.matrix(), k)?;
+        biases.push(layer.bias.as_ref().map(|b| with_values(b, |b| Ok(b.to_vec()))).transpose()?);
+    }
+    let run = |residual: Option<&[f32]>| {
+        let products: Vec<_> = matrices
             .iter()
-            .zip(results)
-            .map(|((matrix, _), y)| Tensor::from_vec(y, (rows, matrix.matrix().n()), x.device()))
-            .collect::<Result<_>>()?;
-        tensors.try_into().map_err(|_| candle_core::Error::Msg("as many results as matrices".to_owned()))
+            .zip(&biases)
+            .map(|(matrix, bias)| Product { weight: matrix.matrix(), bias: bias.as_deref(), residual })
+            .collect();
+        with_values(x, |x| Ok(multiply(Isa::best(), pool::global(), x, rows, &products)))
+    };
+    let results = match residual {
+        Some(residual) => with_values(residual, |residual| run(Some(residual)))?,
+        None => run(None)?,
+    };
+    let tensor = |(matrix, y): (&&FrozenMatrix, Vec<f32>)| Tensor::from_vec(y, (rows, matrix.matrix().n()), x.device());
+    matrices.iter().zip(results).map(tensor).collect()
+}
+
+/// `activation(x gateᵀ) * (x upᵀ)` of layers without a bias. Not differentiable.
+///
+/// # Errors
+/// A shape does not fit, or a layer is of another backend.
+pub fn gated_linear(activation: Activation, gate: &Linear, up: &Linear, x: &Tensor) -> Result<Tensor> {
+    let (rows, k) = x.dims2()?;
+    let (gate, up) = (FrozenMatrix::of(gate)?.matrix(), FrozenMatrix::of(up)?.matrix());
+    fits(gate, k)?;
+    fits(up, k)?;
+    let y = with_values(x, |x| Ok(multiply_gated(Isa::best(), pool::global(), activation, x, rows, gate, up)))?;
+    Tensor::from_vec(y, (rows, gate.n()), x.device())
+}
+
+/// Transposed copies of frozen matrices, which the gradient of a product reads. Each is made when a gradient first
+/// asks for it. Cheap to clone.
+#[derive(Debug, Clone, Default)]
+pub struct Transposes(Arc<Mutex<HashMap<usize, Transposed>>>);
+
+/// A copy, and what it was made of, which keeps the address that it is found by.
+#[derive(Debug, Clone)]
+struct Transposed {
+    _of: FrozenMatrix,
+    matrix: Arc<PackedMatrix>,
+}
+
+impl Transposes {
+    /// `x Wᵀ` of a layer `[t, k]`, differentiable with respect to `x`; without the layer's bias.
+    ///
+    /// # Errors
+    /// A shape does not fit, or the layer is of another backend.
+    pub fn product(&self, x: &Tensor, layer: &Linear) -> Result<Tensor> {
+        let op = FrozenProduct { matrix: FrozenMatrix::of(layer)?.clone(), transposes: self.clone() };
+        x.contiguous()?.apply_op1(op)
     }
 
-    /// `activation(x gateᵀ) * (x upᵀ)`. Not differentiable.
-    pub fn forward_gated(gate: &Self, up: &Self, activation: Activation, x: &Tensor) -> Result<Tensor> {
-        let (rows, k) = x.dims2()?;
-        let (gate, up) = (gate.matrix(), up.matrix());
-        fits(gate, k)?;
-        fits(up, k)?;
-        let y = with_values(x, |x| Ok(multiply_gated(Isa::best(), pool::global(), activation, x, rows, gate, up)))?;
-        Tensor::from_vec(y, (rows, gate.n()), x.device())
+    fn of(&self, frozen: &FrozenMatrix) -> Result<Arc<PackedMatrix>> {
+        let key = Arc::as_ptr(&frozen.0) as usize;
+        // Held while a copy is made: nobody else may make the same one.
+        let mut copies = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(copy) = copies.get(&key) {
+            return Ok(Arc::clone(&copy.matrix));
+        }
+        let matrix = Arc::new(transposed(frozen.matrix())?);
+        copies.insert(key, Transposed { _of: frozen.clone(), matrix: Arc::clone(&matrix) });
+        Ok(matrix)
     }
+}
 
-    fn transposed(&self) -> Result<&PackedMatrix> {
-        if let Some(transposed) = self.0.transposed.get() {
-            return Ok(transposed);
-        }
-        let matrix = self.matrix();
-        let (n, k) = (matrix.n(), matrix.k());
-        let mut values = vec![0f32; n * k];
-        let mut row = vec![0f32; k];
-        for i in 0..n {
-            matrix.row(i, &mut row);
-            values[i..].iter_mut().step_by(n).zip(&row).for_each(|(to, x)| *to = *x);
-        }
-        let packed = match matrix.precision() {
-            Precision::F32 => PackedMatrix::from_f32(&values, k, n)?,
-            Precision::Bf16 => PackedMatrix::from_f32_rounded(&values, k, n)?,
-        };
-        Ok(self.0.transposed.get_or_init(|| packed))
+fn transposed(matrix: &PackedMatrix) -> Result<PackedMatrix> {
+    let (n, k) = (matrix.n(), matrix.k());
+    let mut values = vec![0f32; n * k];
+    let mut row = vec![0f32; k];
+    for i in 0..n {
+        matrix.row(i, &mut row);
+        values[i..].iter_mut().step_by(n).zip(&row).for_each(|(to, x)| *to = *x);
     }
+    Ok(match matrix.precision() {
+        Precision::F32 => PackedMatrix::from_f32(&values, k, n)?,
+        Precision::Bf16 => PackedMatrix::from_f32_rounded(&values, k, n)?,
+    })
 }
 
 fn fits(matrix: &PackedMatrix, k: usize) -> Result<()> {
@@ -121,7 +170,10 @@ fn fits(matrix: &PackedMatrix, k: usize) -> Result<()> {
 
 /// The product with a gradient: candle's own has one for both sides and computes both, and a frozen
 /// weight's is as costly as the input's and thrown away.
-struct FrozenProduct(FrozenMatrix);
+struct FrozenProduct {
+    matrix: FrozenMatrix,
+    transposes: Transposes,
+}
 
 impl CustomOp1 for FrozenProduct {
     fn name(&self) -> &'static str {
@@ -130,7 +182,7 @@ impl CustomOp1 for FrozenProduct {
 
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let (rows, k) = layout.shape().dims2()?;
-        let matrix = self.0.matrix();
+        let matrix = self.matrix.matrix();
         fits(matrix, k)?;
         let Some((start, end)) = layout.contiguous_offsets() else { bail!("rows that do not lie in order") };
         let x = &x.as_slice::<f32>()?[start..end];
@@ -139,9 +191,9 @@ impl CustomOp1 for FrozenProduct {
     }
 
     fn bwd(&self, _x: &Tensor, _y: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        let transposed = self.0.transposed()?;
+        let transposed = self.transposes.of(&self.matrix)?;
         let rows = grad.dim(0)?;
-        let values = with_values(grad, |grad| Ok(product(transposed, grad, rows)))?;
+        let values = with_values(grad, |grad| Ok(product(&transposed, grad, rows)))?;
         Ok(Some(Tensor::from_vec(values, (rows, transposed.n()), grad.device())?))
     }
 }
@@ -149,4 +201,41 @@ impl CustomOp1 for FrozenProduct {
 fn product(matrix: &PackedMatrix, x: &[f32], rows: usize) -> Vec<f32> {
     let product = Product { weight: matrix, bias: None, residual: None };
     multiply(Isa::best(), pool::global(), x, rows, &[product]).into_iter().next().unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{DType, Var};
+
+    use super::*;
+    use crate::kernels::{Backend as _, cpu::CpuBackend, weight::Matrix};
+
+    #[test]
+    fn frozen_products_and_their_input_gradients_equal_candles_own() {
+        let device = Device::Cpu;
+        let weight = Tensor::randn(0f32, 1.0, (7, 5), &device).unwrap();
+        let x = Var::randn(0f32, 1.0, (3, 5), &device).unwrap();
+        let scale = Tensor::randn(0f32, 1.0, (3, 7), &device).unwrap();
+        let plain = x.as_tensor().matmul(&weight.t().unwrap()).unwrap();
+        let grad = |y: &Tensor| {
+            let grads = (y * &scale).unwrap().sum_all().unwrap().backward().unwrap();
+            grads.get(x.as_tensor()).expect("a gradient to the input").to_vec2::<f32>().unwrap()
+        };
+        for (dtype, tolerance) in [(DType::F32, 1e-5), (DType::BF16, 0.1)] {
+            let weight = CpuBackend::new().weight(Matrix::Values(weight.clone()), dtype).unwrap();
+            let layer = Linear { name: "layer".to_owned(), weight, bias: None };
+            let transposes = Transposes::default();
+            let ours = transposes.product(x.as_tensor(), &layer).unwrap();
+            let close = |a: Vec<Vec<f32>>, b: Vec<Vec<f32>>| {
+                for (a, b) in a.iter().flatten().zip(b.iter().flatten()) {
+                    assert!((a - b).abs() < tolerance, "{a} {b}");
+                }
+            };
+            close(ours.to_vec2().unwrap(), plain.to_vec2().unwrap());
+            close(grad(&ours), grad(&plain));
+            assert_eq!(transposes.0.lock().unwrap().len(), 1);
+            grad(&transposes.product(x.as_tensor(), &layer).unwrap());
+            assert_eq!(transposes.0.lock().unwrap().len(), 1, "one copy of each matrix");
+        }
+    }
 }

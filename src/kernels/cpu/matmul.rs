@@ -439,7 +439,7 @@ mod tests {
     use rand::{Rng, SeedableRng, rngs::StdRng};
 
     use super::*;
-    use crate::kernels::cpu::quantized::tests::{FORMATS, random_blocks};
+    use crate::kernels::quantized::tests::{FORMATS, random_blocks};
 
     fn random(n: usize, seed: u64) -> Vec<f32> {
         let mut rng = StdRng::seed_from_u64(seed);

@@ -9,23 +9,28 @@
 #[cfg(target_arch = "x86_64")]
 mod amx;
 pub mod attention;
+mod backend;
 mod block;
 mod buffer;
 pub mod frozen;
+pub mod kv_cache;
 pub mod matmul;
 pub mod packed;
 pub mod pool;
-pub mod quantized;
 pub mod rows;
+pub mod serving;
 mod simd;
-pub mod tensors;
+mod tensors;
+pub mod tuning;
 pub mod unmasked;
 
 use std::sync::OnceLock;
 
+pub use backend::CpuBackend;
 pub use buffer::Buffer;
 pub use frozen::FrozenMatrix;
 pub use packed::{PackedMatrix, Precision};
+pub use pool::set_threads;
 
 /// Instructions that the kernels are compiled for, from the plainest to the fastest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]

@@ -5,12 +5,13 @@ use rayon::prelude::*;
 
 use super::{
     buffer::Buffer,
-    quantized::BlockFormat,
     simd::{LANES, bf16 as round},
 };
+use crate::kernels::quantized::{self, BlockFormat};
 
 /// Rows of a matrix (columns of the product) in one panel.
 pub(super) const PANEL: usize = LANES;
+const _: () = assert!(PANEL == quantized::PANEL, "blocks are dequantised a panel at a time");
 /// Inner values in one tile of bf16.
 pub(super) const TILE_K: usize = 32;
 /// Pairs in a tile of bf16: 16 pairs of inner values by 16 columns. One tile is 1 KiB.

@@ -8,7 +8,7 @@ use super::{
     simd::{LANES, Simd},
     tensors::written,
 };
-use crate::kernels::{Activation, GELU_TANH};
+use crate::kernels::{Activation, params::GELU_TANH};
 
 /// Values that are worth a task of their own.
 const TASK_VALUES: usize = 16 * 1024;

@@ -1,19 +1,4 @@
-//! Between candle's tensors and the slices that kernels work on.
-
-use candle_core::{CpuStorage, Result, Storage, Tensor, bail};
-
-/// Calls `f` with the values of an f32 tensor on the CPU, copied only if they do not lie in order.
-///
-/// # Errors
-/// The tensor is of another type or elsewhere, or `f` fails.
-pub fn with_values<R>(x: &Tensor, f: impl FnOnce(&[f32]) -> Result<R>) -> Result<R> {
-    let x = x.contiguous()?;
-    let (storage, layout) = x.storage_and_layout();
-    let Storage::Cpu(CpuStorage::F32(values)) = &*storage else {
-        bail!("a CPU kernel was given {:?} on {:?}, not f32 on the CPU", x.dtype(), x.device())
-    };
-    f(&values[layout.start_offset()..][..layout.shape().elem_count()])
-}
+//! Memory that kernels write before anything reads it.
 
 /// `len` values that `f` writes, without clearing them first.
 ///

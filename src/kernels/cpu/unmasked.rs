@@ -2,7 +2,7 @@
 //! an encoder's output. Plain loops; a row's sums run over the keys in their order.
 
 use super::{pool::Pool, tensors::written};
-use crate::kernels::{AttentionParams, dot};
+use crate::kernels::{AttentionParams, host::dot};
 
 /// Consecutive packed rows that see the same keys, all of them.
 #[derive(Debug, Clone, Copy)]

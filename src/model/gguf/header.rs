@@ -6,7 +6,7 @@
 use std::{collections::BTreeMap, io::Read};
 
 use super::metadata::{Array, Kind, Metadata, Value};
-use crate::kernels::cpu::quantized::BlockFormat;
+use crate::kernels::quantized::BlockFormat;
 
 /// Keys of one file; real ones have about 40.
 const MAX_KEYS: u64 = 1 << 16;

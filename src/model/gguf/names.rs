@@ -1,7 +1,7 @@
 //! The tensors of a GGUF file under the names that Hugging Face gives them, and what llama.cpp's
 //! converter (`convert_hf_to_gguf.py`) did to them on the way, undone.
 
-use crate::kernels::cpu::quantized::BlockFormat;
+use crate::kernels::{quantized::BlockFormat, weight::Blocks};
 
 /// What has to be done to a tensor to have it as Hugging Face does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -19,14 +19,6 @@ pub enum Change {
     PlusOne,
     /// It is stored `[out, in]` and belongs `[in, out]`.
     Transposed,
-}
-
-/// Values as a GGUF file has them.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Blocks {
-    pub format: BlockFormat,
-    pub shape: Vec<usize>,
-    pub bytes: Vec<u8>,
 }
 
 /// The tensors of an architecture: GGUF's names to Hugging Face's, those of a layer without its number.
@@ -207,13 +199,6 @@ fn reordered(blocks: Blocks, from: impl Fn(usize) -> usize) -> Blocks {
 }
 
 impl Blocks {
-    /// All values, in order.
-    pub fn values(&self) -> Vec<f32> {
-        let mut values = vec![0f32; self.shape.iter().product()];
-        self.format.dequantize(&self.bytes, &mut values);
-        values
-    }
-
     fn from_values(values: impl Iterator<Item = f32>, shape: Vec<usize>) -> Self {
         Self { format: BlockFormat::F32, shape, bytes: values.flat_map(f32::to_le_bytes).collect() }
     }

@@ -8,7 +8,7 @@ use crate::kernels::{
         Precision,
         simd::{LANES, Simd},
     },
-    kv_cache::BLOCK_SIZE,
+    layout::BLOCK_SIZE,
 };
 
 /// # Safety

@@ -5,7 +5,7 @@ use std::ops::Range;
 use super::BLOCK_SCORES;
 use crate::kernels::{
     cpu::simd::{LANES, Simd},
-    kv_cache::BLOCK_SIZE,
+    layout::BLOCK_SIZE,
 };
 
 /// Scales a query's scores, caps them and adds `slope` times the key's distance; the first score is

@@ -10,7 +10,7 @@ use crate::kernels::{
         Precision,
         simd::{LANES, Simd},
     },
-    kv_cache::BLOCK_SIZE,
+    layout::BLOCK_SIZE,
 };
 
 #[repr(align(64))]

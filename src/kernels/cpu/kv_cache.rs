@@ -1,27 +1,35 @@
-//! Keys and values of all sequences in fixed-size blocks, so that sequences join and leave the
+//! The key-value cache of all sequences in fixed-size blocks, so that sequences join and leave the
 //! batch without anything being copied, and can share what they have in common.
+
+use std::any::Any;
 
 use candle_core::{DType, Device, Result, Tensor, bail};
 use half::bf16;
 
-use crate::kernels::cpu::{Buffer, Precision, tensors::with_values};
+use super::{Buffer, Precision};
+use crate::kernels::{
+    KvCache,
+    host::with_values,
+    layout::{BLOCK_SIZE, BlockId, KvShape},
+};
 
-/// Positions in one block.
-pub const BLOCK_SIZE: usize = 32;
-
-/// Names a block.
-pub type BlockId = u32;
-
-/// The shape of a model's keys and values.
+/// The shape of a cache in memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct KvShape {
+pub struct CacheShape {
     pub num_layers: usize,
     pub num_kv_heads: usize,
     pub head_dim: usize,
     pub precision: Precision,
 }
 
-impl KvShape {
+impl CacheShape {
+    /// How a model's keys and values are kept: in bf16 or f32.
+    pub fn of(shape: &KvShape) -> Self {
+        let KvShape { num_layers, num_kv_heads, head_dim, dtype } = *shape;
+        let precision = if dtype == DType::BF16 { Precision::Bf16 } else { Precision::F32 };
+        Self { num_layers, num_kv_heads, head_dim, precision }
+    }
+
     /// Dimensions of a head in memory: whole vectors, and for bf16 whole tiles.
     pub fn padded_dim(&self) -> usize {
         match self.precision {
@@ -55,111 +63,38 @@ impl KvShape {
 /// bf16 the two values of a pair lie side by side, keys `[dim / 2][32 positions][2]` and values
 /// `[16 pairs of positions][dim][2]`.
 #[derive(Debug)]
-pub struct KvCache {
-    shape: KvShape,
+pub struct CpuKvCache {
+    of: KvShape,
+    shape: CacheShape,
     num_blocks: usize,
     words: Buffer<u32>,
 }
 
-impl KvCache {
+impl CpuKvCache {
     /// An empty cache of `num_blocks` blocks.
     ///
     /// # Errors
     /// The system does not give the address space.
     pub fn new(shape: KvShape, num_blocks: usize) -> std::io::Result<Self> {
-        Ok(Self { shape, num_blocks, words: Buffer::zeroed(num_blocks.saturating_mul(shape.block_words()))? })
+        let (of, shape) = (shape, CacheShape::of(&shape));
+        Ok(Self { of, shape, num_blocks, words: Buffer::zeroed(num_blocks.saturating_mul(shape.block_words()))? })
     }
 
-    /// The shape it was made for.
-    pub fn shape(&self) -> KvShape {
+    /// Its shape in memory.
+    pub(super) fn layout(&self) -> CacheShape {
         self.shape
     }
 
-    /// How many blocks there are.
-    pub fn num_blocks(&self) -> usize {
-        self.num_blocks
-    }
-
     /// Where the keys of a head begin, in [`words`](Self::words); its values follow after
-    /// [`KvShape::plane`] words.
+    /// [`CacheShape::plane`] words.
     pub(super) fn offset(&self, layer: usize, block: BlockId, head: usize) -> usize {
         let shape = &self.shape;
         block as usize * shape.block_words() + (layer * shape.num_kv_heads + head) * 2 * shape.plane()
     }
 
+    /// All of its memory.
     pub(super) fn words_mut(&mut self) -> &mut [u32] {
         self.words.as_mut_slice()
-    }
-
-    /// Copies a block's first `slots` positions, of every layer, to another block. The values of its
-    /// other positions are cleared: attention weighs what it must not see with zero, which only
-    /// does what it should if the values are numbers.
-    ///
-    /// # Panics
-    /// If there is no such block, or both are the same.
-    pub fn copy(&mut self, from: BlockId, to: BlockId, slots: usize) {
-        let (size, plane, dim) = (self.shape.block_words(), self.shape.plane(), self.shape.padded_dim());
-        let precision = self.shape.precision;
-        let words = self.words.as_mut_slice();
-        let (from, to) = (from as usize * size, to as usize * size);
-        assert!(from != to && from.max(to) + size <= words.len(), "blocks {from} and {to} of {} words", words.len());
-        words.copy_within(from..from + size, to);
-        for head in words[to..to + size].chunks_exact_mut(2 * plane) {
-            let values = &mut head[plane..];
-            match precision {
-                Precision::F32 => values[slots.min(BLOCK_SIZE) * dim..].fill(0),
-                Precision::Bf16 => {
-                    let whole = slots.min(BLOCK_SIZE) / 2 * dim;
-                    if slots % 2 == 1 && slots < BLOCK_SIZE {
-                        // The low half is the first position of the pair.
-                        values[whole..whole + dim].iter_mut().for_each(|pair| *pair &= 0xffff);
-                    }
-                    values[slots.div_ceil(2).min(BLOCK_SIZE / 2) * dim..].fill(0);
-                }
-            }
-        }
-    }
-
-    /// Writes keys and values of one layer that nobody computed, both `[num_kv_heads, rows,
-    /// head_dim]` in any float dtype, to the positions from `start` of a sequence that has these
-    /// blocks.
-    ///
-    /// # Errors
-    /// A shape does not fit, or there is no such layer or block.
-    pub fn write(
-        &mut self,
-        layer: usize,
-        blocks: &[BlockId],
-        start: usize,
-        keys: &Tensor,
-        values: &Tensor,
-    ) -> Result<()> {
-        let KvShape { num_layers, num_kv_heads, head_dim, .. } = self.shape;
-        let (heads, rows, dim) = keys.dims3()?;
-        if layer >= num_layers || (heads, dim) != (num_kv_heads, head_dim) || values.dims() != keys.dims() {
-            bail!(
-                "keys {:?} and values {:?} were given for layer {layer} of {:?}",
-                keys.dims(),
-                values.dims(),
-                self.shape
-            )
-        }
-        let has_blocks = start + rows <= blocks.len() * BLOCK_SIZE;
-        if !has_blocks || blocks.iter().any(|&block| block as usize >= self.num_blocks) {
-            bail!("positions {start} to {} do not lie in the blocks {blocks:?}", start + rows)
-        }
-        let plain = |x: &Tensor| x.to_device(&Device::Cpu)?.to_dtype(DType::F32);
-        let (keys, values) = (plain(keys)?, plain(values)?);
-        with_values(&keys, |keys| {
-            with_values(&values, |values| {
-                for (i, (key, value)) in keys.chunks_exact(dim).zip(values.chunks_exact(dim)).enumerate() {
-                    let position = start + i % rows;
-                    let at = self.offset(layer, blocks[position / BLOCK_SIZE], i / rows);
-                    self.write_slot(at, position % BLOCK_SIZE, key, value);
-                }
-                Ok(())
-            })
-        })
     }
 
     /// Writes one position of one head whose keys begin at the word `at`.
@@ -189,39 +124,108 @@ impl KvCache {
     }
 }
 
+impl KvCache for CpuKvCache {
+    fn shape(&self) -> &KvShape {
+        &self.of
+    }
+
+    fn num_blocks(&self) -> usize {
+        self.num_blocks
+    }
+
+    /// The values of its other positions are cleared: attention weighs what it must not see with zero, which only
+    /// does what it should if the values are numbers.
+    fn copy(&mut self, from: BlockId, to: BlockId, slots: usize) -> Result<()> {
+        let (size, plane, dim) = (self.shape.block_words(), self.shape.plane(), self.shape.padded_dim());
+        let precision = self.shape.precision;
+        if from == to || from.max(to) as usize >= self.num_blocks {
+            bail!("block {from} cannot be copied to block {to} of {}", self.num_blocks);
+        }
+        let words = self.words.as_mut_slice();
+        let (from, to) = (from as usize * size, to as usize * size);
+        words.copy_within(from..from + size, to);
+        for head in words[to..to + size].chunks_exact_mut(2 * plane) {
+            let values = &mut head[plane..];
+            match precision {
+                Precision::F32 => values[slots.min(BLOCK_SIZE) * dim..].fill(0),
+                Precision::Bf16 => {
+                    let whole = slots.min(BLOCK_SIZE) / 2 * dim;
+                    if slots % 2 == 1 && slots < BLOCK_SIZE {
+                        // The low half is the first position of the pair.
+                        values[whole..whole + dim].iter_mut().for_each(|pair| *pair &= 0xffff);
+                    }
+                    values[slots.div_ceil(2).min(BLOCK_SIZE / 2) * dim..].fill(0);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn write(&mut self, layer: usize, blocks: &[BlockId], start: usize, keys: &Tensor, values: &Tensor) -> Result<()> {
+        let CacheShape { num_layers, num_kv_heads, head_dim, .. } = self.shape;
+        let (heads, rows, dim) = keys.dims3()?;
+        if layer >= num_layers || (heads, dim) != (num_kv_heads, head_dim) || values.dims() != keys.dims() {
+            bail!(
+                "keys {:?} and values {:?} were given for layer {layer} of {:?}",
+                keys.dims(),
+                values.dims(),
+                self.shape
+            )
+        }
+        let has_blocks = start + rows <= blocks.len() * BLOCK_SIZE;
+        if !has_blocks || blocks.iter().any(|&block| block as usize >= self.num_blocks) {
+            bail!("positions {start} to {} do not lie in the blocks {blocks:?}", start + rows)
+        }
+        let plain = |x: &Tensor| x.to_device(&Device::Cpu)?.to_dtype(DType::F32);
+        let (keys, values) = (plain(keys)?, plain(values)?);
+        with_values(&keys, |keys| {
+            with_values(&values, |values| {
+                for (i, (key, value)) in keys.chunks_exact(dim).zip(values.chunks_exact(dim)).enumerate() {
+                    let position = start + i % rows;
+                    let at = self.offset(layer, blocks[position / BLOCK_SIZE], i / rows);
+                    self.write_slot(at, position % BLOCK_SIZE, key, value);
+                }
+                Ok(())
+            })
+        })
+    }
+
+    fn as_any_mut(&mut self) -> &mut dyn Any {
+        self
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::kernels::{
         AttentionParams, Kernels as _,
-        cpu::Isa,
-        paged::{PagedKernels, Segment},
+        cpu::{Isa, serving::CpuServing},
+        layout::Segment,
     };
 
     #[test]
     fn what_is_written_is_attended_to_as_what_was_computed() {
         let (heads, kv_heads, rows, positions) = (4, 2, 37, 45);
-        for (precision, dim) in
-            [(Precision::F32, 16), (Precision::F32, 20), (Precision::Bf16, 32), (Precision::Bf16, 20)]
-        {
-            let shape = KvShape { num_layers: 2, num_kv_heads: kv_heads, head_dim: dim, precision };
+        for (dtype, dim) in [(DType::F32, 16), (DType::F32, 20), (DType::BF16, 32), (DType::BF16, 20)] {
+            let shape = KvShape { num_layers: 2, num_kv_heads: kv_heads, head_dim: dim, dtype };
             let random = |heads| Tensor::randn(0f32, 1.0, (positions, heads, dim), &Device::Cpu).unwrap();
             let (q, k, v) = (random(heads), random(kv_heads), random(kv_heads));
             let blocks = [2, 0];
-            let attend = |cache: &mut KvCache, start: usize, rows: usize| {
+            let attend = |cache: &mut CpuKvCache, start: usize, rows: usize| {
                 let part = |x: &Tensor| x.narrow(0, start, rows).unwrap();
                 let segment = [Segment { rows, start, blocks: blocks.to_vec() }];
-                let mut kernels = PagedKernels::with_isa(cache, &segment, Isa::best());
+                let mut kernels = CpuServing::with_isa(cache, &segment, Isa::best());
                 let params = AttentionParams::scaled((dim as f32).powf(-0.5));
                 let out = kernels.attention(1, &part(&q), &part(&k), &part(&v), &params).unwrap();
                 out.flatten_all().unwrap().to_vec1::<f32>().unwrap()
             };
-            let mut computed = KvCache::new(shape, 3).unwrap();
+            let mut computed = CpuKvCache::new(shape, 3).unwrap();
             attend(&mut computed, 0, rows);
             let expected = attend(&mut computed, rows, positions - rows);
             for chunk in [1, 5, rows] {
-                let mut written = KvCache::new(shape, 3).unwrap();
-                if dim == shape.padded_dim() {
+                let mut written = CpuKvCache::new(shape, 3).unwrap();
+                if dim == written.layout().padded_dim() {
                     written.words_mut().fill(f32::NAN.to_bits());
                 }
                 for start in (0..rows).step_by(chunk) {
@@ -230,15 +234,15 @@ mod tests {
                     written.write(1, &blocks, start, &part(&k), &part(&v)).unwrap();
                 }
                 let found = attend(&mut written, rows, positions - rows);
-                assert!(found == expected, "{precision:?} {dim}, {chunk} at a time");
+                assert!(found == expected, "{dtype:?} {dim}, {chunk} at a time");
             }
         }
     }
 
     #[test]
     fn what_does_not_fit_is_refused() {
-        let shape = KvShape { num_layers: 1, num_kv_heads: 2, head_dim: 4, precision: Precision::F32 };
-        let mut cache = KvCache::new(shape, 2).unwrap();
+        let shape = KvShape { num_layers: 1, num_kv_heads: 2, head_dim: 4, dtype: DType::F32 };
+        let mut cache = CpuKvCache::new(shape, 2).unwrap();
         let of = |heads, rows, dim| Tensor::zeros((heads, rows, dim), DType::BF16, &Device::Cpu).unwrap();
         let good = of(2, 3, 4);
         assert!(cache.write(0, &[1], 29, &good, &good).is_ok());

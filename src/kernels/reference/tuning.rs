@@ -1,4 +1,4 @@
-//! Plain candle operations: differentiable, and the reference that the other kernels are held to.
+//! The reference's tuning kernels: plain candle operations, differentiable.
 //!
 //! candle's fused norm, rope and softmax have no backward and say nothing when one is asked for,
 //! so nothing here uses them.
@@ -8,83 +8,95 @@ use std::ops::Range;
 use candle_core::{D, Device, Result, Tensor, bail};
 
 use super::{
-    AttentionParams, Kernels, cross::EncodedBatch, past::PastKeyValues, relative_position_bias::RelativePositionBias,
-    widened,
+    attention::{alibi, attend, causal_mask, relative},
+    products,
 };
+use crate::kernels::{
+    Activation, AttentionParams, Kernels, Tuning, cross::EncodedBatch, layout::BatchLayout, past::PastKeyValues,
+    weight::Linear, widened,
+};
+
+/// A tuning job on the reference backend: it keeps nothing.
+#[derive(Debug)]
+pub struct ReferenceTuning {
+    device: Device,
+}
+
+impl ReferenceTuning {
+    pub fn new(device: &Device) -> Self {
+        Self { device: device.clone() }
+    }
+}
+
+impl Tuning for ReferenceTuning {
+    fn kernels(
+        &self,
+        batch: &BatchLayout,
+        past: Option<PastKeyValues>,
+        encoded: Option<EncodedBatch>,
+    ) -> Result<Box<dyn Kernels>> {
+        Ok(Box::new(ReferenceTuningKernels { past, encoded, ..ReferenceTuningKernels::new(batch, &self.device)? }))
+    }
+}
 
 /// Attention over whole sequences that lie one after another in the packed rows; no cache.
 ///
 /// Sequences may begin with the same rows: these are then computed once, and their gradient is the
 /// sum over the sequences.
 #[derive(Debug)]
-pub struct DenseKernels {
+pub struct ReferenceTuningKernels {
     /// `[sequences * longest]`: the packed row of each place in a right-padded batch.
     pad: Tensor,
     /// `[t]`: the place in the padded batch of each packed row.
     unpad: Tensor,
-    /// `[longest, longest]` for each window that was asked for: 0 where row i sees column j, -inf elsewhere.
+    /// `[longest, longest]`, the causal mask of each window that was asked for.
     masks: Vec<(Option<usize>, Tensor)>,
     sequences: usize,
     longest: usize,
-    given: Option<PastKeyValues>,
-    /// The keys and values of each layer, where they are asked for.
-    recorded: Option<Vec<(Tensor, Tensor)>>,
+    past: Option<PastKeyValues>,
     /// The rows of each sequence's own.
     own: Vec<Range<usize>>,
     /// What the encoder made of each sequence's input.
     encoded: Option<EncodedBatch>,
 }
 
-impl DenseKernels {
-    /// Kernels for sequences of these lengths, each at least 1, packed in this order.
-    pub fn new(lengths: &[usize], device: &Device) -> Result<Self> {
-        Self::with_prefix(0, lengths, device)
-    }
-
-    /// Kernels for sequences that all begin with the first `prefix` packed rows, which lie there
-    /// once, and go on with rows of their own, `lengths`, each at least 1, packed in this order.
-    pub fn with_prefix(prefix: usize, lengths: &[usize], device: &Device) -> Result<Self> {
-        let longest = prefix + lengths.iter().copied().max().unwrap_or(0);
-        let mut pad = Vec::with_capacity(lengths.len() * longest);
+impl ReferenceTuningKernels {
+    /// Kernels for the sequences of a batch, each of at least one row.
+    ///
+    /// # Errors
+    /// The device has no memory for the indices.
+    pub fn new(batch: &BatchLayout, device: &Device) -> Result<Self> {
+        let prefix = batch.shared;
+        let longest = prefix + batch.segments.iter().map(|segment| segment.rows).max().unwrap_or(0);
+        let mut pad = Vec::with_capacity(batch.segments.len() * longest);
         // The prefix's rows come out the same in each sequence; the first one's are taken.
         let mut unpad: Vec<u32> = (0..prefix as u32).collect();
-        let mut own = Vec::with_capacity(lengths.len());
-        let mut start = prefix;
-        for (i, &length) in lengths.iter().enumerate() {
-            own.push(start..start + length);
+        let own: Vec<_> = batch.rows().collect();
+        for (i, rows) in own.iter().enumerate() {
+            if rows.is_empty() {
+                bail!("sequence {i} of the batch has no rows of its own");
+            }
             pad.extend(0..prefix as u32);
             // Padding comes after a sequence's rows, so the causal mask alone keeps it unseen;
             // any row will do for it.
-            pad.extend((0..longest - prefix).map(|j| (start + j.min(length - 1)) as u32));
-            unpad.extend((0..length).map(|j| (i * longest + prefix + j) as u32));
-            start += length;
+            pad.extend((0..longest - prefix).map(|j| (rows.start + j.min(rows.len() - 1)) as u32));
+            unpad.extend((0..rows.len()).map(|j| (i * longest + prefix + j) as u32));
         }
         Ok(Self {
             pad: Tensor::new(pad, device)?,
             unpad: Tensor::new(unpad, device)?,
             masks: Vec::new(),
-            sequences: lengths.len(),
+            sequences: own.len(),
             longest,
-            given: None,
-            recorded: None,
+            past: None,
             own,
             encoded: None,
         })
     }
 
-    /// With these keys and values, if there are any, in place of the first rows' own.
-    pub fn with_past(self, given: impl Into<Option<PastKeyValues>>) -> Self {
-        Self { given: given.into(), ..self }
-    }
-
-    /// Keeps the keys and values of each layer, `[t, kv_heads, head_dim]`, as attention reads them.
-    pub fn recording(self) -> Self {
-        Self { recorded: Some(Vec::new()), ..self }
-    }
-
-    /// What was recorded, layer by layer.
-    pub fn into_recorded(self) -> Vec<(Tensor, Tensor)> {
-        self.recorded.unwrap_or_default()
+    /// With these past key values, if there are any, in place of the shared rows' own.
+    pub fn with_past(self, past: impl Into<Option<PastKeyValues>>) -> Self {
+        Self { past: past.into(), ..self }
     }
 
     /// With what an encoder made of each sequence's input, if there is one.
@@ -111,23 +123,8 @@ impl DenseKernels {
             out.push(Tensor::zeros((shared, heads * dim), q.dtype(), q.device())?);
         }
         for (own, seen) in self.own.iter().zip(seen) {
-            let (kv_heads, rows, keys) = (k.dim(1)?, own.len(), seen.len());
-            let heads_first = |x: &Tensor| {
-                let x = x.narrow(0, seen.start, keys)?.unsqueeze(2)?;
-                let x = x.expand((keys, kv_heads, heads / kv_heads, dim))?;
-                x.reshape((keys, heads, dim))?.transpose(0, 1)?.contiguous()
-            };
-            let q = q.narrow(0, own.start, rows)?.transpose(0, 1)?.contiguous()?;
-            let scores = (q.matmul(&heads_first(k)?.t()?)? * f64::from(params.scale))?;
-            let mut scores = scores.to_dtype(widened(q.dtype()))?;
-            if let Some(softcap) = params.softcap.map(f64::from) {
-                scores = ((scores / softcap)?.tanh()? * softcap)?;
-            }
-            if let Some(bias) = &params.relative_position_bias {
-                scores = (&scores + distances(bias, rows, keys, q.device())?.to_dtype(scores.dtype())?)?;
-            }
-            let weights = candle_nn::ops::softmax(&scores, D::Minus1)?.to_dtype(v.dtype())?;
-            out.push(weights.matmul(&heads_first(v)?)?.transpose(0, 1)?.reshape((rows, heads * dim))?);
+            let of = |x: &Tensor, rows: &Range<usize>| x.narrow(0, rows.start, rows.len());
+            out.push(attend(&of(q, own)?, &of(k, seen)?, &of(v, seen)?, 0, params)?);
         }
         Tensor::cat(&out, 0)
     }
@@ -137,20 +134,9 @@ impl DenseKernels {
         if let Some((_, mask)) = self.masks.iter().find(|(w, _)| *w == window) {
             return Ok(mask.clone());
         }
-        let sees = |i: usize, j: usize| j <= i && window.is_none_or(|w| i - j < w);
-        let value = |i, j| if sees(i, j) { 0f32 } else { f32::NEG_INFINITY };
-        let values: Vec<f32> = (0..self.longest).flat_map(|i| (0..self.longest).map(move |j| value(i, j))).collect();
-        let mask = Tensor::from_vec(values, (self.longest, self.longest), self.pad.device())?;
+        let mask = causal_mask(window, 0..self.longest, self.longest, self.pad.device())?;
         self.masks.push((window, mask.clone()));
         Ok(mask)
-    }
-
-    /// `[heads, longest, longest]`: what ALiBi adds to the score of row i and column j.
-    fn alibi(&self, slopes: &[f32]) -> Result<Tensor> {
-        let distance = |i, j| (j as f32) - (i as f32);
-        let values: Vec<f32> = (0..self.longest).flat_map(|i| (0..self.longest).map(move |j| distance(i, j))).collect();
-        let distances = Tensor::from_vec(values, (1, self.longest, self.longest), self.pad.device())?;
-        Tensor::new(slopes, self.pad.device())?.reshape((slopes.len(), 1, 1))?.broadcast_mul(&distances)
     }
 
     /// `[t, heads, d]` to `[sequences, heads, longest, d]`, each key head repeated `groups` times.
@@ -166,23 +152,17 @@ impl DenseKernels {
     }
 }
 
-impl Kernels for DenseKernels {
-    fn rms_norm(&mut self, x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
-        let wide = x.to_dtype(widened(x.dtype()))?;
-        let mean_square = wide.sqr()?.mean_keepdim(D::Minus1)?;
-        wide.broadcast_div(&(mean_square + eps)?.sqrt()?)?.to_dtype(x.dtype())?.broadcast_mul(weight)
+impl Kernels for ReferenceTuningKernels {
+    fn linear(&mut self, x: &Tensor, layers: &[&Linear], residual: Option<&Tensor>) -> Result<Vec<Tensor>> {
+        products::linear(x, layers, residual)
+    }
+
+    fn gated_linear(&mut self, activation: Activation, gate: &Linear, up: &Linear, x: &Tensor) -> Result<Tensor> {
+        products::gated_linear(self, activation, gate, up, x)
     }
 
     fn rope(&mut self, x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
-        let (half, dim) = (cos.dim(D::Minus1)?, x.dim(D::Minus1)?);
-        let (a, b) = (x.narrow(D::Minus1, 0, half)?, x.narrow(D::Minus1, half, half)?);
-        let (cos, sin) = (cos.unsqueeze(1)?, sin.unsqueeze(1)?);
-        let first = (a.broadcast_mul(&cos)? - b.broadcast_mul(&sin)?)?;
-        let second = (b.broadcast_mul(&cos)? + a.broadcast_mul(&sin)?)?;
-        match dim - 2 * half {
-            0 => Tensor::cat(&[first, second], D::Minus1),
-            rest => Tensor::cat(&[first, second, x.narrow(D::Minus1, 2 * half, rest)?], D::Minus1),
-        }
+        rotate(x, cos, sin)
     }
 
     fn attention(
@@ -193,13 +173,10 @@ impl Kernels for DenseKernels {
         v: &Tensor,
         params: &AttentionParams,
     ) -> Result<Tensor> {
-        let (k, v) = &match &self.given {
-            Some(given) => given.replace(layer, k, v)?,
+        let (k, v) = &match &self.past {
+            Some(past) => past.replace(layer, k, v)?,
             None => (k.clone(), v.clone()),
         };
-        if let Some(recorded) = &mut self.recorded {
-            recorded.push((k.clone(), v.clone()));
-        }
         if !params.causal {
             return self.unmasked(q, (k, v), &self.own, params);
         }
@@ -213,10 +190,11 @@ impl Kernels for DenseKernels {
             scores = ((scores / softcap)?.tanh()? * softcap)?;
         }
         if let Some(slopes) = &params.alibi_slopes {
-            scores = scores.broadcast_add(&self.alibi(slopes)?.to_dtype(scores.dtype())?)?;
+            scores = scores
+                .broadcast_add(&alibi(slopes, 0..self.longest, self.longest, q.device())?.to_dtype(scores.dtype())?)?;
         }
         if let Some(bias) = &params.relative_position_bias {
-            let bias = distances(bias, self.longest, self.longest, q.device())?;
+            let bias = relative(bias, 0..self.longest, self.longest, q.device())?;
             scores = scores.broadcast_add(&bias.to_dtype(scores.dtype())?)?;
         }
         let scores = scores.broadcast_add(&mask.to_dtype(scores.dtype())?)?;
@@ -233,12 +211,17 @@ impl Kernels for DenseKernels {
     }
 }
 
-/// `[heads, queries, keys]`: what is added to each score for the distance, both counted from 0.
-fn distances(bias: &RelativePositionBias, queries: usize, keys: usize, device: &Device) -> Result<Tensor> {
-    let heads = bias.heads();
-    let places = (0..heads).flat_map(|h| (0..queries).flat_map(move |i| (0..keys).map(move |j| (h, i, j))));
-    let values: Vec<f32> = places.map(|(head, query, key)| bias.at(head, query, key)).collect();
-    Tensor::from_vec(values, (heads, queries, keys), device)
+/// Rotary embedding, as [`Kernels::rope`] says.
+pub(super) fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
+    let (half, dim) = (cos.dim(D::Minus1)?, x.dim(D::Minus1)?);
+    let (a, b) = (x.narrow(D::Minus1, 0, half)?, x.narrow(D::Minus1, half, half)?);
+    let (cos, sin) = (cos.unsqueeze(1)?, sin.unsqueeze(1)?);
+    let first = (a.broadcast_mul(&cos)? - b.broadcast_mul(&sin)?)?;
+    let second = (b.broadcast_mul(&cos)? + a.broadcast_mul(&sin)?)?;
+    match dim - 2 * half {
+        0 => Tensor::cat(&[first, second], D::Minus1),
+        rest => Tensor::cat(&[first, second, x.narrow(D::Minus1, 2 * half, rest)?], D::Minus1),
+    }
 }
 
 #[cfg(test)]
@@ -252,14 +235,15 @@ mod tests {
         let random = |heads: usize| Tensor::randn(0f32, 1.0, (prefix + 7, heads, 8), &device).unwrap();
         let (q, k, v) = (random(4), random(2), random(2));
         let params = AttentionParams { window: Some(5), ..AttentionParams::scaled(0.3) };
-        let mut kernels = DenseKernels::with_prefix(prefix, &lengths, &device).unwrap();
+        let mut kernels = ReferenceTuningKernels::new(&BatchLayout::of_lengths(prefix, &lengths), &device).unwrap();
         let shared = kernels.attention(0, &q, &k, &v, &params).unwrap().to_vec2::<f32>().unwrap();
         let mut start = prefix;
         for length in lengths {
             let rows: Vec<u32> = (0..prefix).chain(start..start + length).map(|r| r as u32).collect();
             let index = Tensor::new(rows.as_slice(), &device).unwrap();
             let pick = |x: &Tensor| x.index_select(&index, 0).unwrap();
-            let mut kernels = DenseKernels::new(&[prefix + length], &device).unwrap();
+            let mut kernels =
+                ReferenceTuningKernels::new(&BatchLayout::of_lengths(0, &[prefix + length]), &device).unwrap();
             let alone =
                 kernels.attention(0, &pick(&q), &pick(&k), &pick(&v), &params).unwrap().to_vec2::<f32>().unwrap();
             for (row, alone) in rows.iter().zip(&alone) {

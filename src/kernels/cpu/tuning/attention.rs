@@ -7,7 +7,7 @@ use candle_core::{CpuStorage, CustomOp3, Device, Layout, Result, Shape, Tensor, 
 use rayon::prelude::*;
 
 use super::{add, host, slice};
-use crate::kernels::{AttentionParams, dot};
+use crate::kernels::{AttentionParams, host::dot, layout::BatchLayout};
 
 /// Sequences in packed rows: first those that all share, then each one's own.
 #[derive(Debug, Clone)]
@@ -26,13 +26,8 @@ pub(super) struct Seen {
 }
 
 impl Sequences {
-    pub fn new(prefix: usize, lengths: &[usize]) -> Self {
-        let mut end = prefix;
-        let own = |&length: &usize| {
-            end += length;
-            end - length..end
-        };
-        Self { prefix, own: lengths.iter().map(own).collect() }
+    pub fn new(batch: &BatchLayout) -> Self {
+        Self { prefix: batch.shared, own: batch.rows().collect() }
     }
 
     /// How many sequences there are.

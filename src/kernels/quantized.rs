@@ -4,8 +4,6 @@
 
 use half::{bf16, f16};
 
-use super::packed::PANEL;
-
 /// How the values of a matrix's rows are written down.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum BlockFormat {
@@ -28,6 +26,8 @@ pub enum BlockFormat {
 const SUPER: usize = 256;
 /// Values that formats without blocks are read by.
 const RUN: usize = 256;
+/// Rows that [`BlockFormat::dequantize_panel`] writes side by side.
+pub const PANEL: usize = 16;
 
 /// Calls `$f` with the bytes and values of a block of `$format`, and what reads one.
 macro_rules! by_format {
@@ -98,7 +98,7 @@ impl BlockFormat {
     /// Writes `rows` of `k` values, one after another in `bytes`, as the columns of `out` `[k][16]`;
     /// columns that have no row are zero.
     #[inline(always)]
-    pub(super) fn dequantize_panel(self, bytes: &[u8], k: usize, out: &mut [f32]) {
+    pub fn dequantize_panel(self, bytes: &[u8], k: usize, out: &mut [f32]) {
         by_format!(self, panel(bytes, k, out));
     }
 }
@@ -280,7 +280,7 @@ fn q6_k(b: &[u8; 210], out: &mut [f32; 256]) {
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+pub(crate) mod tests {
     use std::borrow::Cow;
 
     use candle_core::{

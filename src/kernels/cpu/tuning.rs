@@ -1,0 +1,136 @@
+//! Tuning kernels for a CPU: each operation of a decoder in one pass, with its gradient by hand.
+//! They compute what the reference's tuning kernels do, several times as fast.
+
+mod attention;
+mod ops;
+
+use candle_core::{CpuStorage, Layout, Result, Tensor, bail};
+
+use super::frozen::{self, Transposes};
+use crate::kernels::{
+    Activation, AttentionParams, Kernels, Tuning, cross::EncodedBatch, layout::BatchLayout, past::PastKeyValues,
+    weight::Linear,
+};
+use attention::{Sequences, attend};
+use ops::{Gated, LogProbabilities, RmsNorm, Rope, gelu_tanh, relu, silu};
+
+/// A tuning job on the CPU: it keeps the transposed copies that gradients read.
+#[derive(Debug, Default)]
+pub struct CpuTuning {
+    transposes: Transposes,
+}
+
+impl Tuning for CpuTuning {
+    fn kernels(
+        &self,
+        batch: &BatchLayout,
+        past: Option<PastKeyValues>,
+        encoded: Option<EncodedBatch>,
+    ) -> Result<Box<dyn Kernels>> {
+        let (sequences, transposes) = (Sequences::new(batch), self.transposes.clone());
+        Ok(Box::new(CpuTuningKernels { sequences, past, encoded, transposes }))
+    }
+}
+
+/// Whole sequences that lie one after another in the packed rows and may share their first rows;
+/// no cache. Activations are f32.
+#[derive(Debug)]
+struct CpuTuningKernels {
+    sequences: Sequences,
+    past: Option<PastKeyValues>,
+    encoded: Option<EncodedBatch>,
+    transposes: Transposes,
+}
+
+impl Kernels for CpuTuningKernels {
+    fn linear(&mut self, x: &Tensor, layers: &[&Linear], residual: Option<&Tensor>) -> Result<Vec<Tensor>> {
+        if !x.track_op() && !residual.is_some_and(Tensor::track_op) {
+            return frozen::linear(x, layers, residual);
+        }
+        let one = |layer: &&Linear| {
+            let mut y = self.transposes.product(x, layer)?;
+            if let Some(bias) = &layer.bias {
+                y = y.broadcast_add(bias)?;
+            }
+            match residual {
+                Some(residual) => residual + y,
+                None => Ok(y),
+            }
+        };
+        layers.iter().map(one).collect()
+    }
+
+    fn gated_linear(&mut self, activation: Activation, gate: &Linear, up: &Linear, x: &Tensor) -> Result<Tensor> {
+        if !x.track_op() && gate.bias.is_none() && up.bias.is_none() {
+            return frozen::gated_linear(activation, gate, up, x);
+        }
+        let (gate, up) = (gate.forward(x, self)?, up.forward(x, self)?);
+        gated(activation, &gate, &up)
+    }
+
+    fn rms_norm(&mut self, x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
+        x.contiguous()?.apply_op1(RmsNorm { weight: host(weight)?, eps: eps as f32 })
+    }
+
+    fn rope(&mut self, x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
+        x.contiguous()?.apply_op1(Rope { cos: host(cos)?, sin: host(sin)? })
+    }
+
+    fn attention(
+        &mut self,
+        layer: usize,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        params: &AttentionParams,
+    ) -> Result<Tensor> {
+        let (k, v) = &match &self.past {
+            Some(past) => past.replace(layer, k, v)?,
+            None => (k.clone(), v.clone()),
+        };
+        attend(q, k, v, self.sequences.seen(params), params)
+    }
+
+    fn cross_attention(&mut self, layer: usize, q: &Tensor, params: &AttentionParams) -> Result<Tensor> {
+        let Some(encoded) = &self.encoded else {
+            bail!("layer {layer} attends to an encoder's output, and there is none")
+        };
+        let (k, v) = encoded.layer(layer, self.sequences.len())?;
+        attend(q, k, v, self.sequences.seen_of(&encoded.inputs), params)
+    }
+
+    fn log_probabilities(&mut self, logits: &Tensor, targets: &[u32]) -> Result<Tensor> {
+        logits.contiguous()?.apply_op1(LogProbabilities { targets: targets.to_vec() })
+    }
+}
+
+/// `activation(gate) * up`
+fn gated(activation: Activation, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+    let value_and_slope = match activation {
+        Activation::Silu => silu,
+        Activation::GeluTanh => gelu_tanh,
+        Activation::Relu => relu,
+        // Phi is left to candle.
+        Activation::Gelu => return activation.apply(gate)? * up,
+    };
+    gate.contiguous()?.apply_op2(&up.contiguous()?, Gated(value_and_slope))
+}
+
+/// `out += factor * x`
+fn add(out: &mut [f32], factor: f32, x: &[f32]) {
+    out.iter_mut().zip(x).for_each(|(out, x)| *out += factor * x);
+}
+
+fn slice<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
+    match layout.contiguous_offsets() {
+        Some((start, end)) => Ok(&storage.as_slice::<f32>()?[start..end]),
+        None => bail!("tuning kernels take contiguous values"),
+    }
+}
+
+fn host(x: &Tensor) -> Result<Vec<f32>> {
+    x.flatten_all()?.to_vec1()
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,113 @@
+//! The tuning kernels and their gradients against the reference's.
+
+use std::sync::Arc;
+
+use candle_core::{Device, Shape, Var};
+
+use super::*;
+use crate::kernels::{reference::tuning::ReferenceTuning, relative_position_bias::RelativePositionBias};
+
+fn random(shape: impl Into<Shape>) -> Var {
+    Var::randn(0f32, 1.0, shape, &Device::Cpu).unwrap()
+}
+
+/// Holds an operation's value and its gradients to every input against the plain one's.
+fn compare(inputs: &[&Var], op: impl FnMut(&mut dyn Kernels) -> Tensor) {
+    compare_in(&BatchLayout::of_lengths(3, &[4, 1, 6]), None, inputs, op);
+}
+
+/// As [`compare`], in a batch, with what an encoder made of its inputs.
+fn compare_in(
+    batch: &BatchLayout,
+    encoded: Option<EncodedBatch>,
+    inputs: &[&Var],
+    mut op: impl FnMut(&mut dyn Kernels) -> Tensor,
+) {
+    let mut fused = CpuTuning::default().kernels(batch, None, encoded.clone()).unwrap();
+    let mut plain = ReferenceTuning::new(&Device::Cpu).kernels(batch, None, encoded).unwrap();
+    let (a, b) = (op(fused.as_mut()), op(plain.as_mut()));
+    let weights = random(a.shape().clone());
+    let gradients = |y: &Tensor| {
+        let grads = (y * weights.as_tensor()).unwrap().sum_all().unwrap().backward().unwrap();
+        inputs.iter().map(|x| host(grads.get(x.as_tensor()).unwrap()).unwrap()).collect::<Vec<_>>()
+    };
+    let close = |a: &[f32], b: &[f32]| {
+        assert!(a.len() == b.len() && b.iter().any(|x| x.abs() > 0.1));
+        a.iter().zip(b).for_each(|(a, b)| assert!((a - b).abs() < 1e-4 * (1.0 + b.abs()), "{a} {b}"));
+    };
+    close(&host(&a).unwrap(), &host(&b).unwrap());
+    gradients(&a).iter().zip(&gradients(&b)).for_each(|(a, b)| close(a, b));
+}
+
+#[test]
+fn attention_and_its_gradients_equal_the_plain_ones() {
+    let plain = AttentionParams::scaled(0.22);
+    let slopes: Arc<[f32]> = (1..=6).map(|i| 0.9f32.powi(i)).collect();
+    for params in [
+        plain.clone(),
+        AttentionParams { softcap: Some(1.5), ..plain.clone() },
+        AttentionParams { window: Some(2), ..plain.clone() },
+        AttentionParams { window: Some(5), softcap: Some(2.0), ..plain.clone() },
+        AttentionParams { alibi_slopes: Some(slopes), window: Some(6), ..plain.clone() },
+        AttentionParams { relative_position_bias: Some(bias(6)), ..plain },
+    ] {
+        for (heads, kv_heads) in [(4, 2), (3, 3), (6, 1)] {
+            let (q, k, v) = (random((14, heads, 20)), random((14, kv_heads, 20)), random((14, kv_heads, 20)));
+            let slopes = params.alibi_slopes.as_ref().map(|s| s[..heads].into());
+            let relative_position_bias = params.relative_position_bias.as_ref().map(|_| bias(heads));
+            let params = AttentionParams { alibi_slopes: slopes, relative_position_bias, ..params.clone() };
+            compare(&[&q, &k, &v], |kernels| kernels.attention(0, &q, &k, &v, &params).unwrap());
+        }
+    }
+}
+
+fn bias(heads: usize) -> Arc<RelativePositionBias> {
+    RelativePositionBias::new(heads, 4, |head, distance| (head as f32 + 0.3 * distance as f32).sin()).into()
+}
+
+#[test]
+fn attention_of_and_to_an_encoder_and_its_gradients_equal_the_plain_ones() {
+    for (heads, kv_heads) in [(4, 2), (3, 3)] {
+        let (q, k, v) = (random((11, heads, 20)), random((11, kv_heads, 20)), random((11, kv_heads, 20)));
+        let scaled = AttentionParams { causal: false, ..AttentionParams::scaled(0.22) };
+        let biased = AttentionParams { relative_position_bias: Some(bias(heads)), ..scaled.clone() };
+        let batch = BatchLayout::of_lengths(0, &[4, 1, 6]);
+        compare_in(&batch, None, &[&q, &k, &v], |kernels| kernels.attention(0, &q, &k, &v, &biased).unwrap());
+
+        let (q, encoded) = (random((14, heads, 20)), |(k, v): (&Var, &Var)| EncodedBatch {
+            layers: vec![(k.as_tensor().clone(), v.as_tensor().clone())],
+            inputs: vec![5..11, 0..5, 5..11],
+        });
+        let batch = BatchLayout::of_lengths(3, &[4, 1, 6]);
+        compare_in(&batch, Some(encoded((&k, &v))), &[&q, &k, &v], |kernels| {
+            kernels.cross_attention(0, &q, &scaled).unwrap()
+        });
+    }
+}
+
+#[test]
+fn log_probabilities_and_their_gradient_equal_those_of_log_softmax() {
+    let logits = random((14, 50));
+    let targets: Vec<u32> = (0..14).map(|i| (i * 7) % 50).collect();
+    compare(&[&logits], |kernels| kernels.log_probabilities(&logits, &targets).unwrap());
+}
+
+#[test]
+fn norm_rope_and_gate_and_their_gradients_equal_the_plain_ones() {
+    let (x, weight) = (random((14, 24)), random(24));
+    compare(&[&x], |kernels| kernels.rms_norm(&x, weight.as_tensor(), 1e-5).unwrap());
+    let (x, cos, sin) = (random((14, 3, 8)), random((14, 4)), random((14, 4)));
+    compare(&[&x], |kernels| kernels.rope(&x, &cos.as_detached_tensor(), &sin.as_detached_tensor()).unwrap());
+    let partial = random((14, 3, 20));
+    compare(&[&partial], |kernels| {
+        kernels.rope(&partial, &cos.as_detached_tensor(), &sin.as_detached_tensor()).unwrap()
+    });
+    let (gate, up) = (random((14, 40)), random((14, 40)));
+    for activation in [Activation::Silu, Activation::Gelu, Activation::GeluTanh, Activation::Relu] {
+        let mut own = true;
+        compare(&[&gate, &up], |_| match std::mem::replace(&mut own, false) {
+            true => gated(activation, &gate, &up).unwrap(),
+            false => (activation.apply(&gate).unwrap() * up.as_tensor()).unwrap(),
+        });
+    }
+}
