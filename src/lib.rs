@@ -23,6 +23,7 @@ pub mod engine;
 pub mod http;
 pub mod kernels;
 pub mod model;
+pub mod packing;
 pub mod prompt;
 pub mod registry;
 pub mod telemetry;

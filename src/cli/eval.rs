@@ -1,8 +1,9 @@
-//! `softserve eval`: a task on test data, beside the bare model.
+//! `softserve eval`: a task on test data, beside the model without a prompt and with an instruction in words.
 
 use std::{
     io::{IsTerminal, Write},
     path::PathBuf,
+    sync::Arc,
 };
 
 use anyhow::bail;
@@ -18,7 +19,7 @@ use crate::{
     prompt::{TaskName, Version, labels::Verbalizer},
     tune::{
         data::Dataset,
-        evaluate::{self, Column, Evaluation, Front, NO_LABEL},
+        evaluate::{self, Column, Evaluation, NO_LABEL, PromptVariant},
     },
 };
 
@@ -81,6 +82,7 @@ pub fn run(args: &EvalArgs, out: &mut dyn Write) -> anyhow::Result<()> {
         bail!("--max-tokens is 0, expected 1 or more");
     }
     let (model, tokenizer) = args.model.load()?;
+    let model = Arc::new(model);
     let version = match (&args.prompt, &args.task) {
         (Some(folder), _) => prompts::by_folder(folder, &"prompt".parse()?, &model)?,
         (None, Some(task)) => prompts::by_task(&args.prompts, task, &model)?,
@@ -101,14 +103,14 @@ pub fn run(args: &EvalArgs, out: &mut dyn Write) -> anyhow::Result<()> {
         max_tokens,
     };
     let instruction = args.instruction.clone().or_else(|| evaluate::default_instruction(&version));
-    let fronts =
-        [Some(Front::Tuned(&version.prompt)), Some(Front::Bare), instruction.as_deref().map(Front::Instruction)];
-    let fronts: Vec<Front<'_>> = fronts.into_iter().flatten().collect();
+    let mut variants = vec![PromptVariant::Learned(&version.prompt), PromptVariant::NoPrompt];
+    variants.extend(instruction.as_deref().map(PromptVariant::Instruction));
 
-    let bar = bar(fronts.len() * data.examples.len());
+    let bar = bar(variants.len() * data.examples.len());
     let mut columns = Vec::new();
-    for (i, front) in fronts.iter().enumerate() {
-        columns.push(evaluation.column(front, &mut |done| bar.set_position((i * data.examples.len() + done) as u64))?);
+    for (i, variant) in variants.iter().enumerate() {
+        let first = i * data.examples.len();
+        columns.push(evaluation.column(variant, &mut |done| bar.set_position((first + done) as u64))?);
     }
     bar.finish_and_clear();
     match args.json {

@@ -1,5 +1,6 @@
 //! `softserve tune`: learns a prompt from examples.
 
+mod errors;
 mod screen;
 
 use std::{
@@ -10,6 +11,7 @@ use std::{
 
 use anyhow::{Context as _, bail};
 use clap::{Args, ValueEnum};
+use errors::explain;
 use screen::{Screen, write_result};
 
 use super::{
@@ -21,9 +23,10 @@ use crate::{
     prompt::{TaskName, labels::Verbalizer},
     tune::{
         encoder::EncoderKind,
+        forward::Forward,
         init::Init,
-        job::{self, Places},
-        plan::{Length, Options, Plan, PromptType},
+        job::{self, OutputPaths},
+        plan::{Length, Options, Plan, PromptType, Warning},
         schedule::Decay,
     },
 };
@@ -55,7 +58,7 @@ pub struct TuneArgs {
     #[arg(long, value_name = "FILE")]
     pub data: PathBuf,
 
-    /// ValidationMetrics-out examples, in the same form: they choose the learning rate and the best prompt
+    /// Held-out examples, in the same form: they choose the learning rate and the best prompt
     /// [default: a tenth of the data where there are 40 examples or more]
     #[arg(long, value_name = "FILE")]
     pub eval_data: Option<PathBuf>,
@@ -204,10 +207,12 @@ pub fn run(args: &TuneArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     let started = Instant::now();
     let (model, tokenizer) = args.model.load()?;
     let options = args.options(&model)?;
-    let plan = Plan::new(&model, &tokenizer, &options)?;
+    let forward = Forward::new(model);
+    let plan = Plan::new(&forward, &tokenizer, &options).map_err(explain)?;
     let output = args.output.clone().unwrap_or_else(|| args.prompts.join(args.task.as_str()));
     let checkpoint = args.checkpoint.clone().unwrap_or_else(|| job::default_checkpoint(&output));
-    let places = Places { output, checkpoint, resume: args.resume };
+    let paths = OutputPaths { output, checkpoint, resume: args.resume };
+    let info = forward.model().info();
     let mut screen = Screen::new(&plan);
     screen.say(&format!(
         "{}: {} examples, {} held out; {}, {} virtual tokens before {} ({} parameters, frozen)",
@@ -216,15 +221,18 @@ pub fn run(args: &TuneArgs, out: &mut dyn Write) -> anyhow::Result<()> {
         if plan.held_out.is_empty() { 0 } else { plan.held_out.len() },
         plan.parameters.method().title(),
         plan.parameters.virtual_tokens(),
-        model.info().name,
-        model.info().num_parameters
+        info.name,
+        info.num_parameters
     ));
     for warning in &plan.warnings {
-        screen.say(&format!("warning: {warning}"));
+        screen.say(&match warning {
+            Warning::SharedInputs { .. } => format!("warning: {warning}"),
+            Warning::NothingHeldOut { .. } => format!("warning: {warning}; give --eval-data"),
+        });
     }
-    let outcome = job::run(&model, &plan, &places, &mut screen)?;
+    let outcome = job::run(&forward, &plan, &paths, &mut screen).map_err(explain)?;
     screen.close();
-    write_result(out, &plan, &outcome, &places, started)?;
+    write_result(out, &plan, &outcome, &paths, started)?;
     Ok(())
 }
 

@@ -33,10 +33,13 @@ use std::{
 
 use tokio::sync::mpsc::{self, error::TrySendError};
 
-use crate::{model::Model, prompt::LearnedPrompt};
+use crate::{
+    model::Model,
+    packing::{Packing, PackingError, PromptShape, TokenBudget},
+    prompt::LearnedPrompt,
+};
 use admission::{Admission, Slot};
 use encoder::EncoderLimits;
-pub use encoder::Room;
 use prefix::ChainHash;
 use request::{CacheNamespace, Event, InputToken, Request};
 use runner::Runner;
@@ -134,9 +137,9 @@ struct WarmUp {
 /// What handles and the thread both see.
 #[derive(Debug)]
 struct Shared {
-    /// The longest sequence, new tokens included: the context, or what the cache can hold.
-    max_sequence: usize,
-    /// What there is to know of the model's encoder, if it has one.
+    /// How the model reads an input, and how long it may be: the context, or what the cache can hold.
+    packing: Packing,
+    /// The bounds of the encoder's output, if the model has an encoder.
     encoder: Option<EncoderLimits>,
     /// Requests submitted and not yet in the batch.
     waiting: Arc<Admission>,
@@ -173,6 +176,17 @@ pub enum SubmitError {
     EncoderTooLong { found: usize, limit: usize },
 }
 
+impl From<PackingError> for SubmitError {
+    fn from(error: PackingError) -> Self {
+        match error {
+            PackingError::Empty => Self::Empty,
+            PackingError::NoText => Self::NoText,
+            PackingError::EncoderTooLong { found, limit } => Self::EncoderTooLong { found, limit },
+            PackingError::DecoderTooLong { found, limit } => Self::TooLong { found, limit },
+        }
+    }
+}
+
 /// A running request's events. Dropping it is the one way to cancel.
 #[derive(Debug)]
 pub struct EventStream {
@@ -199,7 +213,8 @@ impl EventStream {
 }
 
 impl Engine {
-    /// Runs one forward pass, then starts the thread.
+    /// Runs one forward pass, then starts the thread. The model may be shared: the engine keeps nothing
+    /// in it.
     ///
     /// # Errors
     /// The forward pass failed, or the cache's bytes do not hold one block.
@@ -214,10 +229,12 @@ impl Engine {
         if num_blocks == 0 {
             candle_core::bail!(
                 "the key-value cache of {kv_cache_bytes} bytes does not hold one block of {block_bytes} bytes; \
-                 give it more by --kv-cache"
+                 it needs more bytes"
             );
         }
-        let max_sequence = context.min(num_blocks * crate::kernels::layout::BLOCK_SIZE);
+        let max_encoder = encoder.map_or(context, |encoder| encoder.max_positions);
+        let max_sequence = num_blocks * crate::kernels::layout::BLOCK_SIZE;
+        let packing = Packing::of(model.info()).bounded(max_encoder, max_sequence);
         let mut runner = Runner::new(model, num_blocks)?;
         trial::first_pass(&mut runner)?;
         let fair_step_tokens = match config.fair_step_tokens {
@@ -226,7 +243,7 @@ impl Engine {
         };
         tracing::debug!(fair_step_tokens, num_blocks, "the engine is ready");
         let shared = Arc::new(Shared {
-            max_sequence,
+            packing,
             encoder,
             waiting: Admission::for_requests(config.max_waiting),
             warm_ups: Admission::new(MAX_WARM_UPS, MAX_WARM_UPS),
@@ -263,17 +280,16 @@ impl Engine {
         if request.tokens.is_empty() || request.sampling.max_tokens == 0 {
             return Err(SubmitError::Empty);
         }
-        if matches!(request.prompt.as_deref(), Some(LearnedPrompt::KeyValues(_)))
-            && matches!(request.tokens.last(), Some(InputToken::Virtual(_)))
-        {
-            return Err(SubmitError::NoText);
-        }
-        let encoder = shared.encoder.as_ref().map(|encoder| encoder.take_input(&mut request)).transpose()?;
-        let (found, limit) = (request.tokens.len(), shared.max_sequence);
-        if found >= limit {
-            return Err(SubmitError::TooLong { found, limit });
-        }
-        request.sampling.max_tokens = request.sampling.max_tokens.min(limit - found);
+        let shape = PromptShape::of(request.prompt.as_deref());
+        let packed = shared.packing.pack(shape, std::mem::take(&mut request.tokens))?;
+        shared.packing.check(&packed)?;
+        request.tokens = packed.decoder;
+        let encoder = shared.encoder.as_ref().zip(packed.encoder).map(|(limits, input)| {
+            let content = limits.content(&input, request.namespace.take());
+            (input, content)
+        });
+        let left = shared.packing.max_decoder() - request.tokens.len();
+        request.sampling.max_tokens = request.sampling.max_tokens.min(left);
         if shared.draining.load(Relaxed) {
             return Err(SubmitError::Closed);
         }
@@ -310,12 +326,12 @@ impl Engine {
 
     /// The longest sequence that is taken, its new tokens included.
     pub fn max_sequence(&self) -> usize {
-        self.shared.max_sequence
+        self.shared.packing.max_decoder()
     }
 
-    /// What a learned prompt leaves for a text and an answer.
-    pub fn room(&self, prompt: &LearnedPrompt) -> Room {
-        Room::after(prompt, self.shared.max_sequence, self.shared.encoder.as_ref())
+    /// How many tokens a learned prompt leaves for a text and an answer.
+    pub fn token_budget(&self, prompt: &LearnedPrompt) -> TokenBudget {
+        self.shared.packing.budget(PromptShape::of(Some(prompt)))
     }
 
     /// A snapshot of the counters.

@@ -2,16 +2,8 @@
 
 use std::{sync::Arc, time::Instant};
 
-use crate::prompt::LearnedPrompt;
-
-/// One position of input: a word of the model's, or a row of the learned prompt.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum InputToken {
-    /// A token of the model's vocabulary.
-    Vocab(u32),
-    /// Row i of the request's learned prompt.
-    Virtual(u32),
-}
+pub use crate::packing::InputToken;
+use crate::{packing::PromptShape, prompt::LearnedPrompt};
 
 /// What stands before a sequence's first token: the content of its learned prompt, by digest, or
 /// none. Keys and values are shared only among sequences of one namespace. It is never a name and never
@@ -62,8 +54,7 @@ impl Request {
     /// A learned prompt followed by the ids of a text, special tokens included. With a prompt, set
     /// [`namespace`](Self::namespace) to its content's digest to share its keys and values.
     pub fn new(prompt: Option<Arc<LearnedPrompt>>, ids: &[u32], sampling: SamplingParams) -> Self {
-        let n = prompt.as_ref().map_or(0, |p| p.num_virtual_tokens()) as u32;
-        let tokens = (0..n).map(InputToken::Virtual).chain(ids.iter().map(|&id| InputToken::Vocab(id))).collect();
+        let tokens = PromptShape::of(prompt.as_deref()).followed_by(ids);
         let namespace = prompt.is_none().then_some(CacheNamespace::TEXT);
         Self { tokens, prompt, sampling, deadline: None, namespace, tenant: Tenant::default(), priority: 0 }
     }

@@ -14,10 +14,11 @@ use crate::{
         layout::{BatchLayout, BlockId, Segment},
     },
     model::Model,
+    packing::{self, EmbeddingSource, leading_virtual_tokens},
     prompt::{LearnedPrompt, learned::KeyValues},
 };
 
-/// The model and its key-value cache.
+/// The model, which others may share, and its key-value cache.
 #[derive(Debug)]
 pub struct Runner {
     model: Arc<Model>,
@@ -95,7 +96,7 @@ impl Runner {
         if inputs.is_empty() {
             return Ok(Vec::new());
         }
-        let x = self.embed(inputs, &self.model.info().device)?;
+        let x = self.embed(inputs)?;
         let segment = |input: &Part| Segment { rows: input.tokens.len(), start: 0, blocks: Vec::new() };
         let batch = BatchLayout { segments: inputs.iter().map(segment).collect(), ..Default::default() };
         let mut kernels = self.model.backend().serving(&mut *self.cache, &batch, &[])?;
@@ -108,7 +109,7 @@ impl Runner {
     /// to compute.
     fn place<'a>(&mut self, part: Part<'a>) -> Result<Option<Part<'a>>> {
         let Some(LearnedPrompt::KeyValues(prompt)) = part.prompt.map(Arc::as_ref) else { return Ok(Some(part)) };
-        let len = part.tokens.iter().take_while(|token| is_virtual(token)).count();
+        let len = leading_virtual_tokens(part.tokens);
         if len > 0 {
             self.write(prompt, part.start, len, part.blocks)?;
         }
@@ -134,8 +135,7 @@ impl Runner {
     }
 
     fn forward(&mut self, parts: &[Part]) -> Result<Logits> {
-        let device = self.model.info().device.clone();
-        let x = self.embed(parts, &device)?;
+        let x = self.embed(parts)?;
         let segment = |p: &Part| Segment { rows: p.tokens.len(), start: p.start, blocks: p.blocks.to_vec() };
         let mut batch = BatchLayout { segments: parts.iter().map(segment).collect(), ..Default::default() };
         let lasts = batch.rows().zip(parts).filter(|(_, p)| p.wants_logits).map(|(rows, _)| rows.end as u32 - 1);
@@ -155,40 +155,14 @@ impl Runner {
     }
 
     /// The packed embeddings of all parts, `[t, hidden]`.
-    fn embed(&self, parts: &[Part], device: &Device) -> Result<Tensor> {
-        let ids: Vec<u32> = parts
-            .iter()
-            .flat_map(|p| p.tokens)
-            .filter_map(|t| match t {
-                InputToken::Vocab(id) => Some(*id),
-                InputToken::Virtual(_) => None,
-            })
-            .collect();
-        let words = if ids.is_empty() { None } else { Some(self.model.embed(&Tensor::new(ids, device)?)?) };
-        let mut rows = Vec::new();
-        let mut taken = 0;
-        for part in parts {
-            for run in part.tokens.chunk_by(|a, b| is_virtual(a) == is_virtual(b)) {
-                match (run[0], &words) {
-                    (InputToken::Virtual(first), _) => {
-                        let Some(LearnedPrompt::Embeddings(prompt)) = part.prompt.map(Arc::as_ref) else {
-                            bail!("a sequence has virtual tokens but no prompt")
-                        };
-                        let prompt = prompt.rows.narrow(0, first as usize, run.len())?.to_device(device)?;
-                        rows.push(prompt.to_dtype(self.model.activation_dtype())?);
-                    }
-                    (InputToken::Vocab(_), Some(words)) => {
-                        rows.push(words.narrow(0, taken, run.len())?);
-                        taken += run.len();
-                    }
-                    (InputToken::Vocab(_), None) => bail!("vocabulary tokens without embeddings"),
-                }
-            }
-        }
-        Tensor::cat(&rows, 0)
+    fn embed<'a>(&self, parts: &[Part<'a>]) -> Result<Tensor> {
+        let source = |part: &Part<'a>| {
+            let prompt_rows = match part.prompt.map(Arc::as_ref) {
+                Some(LearnedPrompt::Embeddings(prompt)) => Some(&prompt.rows),
+                Some(LearnedPrompt::KeyValues(_)) | None => None,
+            };
+            EmbeddingSource { tokens: part.tokens, prompt_rows }
+        };
+        packing::embed(&self.model, &parts.iter().map(source).collect::<Vec<_>>())
     }
-}
-
-fn is_virtual(token: &InputToken) -> bool {
-    matches!(token, InputToken::Virtual(_))
 }

@@ -5,7 +5,7 @@ use super::{
     prefix::ChainHash,
     request::{CacheNamespace, InputToken, Tenant},
 };
-use crate::kernels::layout::BlockId;
+use crate::{kernels::layout::BlockId, packing::leading_virtual_tokens};
 
 /// Names a sequence for as long as the engine runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -48,7 +48,7 @@ pub struct Sequence {
 impl Sequence {
     /// A sequence of which nothing is computed, and that shares nothing.
     pub fn new(tokens: Vec<InputToken>) -> Self {
-        let num_virtual = tokens.iter().take_while(|t| matches!(t, InputToken::Virtual(_))).count();
+        let num_virtual = leading_virtual_tokens(&tokens);
         Self {
             num_input: tokens.len(),
             num_virtual,

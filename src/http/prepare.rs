@@ -14,6 +14,7 @@ use super::{
 };
 use crate::{
     engine::request::{CacheNamespace, Request, SamplingParams, Tenant},
+    packing::TokenBudget,
     prompt::{TaskName, Version, template::Input},
 };
 
@@ -50,8 +51,8 @@ pub async fn prepare(app: &App, task: &str, request: GenerateRequest) -> Result<
     let mut settings = Settings::check(app, &version, &request)?;
     let ids = tokenize(app, &version, request.input).await?;
     let virtual_tokens = version.prompt.num_virtual_tokens();
-    let room = room_for_answer(app, &version, ids.len())?;
-    settings.sampling.max_tokens = settings.sampling.max_tokens.min(room);
+    let most = max_answer_tokens(app, &version, ids.len())?;
+    settings.sampling.max_tokens = settings.sampling.max_tokens.min(most);
     let tenant = tenant(app, &version.task);
     let requests = (0..settings.choices)
         .map(|i| {
@@ -98,35 +99,32 @@ pub async fn tokenize(app: &App, version: &Arc<Version>, input: Input) -> Result
 }
 
 /// How many tokens an answer to a text of this many tokens may have; at least 1.
-pub fn room_for_answer(app: &App, version: &Version, prompt_tokens: usize) -> Result<usize, Problem> {
-    let virtual_tokens = version.prompt.num_virtual_tokens();
-    let context = app.engine.max_sequence();
+pub fn max_answer_tokens(app: &App, version: &Version, prompt_tokens: usize) -> Result<usize, Problem> {
     if let Some(limit) = version.spec.limits.max_input_tokens.filter(|&limit| prompt_tokens > limit) {
         let detail = format!("the input has {prompt_tokens} tokens, the task takes at most {limit}: shorten it");
         return Err(Problem::new(Code::InputTooLong, detail));
     }
-    let room = app.engine.room(&version.prompt);
-    if !room.shared {
-        if prompt_tokens > room.text || room.answer == 0 {
-            let detail = format!(
-                "the input has {prompt_tokens} tokens, the encoder takes at most {} beside the learned prompt, and an \
-                 answer may have {}: shorten the input",
-                room.text, room.answer
-            );
-            return Err(Problem::new(Code::InputTooLong, detail));
-        }
-        return Ok(room.answer);
+    let budget = app.engine.token_budget(&version.prompt);
+    match budget.output_after(prompt_tokens) {
+        0 => Err(Problem::new(Code::InputTooLong, too_long(app, version, prompt_tokens, budget))),
+        tokens => Ok(tokens),
     }
-    match context.checked_sub(virtual_tokens + prompt_tokens) {
-        None | Some(0) => {
-            let most = context.saturating_sub(virtual_tokens + 1);
-            let detail = format!(
-                "the learned prompt takes {virtual_tokens} positions and the input {prompt_tokens}, and an answer needs \
-                 at least 1, of the model's {context}: shorten the input to {most} tokens"
-            );
-            Err(Problem::new(Code::InputTooLong, detail))
-        }
-        Some(room) => Ok(room),
+}
+
+/// Says what an input that leaves no room for an answer takes, and what it may.
+fn too_long(app: &App, version: &Version, prompt_tokens: usize, budget: TokenBudget) -> String {
+    let (most, context) = (budget.input, app.engine.max_sequence());
+    match budget.shared {
+        true => format!(
+            "the learned prompt takes {} positions and the input {prompt_tokens}, and an answer needs at least 1, of \
+             the model's {context}: shorten the input to {most} tokens",
+            version.prompt.num_virtual_tokens()
+        ),
+        false => format!(
+            "the input has {prompt_tokens} tokens, the encoder takes at most {most} beside the learned prompt, and an \
+             answer may have {}: shorten the input",
+            budget.output
+        ),
     }
 }
 

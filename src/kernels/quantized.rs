@@ -4,7 +4,7 @@
 
 use half::{bf16, f16};
 
-/// How the values of a matrix's rows are written down.
+/// The format of a matrix's values in a GGUF file: plain floats, or blocks of quantised values.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum BlockFormat {
     F32,
@@ -24,12 +24,12 @@ pub enum BlockFormat {
 
 /// Values in a block of the K formats.
 const SUPER: usize = 256;
-/// Values that formats without blocks are read by.
+/// How many values of a format without blocks are read at a time.
 const RUN: usize = 256;
 /// Rows that [`BlockFormat::dequantize_panel`] writes side by side.
-pub const PANEL: usize = 16;
+pub const PANEL_WIDTH: usize = 16;
 
-/// Calls `$f` with the bytes and values of a block of `$format`, and what reads one.
+/// Calls `$f` with the size in bytes and in values of a block of `$format`, and the function that dequantises one.
 macro_rules! by_format {
     ($format:expr, $f:ident($($arg:expr),*)) => {
         match $format {
@@ -86,17 +86,17 @@ impl BlockFormat {
         (k / self.values()).checked_mul(self.bytes())
     }
 
-    /// Writes the values of whole blocks.
+    /// Dequantises whole blocks.
     ///
     /// # Panics
-    /// If `bytes` are not the blocks of as many values as `out` has room for.
+    /// If `bytes` are not the blocks of as many values as `out` holds.
     pub fn dequantize(self, bytes: &[u8], out: &mut [f32]) {
         assert_eq!(Some(bytes.len()), self.row_bytes(out.len()), "whole blocks of {self:?}");
         by_format!(self, row(bytes, out));
     }
 
-    /// Writes `rows` of `k` values, one after another in `bytes`, as the columns of `out` `[k][16]`;
-    /// columns that have no row are zero.
+    /// Dequantises up to 16 rows of `k` values, one after another in `bytes`, to the columns of a micro-panel `out`
+    /// `[k][16]`; columns that have no row are zero.
     #[inline(always)]
     pub fn dequantize_panel(self, bytes: &[u8], k: usize, out: &mut [f32]) {
         by_format!(self, panel(bytes, k, out));
@@ -123,14 +123,14 @@ fn panel<const SIZE: usize, const VALUES: usize>(
     let run = if VALUES == 1 { RUN } else { VALUES };
     let row_bytes = k / VALUES * SIZE;
     let rows = bytes.len().checked_div(row_bytes).unwrap_or(0);
-    let mut values = [[0f32; SUPER]; PANEL];
+    let mut values = [[0f32; SUPER]; PANEL_WIDTH];
     for start in (0..k).step_by(run) {
         let n = run.min(k - start);
         let from = start / VALUES * SIZE;
         for (i, values) in values.iter_mut().enumerate().take(rows) {
             row(&bytes[i * row_bytes + from..][..n / VALUES * SIZE], &mut values[..n], &block);
         }
-        let (out, _) = out[start * PANEL..(start + n) * PANEL].as_chunks_mut::<PANEL>();
+        let (out, _) = out[start * PANEL_WIDTH..(start + n) * PANEL_WIDTH].as_chunks_mut::<PANEL_WIDTH>();
         for (j, out) in out.iter_mut().enumerate() {
             out.iter_mut().zip(&values).for_each(|(out, row)| *out = row[j]);
         }
@@ -319,6 +319,7 @@ pub(crate) mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "there is no unsafe code in it, and all that candle does is interpreted")]
     fn every_bit_pattern_means_what_it_means_in_ggml() {
         let k = 512;
         for (ours, theirs) in FORMATS {

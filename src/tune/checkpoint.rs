@@ -37,14 +37,12 @@ pub struct Checkpoint {
 /// Why a run cannot be saved or resumed.
 #[derive(Debug, thiserror::Error)]
 pub enum CheckpointError {
-    #[error("there is no checkpoint at {}; start without --resume", .0.display())]
+    #[error("there is no checkpoint at {}", .0.display())]
     Missing(PathBuf),
-    #[error("cannot read the checkpoint {}: {reason}; start without --resume", path.display())]
+    #[error("cannot read the checkpoint {}: {reason}", path.display())]
     Damaged { path: PathBuf, reason: String },
     #[error(
-        "the checkpoint {} is of another run: {}; give the same values, or start without --resume",
-        path.display(),
-        differences.join(", ")
+        "the checkpoint {} is of another run: {}", path.display(), differences.join(", ")
     )]
     OtherRun { path: PathBuf, differences: Vec<String> },
     #[error("cannot write the checkpoint {}: {source}", path.display())]
@@ -92,8 +90,8 @@ impl Checkpoint {
             .iter()
             .flat_map(|(step, validation)| [*step as f64, validation.loss, validation.exact])
             .collect();
-        let mut scalars = vec![self.rate, state.step as f64, state.stale as f64];
-        scalars.extend(state.mark.map_or([f64::NAN; 2], |m| [m.loss, m.exact]));
+        let mut scalars = vec![self.rate, state.step as f64, state.evaluations_without_gain as f64];
+        scalars.extend(state.last_gain.map_or([f64::NAN; 2], |m| [m.loss, m.exact]));
         scalars.extend(
             state.best.as_ref().map_or([f64::NAN; 3], |b| [b.step as f64, b.validation.loss, b.validation.exact]),
         );
@@ -127,7 +125,8 @@ impl Checkpoint {
             let view = tensors.tensor(name).map_err(|e| e.to_string())?;
             Ok(view.data().as_chunks::<8>().0.iter().map(|b| f64::from_le_bytes(*b)).collect())
         };
-        let [rate, step, stale, mark_loss, mark_exact, best_step, best_loss, best_exact] = f64s("scalars")?[..] else {
+        let [rate, step, without_gain, gain_loss, gain_exact, best_step, best_loss, best_exact] = f64s("scalars")?[..]
+        else {
             return Err("it was written by another version".to_owned());
         };
         let metrics = |loss: f64, exact: f64| ValidationMetrics { loss, exact };
@@ -138,8 +137,8 @@ impl Checkpoint {
             values: f32s("values")?,
             moments: Moments { first: f32s("first_moment")?, second: f32s("second_moment")? },
             best: (!best_step.is_nan()).then_some(best),
-            stale: stale as usize,
-            mark: (!mark_exact.is_nan()).then_some(metrics(mark_loss, mark_exact)),
+            evaluations_without_gain: without_gain as usize,
+            last_gain: (!gain_exact.is_nan()).then_some(metrics(gain_loss, gain_exact)),
             losses: f64s("losses")?,
             evaluations: evaluations.as_chunks::<3>().0.iter().map(|e| (e[0] as usize, metrics(e[1], e[2]))).collect(),
         };

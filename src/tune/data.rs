@@ -10,8 +10,8 @@ use std::{
 use serde_json::{Map, Value};
 use sha2::{Digest as _, Sha256};
 
-use super::room::Room;
 use crate::{
+    packing::TokenBudget,
     prompt::{
         labels::{LabelError, Verbalizer},
         template::{Input, PromptTemplate},
@@ -253,14 +253,14 @@ pub struct TokenizedExample {
     pub answer: Vec<u32>,
 }
 
-/// Renders and tokenizes examples. One that needs more than `room` is a fault.
+/// Renders and tokenizes examples. One that is longer than `budget` is a fault.
 pub fn tokenize(
     path: &Path,
     examples: &[Example],
     template: &PromptTemplate,
     tokenizer: &Tokenizer,
     eos: u32,
-    room: Room,
+    budget: TokenBudget,
 ) -> Result<Vec<TokenizedExample>, DataError> {
     let one = |example: &Example| -> Result<TokenizedExample, String> {
         let rendered = template.render(&example.input).map_err(|e| e.to_string())?;
@@ -270,8 +270,8 @@ pub fn tokenize(
             return Err(format!("the answer {} has no tokens", quote(&example.output)));
         }
         answer.push(eos);
-        let fits = room.check(input_ids.len(), answer.len());
-        fits.map_err(|fault| format!("{fault}; shorten it, or take fewer --virtual-tokens"))?;
+        let fits = budget.check(input_ids.len(), answer.len());
+        fits.map_err(|fault| format!("{fault}; shorten it, or take fewer virtual tokens"))?;
         Ok(TokenizedExample { input_ids, answer })
     };
     let mut faults = Vec::new();

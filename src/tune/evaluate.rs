@@ -1,6 +1,6 @@
-//! A prompt on test data, beside the bare model and the bare model with an instruction in words.
+//! A prompt on test data, beside the model without a prompt and with an instruction in words.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::Arc};
 
 use serde::Serialize;
 
@@ -8,27 +8,46 @@ use super::{
     TuneError,
     data::{DataError, Dataset, Faults, TokenizedExample},
     forward::Forward,
-    generate, loss, metrics,
-    room::Room,
+    inference::Inference,
+    loss, metrics,
 };
 use crate::{
     model::Model,
+    packing::{Packing, PromptShape},
     prompt::{LearnedPrompt, Version, labels::Verbalizer, template::PromptTemplate},
     tokenizer::Tokenizer,
 };
 
-/// What stands in front of the inputs.
+/// What the model is given before each input.
 #[derive(Debug, Clone)]
-pub enum Front<'a> {
-    /// The learned prompt.
-    Tuned(&'a LearnedPrompt),
+pub enum PromptVariant<'a> {
+    /// A learned prompt.
+    Learned(&'a Arc<LearnedPrompt>),
     /// Nothing.
-    Bare,
-    /// A text, on a line of its own.
+    NoPrompt,
+    /// An instruction in words, on a line of its own.
     Instruction(&'a str),
 }
 
-/// One way of asking, scored.
+impl<'a> PromptVariant<'a> {
+    /// The column's name.
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Learned(_) => "tuned",
+            Self::NoPrompt => "no_prompt",
+            Self::Instruction(_) => "instruction",
+        }
+    }
+
+    fn learned(&self) -> Option<&'a Arc<LearnedPrompt>> {
+        match self {
+            Self::Learned(prompt) => Some(prompt),
+            Self::NoPrompt | Self::Instruction(_) => None,
+        }
+    }
+}
+
+/// The scores of one variant of the prompt.
 #[derive(Debug, Clone, Serialize)]
 pub struct Column {
     /// `tuned`, `no_prompt` or `instruction`.
@@ -49,7 +68,7 @@ pub const NO_LABEL: &str = "(no label)";
 /// Test data against a task.
 #[derive(Debug)]
 pub struct Evaluation<'a> {
-    pub model: &'a Model,
+    pub model: &'a Arc<Model>,
     pub tokenizer: &'a Tokenizer,
     pub template: &'a PromptTemplate,
     pub labels: Option<&'a Verbalizer>,
@@ -59,50 +78,45 @@ pub struct Evaluation<'a> {
 }
 
 impl Evaluation<'_> {
-    /// Answers every input greedily and scores the answers. `done` is told how many are answered.
-    pub fn column(&self, front: &Front<'_>, done: &mut dyn FnMut(usize)) -> Result<Column, TuneError> {
-        let inputs = self.inputs(front)?;
-        let prompt = match front {
-            Front::Tuned(prompt) => Some(*prompt),
-            Front::Bare | Front::Instruction(_) => None,
-        };
-        let generated = generate::greedy(self.model, prompt, &inputs, self.max_tokens, done)?;
+    /// Answers every input greedily on an engine and scores the answers. `done` is told how many are
+    /// answered.
+    ///
+    /// # Errors
+    /// An input does not fit, every such line named; or the engine fails.
+    pub fn column(&self, variant: &PromptVariant<'_>, done: &mut dyn FnMut(usize)) -> Result<Column, TuneError> {
+        let inputs = self.inputs(variant)?;
+        let prompt = variant.learned();
+        let longest = inputs.iter().map(Vec::len).max().unwrap_or(0);
+        let generated =
+            Inference::start(self.model, prompt, longest, self.max_tokens)?.greedy(&inputs, self.max_tokens, done)?;
         let mut outputs = Vec::with_capacity(generated.len());
         for ids in &generated {
             let output = self.tokenizer.decode(ids).map_err(super::init::InitError::Tokenizer)?;
-            outputs.push(match front {
-                Front::Tuned(_) => output.trim().to_owned(),
+            outputs.push(match variant {
+                PromptVariant::Learned(_) => output.trim().to_owned(),
                 // A model that was never told when to stop is not blamed for what it adds.
-                Front::Bare | Front::Instruction(_) => first_line(&output).to_owned(),
+                PromptVariant::NoPrompt | PromptVariant::Instruction(_) => first_line(&output).to_owned(),
             });
         }
-        let name = match front {
-            Front::Tuned(_) => "tuned",
-            Front::Bare => "no_prompt",
-            Front::Instruction(_) => "instruction",
-        };
         match self.labels {
-            Some(labels) => self.score_labels(name, labels, prompt, &inputs, outputs),
-            None => Ok(self.score_texts(name, outputs)),
+            Some(labels) => self.score_labels(variant, labels, &inputs, outputs),
+            None => Ok(self.score_texts(variant.name(), outputs)),
         }
     }
 
-    fn inputs(&self, front: &Front<'_>) -> Result<Vec<Vec<u32>>, TuneError> {
-        let prompt = match front {
-            Front::Tuned(prompt) => Some(*prompt),
-            Front::Bare | Front::Instruction(_) => None,
-        };
-        let room = Room::after(self.model, prompt);
+    fn inputs(&self, variant: &PromptVariant<'_>) -> Result<Vec<Vec<u32>>, TuneError> {
+        let shape = PromptShape::of(variant.learned().map(Arc::as_ref));
+        let budget = Packing::of(self.model.info()).budget(shape);
         let mut faults = Vec::new();
         let mut inputs = Vec::new();
         for example in &self.data.examples {
             let ids = self.template.render(&example.input).map_err(|e| e.to_string()).and_then(|rendered| {
-                let text = match front {
-                    Front::Instruction(instruction) => format!("{instruction}\n{rendered}"),
-                    Front::Tuned(_) | Front::Bare => rendered,
+                let text = match variant {
+                    PromptVariant::Instruction(instruction) => format!("{instruction}\n{rendered}"),
+                    PromptVariant::Learned(_) | PromptVariant::NoPrompt => rendered,
                 };
                 let ids = self.tokenizer.tokenize(&text).map_err(|e| e.to_string())?;
-                room.check(ids.len(), 1).map_err(|fault| format!("{fault}; shorten it"))?;
+                budget.check(ids.len(), 1).map_err(|fault| format!("{fault}; shorten it"))?;
                 Ok(ids)
             });
             match ids {
@@ -129,15 +143,14 @@ impl Evaluation<'_> {
 
     fn score_labels(
         &self,
-        name: &'static str,
+        variant: &PromptVariant<'_>,
         labels: &Verbalizer,
-        prompt: Option<&LearnedPrompt>,
         inputs: &[Vec<u32>],
         outputs: Vec<String>,
     ) -> Result<Column, TuneError> {
         let expected: Vec<String> = self.data.examples.iter().map(|e| e.label.clone().unwrap_or_default()).collect();
         let answered: Vec<Option<String>> = outputs.iter().map(|o| labels.label_of(o).map(str::to_owned)).collect();
-        let likeliest = self.likeliest(labels, prompt, inputs)?;
+        let likeliest = self.likeliest(labels, variant.learned(), inputs)?;
         let confusion = metrics::confusion(&answered, &expected)
             .into_iter()
             .map(|(label, row)| {
@@ -149,16 +162,17 @@ impl Evaluation<'_> {
             ("macro_f1", metrics::macro_f1(&answered, &expected)),
             ("choice_accuracy", metrics::accuracy(&likeliest, &expected)),
         ];
-        Ok(Column { name, metrics: metrics.into(), confusion: Some(confusion), outputs })
+        Ok(Column { name: variant.name(), metrics: metrics.into(), confusion: Some(confusion), outputs })
     }
 
     /// The label whose word is the likeliest answer to each input.
     fn likeliest(
         &self,
         labels: &Verbalizer,
-        prompt: Option<&LearnedPrompt>,
+        prompt: Option<&Arc<LearnedPrompt>>,
         inputs: &[Vec<u32>],
     ) -> Result<Vec<Option<String>>, TuneError> {
+        let forward = Forward::new(Arc::clone(self.model));
         let mut words = Vec::new();
         for label in labels.labels() {
             let word = labels.word_for(label).unwrap_or(label);
@@ -173,7 +187,7 @@ impl Evaluation<'_> {
                 .map(|(_, ids)| TokenizedExample { input_ids: input.clone(), answer: ids.clone() })
                 .collect();
             let batch: Vec<&TokenizedExample> = choices.iter().collect();
-            let scores = loss::score(&Forward::new(self.model), prompt, &batch)?.log_likelihoods(&batch)?;
+            let scores = loss::score(&forward, prompt.map(Arc::as_ref), &batch)?.log_likelihoods(&batch)?;
             let best = scores.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1));
             chosen.push(best.map(|(i, _)| words[i].0.to_owned()));
         }

@@ -1,7 +1,7 @@
-//! A batch through the forward that serves: laid out for a decoder, or for an encoder and the decoder
-//! after it.
+//! The forward passes of a tuning run, all through one struct that lives as long as the run: a batch laid
+//! out for a decoder, or for an encoder and the decoder after it, on kernels with gradients.
 
-use std::{collections::HashMap, fmt, ops::Range, sync::Arc};
+use std::{collections::HashMap, ops::Range, sync::Arc};
 
 use candle_core::{Result, Tensor, bail};
 
@@ -12,167 +12,157 @@ use crate::{
         cross::EncodedBatch,
         layout::{BatchLayout, Segment},
         past::PastKeyValues,
+        recording::Recording,
     },
     model::Model,
+    packing::{self, EmbeddingSource, InputToken, PackedInput, Packing, PromptShape, leading_virtual_tokens},
     prompt::learned::{KeyValues, LearnedPrompt},
 };
 
-/// The frozen model as a tuning job runs it. What the backend derives from the weights for gradients is kept as long
-/// as this is.
+/// Forward passes of a model with gradients. What a run keeps beside the model for its gradients belongs
+/// here and goes with it; the model may be shared with whoever serves it.
 #[derive(Debug, Clone)]
-pub struct Forward<'a> {
-    model: &'a Model,
+pub struct Forward {
+    model: Arc<Model>,
+    /// Transposed copies of the weights, where the backend needs some.
     tuning: Arc<dyn Tuning>,
+    packing: Packing,
 }
 
-/// What a forward pass over a batch gives.
-pub struct AnswerStates {
-    /// The final hidden states of the rows that predict the answers' tokens, `[answer tokens, hidden]`.
-    pub hidden: Tensor,
-    /// The kernels of the pass, for the output matrix.
-    pub kernels: Box<dyn Kernels>,
+/// An example's positions, and the decoder's rows that predict its answer.
+struct PackedExample {
+    input: PackedInput,
+    predicting: Range<usize>,
 }
 
-impl fmt::Debug for AnswerStates {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("AnswerStates").field("hidden", &self.hidden).finish_non_exhaustive()
-    }
-}
-
-impl<'a> Forward<'a> {
-    pub fn new(model: &'a Model) -> Self {
-        Self { model, tuning: model.backend().tuning() }
+impl Forward {
+    /// Forward passes of this model.
+    pub fn new(model: impl Into<Arc<Model>>) -> Self {
+        let model = model.into();
+        let packing = Packing::of(model.info());
+        Self { tuning: model.backend().tuning(), model, packing }
     }
 
     /// The model.
-    pub fn model(&self) -> &'a Model {
-        self.model
+    pub fn model(&self) -> &Arc<Model> {
+        &self.model
     }
 
-    /// One forward pass over the examples: for a decoder over `[prompt][input][answer]`; for an encoder-decoder over
-    /// `[start][answer]`, after the encoder's `[prompt][input]` or a prompt of key-values. `prompt` is in any float type;
-    /// with none, the model answers on its own.
+    /// How the model reads an input.
+    pub fn packing(&self) -> Packing {
+        self.packing
+    }
+
+    /// The logits that predict the answers' tokens, `[answer tokens, vocab]`, with the answers given
+    /// (teacher forcing), and the kernels of the pass. `prompt` is in any float type; with none, the model answers on its own.
     ///
     /// # Errors
-    /// An example has nothing to continue, or a kernel fails.
-    pub fn answer_states(&self, prompt: Option<&LearnedPrompt>, batch: &[&TokenizedExample]) -> Result<AnswerStates> {
-        let Some(encoder) = &self.model.info().encoder else {
-            let texts: Vec<_> = batch.iter().map(|e| (e.input_ids.as_slice(), e.answer.as_slice())).collect();
-            return self.decode(prompt, &texts, None);
+    /// An example has nothing to read before its answer.
+    pub fn answer_logits(
+        &self,
+        prompt: Option<&LearnedPrompt>,
+        batch: &[&TokenizedExample],
+    ) -> Result<(Tensor, Box<dyn Kernels>)> {
+        let shape = PromptShape::of(prompt);
+        let pack = |example: &&TokenizedExample| {
+            let tokens = shape.followed_by(&example.input_ids);
+            let mut input = self.packing.pack(shape, tokens).map_err(candle_core::Error::wrap)?;
+            let predicting = input.continued_by(&example.answer);
+            Ok(PackedExample { input, predicting })
         };
-        let inputs: Vec<&[u32]> = batch.iter().map(|e| e.input_ids.as_slice()).collect();
-        let start = [encoder.start_token];
-        let texts: Vec<_> = batch.iter().map(|e| (start.as_slice(), e.answer.as_slice())).collect();
-        match prompt {
-            Some(LearnedPrompt::Embeddings(embeddings)) => {
-                self.decode(None, &texts, Some(self.run_encoder(Some(&embeddings.rows), &inputs)?))
-            }
-            Some(LearnedPrompt::KeyValues(_)) | None => {
-                self.decode(prompt, &texts, Some(self.run_encoder(None, &inputs)?))
-            }
-        }
+        let packed = batch.iter().map(pack).collect::<Result<Vec<_>>>()?;
+        let inputs: Vec<&[InputToken]> = packed.iter().filter_map(|example| example.input.encoder.as_deref()).collect();
+        let rows = match prompt {
+            Some(LearnedPrompt::Embeddings(embeddings)) => Some(&embeddings.rows),
+            Some(LearnedPrompt::KeyValues(_)) | None => None,
+        };
+        let encoded = if inputs.is_empty() { None } else { Some(self.run_encoder(rows, &inputs)?) };
+        let (hidden, mut kernels) = self.decode(prompt, &packed, encoded)?;
+        Ok((self.model.logits(&hidden, kernels.as_mut())?, kernels))
     }
 
-    /// Kernels for a batch that no learned prompt and no encoder has a part in.
-    ///
-    /// # Errors
-    /// The batch does not fit.
-    pub fn kernels(&self, batch: &BatchLayout, encoded: Option<EncodedBatch>) -> Result<Box<dyn Kernels>> {
-        self.tuning.kernels(batch, None, encoded)
+    /// The keys and values `[n, kv_heads, head_dim]` of each layer of the decoder for a text of `n` tokens,
+    /// after an encoder that has read `encoder_ids`, if the model has one.
+    pub fn key_values(&self, ids: &[u32], encoder_ids: &[u32]) -> Result<Vec<(Tensor, Tensor)>> {
+        let device = &self.model.info().device;
+        let encoded = match &self.model.info().encoder {
+            None => None,
+            Some(_) => Some(self.run_encoder(None, &[&PromptShape::None.followed_by(encoder_ids)])?),
+        };
+        // What is wanted is recorded on the way to the last row.
+        let batch = BatchLayout { wanted: vec![ids.len() as u32 - 1], ..BatchLayout::of_lengths(0, &[ids.len()]) };
+        let mut kernels = Recording::new(self.tuning.kernels(&batch, None, encoded)?);
+        let x = self.model.embed(&Tensor::new(ids, device)?)?;
+        self.model.forward(&x, &batch, &mut kernels)?;
+        Ok(kernels.into_layers())
     }
 
-    /// What the encoder makes of `[rows][input]` of each input, for the decoder. Equal inputs are computed
-    /// once.
-    ///
-    /// # Errors
-    /// The model has no encoder, or an input is empty and there are no rows.
-    pub fn run_encoder(&self, rows: Option<&Tensor>, inputs: &[&[u32]]) -> Result<EncodedBatch> {
-        let model = self.model;
-        let device = &model.info().device;
-        let n = rows.map_or(Ok(0), |rows| rows.dim(0))?;
-        let rows = rows.map(|rows| rows.to_device(device)?.to_dtype(model.activation_dtype())).transpose()?;
-        let (mut parts, mut lengths, mut end) = (Vec::new(), Vec::new(), 0);
-        let mut places: HashMap<&[u32], Range<usize>> = HashMap::new();
-        for &input in inputs {
-            let length = n + input.len();
-            if length == 0 {
-                bail!("an example has neither virtual tokens nor an input");
-            }
-            if places.contains_key(input) {
+    /// What the encoder makes of each input, for the decoder; `prompt_rows` stand for virtual tokens. Equal
+    /// inputs are computed once.
+    fn run_encoder(&self, prompt_rows: Option<&Tensor>, inputs: &[&[InputToken]]) -> Result<EncodedBatch> {
+        let device = &self.model.info().device;
+        // Converted once for all inputs.
+        let dtype = self.model.activation_dtype();
+        let prompt_rows = prompt_rows.map(|rows| rows.to_device(device)?.to_dtype(dtype)).transpose()?;
+        let (mut sources, mut lengths, mut end) = (Vec::new(), Vec::new(), 0);
+        let mut rows_of: HashMap<&[InputToken], Range<usize>> = HashMap::new();
+        for &tokens in inputs {
+            if rows_of.contains_key(tokens) {
                 continue;
             }
-            parts.extend(rows.clone());
-            if !input.is_empty() {
-                parts.push(model.embed(&Tensor::new(input, device)?)?);
-            }
-            places.insert(input, end..end + length);
-            lengths.push(length);
-            end += length;
+            sources.push(EmbeddingSource { tokens, prompt_rows: prompt_rows.as_ref() });
+            rows_of.insert(tokens, end..end + tokens.len());
+            lengths.push(tokens.len());
+            end += tokens.len();
         }
-        let x = Tensor::cat(&parts, 0)?;
-        let mut kernels = self.kernels(&BatchLayout::of_lengths(0, &lengths), None)?;
-        let hidden = model.run_encoder(&x, kernels.as_mut())?;
-        let inputs = inputs.iter().map(|input| places[input].clone()).collect();
-        Ok(EncodedBatch { layers: model.cross_key_values(&hidden, kernels.as_mut())?, inputs })
+        let x = packing::embed(&self.model, &sources)?;
+        let mut kernels = self.tuning.kernels(&BatchLayout::of_lengths(0, &lengths), None, None)?;
+        let hidden = self.model.run_encoder(&x, kernels.as_mut())?;
+        let inputs = inputs.iter().map(|input| rows_of[input].clone()).collect();
+        Ok(EncodedBatch { layers: self.model.cross_key_values(&hidden, kernels.as_mut())?, inputs })
     }
 
-    /// The decoder over `[prompt][input][answer]` of each text, an input and an answer: the rows that predict the
-    /// answers. The prompt's rows are computed once for the whole batch.
+    /// The decoder over a batch: the final hidden states of the rows that predict the answers, `[answer
+    /// tokens, hidden]`. The learned prompt's rows, if the decoder reads it, are computed once for the whole
+    /// batch.
     fn decode(
         &self,
         prompt: Option<&LearnedPrompt>,
-        texts: &[(&[u32], &[u32])],
+        batch: &[PackedExample],
         encoded: Option<EncodedBatch>,
-    ) -> Result<AnswerStates> {
-        let model = self.model;
-        let device = &model.info().device;
-        let n = prompt.map_or(0, LearnedPrompt::num_virtual_tokens);
-        let past = match prompt {
-            Some(LearnedPrompt::KeyValues(prompt)) => Some(past_key_values(prompt)?),
-            _ => None,
-        };
-        let mut ids: Vec<u32> = Vec::new();
-        let mut batch = BatchLayout { shared: n, ..Default::default() };
-        for (input, answer) in texts {
-            if n + input.len() == 0 {
-                bail!("an example has neither virtual tokens nor an input");
+    ) -> Result<(Tensor, Box<dyn Kernels>)> {
+        let device = &self.model.info().device;
+        let n = batch.first().map_or(0, |example| leading_virtual_tokens(&example.input.decoder));
+        let mut tokens: Vec<InputToken> = (0..n as u32).map(InputToken::Virtual).collect();
+        let mut layout = BatchLayout { shared: n, ..Default::default() };
+        for PackedExample { input, predicting } in batch {
+            let text = &input.decoder[n..];
+            if text.is_empty() {
+                bail!("an example has no input and an answer of one token; its template should add a text");
             }
-            if past.is_some() && input.is_empty() {
-                bail!("an example has no input, and key-values need a text to continue; its template should add one");
+            // Position n of this example is this row of the batch.
+            let first = tokens.len();
+            tokens.extend(text);
+            layout.segments.push(Segment { rows: text.len(), start: n, blocks: Vec::new() });
+            let row = |position: usize| if position < n { position } else { first + position - n };
+            layout.wanted.extend(predicting.clone().map(|position| row(position) as u32));
+        }
+        let (past, prompt_rows) = match prompt.filter(|_| n > 0) {
+            Some(LearnedPrompt::Embeddings(embeddings)) => (None, Some(embeddings.rows.clone())),
+            // Attention reads the past key values; what the rows in their positions hold does not matter.
+            Some(LearnedPrompt::KeyValues(prompt)) => {
+                let rows = Tensor::zeros((n, self.model.info().hidden_size), self.model.activation_dtype(), device)?;
+                (Some(past_key_values(prompt)?), Some(rows))
             }
-            let start = n + ids.len();
-            ids.extend(*input);
-            // The last answer token is predicted and never read.
-            ids.extend(&answer[..answer.len() - 1]);
-            let length = n + ids.len() - start;
-            batch.segments.push(Segment { rows: length, start: n, blocks: Vec::new() });
-            // The row before an answer token predicts it: for an empty input the prompt's last row.
-            let before = |j: usize| match input.len() + j {
-                0 => n - 1,
-                k => start + k - 1,
-            };
-            batch.wanted.extend((0..answer.len()).map(|j| before(j) as u32));
-        }
-        if batch.segments.iter().any(|segment| segment.rows == 0) {
-            bail!("an example has no input and an answer of one token; its template should add a text");
-        }
-        let mut x = model.embed(&Tensor::new(ids, device)?)?;
-        let rows = match prompt {
-            Some(LearnedPrompt::Embeddings(embeddings)) => Some(embeddings.rows.to_dtype(x.dtype())?),
-            // The rows only take the places: attention reads the past key values instead.
-            Some(LearnedPrompt::KeyValues(_)) => Some(Tensor::zeros((n, x.dim(1)?), x.dtype(), device)?),
-            None => None,
+            None => (None, None),
         };
-        if let Some(rows) = rows {
-            x = Tensor::cat(&[&rows, &x], 0)?;
-        }
-        let mut kernels = self.tuning.kernels(&batch, past, encoded)?;
-        let hidden = model.forward(&x, &batch, kernels.as_mut())?;
-        Ok(AnswerStates { hidden, kernels })
+        let source = EmbeddingSource { tokens: &tokens, prompt_rows: prompt_rows.as_ref() };
+        let x = packing::embed(&self.model, &[source])?;
+        let mut kernels = self.tuning.kernels(&layout, past, encoded)?;
+        Ok((self.model.forward(&x, &layout, kernels.as_mut())?, kernels))
     }
 }
 
-/// A prompt's keys and values as the tuning kernels take them.
 fn past_key_values(prompt: &KeyValues) -> Result<PastKeyValues> {
     let layers = prompt.layers.iter().map(|l| Ok((l.keys.transpose(0, 1)?, l.values.transpose(0, 1)?)));
     Ok(PastKeyValues { layers: layers.collect::<Result<_>>()? })

@@ -13,7 +13,6 @@ use super::{
     parameters::{Method, Parameters},
 };
 use crate::{
-    kernels::{layout::BatchLayout, recording::Recording},
     model::Model,
     prompt::learned::LearnedPrompt,
     tokenizer::{Tokenizer, TokenizerError},
@@ -28,7 +27,7 @@ const FREQUENT: usize = 5000;
 pub enum Init {
     /// A text's tokens, repeated or cut to the length of the prompt.
     Text(String),
-    /// Training examples in random order with their answers, the end of as many as have room.
+    /// Training examples in random order with their answers, the end of as many as fit.
     Examples,
     /// Random words of the vocabulary.
     Vocab,
@@ -45,10 +44,7 @@ pub enum InitError {
     EmptyText,
     #[error("the vocabulary has no token that is not special")]
     NoVocabulary,
-    #[error(
-        "the prompt to begin with is one of {found}, and --type {method} learns {expected}; begin with a task of the \
-         same kind, or give another --type or --init"
-    )]
+    #[error("the prompt to begin with is one of {found}, and the type {method} learns {expected}")]
     OtherKind { found: &'static str, method: &'static str, expected: &'static str },
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
@@ -59,7 +55,7 @@ pub enum InitError {
 /// What initial values are made of.
 #[derive(Debug, Clone, Copy)]
 pub struct Source<'a> {
-    pub model: &'a Model,
+    pub forward: &'a Forward,
     pub tokenizer: &'a Tokenizer,
     /// The training examples.
     pub examples: &'a [TokenizedExample],
@@ -67,6 +63,10 @@ pub struct Source<'a> {
 }
 
 impl Source<'_> {
+    fn model(&self) -> &Model {
+        self.forward.model()
+    }
+
     /// Initial values of `parameters`, in their order.
     pub fn values(&self, init: &Init, parameters: &Parameters) -> std::result::Result<Vec<f32>, InitError> {
         let (method, n) = (parameters.method(), parameters.virtual_tokens());
@@ -84,14 +84,14 @@ impl Source<'_> {
     fn rows(&self, init: &Init, n: usize, method: Method) -> std::result::Result<Vec<f32>, InitError> {
         match init {
             Init::Text(_) | Init::Examples | Init::Vocab => {
-                let ids = Tensor::new(self.words(init, n)?, &self.model.info().device)?;
-                Ok(host(&self.model.embed(&ids)?)?)
+                let ids = Tensor::new(self.words(init, n)?, &self.model().info().device)?;
+                Ok(host(&self.model().embed(&ids)?)?)
             }
             Init::Prompt(LearnedPrompt::Embeddings(embeddings)) => Ok(repeated(&embeddings.rows, n)?),
             Init::Prompt(other) => Err(other_kind(other, method, "embeddings")),
             Init::Random => {
-                let std = embedding_scale(self.model)?;
-                Ok(noise(&mut order::rng(self.seed, order::INIT), n * self.model.info().hidden_size, std))
+                let std = embedding_scale(self.model())?;
+                Ok(noise(&mut order::rng(self.seed, order::INIT), n * self.model().info().hidden_size, std))
             }
         }
     }
@@ -117,26 +117,16 @@ impl Source<'_> {
     /// text, of the tokenizer's or the decoder's start: attention rests there. A decoder after an encoder
     /// writes the words that the encoder reads.
     fn computed(&self, init: &Init, n: usize) -> std::result::Result<Vec<[Vec<f32>; 2]>, InitError> {
-        let device = &self.model.info().device;
-        let forward = Forward::new(self.model);
         let around = self.tokenizer.tokenize("")?;
-        let mut ids = match &self.model.info().encoder {
+        let mut ids = match &self.model().info().encoder {
             None => around.iter().copied().take(n).collect(),
             Some(encoder) => vec![encoder.start_token],
         };
         let words = self.words(init, (n - ids.len()).max(1))?;
-        let encoded = match &self.model.info().encoder {
-            None => None,
-            Some(_) => Some(forward.run_encoder(None, &[&[words.as_slice(), &around].concat()])?),
-        };
         ids.extend(&words);
         ids.truncate(n);
-        // What is wanted is recorded on the way to the last row.
-        let batch = BatchLayout { wanted: vec![n as u32 - 1], ..BatchLayout::of_lengths(0, &[n]) };
-        let mut kernels = Recording::new(forward.kernels(&batch, encoded)?);
-        let x = self.model.embed(&Tensor::new(ids, device)?)?;
-        self.model.forward(&x, &batch, &mut kernels)?;
-        Ok(kernels.into_layers().iter().map(|(k, v)| Ok([host(k)?, host(v)?])).collect::<Result<_>>()?)
+        let layers = self.forward.key_values(&ids, &[words, around].concat())?;
+        Ok(layers.iter().map(|(k, v)| Ok([host(k)?, host(v)?])).collect::<Result<_>>()?)
     }
 
     /// `n` token ids.
@@ -171,7 +161,7 @@ impl Source<'_> {
             }
             Init::Vocab | Init::Prompt(_) | Init::Random => {
                 let mut rng = order::rng(self.seed, order::INIT);
-                let rows = self.model.info().vocab_size.min(self.tokenizer.vocab_size()) as u32;
+                let rows = self.model().info().vocab_size.min(self.tokenizer.vocab_size()) as u32;
                 let words: Vec<u32> = (0..rows).filter(|&id| !self.tokenizer.is_special(id)).take(FREQUENT).collect();
                 if words.is_empty() {
                     return Err(InitError::NoVocabulary);

@@ -26,9 +26,9 @@ use crate::{
     },
 };
 
-/// Where a run keeps its state and puts its result.
+/// The folders of a run: of its result and of its state.
 #[derive(Debug, Clone)]
-pub struct Places {
+pub struct OutputPaths {
     /// The folder of the finished prompt.
     pub output: PathBuf,
     /// The folder of the unfinished run's state.
@@ -59,7 +59,7 @@ pub struct Outcome {
     /// The learning rate's peak.
     pub rate: f64,
     /// The model on its own, without a prompt.
-    pub bare: ValidationMetrics,
+    pub without_prompt: ValidationMetrics,
     /// The initial values.
     pub before: ValidationMetrics,
     /// The prompt that was kept, and the step it is from.
@@ -69,14 +69,18 @@ pub struct Outcome {
 
 /// Runs a plan. The folder of an existing prompt is not touched before the new one is complete and
 /// has been read back.
-pub fn run(model: &Model, plan: &Plan, places: &Places, observer: &mut dyn Observer) -> Result<Outcome, TuneError> {
-    output::check(&places.output)?;
-    let forward = Forward::new(model);
-    let trainer =
-        Trainer { forward: &forward, parameters: &plan.parameters, train: &plan.train, held_out: &plan.held_out };
-    let (rate, mut state) = match places.resume {
+pub fn run(
+    forward: &Forward,
+    plan: &Plan,
+    paths: &OutputPaths,
+    observer: &mut dyn Observer,
+) -> Result<Outcome, TuneError> {
+    output::check(&paths.output)?;
+    let model = forward.model();
+    let trainer = Trainer { forward, parameters: &plan.parameters, train: &plan.train, held_out: &plan.held_out };
+    let (rate, mut state) = match paths.resume {
         true => {
-            let checkpoint = Checkpoint::read(&places.checkpoint, &plan.identity)?;
+            let checkpoint = Checkpoint::read(&paths.checkpoint, &plan.identity)?;
             (checkpoint.rate, checkpoint.state)
         }
         false => (choose_rate(&trainer, plan, observer)?, State::new(plan.initial.clone())),
@@ -89,7 +93,7 @@ pub fn run(model: &Model, plan: &Plan, places: &Places, observer: &mut dyn Obser
     let ended = trainer.run(&settings, &mut state, &mut |progress| {
         if let Progress::Evaluated { state, .. } = progress {
             let checkpoint = Checkpoint { identity: plan.identity.clone(), rate, state: state.clone() };
-            if let Err(e) = checkpoint.write(&places.checkpoint) {
+            if let Err(e) = checkpoint.write(&paths.checkpoint) {
                 unsaved = Some(e);
                 return Ok(ControlFlow::Break(()));
             }
@@ -100,7 +104,7 @@ pub fn run(model: &Model, plan: &Plan, places: &Places, observer: &mut dyn Obser
         return Err(error.into());
     }
     if ended == Ended::Interrupted {
-        return Err(TuneError::Interrupted { checkpoint: places.checkpoint.clone() });
+        return Err(TuneError::Interrupted { checkpoint: paths.checkpoint.clone() });
     }
     let before = state.evaluations.first().map(|e| e.1).ok_or(TuneError::Diverged { rate, step: state.step })?;
     let best = match state.best.clone() {
@@ -109,14 +113,14 @@ pub fn run(model: &Model, plan: &Plan, places: &Places, observer: &mut dyn Obser
         _ if ended == Ended::Diverged => return Err(TuneError::Diverged { rate, step: state.step }),
         _ => return Err(TuneError::NoGain { rate, loss: before.loss }),
     };
-    let bare = trainer.validate(&settings, None)?;
+    let without_prompt = trainer.validate(&settings, None)?;
     let spec = spec(model, plan, &settings, &state, best.validation);
     let prompt = plan.parameters.prompt_of(&best.values, &Device::Cpu)?;
     let files = output::serialise(&plan.parameters, &prompt, &spec, model)?;
-    let version = output::write(&places.output, &plan.task, &files, &fit(model))?;
-    output::write_curve(&places.output, plan, &state)?;
-    output::remove_checkpoint(&places.checkpoint);
-    Ok(Outcome { version, ended, rate, bare, before, after: best.validation, best_step: best.step, state })
+    let version = output::write(&paths.output, &plan.task, &files, &fit(model))?;
+    output::write_curve(&paths.output, plan, &state)?;
+    output::remove_checkpoint(&paths.checkpoint);
+    Ok(Outcome { version, ended, rate, without_prompt, before, after: best.validation, best_step: best.step, state })
 }
 
 fn choose_rate(trainer: &Trainer<'_>, plan: &Plan, observer: &mut dyn Observer) -> Result<f64, TuneError> {

@@ -55,10 +55,9 @@ impl Scored {
 pub fn score(forward: &Forward, prompt: Option<&LearnedPrompt>, batch: &[&TokenizedExample]) -> Result<Scored> {
     let targets: Vec<u32> = batch.iter().flat_map(|example| example.answer.iter().copied()).collect();
     let tokens = targets.len();
-    let mut states = forward.answer_states(prompt, batch)?;
-    let logits = forward.model().logits(&states.hidden, states.kernels.as_mut())?;
+    let (logits, mut kernels) = forward.answer_logits(prompt, batch)?;
     let likeliest = logits.detach().argmax(D::Minus1)?;
-    let log_probs = states.kernels.log_probabilities(&logits, &targets)?;
+    let log_probs = kernels.log_probabilities(&logits, &targets)?;
     let sum = log_probs.sum_all()?.neg()?;
     Ok(Scored { sum, tokens, likeliest, log_probs: log_probs.detach() })
 }

@@ -4,20 +4,21 @@
 use std::path::{Path, PathBuf};
 
 use super::{
-    TuneError,
+    Setting, TuneError,
     checkpoint::Identity,
     data::{self, Dataset, TokenizedExample},
     encoder::{Encoder, EncoderKind},
+    forward::Forward,
     init::{self, Init, Source},
     optim::AdamW,
     parameters::{Method, Parameters},
-    room::Room,
     schedule::{Decay, Schedule},
     sweep,
     trainer::Settings,
 };
 use crate::{
     model::Model,
+    packing::PromptShape,
     prompt::{
         TaskName,
         format::Fit,
@@ -94,7 +95,7 @@ impl PromptType {
 pub struct Options {
     pub task: TaskName,
     pub data: PathBuf,
-    /// ValidationMetrics-out examples; without them a part of `data`.
+    /// Held-out examples; without them a part of `data`.
     pub eval_data: Option<PathBuf>,
     /// minijinja source; [`default_template`] where there is none.
     pub template: Option<String>,
@@ -170,6 +171,19 @@ pub enum HeldOut {
     Training,
 }
 
+/// What is odd about a plan and not wrong.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Warning {
+    #[error("{shared} of the {held_out} held-out inputs are also trained on")]
+    SharedInputs { shared: usize, held_out: usize },
+    /// The data are too few to split, and there are no other.
+    #[error(
+        "{examples} examples are too few to hold some out: the learning rate and the best prompt are chosen by the \
+         training examples, and what is reported says nothing of others"
+    )]
+    NothingHeldOut { examples: usize },
+}
+
 /// Everything that a run needs, checked.
 #[derive(Debug, Clone)]
 pub struct Plan {
@@ -192,15 +206,16 @@ pub struct Plan {
     pub max_tokens: usize,
     /// What a checkpoint is compared by.
     pub identity: Identity,
-    pub warnings: Vec<String>,
+    pub warnings: Vec<Warning>,
 }
 
 impl Plan {
     /// Reads the data and checks everything against the model.
-    pub fn new(model: &Model, tokenizer: &Tokenizer, options: &Options) -> Result<Self, TuneError> {
+    pub fn new(forward: &Forward, tokenizer: &Tokenizer, options: &Options) -> Result<Self, TuneError> {
         check_numbers(options)?;
+        let model = forward.model();
         let info = model.info();
-        let mut warnings = Vec::new();
+        let mut warnings: Vec<Warning> = Vec::new();
         let template = PromptTemplate::parse(options.template.as_deref().unwrap_or(default_template(model)))?;
         let data = Dataset::read(&options.data, options.labels.as_ref())?;
         let eval = match &options.eval_data {
@@ -210,23 +225,28 @@ impl Plan {
         let eos = *info.eos_token_ids.first().ok_or_else(|| TuneError::NoEos { model: info.name.clone() })?;
         let n = options.virtual_tokens.unwrap_or(VIRTUAL_TOKENS);
         if n == 0 || n + 2 > info.context_length {
-            return Err(TuneError::VirtualTokens { found: n, limit: info.context_length.saturating_sub(2) });
+            let limit = info.context_length.saturating_sub(2);
+            let expected = format!("1 to {limit}, which is what the model's context has room for");
+            return Err(TuneError::OutOfRange { setting: Setting::VirtualTokens, found: n.to_string(), expected });
         }
         let method = options.prompt_type.method(n, model)?;
         let fit = Fit::from(info);
         if method == Method::PrefixTuning && fit.num_layers > fit.key_values_layers() {
             return Err(TuneError::DeeperDecoder { encoder: fit.key_values_layers(), decoder: fit.num_layers });
         }
-        let room = Room::behind(model, n, method == Method::PrefixTuning);
+        let budget = forward.packing().budget(match method {
+            Method::PromptTuning | Method::PTuning(_) => PromptShape::Embeddings(n),
+            Method::PrefixTuning => PromptShape::KeyValues(n),
+        });
         let tokenize =
-            |path: &Path, data: &Dataset| data::tokenize(path, &data.examples, &template, tokenizer, eos, room);
+            |path: &Path, data: &Dataset| data::tokenize(path, &data.examples, &template, tokenizer, eos, budget);
         let all = tokenize(&options.data, &data)?;
         let (train, held_out, held_out_is) = match &eval {
             Some((path, eval)) => {
                 let held_out = tokenize(path, eval)?;
                 let shared = held_out.iter().filter(|h| all.iter().any(|t| t.input_ids == h.input_ids)).count();
                 if shared > 0 {
-                    warnings.push(format!("{shared} of the {} held-out inputs are also trained on", held_out.len()));
+                    warnings.push(Warning::SharedInputs { shared, held_out: held_out.len() });
                 }
                 (all, held_out, HeldOut::File)
             }
@@ -235,7 +255,7 @@ impl Plan {
         let batch_size = options.batch_size.min(train.len());
         let steps = steps(options.length, train.len(), batch_size * options.accumulate);
         let parameters = Parameters::new(method, n, model);
-        let source = Source { model, tokenizer, examples: &train, seed: options.seed };
+        let source = Source { forward, tokenizer, examples: &train, seed: options.seed };
         let initial = source.values(&options.init, &parameters)?;
         let unit = init::rate_unit(&parameters, &initial, model)?;
         let settings = Settings {
@@ -284,41 +304,38 @@ impl Plan {
 }
 
 fn check_numbers(options: &Options) -> Result<(), TuneError> {
-    let range = |option, found: f64, least: f64, most: f64, expected| {
+    let range = |setting, found: f64, least: f64, most: f64, expected: &str| {
         let fine = found >= least && found <= most;
-        if fine { Ok(()) } else { Err(TuneError::Option { option, found: found.to_string(), expected }) }
+        let error = || TuneError::OutOfRange { setting, found: found.to_string(), expected: expected.to_owned() };
+        if fine { Ok(()) } else { Err(error()) }
     };
     let rate = options.rate.unwrap_or(1.0);
-    range("--lr", rate, f64::MIN_POSITIVE, 1e6, "a positive number, or auto")?;
-    range("--warmup", options.warmup, 0.0, 1.0, "a part of the steps, 0 to 1")?;
-    range("--weight-decay", options.weight_decay, 0.0, 1e6, "0 or more")?;
-    range("--clip", options.clip, 0.0, f64::MAX, "a norm, or 0 for none")?;
-    let count = |option, found: usize| range(option, found as f64, 1.0, 1e9, "1 or more");
-    count("--batch-size", options.batch_size)?;
-    count("--accumulate", options.accumulate)?;
-    count("--eval-every", options.eval_every.unwrap_or(1))?;
+    range(Setting::LearningRate, rate, f64::MIN_POSITIVE, 1e6, "a positive number")?;
+    range(Setting::Warmup, options.warmup, 0.0, 1.0, "a part of the steps, 0 to 1")?;
+    range(Setting::WeightDecay, options.weight_decay, 0.0, 1e6, "0 or more")?;
+    range(Setting::Clip, options.clip, 0.0, f64::MAX, "a norm, or 0 for none")?;
+    let count = |setting, found: usize| range(setting, found as f64, 1.0, 1e9, "1 or more");
+    count(Setting::BatchSize, options.batch_size)?;
+    count(Setting::Accumulate, options.accumulate)?;
+    count(Setting::EvalEvery, options.eval_every.unwrap_or(1))?;
     if let PromptType::PTuning { hidden_size: Some(size), .. } = options.prompt_type {
-        range("--encoder-hidden", size as f64, 1.0, MAX_ENCODER_SIZE as f64, "1 to 16384")?;
+        range(Setting::EncoderHidden, size as f64, 1.0, MAX_ENCODER_SIZE as f64, "1 to 16384")?;
     }
     match options.length {
         Length::Auto => Ok(()),
-        Length::Steps(n) => count("--steps", n),
-        Length::Epochs(n) => range("--epochs", n, f64::MIN_POSITIVE, 1e6, "a positive number"),
+        Length::Steps(n) => count(Setting::Steps, n),
+        Length::Epochs(n) => range(Setting::Epochs, n, f64::MIN_POSITIVE, 1e6, "a positive number"),
     }
 }
 
 fn split(
     all: Vec<TokenizedExample>,
     seed: u64,
-    warnings: &mut Vec<String>,
+    warnings: &mut Vec<Warning>,
 ) -> (Vec<TokenizedExample>, Vec<TokenizedExample>, HeldOut) {
     let out = data::held_out(&all, seed);
     if !out.contains(&true) {
-        warnings.push(format!(
-            "{} examples are too few to hold some out: the learning rate and the best prompt are chosen by the \
-             training examples, and what is reported says nothing of others; give --eval-data",
-            all.len()
-        ));
+        warnings.push(Warning::NothingHeldOut { examples: all.len() });
         return (all.clone(), all, HeldOut::Training);
     }
     let (held_out, train): (Vec<_>, Vec<_>) = all.into_iter().zip(out).partition(|(_, out)| *out);

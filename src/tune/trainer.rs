@@ -44,9 +44,10 @@ pub struct State {
     pub moments: Moments,
     /// The best prompt so far.
     pub best: Option<Best>,
-    /// Evaluations since the last clear gain, and what that gain reached.
-    pub stale: usize,
-    pub mark: Option<ValidationMetrics>,
+    /// Evaluations since the last clear gain: what patience (early stopping) counts.
+    pub evaluations_without_gain: usize,
+    /// What the last clear gain reached.
+    pub last_gain: Option<ValidationMetrics>,
     /// The training loss of each step.
     pub losses: Vec<f64>,
     /// Each evaluation, by the number of updates before it.
@@ -65,7 +66,16 @@ impl State {
     /// Before the first step.
     pub fn new(values: Vec<f32>) -> Self {
         let moments = Moments::zeros(values.len());
-        Self { step: 0, values, moments, best: None, stale: 0, mark: None, losses: vec![], evaluations: vec![] }
+        Self {
+            step: 0,
+            values,
+            moments,
+            best: None,
+            evaluations_without_gain: 0,
+            last_gain: None,
+            losses: vec![],
+            evaluations: vec![],
+        }
     }
 }
 
@@ -94,7 +104,7 @@ pub enum Ended {
 /// A model and the examples that a prompt is tuned on.
 #[derive(Debug, Clone, Copy)]
 pub struct Trainer<'a> {
-    pub forward: &'a Forward<'a>,
+    pub forward: &'a Forward,
     pub parameters: &'a Parameters,
     pub train: &'a [TokenizedExample],
     /// Examples that choose the learning rate and the best prompt and are not trained on.
@@ -127,7 +137,7 @@ impl Trainer<'_> {
                 if self.evaluate(settings, state, observe)?.is_break() {
                     return Ok(Ended::Interrupted);
                 }
-                if settings.patience > 0 && state.stale >= settings.patience {
+                if settings.patience > 0 && state.evaluations_without_gain >= settings.patience {
                     return Ok(Ended::Early);
                 }
             }
@@ -185,10 +195,10 @@ impl Trainer<'_> {
         if best {
             state.best = Some(Best { step: state.step, values: state.values.clone(), validation });
         }
-        if state.mark.is_none_or(|mark| validation.clearly_better_than(&mark)) {
-            (state.stale, state.mark) = (0, Some(validation));
+        if state.last_gain.is_none_or(|gain| validation.clearly_better_than(&gain)) {
+            (state.evaluations_without_gain, state.last_gain) = (0, Some(validation));
         } else {
-            state.stale += 1;
+            state.evaluations_without_gain += 1;
         }
         state.evaluations.push((state.step, validation));
         observe(Progress::Evaluated { state, validation, best })

@@ -91,15 +91,14 @@ fn gradients_of_rows_and_of_key_values_are_those_of_central_differences() {
     // Longer than the windows there are.
     let example = TokenizedExample { input_ids: (40..66).collect(), answer: vec![70, 2] };
     for name in fixtures::families() {
-        let (model, fast) = (fixtures::load(&name, DType::F64), fixtures::load(&name, DType::F32));
-        let (exact, fast) = (Forward::new(&model), Forward::new(&fast));
+        let [plain, fast] = [DType::F64, DType::F32].map(|dtype| Forward::new(fixtures::load(&name, dtype)));
         for method in [Method::PromptTuning, Method::PrefixTuning] {
-            let parameters = Parameters::new(method, ROWS, &model);
+            let parameters = Parameters::new(method, ROWS, plain.model());
             let values: Vec<f32> = (0..parameters.len()).map(|i| (i as f32 * 0.7).sin() * 0.5).collect();
             let variables = parameters.variables(&values, &Device::Cpu).unwrap();
             let tensors: Vec<Tensor> = variables.iter().map(|v| v.to_dtype(DType::F64).unwrap()).collect();
             let score = |tensors: &[Tensor]| {
-                loss::score(&exact, Some(&parameters.prompt(tensors).unwrap()), &[&example]).unwrap().sum
+                loss::score(&plain, Some(&parameters.prompt(tensors).unwrap()), &[&example]).unwrap().sum
             };
             let variables: Vec<Var> = tensors.iter().map(|t| Var::from_tensor(t).unwrap()).collect();
             let inputs: Vec<Tensor> = variables.iter().map(|v| v.as_tensor().clone()).collect();

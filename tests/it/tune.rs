@@ -26,9 +26,9 @@ use crate::{
     tiny_model::{BOS, EOS, FIRST_BYTE, TinyModel},
 };
 
-fn model(dtype: DType) -> Model {
+fn forward(dtype: DType) -> Forward {
     let (_dir, files) = TinyModel::default().temp();
-    Model::load(&files, backend_for(dtype), dtype).unwrap()
+    Forward::new(Model::load(&files, backend_for(dtype), dtype).unwrap())
 }
 
 fn tokens(text: &str) -> Vec<u32> {
@@ -94,23 +94,24 @@ fn settings(steps: usize) -> Settings {
     }
 }
 
-fn run(model: &Model, data: &[TokenizedExample], settings: &Settings, state: &mut State) -> Ended {
-    let parameters = Parameters::new(Method::PromptTuning, state.values.len() / model.info().hidden_size, model);
-    let trainer = Trainer { forward: &Forward::new(model), parameters: &parameters, train: data, held_out: data };
+fn run(forward: &Forward, data: &[TokenizedExample], settings: &Settings, state: &mut State) -> Ended {
+    let n = state.values.len() / forward.model().info().hidden_size;
+    let parameters = Parameters::new(Method::PromptTuning, n, forward.model());
+    let trainer = Trainer { forward, parameters: &parameters, train: data, held_out: data };
     trainer.run(settings, state, &mut |_| Ok(ControlFlow::Continue(()))).unwrap()
 }
 
 #[test]
 fn the_gradient_of_every_prompt_row_is_that_of_central_differences() {
-    let model = model(DType::F64);
+    let forward = forward(DType::F64);
     let data = [example("some text\n", "yes"), example("x", "no, not at all"), example("", "ok")];
     let batch: Vec<&TokenizedExample> = data.iter().collect();
-    let (n, hidden) = (5, model.info().hidden_size);
-    let values: Vec<f64> = initial(&model, n).into_iter().map(f64::from).collect();
+    let (n, hidden) = (5, forward.model().info().hidden_size);
+    let values: Vec<f64> = initial(forward.model(), n).into_iter().map(f64::from).collect();
     let tensor = |values: &[f64]| Tensor::from_slice(values, (n, hidden), &Device::Cpu).unwrap();
     let score = |rows: &Tensor| {
         let prompt = LearnedPrompt::Embeddings(Embeddings { rows: rows.clone() });
-        loss::score(&Forward::new(&model), Some(&prompt), &batch).unwrap().sum
+        loss::score(&forward, Some(&prompt), &batch).unwrap().sum
     };
     let loss_of = |values: &[f64]| loss::scalar(&score(&tensor(values))).unwrap();
 
@@ -140,19 +141,18 @@ fn the_gradient_of_every_prompt_row_is_that_of_central_differences() {
 
 #[test]
 fn the_gradient_of_every_key_and_value_is_that_of_central_differences() {
-    let model = model(DType::F64);
+    let forward = forward(DType::F64);
     let data = [example("some text\n", "yes"), example("x", "no, not at all"), example("", "ok")];
     let batch: Vec<&TokenizedExample> = data.iter().collect();
-    let parameters = Parameters::new(Method::PrefixTuning, 3, &model);
+    let parameters = Parameters::new(Method::PrefixTuning, 3, forward.model());
     let tensors: Vec<Tensor> = parameters
         .variables(&noise(parameters.len()), &Device::Cpu)
         .unwrap()
         .iter()
         .map(|v| v.to_dtype(DType::F64).unwrap())
         .collect();
-    let score = |tensors: &[Tensor]| {
-        loss::score(&Forward::new(&model), Some(&parameters.prompt(tensors).unwrap()), &batch).unwrap().sum
-    };
+    let score =
+        |tensors: &[Tensor]| loss::score(&forward, Some(&parameters.prompt(tensors).unwrap()), &batch).unwrap().sum;
     let vars: Vec<Var> = tensors.iter().map(|t| Var::from_tensor(t).unwrap()).collect();
     let inputs: Vec<Tensor> = vars.iter().map(|v| v.as_tensor().clone()).collect();
     let gradients = loss::gradients_of(&score(&inputs), &vars).unwrap();
@@ -178,27 +178,27 @@ fn the_gradient_of_every_key_and_value_is_that_of_central_differences() {
 
 /// The loss of a batch and its gradient to each tensor, on a model in f64.
 pub fn plain_gradient(
-    model: &Model,
+    forward: &Forward,
     parameters: &Parameters,
     values: &[f32],
     batch: &[&TokenizedExample],
 ) -> (f64, Vec<Tensor>) {
     let vars = parameters.variables(values, &Device::Cpu).unwrap();
     let tensors: Vec<Tensor> = vars.iter().map(|v| v.as_tensor().clone()).collect();
-    let sum = loss::score(&Forward::new(model), Some(&parameters.prompt(&tensors).unwrap()), batch).unwrap().sum;
+    let sum = loss::score(forward, Some(&parameters.prompt(&tensors).unwrap()), batch).unwrap().sum;
     let gradient = loss::gradients_of(&sum, &vars).unwrap();
     (loss::scalar(&sum).unwrap(), gradient)
 }
 
 #[test]
 fn the_fast_gradient_in_f32_is_the_plain_one_in_f64() {
-    let (slow, fast) = (model(DType::F64), model(DType::F32));
+    let (slow, fast) = (forward(DType::F64), forward(DType::F32));
     let data = [example("some text\n", "yes"), example("x", "no, not at all"), example("", "ok")];
     let batch: Vec<&TokenizedExample> = data.iter().collect();
     for method in methods() {
-        let parameters = Parameters::new(method, 5, &fast);
-        let values = begin(&fast, &parameters);
-        let (sum, gradient) = loss::gradient(&Forward::new(&fast), &parameters, &values, &batch).unwrap();
+        let parameters = Parameters::new(method, 5, fast.model());
+        let values = begin(fast.model(), &parameters);
+        let (sum, gradient) = loss::gradient(&fast, &parameters, &values, &batch).unwrap();
 
         let (exact, expected) = plain_gradient(&slow, &parameters, &values, &batch);
         assert!((sum - exact).abs() < 1e-4 * exact, "{sum} {exact}");
@@ -216,18 +216,18 @@ fn the_fast_gradient_in_f32_is_the_plain_one_in_f64() {
 
 #[test]
 fn a_batch_costs_what_its_examples_cost_alone_and_counts_exact_answers() {
-    let model = model(DType::F32);
+    let forward = forward(DType::F32);
     let data = examples();
-    let rows = Parameters::new(Method::PromptTuning, 6, &model).prompt_of(&initial(&model, 6), &Device::Cpu).unwrap();
-    let key_values = Parameters::new(Method::PrefixTuning, 6, &model);
+    let rows = Parameters::new(Method::PromptTuning, 6, forward.model())
+        .prompt_of(&initial(forward.model(), 6), &Device::Cpu)
+        .unwrap();
+    let key_values = Parameters::new(Method::PrefixTuning, 6, forward.model());
     let key_values = key_values.prompt_of(&noise(key_values.len()), &Device::Cpu).unwrap();
     for prompt in [Some(&rows), Some(&key_values), None] {
         let all: Vec<&TokenizedExample> = data.iter().collect();
-        let together = loss::score(&Forward::new(&model), prompt, &all).unwrap();
-        let alone: f64 = data
-            .iter()
-            .map(|e| loss::scalar(&loss::score(&Forward::new(&model), prompt, &[e]).unwrap().sum).unwrap())
-            .sum();
+        let together = loss::score(&forward, prompt, &all).unwrap();
+        let alone: f64 =
+            data.iter().map(|e| loss::scalar(&loss::score(&forward, prompt, &[e]).unwrap().sum).unwrap()).sum();
         let sum = loss::scalar(&together.sum).unwrap();
         assert!((sum - alone).abs() < 1e-4 * alone, "{sum} {alone}");
         assert_eq!(together.tokens, 16);
@@ -237,29 +237,28 @@ fn a_batch_costs_what_its_examples_cost_alone_and_counts_exact_answers() {
 
 #[test]
 fn eight_examples_of_a_random_model_are_learned_by_heart() {
-    let model = model(DType::F32);
+    let forward = forward(DType::F32);
     let data = examples();
-    let before = model.weights_digest().unwrap();
-    let mut state = State::new(initial(&model, 16));
+    let before = forward.model().weights_digest().unwrap();
+    let mut state = State::new(initial(forward.model(), 16));
     let run_settings = Settings { batch_size: 8, eval_every: 50, ..settings(600) };
-    run(&model, &data, &run_settings, &mut state);
+    run(&forward, &data, &run_settings, &mut state);
     let best = state.best.unwrap();
     assert!(best.validation.loss < 0.05 && best.validation.exact == 1.0, "{:?}", best.validation);
     assert!(state.losses[0] > 2.0, "there was something to learn");
-    assert_eq!(model.weights_digest().unwrap(), before, "the model's weights changed");
+    assert_eq!(forward.model().weights_digest().unwrap(), before, "the model's weights changed");
 }
 
 #[test]
 fn every_way_to_learn_lowers_the_loss() {
-    let model = model(DType::F32);
+    let forward = forward(DType::F32);
     let data = examples();
     for (method, peak) in methods().into_iter().zip([0.05, 0.01, 0.01, 0.05]) {
-        let parameters = Parameters::new(method, 16, &model);
-        let trainer =
-            Trainer { forward: &Forward::new(&model), parameters: &parameters, train: &data, held_out: &data };
+        let parameters = Parameters::new(method, 16, forward.model());
+        let trainer = Trainer { forward: &forward, parameters: &parameters, train: &data, held_out: &data };
         let schedule = Schedule { peak, warmup: 6, steps: 120, decay: Decay::Linear };
         let settings = Settings { batch_size: 8, eval_every: 120, schedule, ..settings(120) };
-        let mut state = State::new(begin(&model, &parameters));
+        let mut state = State::new(begin(forward.model(), &parameters));
         trainer.run(&settings, &mut state, &mut |_| Ok(ControlFlow::Continue(()))).unwrap();
         let losses: Vec<f64> = state.evaluations.iter().map(|e| e.1.loss).collect();
         assert!(losses[1] < 0.5 * losses[0], "{method:?}: {losses:?}");
@@ -268,10 +267,10 @@ fn every_way_to_learn_lowers_the_loss() {
 
 #[test]
 fn a_seed_gives_the_same_prompt_bit_for_bit_and_another_seed_another() {
-    let model = model(DType::F32);
+    let forward = forward(DType::F32);
     let tuned = |seed: u64| {
-        let mut state = State::new(initial(&model, 4));
-        run(&model, &examples(), &Settings { seed, ..settings(8) }, &mut state);
+        let mut state = State::new(initial(forward.model(), 4));
+        run(&forward, &examples(), &Settings { seed, ..settings(8) }, &mut state);
         state
     };
     assert_eq!(tuned(1), tuned(1));
@@ -280,11 +279,11 @@ fn a_seed_gives_the_same_prompt_bit_for_bit_and_another_seed_another() {
 
 #[test]
 fn accumulated_batches_are_one_large_batch() {
-    let model = model(DType::F32);
+    let forward = forward(DType::F32);
     let data = examples();
     let tuned = |batch_size: usize, accumulate: usize| {
-        let mut state = State::new(initial(&model, 4));
-        run(&model, &data, &Settings { batch_size, accumulate, clip: 0.0, ..settings(2) }, &mut state);
+        let mut state = State::new(initial(forward.model(), 4));
+        run(&forward, &data, &Settings { batch_size, accumulate, clip: 0.0, ..settings(2) }, &mut state);
         state.losses
     };
     for (a, b) in tuned(8, 1).iter().zip(tuned(2, 4)) {
@@ -294,16 +293,11 @@ fn accumulated_batches_are_one_large_batch() {
 
 #[test]
 fn a_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_does() {
-    let model = model(DType::F32);
+    let forward = forward(DType::F32);
     let data = examples();
     for method in methods() {
-        let parameters = Parameters::new(method, 4, &model);
-        resumes(&Trainer {
-            forward: &Forward::new(&model),
-            parameters: &parameters,
-            train: &data,
-            held_out: &data[..3],
-        });
+        let parameters = Parameters::new(method, 4, forward.model());
+        resumes(&Trainer { forward: &forward, parameters: &parameters, train: &data, held_out: &data[..3] });
     }
 }
 
@@ -337,13 +331,13 @@ fn resumes(trainer: &Trainer<'_>) {
 
 #[test]
 fn a_run_without_a_gain_ends_early_and_keeps_its_best() {
-    let model = model(DType::F32);
+    let forward = forward(DType::F32);
     let data = examples();
     // A rate that only wanders.
     let schedule = Schedule { peak: 30.0, warmup: 0, steps: 400, decay: Decay::Constant };
     let settings = Settings { schedule, patience: 3, ..settings(400) };
-    let mut state = State::new(initial(&model, 4));
-    let ended = run(&model, &data, &settings, &mut state);
+    let mut state = State::new(initial(forward.model(), 4));
+    let ended = run(&forward, &data, &settings, &mut state);
     assert_eq!(ended, Ended::Early);
     assert!(state.step < 400);
     let least = state.evaluations.iter().map(|e| e.1).reduce(|a, b| if b.better_than(&a) { b } else { a }).unwrap();
@@ -352,11 +346,11 @@ fn a_run_without_a_gain_ends_early_and_keeps_its_best() {
 
 #[test]
 fn the_sweep_leaves_out_rates_that_diverge() {
-    let model = model(DType::F32);
+    let forward = forward(DType::F32);
     let data = examples();
-    let parameters = Parameters::new(Method::PromptTuning, 4, &model);
-    let trainer = Trainer { forward: &Forward::new(&model), parameters: &parameters, train: &data, held_out: &data };
-    let initial = initial(&model, 4);
+    let parameters = Parameters::new(Method::PromptTuning, 4, forward.model());
+    let trainer = Trainer { forward: &forward, parameters: &parameters, train: &data, held_out: &data };
+    let initial = initial(forward.model(), 4);
     let rates = [1e-9, 0.05, 1e300];
     let mut steps = 0;
     let found = sweep::sweep(&trainer, &settings(0), &initial, &rates, 10, &mut |done, of| {

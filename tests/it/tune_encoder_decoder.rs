@@ -14,9 +14,8 @@ use softserve::{
         data::TokenizedExample,
         encoder::{Encoder, EncoderKind},
         forward::Forward,
-        generate,
         init::{Init, Source},
-        job::{self, Places},
+        job::{self, OutputPaths},
         loss,
         parameters::{Method, Parameters, matrix},
         plan::{Length, Options, Plan, PromptType},
@@ -29,7 +28,7 @@ use crate::{
     fixtures,
     process::{Process, output, softserve},
     tune::plain_gradient,
-    tune_job::{NEVER, StopAt},
+    tune_job::{NEVER, StopAt, answers},
     tune_types::{TYPES, tune},
 };
 
@@ -80,14 +79,15 @@ fn the_gradient_of_all_that_is_learned_is_that_of_central_differences() {
     let data = examples();
     let batch: Vec<&TokenizedExample> = data.iter().collect();
     for name in MODELS {
-        let model = fixtures::load(name, DType::F64);
+        let forward = Forward::new(fixtures::load(name, DType::F64));
+        let model = forward.model();
         for method in methods(2) {
             let parameters = Parameters::new(method, 3, &model);
             let values = noise(parameters.len());
             let wide = |v: &Var| v.to_dtype(DType::F64).unwrap();
             let tensors: Vec<Tensor> = parameters.variables(&values, &Device::Cpu).unwrap().iter().map(wide).collect();
             let score = |tensors: &[Tensor]| {
-                loss::score(&Forward::new(&model), Some(&parameters.prompt(tensors).unwrap()), &batch).unwrap().sum
+                loss::score(&forward, Some(&parameters.prompt(tensors).unwrap()), &batch).unwrap().sum
             };
             let vars: Vec<Var> = tensors.iter().map(|t| Var::from_tensor(t).unwrap()).collect();
             let inputs: Vec<Tensor> = vars.iter().map(|v| v.as_tensor().clone()).collect();
@@ -96,7 +96,7 @@ fn the_gradient_of_all_that_is_learned_is_that_of_central_differences() {
                 let gradient = gradient.flatten_all().unwrap().to_vec1::<f64>().unwrap();
                 let values = tensors[i].flatten_all().unwrap().to_vec1::<f64>().unwrap();
                 // A few of many: the network's own gradients are checked beside it.
-                let places: Vec<usize> = (0..values.len()).step_by(1 + values.len() / 24).collect();
+                let sampled: Vec<usize> = (0..values.len()).step_by(1 + values.len() / 24).collect();
                 let moved = |at: usize, by: f64| {
                     let mut values = values.clone();
                     values[at] += by;
@@ -106,9 +106,9 @@ fn the_gradient_of_all_that_is_learned_is_that_of_central_differences() {
                 };
                 let step = 1e-6;
                 let numeric: Vec<f64> =
-                    places.iter().map(|&at| (moved(at, step) - moved(at, -step)) / (2.0 * step)).collect();
+                    sampled.iter().map(|&at| (moved(at, step) - moved(at, -step)) / (2.0 * step)).collect();
                 let size = norm(numeric.iter().copied());
-                let error = norm(numeric.iter().zip(&places).map(|(a, &at)| a - gradient[at]));
+                let error = norm(numeric.iter().zip(&sampled).map(|(a, &at)| a - gradient[at]));
                 assert!(error < 1e-5 * size + 1e-8, "{name} {method:?} {}: error {error} of {size}", named.name);
                 let learned = !matches!(method, Method::PTuning(_));
                 assert!(!learned || size > 1e-3, "{name} {method:?} {}: there is no gradient", named.name);
@@ -122,11 +122,11 @@ fn the_fast_gradient_in_f32_is_the_plain_one_in_f64() {
     let data = examples();
     let batch: Vec<&TokenizedExample> = data.iter().collect();
     for name in MODELS {
-        let (slow, fast) = (fixtures::load(name, DType::F64), fixtures::load(name, DType::F32));
+        let [slow, fast] = [DType::F64, DType::F32].map(|dtype| Forward::new(fixtures::load(name, dtype)));
         for method in methods(12) {
-            let parameters = Parameters::new(method, 5, &fast);
-            let values = begin(&parameters, fast.info().hidden_size);
-            let (sum, gradient) = loss::gradient(&Forward::new(&fast), &parameters, &values, &batch).unwrap();
+            let parameters = Parameters::new(method, 5, fast.model());
+            let values = begin(&parameters, fast.model().info().hidden_size);
+            let (sum, gradient) = loss::gradient(&fast, &parameters, &values, &batch).unwrap();
 
             let (exact, expected) = plain_gradient(&slow, &parameters, &values, &batch);
             assert!((sum - exact).abs() < 1e-4 * exact, "{name} {method:?}: {sum} {exact}");
@@ -143,7 +143,8 @@ fn the_fast_gradient_in_f32_is_the_plain_one_in_f64() {
 fn a_batch_costs_what_its_examples_cost_alone() {
     let data = examples();
     for name in MODELS {
-        let model = fixtures::load(name, DType::F32);
+        let forward = Forward::new(fixtures::load(name, DType::F32));
+        let model = forward.model();
         let prompt_of = |method| {
             let parameters = Parameters::new(method, 6, &model);
             parameters.prompt_of(&noise(parameters.len()), &Device::Cpu).unwrap()
@@ -151,11 +152,9 @@ fn a_batch_costs_what_its_examples_cost_alone() {
         let (rows, key_values) = (prompt_of(Method::PromptTuning), prompt_of(Method::PrefixTuning));
         for prompt in [Some(&rows), Some(&key_values), None] {
             let all: Vec<&TokenizedExample> = data.iter().collect();
-            let together = loss::score(&Forward::new(&model), prompt, &all).unwrap();
-            let alone: Vec<f64> = data
-                .iter()
-                .map(|e| loss::scalar(&loss::score(&Forward::new(&model), prompt, &[e]).unwrap().sum).unwrap())
-                .collect();
+            let together = loss::score(&forward, prompt, &all).unwrap();
+            let alone: Vec<f64> =
+                data.iter().map(|e| loss::scalar(&loss::score(&forward, prompt, &[e]).unwrap().sum).unwrap()).collect();
             let sum = loss::scalar(&together.sum).unwrap();
             let expected: f64 = alone.iter().sum();
             assert!((sum - expected).abs() < 1e-4 * expected, "{name}: {sum} {expected}");
@@ -171,19 +170,20 @@ fn a_batch_costs_what_its_examples_cost_alone() {
 fn a_prefix_of_words_begins_as_what_the_decoder_has_after_it_wrote_them() {
     // Of this model each layer of the decoder has keys and values of its own.
     let name = MODELS[1];
-    let (model, tokenizer) = (fixtures::load(name, DType::F32), fixtures::tokenizer(name));
+    let (forward, tokenizer) = (Forward::new(fixtures::load(name, DType::F32)), fixtures::tokenizer(name));
+    let model = forward.model();
     let words = tokenizer.tokenize_continuation("the dog ran").unwrap();
     let parameters = Parameters::new(Method::PrefixTuning, 1 + words.len(), &model);
     let names: Vec<&str> = parameters.tensors().iter().map(|t| t.name.as_str()).collect();
     assert_eq!(names, ["layers.0.key", "layers.0.value", "layers.2.key", "layers.2.value"]);
-    let source = Source { model: &model, tokenizer: &tokenizer, examples: &[], seed: 0 };
+    let source = Source { forward: &forward, tokenizer: &tokenizer, examples: &[], seed: 0 };
     let initial = source.values(&Init::Text("the dog ran".to_owned()), &parameters).unwrap();
     let prefix = parameters.prompt_of(&initial, &Device::Cpu).unwrap();
 
     let loss_of = |prompt: Option<&LearnedPrompt>, answer: &[u32]| {
         let example =
             TokenizedExample { input_ids: tokenizer.tokenize("the dog ran").unwrap(), answer: answer.to_vec() };
-        loss::scalar(&loss::score(&Forward::new(&model), prompt, &[&example]).unwrap().sum).unwrap()
+        loss::scalar(&loss::score(&forward, prompt, &[&example]).unwrap().sum).unwrap()
     };
     let written = [words.as_slice(), &[0]].concat();
     let after = loss_of(None, &[written.as_slice(), &[60, 61, END]].concat()) - loss_of(None, &written);
@@ -194,7 +194,8 @@ fn a_prefix_of_words_begins_as_what_the_decoder_has_after_it_wrote_them() {
 #[test]
 fn a_prefix_is_saved_with_the_layers_that_peft_reads_and_zeros_for_the_others() {
     for (name, used) in [(MODELS[0], [true, false].as_slice()), (MODELS[1], &[true, false, true])] {
-        let model = fixtures::load(name, DType::F32);
+        let forward = Forward::new(fixtures::load(name, DType::F32));
+        let model = forward.model();
         let parameters = Parameters::new(Method::PrefixTuning, 2, &model);
         let prompt = parameters.prompt_of(&noise(parameters.len()), &Device::Cpu).unwrap();
         let saved = matrix(&prompt, &Fit::from(model.info())).unwrap();
@@ -238,12 +239,12 @@ const RUNS: [(PromptType, f64); 4] = [
 fn every_way_to_learn_lowers_the_loss_and_leaves_the_model_as_it_was() {
     let data = examples();
     for name in MODELS {
-        let model = fixtures::load(name, DType::F32);
+        let forward = Forward::new(fixtures::load(name, DType::F32));
+        let model = forward.model();
         let before = model.weights_digest().unwrap();
         for (method, peak) in methods(24).into_iter().zip([0.1, 0.02, 0.02, 0.1]) {
             let parameters = Parameters::new(method, 8, &model);
-            let trainer =
-                Trainer { forward: &Forward::new(&model), parameters: &parameters, train: &data, held_out: &data };
+            let trainer = Trainer { forward: &forward, parameters: &parameters, train: &data, held_out: &data };
             let settings = Settings {
                 batch_size: 4,
                 accumulate: 1,
@@ -268,7 +269,8 @@ fn every_way_to_learn_lowers_the_loss_and_leaves_the_model_as_it_was() {
 fn a_run_of_each_type_is_resumed_bit_for_bit_and_answers_as_it_was_measured() {
     let folder = tempfile::tempdir().unwrap();
     for name in &MODELS[..2] {
-        let (model, tokenizer) = (fixtures::load(name, DType::F32), fixtures::tokenizer(name));
+        let (forward, tokenizer) = (Forward::new(fixtures::load(name, DType::F32)), fixtures::tokenizer(name));
+        let model = forward.model();
         for (i, (prompt_type, rate)) in RUNS.into_iter().enumerate() {
             let options = Options {
                 prompt_type,
@@ -281,28 +283,28 @@ fn a_run_of_each_type_is_resumed_bit_for_bit_and_answers_as_it_was_measured() {
                 batch_size: 4,
                 ..Options::new("animal".parse().unwrap(), data(folder.path(), "label"))
             };
-            let plan = Plan::new(&model, &tokenizer, &options).unwrap();
-            let places = |kind: &str| {
+            let plan = Plan::new(&forward, &tokenizer, &options).unwrap();
+            let paths = |kind: &str| {
                 let output = folder.path().join(format!("{}-{i}-{kind}", model.info().name)).join("animal");
-                Places { checkpoint: job::default_checkpoint(&output), output, resume: false }
+                OutputPaths { checkpoint: job::default_checkpoint(&output), output, resume: false }
             };
-            let outcome = job::run(&model, &plan, &places("whole"), &mut { NEVER }).unwrap();
+            let outcome = job::run(&forward, &plan, &paths("whole"), &mut { NEVER }).unwrap();
             assert_eq!(outcome.version.spec.template.as_deref(), Some("{{ input }}"));
             let inputs: Vec<Vec<u32>> = plan.train.iter().map(|e| e.input_ids.clone()).collect();
             assert!(inputs.iter().all(|ids| ids.last() == Some(&END)), "an input ends as one that is served");
-            let outputs = generate::greedy(&model, Some(&outcome.version.prompt), &inputs, 5, &mut |_| {}).unwrap();
+            let outputs = answers(&forward, Some(&outcome.version.prompt), &inputs, 5);
             let right =
                 outputs.iter().zip(&plan.train).filter(|(o, e)| o[..] == e.answer[..e.answer.len() - 1]).count();
             assert_eq!(right as f64 / 8.0, outcome.after.exact, "{name} {prompt_type:?}");
 
-            let mut cut = places("cut");
-            let stopped = job::run(&model, &plan, &cut, &mut StopAt(47));
+            let mut cut = paths("cut");
+            let stopped = job::run(&forward, &plan, &cut, &mut StopAt(47));
             assert!(matches!(stopped, Err(TuneError::Interrupted { .. })));
             cut.resume = true;
-            job::run(&model, &plan, &cut, &mut { NEVER }).unwrap();
+            job::run(&forward, &plan, &cut, &mut { NEVER }).unwrap();
             for file in ["adapter_config.json", "adapter_model.safetensors", "task.json"] {
-                let read = |places: &Places| fs::read(places.output.join(file)).unwrap();
-                assert!(read(&cut) == read(&places("whole")), "{name} {prompt_type:?}: {file} differs");
+                let read = |paths: &OutputPaths| fs::read(paths.output.join(file)).unwrap();
+                assert!(read(&cut) == read(&paths("whole")), "{name} {prompt_type:?}: {file} differs");
             }
         }
     }
@@ -311,13 +313,13 @@ fn a_run_of_each_type_is_resumed_bit_for_bit_and_answers_as_it_was_measured() {
 #[test]
 fn what_a_model_has_no_room_or_form_for_is_refused_before_anything_is_trained() {
     let folder = tempfile::tempdir().unwrap();
-    let (model, text) = (fixtures::load(MODELS[0], DType::F32), fixtures::tokenizer(MODELS[0]));
+    let (forward, text) = (Forward::new(fixtures::load(MODELS[0], DType::F32)), fixtures::tokenizer(MODELS[0]));
     let options = |virtual_tokens, prompt_type| Options {
         virtual_tokens: Some(virtual_tokens),
         prompt_type,
         ..Options::new("animal".parse().unwrap(), data(folder.path(), "output"))
     };
-    let refused = |options| Plan::new(&model, &text, &options).expect_err("refused").to_string();
+    let refused = |options| Plan::new(&forward, &text, &options).expect_err("refused").to_string();
     let message = refused(options(2046, PromptType::Prompt));
     assert!(message.contains("the encoder has room for 2 beside"), "{message}");
     let message = refused(options(2046, PromptType::Prefix));
@@ -331,9 +333,9 @@ fn what_a_model_has_no_room_or_form_for_is_refused_before_anything_is_trained() 
     let files = softserve::model::ModelFiles::random(
         softserve::model::random::RandomModel::open(deeper.join("config.json").to_str().unwrap()).unwrap(),
     );
-    let model = Model::load(&files, kernels::cpu(), DType::F32).unwrap();
-    let refused = Plan::new(&model, &text, &options(4, PromptType::Prefix)).expect_err("refused").to_string();
-    assert!(refused.contains("its decoder has 3") && refused.contains("--type prompt"), "{refused}");
+    let forward = Forward::new(Model::load(&files, kernels::cpu(), DType::F32).unwrap());
+    let refused = Plan::new(&forward, &text, &options(4, PromptType::Prefix)).expect_err("refused").to_string();
+    assert!(refused.contains("its decoder has 3: the type prefix has no form for it"), "{refused}");
 }
 
 /// `softserve tune` of a task under `out`, on one of the models.

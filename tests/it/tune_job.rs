@@ -1,6 +1,6 @@
 //! Whole tuning runs on a tiny random model: files in, a served prompt out.
 
-use std::{collections::BTreeMap, fs, ops::ControlFlow, path::Path};
+use std::{collections::BTreeMap, fs, ops::ControlFlow, path::Path, sync::Arc};
 
 use candle_core::{DType, Device};
 use softserve::{
@@ -12,9 +12,10 @@ use softserve::{
         TuneError,
         checkpoint::CheckpointError,
         encoder::EncoderKind,
-        generate,
+        forward::Forward,
+        inference::Inference,
         init::Init,
-        job::{self, Observer, Outcome, Places},
+        job::{self, Observer, Outcome, OutputPaths},
         parameters,
         plan::{HeldOut, Length, Options, Plan, PromptType},
         sweep::Sweep,
@@ -43,17 +44,17 @@ impl Observer for StopAt {
 
 pub const NEVER: StopAt = StopAt(usize::MAX);
 
-struct Room {
+struct TestRun {
     dir: tempfile::TempDir,
-    model: Model,
+    forward: Forward,
     tokenizer: Tokenizer,
 }
 
-impl Room {
+impl TestRun {
     fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let (_model_dir, files) = TinyModel::default().temp();
-        let model = Model::load(&files, kernels::cpu(), DType::F32).unwrap();
+        let forward = Forward::new(Model::load(&files, kernels::cpu(), DType::F32).unwrap());
         let tokenizer = Tokenizer::load(&files).unwrap();
         let lines = ["red", "dark", "sky", "lawn", "tar", "snow", "sand", "coal"];
         let jsonl: String = lines
@@ -62,7 +63,7 @@ impl Room {
             .map(|(i, input)| format!("{{\"input\": \"{input}\", \"label\": \"{}\"}}\n", ["a", "b"][i % 2]))
             .collect();
         fs::write(dir.path().join("train.jsonl"), jsonl).unwrap();
-        Self { dir, model, tokenizer }
+        Self { dir, forward, tokenizer }
     }
 
     fn options(&self) -> Options {
@@ -77,21 +78,33 @@ impl Room {
         }
     }
 
-    fn places(&self, name: &str) -> Places {
+    fn paths(&self, name: &str) -> OutputPaths {
         let output = self.dir.path().join(name).join("colour");
-        Places { checkpoint: job::default_checkpoint(&output), output, resume: false }
+        OutputPaths { checkpoint: job::default_checkpoint(&output), output, resume: false }
     }
 
-    fn tune(&self, options: &Options, places: &Places, mut observer: StopAt) -> Result<Outcome, TuneError> {
-        let plan = Plan::new(&self.model, &self.tokenizer, options)?;
-        job::run(&self.model, &plan, places, &mut observer)
+    fn tune(&self, options: &Options, paths: &OutputPaths, mut observer: StopAt) -> Result<Outcome, TuneError> {
+        let plan = Plan::new(&self.forward, &self.tokenizer, options)?;
+        job::run(&self.forward, &plan, paths, &mut observer)
     }
 
     /// The matrix that is saved, row by row.
     fn flat(&self, prompt: &LearnedPrompt) -> Vec<f32> {
-        let matrix = parameters::matrix(prompt, &Fit::from(self.model.info())).unwrap();
+        let matrix = parameters::matrix(prompt, &Fit::from(self.forward.model().info())).unwrap();
         matrix.flatten_all().unwrap().to_vec1().unwrap()
     }
+}
+
+/// The greedy answers of an engine.
+pub fn answers(
+    forward: &Forward,
+    prompt: Option<&Arc<LearnedPrompt>>,
+    inputs: &[Vec<u32>],
+    max_new: usize,
+) -> Vec<Vec<u32>> {
+    let longest = inputs.iter().map(Vec::len).max().unwrap();
+    let inference = Inference::start(forward.model(), prompt, longest, max_new).unwrap();
+    inference.greedy(inputs, max_new, &mut |_| {}).unwrap()
 }
 
 /// The types beside plain rows.
@@ -108,39 +121,43 @@ fn files(dir: &Path) -> BTreeMap<String, Vec<u8>> {
 
 #[test]
 fn a_run_writes_a_prompt_that_serve_reads_and_leaves_the_model_as_it_was() {
-    let room = Room::new();
-    let before = room.model.weights_digest().unwrap();
-    let places = room.places("out");
-    let options = Options { rate: None, length: Length::Steps(150), ..room.options() };
-    let outcome = room.tune(&options, &places, NEVER).unwrap();
-    assert_eq!(room.model.weights_digest().unwrap(), before);
+    let run = TestRun::new();
+    let before = run.forward.model().weights_digest().unwrap();
+    let paths = run.paths("out");
+    let options = Options { rate: None, length: Length::Steps(150), ..run.options() };
+    let outcome = run.tune(&options, &paths, NEVER).unwrap();
+    assert_eq!(run.forward.model().weights_digest().unwrap(), before);
     assert!(outcome.after.better_than(&outcome.before));
 
-    let written = files(&places.output);
+    let written = files(&paths.output);
     let names: Vec<&str> = written.keys().map(String::as_str).collect();
     assert_eq!(names, ["adapter_config.json", "adapter_model.safetensors", "loss.svg", "task.json"]);
     assert!(String::from_utf8_lossy(&written["loss.svg"]).contains("</svg>"));
-    assert!(!places.checkpoint.exists(), "the state of a finished run is of no use");
+    assert!(!paths.checkpoint.exists(), "the state of a finished run is of no use");
     let best = outcome.state.best.unwrap();
-    assert_eq!(room.flat(&outcome.version.prompt), best.values);
+    assert_eq!(run.flat(&outcome.version.prompt), best.values);
     let spec = &outcome.version.spec;
     assert_eq!(spec.template.as_deref(), Some("{{ input }}\n"));
     assert_eq!(spec.labels.keys().collect::<Vec<_>>(), ["a", "b"]);
-    assert_eq!(spec.base_model.as_ref().unwrap().fingerprint.as_deref(), Some(room.model.info().fingerprint.as_str()));
+    assert_eq!(
+        spec.base_model.as_ref().unwrap().fingerprint.as_deref(),
+        Some(run.forward.model().info().fingerprint.as_str())
+    );
     assert!(spec.metrics.contains_key("train_accuracy"), "{:?}", spec.metrics);
 }
 
 #[test]
 fn greedy_answers_on_the_serving_kernels_are_those_that_tuning_counts_as_exact() {
-    let room = Room::new();
-    let options = Options { length: Length::Steps(120), ..room.options() };
-    let plan = Plan::new(&room.model, &room.tokenizer, &options).unwrap();
+    let run = TestRun::new();
+    let options = Options { length: Length::Steps(120), ..run.options() };
+    let plan = Plan::new(&run.forward, &run.tokenizer, &options).unwrap();
     assert_eq!(plan.held_out_is, HeldOut::Training);
-    let outcome = job::run(&room.model, &plan, &room.places("out"), &mut { NEVER }).unwrap();
+    let outcome = job::run(&run.forward, &plan, &run.paths("out"), &mut { NEVER }).unwrap();
     let inputs: Vec<Vec<u32>> = plan.train.iter().map(|e| e.input_ids.clone()).collect();
     let mut answered = 0;
-    let outputs =
-        generate::greedy(&room.model, Some(&outcome.version.prompt), &inputs, 5, &mut |done| answered = done).unwrap();
+    let longest = inputs.iter().map(Vec::len).max().unwrap();
+    let inference = Inference::start(run.forward.model(), Some(&outcome.version.prompt), longest, 5).unwrap();
+    let outputs = inference.greedy(&inputs, 5, &mut |done| answered = done).unwrap();
     assert_eq!(answered, 8);
     let right = outputs.iter().zip(&plan.train).filter(|(o, e)| o[..] == e.answer[..e.answer.len() - 1]).count();
     assert_eq!(right as f64 / 8.0, outcome.after.exact);
@@ -149,19 +166,19 @@ fn greedy_answers_on_the_serving_kernels_are_those_that_tuning_counts_as_exact()
 
 #[test]
 fn each_type_is_written_as_peft_writes_it_read_back_and_answers_as_it_was_measured() {
-    let room = Room::new();
+    let run = TestRun::new();
     for (i, prompt_type) in TYPES.into_iter().enumerate() {
-        let places = room.places(&format!("out-{i}"));
+        let paths = run.paths(&format!("out-{i}"));
         let init = prompt_type.default_init();
-        let options = Options { prompt_type, init, rate: None, length: Length::Steps(150), ..room.options() };
-        let plan = Plan::new(&room.model, &room.tokenizer, &options).unwrap();
-        let outcome = job::run(&room.model, &plan, &places, &mut { NEVER }).unwrap();
+        let options = Options { prompt_type, init, rate: None, length: Length::Steps(150), ..run.options() };
+        let plan = Plan::new(&run.forward, &run.tokenizer, &options).unwrap();
+        let outcome = job::run(&run.forward, &plan, &paths, &mut { NEVER }).unwrap();
         assert!(outcome.after.loss < 0.7 * outcome.before.loss, "{prompt_type:?}: {outcome:?}");
         let best = outcome.state.best.as_ref().unwrap();
         let made = plan.parameters.prompt_of(&best.values, &Device::Cpu).unwrap();
-        assert_eq!(room.flat(&outcome.version.prompt), room.flat(&made));
+        assert_eq!(run.flat(&outcome.version.prompt), run.flat(&made));
 
-        let config: serde_json::Value = serde_json::from_slice(&files(&places.output)["adapter_config.json"]).unwrap();
+        let config: serde_json::Value = serde_json::from_slice(&files(&paths.output)["adapter_config.json"]).unwrap();
         let (peft_type, token_dim, heads, own) = match prompt_type {
             PromptType::Prefix => ("PREFIX_TUNING", 16, 2, "prefix_projection"),
             _ => ("P_TUNING", 32, 4, "encoder_reparameterization_type"),
@@ -172,7 +189,7 @@ fn each_type_is_written_as_peft_writes_it_read_back_and_answers_as_it_was_measur
         assert!(config.get(own).is_some(), "{config}");
 
         let inputs: Vec<Vec<u32>> = plan.train.iter().map(|e| e.input_ids.clone()).collect();
-        let outputs = generate::greedy(&room.model, Some(&outcome.version.prompt), &inputs, 5, &mut |_| {}).unwrap();
+        let outputs = answers(&run.forward, Some(&outcome.version.prompt), &inputs, 5);
         let right = outputs.iter().zip(&plan.train).filter(|(o, e)| o[..] == e.answer[..e.answer.len() - 1]).count();
         assert_eq!(right as f64 / 8.0, outcome.after.exact, "{prompt_type:?}");
         assert!(right >= 5, "{prompt_type:?}: too little was learned to say anything: {right}");
@@ -181,46 +198,46 @@ fn each_type_is_written_as_peft_writes_it_read_back_and_answers_as_it_was_measur
 
 #[test]
 fn an_interrupted_run_of_each_type_goes_on_to_the_same_files_and_not_to_those_of_another() {
-    let room = Room::new();
+    let run = TestRun::new();
     for (i, prompt_type) in TYPES.into_iter().enumerate() {
         let rate = if prompt_type == PromptType::Prefix { 0.1 } else { 0.003 };
-        let options = Options { prompt_type, init: prompt_type.default_init(), rate: Some(rate), ..room.options() };
-        let whole = room.places(&format!("whole-{i}"));
-        room.tune(&options, &whole, NEVER).unwrap();
-        let mut cut = room.places(&format!("cut-{i}"));
-        assert!(matches!(room.tune(&options, &cut, StopAt(14)), Err(TuneError::Interrupted { .. })));
+        let options = Options { prompt_type, init: prompt_type.default_init(), rate: Some(rate), ..run.options() };
+        let whole = run.paths(&format!("whole-{i}"));
+        run.tune(&options, &whole, NEVER).unwrap();
+        let mut cut = run.paths(&format!("cut-{i}"));
+        assert!(matches!(run.tune(&options, &cut, StopAt(14)), Err(TuneError::Interrupted { .. })));
         cut.resume = true;
         let other = Options { prompt_type: PromptType::Prompt, ..options.clone() };
-        let refused = room.tune(&other, &cut, NEVER).expect_err("refused").to_string();
+        let refused = run.tune(&other, &cut, NEVER).expect_err("refused").to_string();
         assert!(refused.contains("type is prompt, was "), "{refused}");
-        room.tune(&options, &cut, NEVER).unwrap();
+        run.tune(&options, &cut, NEVER).unwrap();
         assert_eq!(files(&cut.output), files(&whole.output));
     }
 }
 
 #[test]
 fn a_prompt_begins_as_another_of_its_kind_whichever_way_it_is_learned() {
-    let room = Room::new();
+    let run = TestRun::new();
     let tuned = |prompt_type: PromptType, name: &str| {
         let rate = if matches!(prompt_type, PromptType::PTuning { .. }) { 0.003 } else { 0.1 };
-        let options = Options { prompt_type, init: prompt_type.default_init(), rate: Some(rate), ..room.options() };
-        room.tune(&options, &room.places(name), NEVER).unwrap().version.prompt.as_ref().clone()
+        let options = Options { prompt_type, init: prompt_type.default_init(), rate: Some(rate), ..run.options() };
+        run.tune(&options, &run.paths(name), NEVER).unwrap().version.prompt.as_ref().clone()
     };
     let (rows, prefix) = (tuned(PromptType::Prompt, "rows"), tuned(PromptType::Prefix, "prefix"));
     let begun = |prompt_type: PromptType, from: &LearnedPrompt| {
-        let options = Options { prompt_type, init: Init::Prompt(from.clone()), ..room.options() };
-        let plan = Plan::new(&room.model, &room.tokenizer, &options)?;
-        Ok::<_, TuneError>(room.flat(&plan.parameters.prompt_of(&plan.initial, &Device::Cpu).unwrap()))
+        let options = Options { prompt_type, init: Init::Prompt(from.clone()), ..run.options() };
+        let plan = Plan::new(&run.forward, &run.tokenizer, &options)?;
+        Ok::<_, TuneError>(run.flat(&plan.parameters.prompt_of(&plan.initial, &Device::Cpu).unwrap()))
     };
     for (prompt_type, from) in [(PromptType::Prompt, &rows), (TYPES[0], &rows), (TYPES[1], &rows), (TYPES[2], &prefix)]
     {
         let began = begun(prompt_type, from).unwrap();
-        let error = began.iter().zip(room.flat(from)).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        let error = began.iter().zip(run.flat(from)).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
         assert!(error < 5e-3, "{prompt_type:?} begins {error} away");
     }
     for (prompt_type, from, said) in [
-        (PromptType::Prefix, &rows, "is one of embeddings, and --type prefix learns key-values"),
-        (TYPES[0], &prefix, "is one of key-values, and --type p-tuning learns embeddings"),
+        (PromptType::Prefix, &rows, "is one of embeddings, and the type prefix learns key-values"),
+        (TYPES[0], &prefix, "is one of key-values, and the type p-tuning learns embeddings"),
     ] {
         let refused = begun(prompt_type, from).expect_err("refused").to_string();
         assert!(refused.contains(said), "{refused}");
@@ -229,81 +246,81 @@ fn a_prompt_begins_as_another_of_its_kind_whichever_way_it_is_learned() {
 
 #[test]
 fn a_prefix_of_words_begins_as_the_words_themselves_in_front_of_the_input() {
-    let room = Room::new();
-    let words = room.tokenizer.tokenize("a text of words").unwrap();
+    let run = TestRun::new();
+    let words = run.tokenizer.tokenize("a text of words").unwrap();
     let options = Options {
         prompt_type: PromptType::Prefix,
         virtual_tokens: Some(words.len()),
         init: Init::Text("a text of words".to_owned()),
-        ..room.options()
+        ..run.options()
     };
-    let plan = Plan::new(&room.model, &room.tokenizer, &options).unwrap();
-    let prefix = plan.parameters.prompt_of(&plan.initial, &Device::Cpu).unwrap();
+    let plan = Plan::new(&run.forward, &run.tokenizer, &options).unwrap();
+    let prefix = Arc::new(plan.parameters.prompt_of(&plan.initial, &Device::Cpu).unwrap());
     let inputs: Vec<Vec<u32>> = plan.train.iter().map(|e| e.input_ids.clone()).collect();
-    let behind = generate::greedy(&room.model, Some(&prefix), &inputs, 8, &mut |_| {}).unwrap();
+    let behind = answers(&run.forward, Some(&prefix), &inputs, 8);
     let whole: Vec<Vec<u32>> = inputs.iter().map(|input| [words.as_slice(), input].concat()).collect();
-    assert_eq!(behind, generate::greedy(&room.model, None, &whole, 8, &mut |_| {}).unwrap());
+    assert_eq!(behind, answers(&run.forward, None, &whole, 8));
     assert!(behind.iter().any(|answer| !answer.is_empty()));
 }
 
 #[test]
 fn an_interrupted_run_goes_on_to_the_very_files_of_an_uninterrupted_one() {
-    let room = Room::new();
-    let whole = room.places("whole");
-    room.tune(&room.options(), &whole, NEVER).unwrap();
-    let mut cut = room.places("cut");
-    let interrupted = room.tune(&room.options(), &cut, StopAt(14));
+    let run = TestRun::new();
+    let whole = run.paths("whole");
+    run.tune(&run.options(), &whole, NEVER).unwrap();
+    let mut cut = run.paths("cut");
+    let interrupted = run.tune(&run.options(), &cut, StopAt(14));
     assert!(matches!(interrupted, Err(TuneError::Interrupted { .. })));
     assert!(!cut.output.exists() && cut.checkpoint.exists());
 
     cut.resume = true;
-    let other = Options { seed: 3, batch_size: 8, ..room.options() };
-    match room.tune(&other, &cut, NEVER) {
+    let other = Options { seed: 3, batch_size: 8, ..run.options() };
+    match run.tune(&other, &cut, NEVER) {
         Err(TuneError::Checkpoint(CheckpointError::OtherRun { differences, .. })) => {
             assert_eq!(differences, ["batch size is 8, was 4", "seed is 3, was 0"]);
         }
         other => panic!("expected a refusal, found {other:?}"),
     }
-    room.tune(&room.options(), &cut, NEVER).unwrap();
+    run.tune(&run.options(), &cut, NEVER).unwrap();
     assert_eq!(files(&cut.output), files(&whole.output));
 }
 
 #[test]
 fn a_run_that_fails_leaves_an_existing_prompt_as_it_was() {
-    let room = Room::new();
-    let places = room.places("out");
-    room.tune(&room.options(), &places, NEVER).unwrap();
-    let before = files(&places.output);
+    let run = TestRun::new();
+    let paths = run.paths("out");
+    run.tune(&run.options(), &paths, NEVER).unwrap();
+    let before = files(&paths.output);
 
-    assert!(room.tune(&Options { seed: 1, ..room.options() }, &places, StopAt(7)).is_err());
-    fs::write(room.dir.path().join("bad.jsonl"), "{}\n").unwrap();
-    let bad = Options { data: room.dir.path().join("bad.jsonl"), ..room.options() };
-    assert!(matches!(room.tune(&bad, &places, NEVER), Err(TuneError::Data(_))));
-    assert_eq!(files(&places.output), before);
+    assert!(run.tune(&Options { seed: 1, ..run.options() }, &paths, StopAt(7)).is_err());
+    fs::write(run.dir.path().join("bad.jsonl"), "{}\n").unwrap();
+    let bad = Options { data: run.dir.path().join("bad.jsonl"), ..run.options() };
+    assert!(matches!(run.tune(&bad, &paths, NEVER), Err(TuneError::Data(_))));
+    assert_eq!(files(&paths.output), before);
 }
 
 #[test]
 fn a_prompt_that_the_context_has_no_room_for_is_refused_before_anything_is_trained() {
-    let room = Room::new();
+    let run = TestRun::new();
     let refused =
-        |options: Options| Plan::new(&room.model, &room.tokenizer, &options).expect_err("refused").to_string();
-    let message = refused(Options { virtual_tokens: Some(0), ..room.options() });
-    assert!(message.contains("--virtual-tokens is 0, expected 1 to 254"), "{message}");
-    let message = refused(Options { virtual_tokens: Some(255), ..room.options() });
+        |options: Options| Plan::new(&run.forward, &run.tokenizer, &options).expect_err("refused").to_string();
+    let message = refused(Options { virtual_tokens: Some(0), ..run.options() });
+    assert!(message.contains("the number of virtual tokens is 0, expected 1 to 254"), "{message}");
+    let message = refused(Options { virtual_tokens: Some(255), ..run.options() });
     assert!(message.contains("255"), "{message}");
-    let message = refused(Options { virtual_tokens: Some(249), ..room.options() });
-    assert!(message.contains("line 2:") && message.contains("the context has 7"), "{message}");
-    let message = refused(Options { batch_size: 0, ..room.options() });
-    assert!(message.contains("--batch-size is 0, expected 1 or more"), "{message}");
-    let message = refused(Options { template: Some("{{ inputs".to_owned()), ..room.options() });
-    assert!(message.contains("--template"), "{message}");
+    let message = refused(Options { virtual_tokens: Some(249), ..run.options() });
+    assert!(message.contains("line 2:") && message.contains("the context has room for 7"), "{message}");
+    let message = refused(Options { batch_size: 0, ..run.options() });
+    assert!(message.contains("the batch size is 0, expected 1 or more"), "{message}");
+    let message = refused(Options { template: Some("{{ inputs".to_owned()), ..run.options() });
+    assert!(message.contains("the template: "), "{message}");
 }
 
 #[test]
 fn a_folder_that_a_server_manages_is_not_written_to() {
-    let room = Room::new();
-    let places = room.places("out");
-    fs::create_dir_all(places.output.join("versions")).unwrap();
-    let refused = room.tune(&room.options(), &places, NEVER).expect_err("refused");
+    let run = TestRun::new();
+    let paths = run.paths("out");
+    fs::create_dir_all(paths.output.join("versions")).unwrap();
+    let refused = run.tune(&run.options(), &paths, NEVER).expect_err("refused");
     assert!(matches!(refused, TuneError::Managed { .. }), "{refused}");
 }

@@ -121,7 +121,10 @@ fn what_does_not_go_together_is_said_before_anything_is_trained() {
         (&["--encoder", "lstm"], "--encoder and --encoder-hidden are for --type p-tuning"),
         (&["--type", "prefix", "--encoder-hidden", "8"], "--encoder and --encoder-hidden are for --type p-tuning"),
         (&["--type", "p-tuning", "--encoder-hidden", "0"], "--encoder-hidden is 0, expected 1 to 16384"),
-        (&["--type", "prefix", "--init", "task:rows"], "is one of embeddings, and --type prefix learns key-values"),
+        (
+            &["--type", "prefix", "--init", "task:rows"],
+            "is one of embeddings, and the type prefix learns key-values; begin with a task of the same kind",
+        ),
     ];
     for (options, said) in refused {
         let (code, _, log) = output(tune(home.path(), "out", "other", &train, options));

@@ -15,7 +15,7 @@ use std::{
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::tune::{
-    job::{Observer, Outcome, Places},
+    job::{Observer, Outcome, OutputPaths},
     loss::ValidationMetrics,
     plan::Plan,
     sweep::{self, Sweep},
@@ -140,7 +140,7 @@ pub(super) fn write_result(
     out: &mut dyn Write,
     plan: &Plan,
     outcome: &Outcome,
-    places: &Places,
+    paths: &OutputPaths,
     started: Instant,
 ) -> std::io::Result<()> {
     let metric = plan.metric().replace('_', " ");
@@ -153,7 +153,7 @@ pub(super) fn write_result(
         Ended::Finished | Ended::Interrupted => "",
     };
     writeln!(out, "\n  {:<22} {:>8} {:>12}", "", "loss", metric)?;
-    writeln!(out, "{}", row("without a prompt", outcome.bare))?;
+    writeln!(out, "{}", row("without a prompt", outcome.without_prompt))?;
     writeln!(out, "{}", row("before tuning", outcome.before))?;
     writeln!(out, "{}", row("after tuning", outcome.after))?;
     writeln!(
@@ -163,10 +163,10 @@ pub(super) fn write_result(
         outcome.state.step,
         outcome.rate,
         started.elapsed().as_secs_f64(),
-        places.output.display(),
+        paths.output.display(),
         outcome.version.digest,
-        places.output.join(crate::tune::output::CURVE).display(),
-        places.output.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")).display(),
+        paths.output.join(crate::tune::output::CURVE).display(),
+        paths.output.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")).display(),
     )
 }
 

@@ -6,7 +6,7 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use crate::{
-    engine::Room,
+    packing::TokenBudget,
     prompt::{
         TaskName, Version,
         spec::{BaseModel, Defaults, Limits},
@@ -80,8 +80,8 @@ pub struct VersionMeta {
 }
 
 impl TaskInfo {
-    /// The active version of a task, with what its prompt leaves room for.
-    pub fn new(version: &Version, room: Room) -> Self {
+    /// The active version of a task, with how many tokens its prompt leaves for inputs and answers.
+    pub fn new(version: &Version, budget: TokenBudget) -> Self {
         let virtual_tokens = version.prompt.num_virtual_tokens();
         let limits = &version.spec.limits;
         Self {
@@ -94,8 +94,8 @@ impl TaskInfo {
             peft_type: version.peft_type.as_str(),
             virtual_tokens,
             limits: TaskLimits {
-                max_input_tokens: limits.max_input_tokens.unwrap_or(room.text).min(room.text),
-                max_tokens: limits.max_tokens.unwrap_or(room.answer).min(room.answer),
+                max_input_tokens: limits.max_input_tokens.unwrap_or(budget.input).min(budget.input),
+                max_tokens: limits.max_tokens.unwrap_or(budget.output).min(budget.output),
             },
         }
     }

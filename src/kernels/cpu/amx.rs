@@ -1,8 +1,8 @@
-//! Intel's tile instructions (AMX), through `asm!`: Rust's own intrinsics for them are not stable.
+//! Micro-kernels for Intel's tile instructions (AMX), through `asm!`: Rust's own intrinsics for them are not stable.
 //!
 //! A tile register holds 16 rows of 64 bytes: 16 x 32 bf16 or 16 x 16 f32. All eight are always set
-//! up that way, so the configuration is loaded once a thread. Values stay in tile registers from one
-//! `asm!` to the next because nothing else in the program uses them.
+//! up that way, so the configuration is loaded once a thread. Each `asm!` declares the tiles that it writes as
+//! clobbered and stores its sums itself: no value is left in a tile from one to the next.
 
 use std::{arch::asm, cell::Cell, sync::OnceLock};
 
@@ -44,7 +44,10 @@ struct TileConfig {
 }
 
 /// Gives all eight tiles of this thread 16 rows of 64 bytes. To be called before the others.
-pub fn configure() {
+///
+/// # Safety
+/// The processor has AMX and the system lets this process use it: [`usable`] has said so.
+pub unsafe fn configure() {
     thread_local!(static DONE: Cell<bool> = const { Cell::new(false) });
     if DONE.replace(true) {
         return;
@@ -52,19 +55,26 @@ pub fn configure() {
     let mut config = TileConfig { palette: 1, start_row: 0, reserved: [0; 14], bytes_per_row: [0; 16], rows: [0; 16] };
     config.bytes_per_row[..8].fill(64);
     config.rows[..8].fill(16);
-    // SAFETY: callers come here only with `Isa::Amx`, which exists where `usable` said so; the
-    // 64 bytes are a valid configuration.
-    unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const config, options(nostack, readonly, preserves_flags)) };
+    // SAFETY: the caller says that the instruction is there; the 64 bytes are a valid configuration.
+    unsafe {
+        asm!(
+            "ldtilecfg [{}]",
+            in(reg) &raw const config,
+            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+            options(nostack, readonly, preserves_flags),
+        );
+    }
 }
 
 /// Bytes of a tile in memory.
 const TILE_BYTES: usize = 1024;
-/// Lines of a tile.
+/// Cache lines of a tile.
 const TILE_LINES: usize = 16;
-/// Tiles of each panel that are asked for ahead of their use, when they come from memory.
+/// How many tiles of each micro-panel are prefetched ahead of their use, when they come from memory.
 const AHEAD: usize = 2;
 
-/// Asks for some lines from the address in a register on.
+/// Prefetches a number of cache lines from the address in a register on.
 macro_rules! prefetch {
     (0, $p:literal) => {
         ""
@@ -117,141 +127,138 @@ macro_rules! prefetch {
     };
 }
 
-/// Adds `n` tiles of two rows of A by two panels of B to the sums in tiles 0 to 3, and asks for so
-/// many lines of what comes next each time.
-macro_rules! add_2x2 {
-    ($lines:tt, $n:expr, $a:expr, $b:expr, $ahead:expr) => {{
-        let (n, a, b, ahead) = ($n, $a, $b, $ahead);
-        if n > 0 {
-            asm!(
-                "2:",
-                "tileloadd tmm6, [{b0} + {s}]",
-                "tileloadd tmm4, [{a0} + {s}]",
-                prefetch!($lines, "p0"),
-                "tdpbf16ps tmm0, tmm4, tmm6",
-                "tileloadd tmm5, [{a1} + {s}]",
-                "tdpbf16ps tmm2, tmm5, tmm6",
-                "tileloadd tmm7, [{b1} + {s}]",
-                prefetch!($lines, "p1"),
-                "tdpbf16ps tmm1, tmm4, tmm7",
-                "tdpbf16ps tmm3, tmm5, tmm7",
-                "add {a0}, {t}", "add {a1}, {t}", "add {b0}, {t}", "add {b1}, {t}", "add {p0}, {l}", "add {p1}, {l}",
-                "dec {n}", "jnz 2b",
-                a0 = inout(reg) a[0] => _, a1 = inout(reg) a[1] => _,
-                b0 = inout(reg) b[0] => _, b1 = inout(reg) b[1] => _,
-                p0 = inout(reg) ahead[0] => _, p1 = inout(reg) ahead[1] => _,
-                n = inout(reg) n => _, s = in(reg) 64usize, t = const TILE_BYTES, l = const $lines * 64,
-                options(nostack),
-            );
-        }
+/// The product of two row tiles of A and two micro-panels of B, summed in tiles 0 to 3 and stored. `$n` tiles along
+/// `k` are multiplied while `$lines` cache lines from `$ahead` on are prefetched with each, then `$m` while those from
+/// `$then` on are.
+macro_rules! product_2x2 {
+    ($lines:tt, $a:expr, $b:expr, $out:expr, $n:expr, $ahead:expr, $m:expr, $then:expr) => {{
+        let (a, b, ahead, then): ([*const u32; 2], [*const u32; 2], [*const u32; 2], [*const u32; 2]) =
+            ($a, $b, $ahead, $then);
+        asm!(
+            "tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3",
+            "test {n}, {n}", "jz 3f",
+            "2:",
+            "tileloadd tmm6, [{b0} + {s}]",
+            "tileloadd tmm4, [{a0} + {s}]",
+            prefetch!($lines, "p0"),
+            "tdpbf16ps tmm0, tmm4, tmm6",
+            "tileloadd tmm5, [{a1} + {s}]",
+            "tdpbf16ps tmm2, tmm5, tmm6",
+            "tileloadd tmm7, [{b1} + {s}]",
+            prefetch!($lines, "p1"),
+            "tdpbf16ps tmm1, tmm4, tmm7",
+            "tdpbf16ps tmm3, tmm5, tmm7",
+            "add {a0}, {t}", "add {a1}, {t}", "add {b0}, {t}", "add {b1}, {t}", "add {p0}, {l}", "add {p1}, {l}",
+            "dec {n}", "jnz 2b",
+            // The second part, once.
+            "3:",
+            "mov {p0}, {q0}", "mov {p1}, {q1}", "mov {n}, {m}", "xor {m:e}, {m:e}",
+            "test {n}, {n}", "jnz 2b",
+            "add {s}, {s}",
+            "tilestored [{o} + {s}], tmm0",
+            "tilestored [{o} + {s} + 64], tmm1",
+            "tilestored [{o} + {s} + 2048], tmm2",
+            "tilestored [{o} + {s} + 2112], tmm3",
+            a0 = inout(reg) a[0] => _, a1 = inout(reg) a[1] => _,
+            b0 = inout(reg) b[0] => _, b1 = inout(reg) b[1] => _,
+            p0 = inout(reg) ahead[0] => _, p1 = inout(reg) ahead[1] => _,
+            q0 = in(reg) then[0], q1 = in(reg) then[1],
+            n = inout(reg) $n => _, m = inout(reg) $m => _, s = inout(reg) 64usize => _, o = in(reg) $out,
+            t = const TILE_BYTES, l = const $lines * 64,
+            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+            options(nostack),
+        );
     }};
 }
 
-/// As [`add_2x2`], for one row tile and the sums in tiles 0 and 1.
-macro_rules! add_1x2 {
-    ($lines:tt, $n:expr, $a:expr, $b:expr, $ahead:expr) => {{
-        let (n, a, b, ahead) = ($n, $a, $b, $ahead);
-        if n > 0 {
-            asm!(
-                "2:",
-                "tileloadd tmm4, [{a0} + {s}]",
-                "tileloadd tmm6, [{b0} + {s}]",
-                prefetch!($lines, "p0"),
-                "tdpbf16ps tmm0, tmm4, tmm6",
-                "tileloadd tmm7, [{b1} + {s}]",
-                prefetch!($lines, "p1"),
-                "tdpbf16ps tmm1, tmm4, tmm7",
-                "add {a0}, {t}", "add {b0}, {t}", "add {b1}, {t}", "add {p0}, {l}", "add {p1}, {l}",
-                "dec {n}", "jnz 2b",
-                a0 = inout(reg) a => _,
-                b0 = inout(reg) b[0] => _, b1 = inout(reg) b[1] => _,
-                p0 = inout(reg) ahead[0] => _, p1 = inout(reg) ahead[1] => _,
-                n = inout(reg) n => _, s = in(reg) 64usize, t = const TILE_BYTES, l = const $lines * 64,
-                options(nostack),
-            );
-        }
-    }};
-}
-
-/// What is asked of memory beside a block's own work.
+/// What a product prefetches.
 #[derive(Debug, Clone, Copy)]
-pub enum Ahead {
-    /// The block's own panels, which come from memory, and the beginnings of these, which are next.
-    Near([*const u32; 2]),
-    /// The panels that are next, in so many parts, of which this block asks for one.
-    Far { next: [*const u32; 2], part: usize, parts: usize },
+pub enum Prefetch {
+    /// Its own micro-panels, which come from memory, and the beginnings of these, which are next.
+    Own([*const u32; 2]),
+    /// The micro-panels that are next: part `part` of `parts` of them.
+    Next { next: [*const u32; 2], part: usize, parts: usize },
 }
 
-/// `bytes` further.
+/// The addresses `bytes` further.
 fn further(p: [*const u32; 2], bytes: usize) -> [*const u32; 2] {
     p.map(|p| p.wrapping_byte_add(bytes))
 }
 
-/// `out` `[32][32]` = A (two row tiles) by B (two panels): all four are `tiles` tiles, one after
+/// `out` `[32][32]` = A (two row tiles) by B (two micro-panels): all four are `tiles` tiles, one after
 /// another.
 ///
 /// # Safety
 /// The thread is [`configure`]d; the pointers are valid for that many tiles, and `out` for 1024
 /// values.
-pub unsafe fn block_2x2(a: [*const u32; 2], b: [*const u32; 2], tiles: usize, out: *mut f32, ahead: Ahead) {
+pub unsafe fn block_2x2(a: [*const u32; 2], b: [*const u32; 2], tiles: usize, out: *mut f32, prefetch: Prefetch) {
     // SAFETY: all that is read and written lies where the caller says; a prefetch is no access. The
     // loops end with their count at zero, and are not entered with it.
     unsafe {
-        asm!("tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3", options(nostack, preserves_flags));
-        match ahead {
-            Ahead::Near(next) => {
+        match prefetch {
+            Prefetch::Own(next) => {
                 let last = AHEAD.min(tiles);
-                let first = tiles - last;
-                add_2x2!(16, first, a, b, further(b, last * TILE_BYTES));
-                let (a, b) = (further(a, first * TILE_BYTES), further(b, first * TILE_BYTES));
-                add_2x2!(16, last, a, b, next);
+                product_2x2!(16, a, b, out, tiles - last, further(b, last * TILE_BYTES), last, next);
             }
-            Ahead::Far { next, part, parts } => {
+            Prefetch::Next { next, part, parts } => {
                 let lines = TILE_LINES.div_ceil(parts).next_power_of_two();
                 match lines {
-                    _ if part * lines >= TILE_LINES => add_2x2!(0, tiles, a, b, next),
-                    1 | 2 => add_2x2!(2, tiles, a, b, further(next, part * tiles * 2 * 64)),
-                    4 => add_2x2!(4, tiles, a, b, further(next, part * tiles * 4 * 64)),
-                    8 => add_2x2!(8, tiles, a, b, further(next, part * tiles * 8 * 64)),
-                    _ => add_2x2!(16, tiles, a, b, next),
+                    _ if part * lines >= TILE_LINES => product_2x2!(0, a, b, out, tiles, next, 0usize, next),
+                    1 | 2 => product_2x2!(2, a, b, out, tiles, further(next, part * tiles * 2 * 64), 0usize, next),
+                    4 => product_2x2!(4, a, b, out, tiles, further(next, part * tiles * 4 * 64), 0usize, next),
+                    8 => product_2x2!(8, a, b, out, tiles, further(next, part * tiles * 8 * 64), 0usize, next),
+                    _ => product_2x2!(16, a, b, out, tiles, next, 0usize, next),
                 }
             }
         }
-        asm!(
-            "tilestored [{o} + {w}], tmm0",
-            "tilestored [{o} + {w} + 64], tmm1",
-            "tilestored [{o} + {w} + 2048], tmm2",
-            "tilestored [{o} + {w} + 2112], tmm3",
-            w = in(reg) 128usize, o = in(reg) out,
-            options(nostack, preserves_flags),
-        );
     }
 }
 
-/// The first 16 rows of `out` `[32][32]` = A (one row tile) by B (two panels); `next` is what comes from
+/// The first 16 rows of `out` `[32][32]` = A (one row tile) by B (two micro-panels); `next` is what comes from
 /// memory after B.
 ///
 /// # Safety
 /// As [`block_2x2`].
 pub unsafe fn block_1x2(a: *const u32, b: [*const u32; 2], tiles: usize, out: *mut f32, next: [*const u32; 2]) {
+    let last = AHEAD.min(tiles);
+    let ahead = further(b, last * TILE_BYTES);
     // SAFETY: as `block_2x2`.
     unsafe {
-        asm!("tilezero tmm0", "tilezero tmm1", options(nostack, preserves_flags));
-        let last = AHEAD.min(tiles);
-        let first = tiles - last;
-        add_1x2!(16, first, a, b, further(b, last * TILE_BYTES));
-        let (a, b) = (a.wrapping_byte_add(first * TILE_BYTES), further(b, first * TILE_BYTES));
-        add_1x2!(16, last, a, b, next);
         asm!(
-            "tilestored [{o} + {w}], tmm0",
-            "tilestored [{o} + {w} + 64], tmm1",
-            w = in(reg) 128usize, o = in(reg) out,
-            options(nostack, preserves_flags),
+            "tilezero tmm0", "tilezero tmm1",
+            "test {n}, {n}", "jz 3f",
+            "2:",
+            "tileloadd tmm4, [{a0} + {s}]",
+            "tileloadd tmm6, [{b0} + {s}]",
+            prefetch!(16, "p0"),
+            "tdpbf16ps tmm0, tmm4, tmm6",
+            "tileloadd tmm7, [{b1} + {s}]",
+            prefetch!(16, "p1"),
+            "tdpbf16ps tmm1, tmm4, tmm7",
+            "add {a0}, {t}", "add {b0}, {t}", "add {b1}, {t}", "add {p0}, {t}", "add {p1}, {t}",
+            "dec {n}", "jnz 2b",
+            // The last tiles, once.
+            "3:",
+            "mov {p0}, {q0}", "mov {p1}, {q1}", "mov {n}, {m}", "xor {m:e}, {m:e}",
+            "test {n}, {n}", "jnz 2b",
+            "add {s}, {s}",
+            "tilestored [{o} + {s}], tmm0",
+            "tilestored [{o} + {s} + 64], tmm1",
+            a0 = inout(reg) a => _,
+            b0 = inout(reg) b[0] => _, b1 = inout(reg) b[1] => _,
+            p0 = inout(reg) ahead[0] => _, p1 = inout(reg) ahead[1] => _,
+            q0 = in(reg) next[0], q1 = in(reg) next[1],
+            n = inout(reg) tiles - last => _, m = inout(reg) last => _, s = inout(reg) 64usize => _, o = in(reg) out,
+            t = const TILE_BYTES,
+            out("tmm0") _, out("tmm1") _, out("tmm4") _, out("tmm6") _, out("tmm7") _,
+            options(nostack),
         );
     }
 }
 
-/// Scores of 16 queries against the 32 positions of a block: `out` is `[16][32]`. `q` is `[dim_tiles][16][16 pairs]`, `k` `[dim_tiles * 16 pairs][32 positions]`.
+/// Scores of 16 queries against the 32 positions of a block: `out` is `[16][32]`. `q` is `[dim_tiles][16][16 pairs]`,
+/// `k` `[dim_tiles * 16 pairs][32 positions]`.
 ///
 /// # Safety
 /// The thread is [`configure`]d, and the pointers are valid for these shapes.
@@ -260,6 +267,7 @@ pub unsafe fn scores(q: *const u32, k: *const u32, dim_tiles: usize, out: *mut f
     unsafe {
         asm!(
             "tilezero tmm0", "tilezero tmm1",
+            "test {n}, {n}", "jz 3f",
             "2:",
             "tileloadd tmm4, [{q} + {s}]",
             "tileloadd tmm6, [{k} + {w}]",
@@ -268,83 +276,92 @@ pub unsafe fn scores(q: *const u32, k: *const u32, dim_tiles: usize, out: *mut f
             "tdpbf16ps tmm1, tmm4, tmm7",
             "add {q}, 1024", "add {k}, 2048",
             "dec {n}", "jnz 2b",
+            "3:",
             "tilestored [{o} + {w}], tmm0",
             "tilestored [{o} + {w} + 64], tmm1",
             q = inout(reg) q => _, k = inout(reg) k => _, n = inout(reg) dim_tiles => _,
             s = in(reg) 64usize, w = in(reg) 128usize, o = in(reg) out,
+            out("tmm0") _, out("tmm1") _, out("tmm4") _, out("tmm6") _, out("tmm7") _,
             options(nostack),
         );
     }
 }
 
-/// Clears the four sums of [`add_values`].
-///
-/// # Safety
-/// The thread is [`configure`]d.
-pub unsafe fn clear_values() {
-    // SAFETY: as the caller says; no memory is touched.
-    unsafe {
-        asm!("tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3", options(nostack, preserves_flags));
-    }
+/// The values of a range of blocks, as [`weigh_values`] reads them.
+#[derive(Debug, Clone, Copy)]
+pub struct Values<'a> {
+    /// From where the offsets count: the first of the 64 (or 32) dimensions that are summed.
+    pub base: *const u32,
+    /// Where each block's `[16 pairs of positions][dims]` begins, in words of four bytes.
+    pub offsets: &'a [usize],
+    pub dims: usize,
+    /// How many cache lines of the next block are prefetched with each block.
+    pub lines: usize,
+    /// What is prefetched with the last block; null for nothing.
+    pub next: *const u32,
 }
 
-/// Adds the values of a block's 32 positions, weighted by 16 rows `p` `[16][16 pairs]`, to the sums of 64
-/// dimensions. `v` is `[16 pairs of positions][dims]`, at the first of these.
+/// The sum of the blocks' values, weighted by 16 rows: `out` `[16][64]` for 64 dimensions, of which the first 32 are
+/// computed unless there are `WIDE` ones. `p` is `[blocks][16][16 pairs]`, the weights.
 ///
 /// # Safety
-/// The thread is [`configure`]d and has called [`clear_values`]; the pointers are valid for these shapes.
-pub unsafe fn add_values(p: *const u32, v: *const u32, dims: usize) {
-    // SAFETY: as the caller says.
-    unsafe {
-        asm!(
-            "tileloadd tmm4, [{p} + {ps}]",
-            "tileloadd tmm5, [{v} + {vs}]",
-            "tdpbf16ps tmm0, tmm4, tmm5",
-            "tileloadd tmm6, [{v} + {vs} + 64]",
-            "tdpbf16ps tmm1, tmm4, tmm6",
-            "tileloadd tmm5, [{v} + {vs} + 128]",
-            "tdpbf16ps tmm2, tmm4, tmm5",
-            "tileloadd tmm6, [{v} + {vs} + 192]",
-            "tdpbf16ps tmm3, tmm4, tmm6",
-            p = in(reg) p, ps = in(reg) 64usize, v = in(reg) v, vs = in(reg) dims * 4,
-            options(nostack, preserves_flags),
-        );
+/// The thread is [`configure`]d, and the pointers are valid for these shapes.
+pub unsafe fn weigh_values<const WIDE: bool>(p: *const u32, values: Values, out: *mut f32) {
+    let Values { base, offsets, dims, lines, next } = values;
+    macro_rules! weigh {
+        ([$($zero:literal),*] [$($add:literal),*] [$($store:literal),*]) => {
+            asm!(
+                $($zero,)*
+                "test {n}, {n}", "jz 6f",
+                "2:",
+                // Prefetches the next block's values, or what is next after all blocks.
+                "test {lines}, {lines}", "jz 5f",
+                "mov {v}, {next}",
+                "cmp {n}, 1", "je 3f",
+                "mov {v}, [{at} + 8]", "lea {v}, [{base} + {v} * 4]",
+                "3:",
+                "test {v}, {v}", "jz 5f",
+                "mov {c}, {lines}",
+                "4:",
+                "prefetcht0 [{v}]",
+                "add {v}, 64",
+                "dec {c}", "jnz 4b",
+                "5:",
+                "mov {v}, [{at}]", "lea {v}, [{base} + {v} * 4]",
+                "tileloadd tmm4, [{p} + {ps}]",
+                $($add,)*
+                "add {p}, 1024", "add {at}, 8",
+                "dec {n}", "jnz 2b",
+                "6:",
+                "mov {c:e}, 256",
+                $($store,)*
+                p = inout(reg) p => _, ps = in(reg) 64usize, vs = in(reg) dims * 4,
+                base = in(reg) base, at = inout(reg) offsets.as_ptr() => _, n = inout(reg) offsets.len() => _,
+                lines = in(reg) lines, next = in(reg) next, v = out(reg) _, c = out(reg) _, o = in(reg) out,
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                out("tmm4") _, out("tmm5") _, out("tmm6") _,
+                options(nostack),
+            )
+        };
     }
-}
-
-/// As [`add_values`], for 32 dimensions.
-///
-/// # Safety
-/// As [`add_values`].
-pub unsafe fn add_values_32(p: *const u32, v: *const u32, dims: usize) {
-    // SAFETY: as the caller says.
+    // SAFETY: as `block_2x2`. An offset after the last one is not read.
     unsafe {
-        asm!(
-            "tileloadd tmm4, [{p} + {ps}]",
-            "tileloadd tmm5, [{v} + {vs}]",
-            "tdpbf16ps tmm0, tmm4, tmm5",
-            "tileloadd tmm6, [{v} + {vs} + 64]",
-            "tdpbf16ps tmm1, tmm4, tmm6",
-            p = in(reg) p, ps = in(reg) 64usize, v = in(reg) v, vs = in(reg) dims * 4,
-            options(nostack, preserves_flags),
-        );
-    }
-}
-
-/// Writes the sums of [`add_values`] to 16 rows of `out`, `[16][64]`.
-///
-/// # Safety
-/// The thread is [`configure`]d and `out` is valid for 1024 values.
-pub unsafe fn store_values(out: *mut f32) {
-    // SAFETY: as the caller says.
-    unsafe {
-        asm!(
-            "tilestored [{o} + {s}], tmm0",
-            "tilestored [{o} + {s} + 64], tmm1",
-            "tilestored [{o} + {s} + 128], tmm2",
-            "tilestored [{o} + {s} + 192], tmm3",
-            o = in(reg) out, s = in(reg) 256usize,
-            options(nostack, preserves_flags),
-        );
+        match WIDE {
+            true => weigh!(
+                ["tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3"]
+                ["tileloadd tmm5, [{v} + {vs}]", "tdpbf16ps tmm0, tmm4, tmm5",
+                 "tileloadd tmm6, [{v} + {vs} + 64]", "tdpbf16ps tmm1, tmm4, tmm6",
+                 "tileloadd tmm5, [{v} + {vs} + 128]", "tdpbf16ps tmm2, tmm4, tmm5",
+                 "tileloadd tmm6, [{v} + {vs} + 192]", "tdpbf16ps tmm3, tmm4, tmm6"]
+                ["tilestored [{o} + {c}], tmm0", "tilestored [{o} + {c} + 64], tmm1",
+                 "tilestored [{o} + {c} + 128], tmm2", "tilestored [{o} + {c} + 192], tmm3"]
+            ),
+            false => weigh!(
+                ["tilezero tmm0", "tilezero tmm1"]
+                ["tileloadd tmm5, [{v} + {vs}]", "tdpbf16ps tmm0, tmm4, tmm5",
+                 "tileloadd tmm6, [{v} + {vs} + 64]", "tdpbf16ps tmm1, tmm4, tmm6"]
+                ["tilestored [{o} + {c}], tmm0", "tilestored [{o} + {c} + 64], tmm1"]
+            ),
+        }
     }
 }

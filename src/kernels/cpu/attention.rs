@@ -1,8 +1,9 @@
-//! Attention over the blocks of a [`CpuKvCache`]: of each sequence's new rows against all its
-//! positions, a tile of 16 queries of one key head at a time.
+//! Paged attention over the blocks of a [`CpuKvCache`]: of each sequence's new rows against all its
+//! positions, a tile of 16 queries of one key-value head at a time.
 //!
-//! Scores, then the softmax, then the values: two passes over the blocks. A query's numbers do not
-//! depend on the other queries of its tile, which positions it must not see add nothing but zeros.
+//! All scores of a tile are kept, so the softmax needs no running maximum: one pass over the keys, the softmax, one
+//! pass over the values. Masked positions have weight zero and add nothing, so a query's numbers do not depend on the
+//! other queries of its tile.
 
 mod scores;
 mod softmax;
@@ -15,7 +16,7 @@ use softmax::{shape_scores, softmax};
 use values::weigh_values;
 
 use super::{
-    Buffer, Isa, Precision, dispatch,
+    Buffer, Isa, Precision, dispatch, elements,
     kv_cache::CpuKvCache,
     pool::Pool,
     simd::{LANES, Simd},
@@ -28,12 +29,12 @@ use crate::kernels::{
 
 /// Queries of a tile.
 const TILE_ROWS: usize = 16;
-/// Scores of a tile against a block, and what they become: 16 rows of 32.
+/// Scores, or weights, of a tile against a block: 16 rows of 32.
 const BLOCK_SCORES: usize = TILE_ROWS * BLOCK_SIZE;
-/// Pairs in a row of a tile.
+/// Pairs of bf16 in a row of a tile.
 const TILE_PAIRS: usize = 16;
 
-/// What attention is computed of, rows packed as the segments say.
+/// Queries, keys and values of a step's rows, packed as the segments say.
 #[derive(Debug, Clone, Copy)]
 pub struct Rows<'a> {
     /// `[t, heads, head_dim]`
@@ -49,8 +50,8 @@ pub struct Rows<'a> {
 /// Writes the rows' keys and values to the cache, then attends: `[t, heads * head_dim]`.
 ///
 /// # Panics
-/// If a shape does not fit, a segment has too few blocks or one that does not exist, or two
-/// segments would write into one block.
+/// If a shape does not fit, a segment has too few blocks or one that does not exist, or a block that one segment
+/// writes to appears a second time in the segments' block tables.
 pub fn attend(
     isa: Isa,
     pool: &Pool,
@@ -60,22 +61,20 @@ pub fn attend(
     rows: Rows,
 ) -> Vec<f32> {
     let shape = cache.layout();
+    for s in segments {
+        let end = s.start.checked_add(s.rows).map(|end| end.div_ceil(BLOCK_SIZE));
+        assert!(s.rows > 0 && end.is_some_and(|end| end <= s.blocks.len()), "{s:?} has too few blocks");
+        assert!(s.blocks.iter().all(|&b| (b as usize) < cache.num_blocks()), "{s:?} has no such block");
+    }
     let t: usize = segments.iter().map(|s| s.rows).sum();
-    assert!(layer < shape.num_layers && rows.heads.is_multiple_of(shape.num_kv_heads));
-    assert!(rows.q.len() == t * rows.heads * shape.head_dim);
+    assert!(layer < shape.num_layers && shape.head_dim > 0 && rows.heads.is_multiple_of(shape.num_kv_heads));
+    assert!(rows.q.len() == elements(&[t, rows.heads, shape.head_dim]));
+    assert!(rows.k.len() == elements(&[t, shape.num_kv_heads, shape.head_dim]) && rows.v.len() == rows.k.len());
     assert!(
         rows.params.causal && rows.params.relative_position_bias.as_ref().is_none_or(|bias| bias.heads() == rows.heads)
     );
     assert!(rows.params.window != Some(0) && rows.params.alibi_slopes.as_ref().is_none_or(|s| s.len() == rows.heads));
-    assert!(rows.k.len() == t * shape.num_kv_heads * shape.head_dim && rows.v.len() == rows.k.len());
-    for s in segments {
-        assert!(s.rows > 0 && s.start + s.rows <= s.blocks.len() * BLOCK_SIZE, "{s:?} has too few blocks");
-        assert!(s.blocks.iter().all(|&b| (b as usize) < cache.num_blocks()), "{s:?} has no such block");
-    }
-    let touched = |s: &Segment| s.start / BLOCK_SIZE..(s.start + s.rows).div_ceil(BLOCK_SIZE);
-    let mut owned: Vec<_> = segments.iter().flat_map(|s| &s.blocks[touched(s)]).collect();
-    owned.sort_unstable();
-    assert!(owned.is_sorted_by(|a, b| a < b), "a block is written by two segments");
+    assert_written_blocks_are_not_shared(segments, cache.num_blocks());
     let offset = |block, head| cache.offset(layer, block, head);
     // One plan for all heads: where each segment's rows begin, and its tiles.
     let groups = rows.heads / shape.num_kv_heads;
@@ -87,7 +86,7 @@ pub fn attend(
         first += s.rows;
         tiles.extend((0..(s.rows * groups).div_ceil(TILE_ROWS)).map(|tile| (index, tile)));
     }
-    // Offsets of every segment's blocks for head 0; a head is two planes further.
+    // The offset of every segment's blocks for head 0; the next head is two planes (keys, values) further.
     let planes: Vec<Vec<usize>> = segments.iter().map(|s| s.blocks.iter().map(|&b| offset(b, 0)).collect()).collect();
     let mut step = Step {
         isa,
@@ -104,19 +103,20 @@ pub fn attend(
         words: cache.words_mut().as_mut_ptr(),
         out: std::ptr::null_mut(),
     };
-    // A segment of one tile is written by whoever attends to it: the lines are then still at hand.
+    // A segment of one tile is written by the task that attends to it: its keys and values are then still in the cache
+    // of that core.
     let long: Vec<usize> = (0..segments.len()).filter(|&i| !step.is_one_tile(i)).collect();
     pool.run(long.len() * step.kv_heads, &|task| {
         let (index, head) = (long[task % long.len()], task / long.len());
         let step = &step;
         // SAFETY: shapes are checked above; a block that is written belongs to one segment, and this task
         // alone has its rows of this head.
-        dispatch!(step.isa, write(step: &Step, index: usize, head: usize));
+        unsafe { dispatch!(step.isa, write(step: &Step, index: usize, head: usize)) };
     });
     let fill = |out: *mut f32| {
         step.out = out;
-        // A sequence's heads lie side by side in memory; they are parted only where there is too
-        // little to do otherwise.
+        // A sequence's heads lie side by side in memory; they are split over tasks only where there are too few
+        // tasks otherwise.
         let parts = if tiles.len() >= 4 * pool.threads() { 1 } else { step.kv_heads };
         let heads_per_task = step.kv_heads / parts;
         pool.run(tiles.len() * parts, &|task| {
@@ -125,14 +125,40 @@ pub fn attend(
             for head in (0..heads_per_task).map(|h| task % parts * heads_per_task + h) {
                 let step = &step;
                 // SAFETY: shapes are checked above; the keys and values of segments of several tiles have
-                // been written; this task alone has its rows of the output, and of a block that is written
-                // for a segment of one tile.
-                dispatch!(step.isa, attend_tile(step: &Step, index: usize, head: usize, tile: usize));
+                // been written; this task alone has its rows of the output, and this head of the blocks that are
+                // written for a segment of one tile.
+                unsafe { dispatch!(step.isa, attend_tile(step: &Step, index: usize, head: usize, tile: usize)) };
             }
         });
     };
     // SAFETY: the tiles of all heads are all of the rows.
     unsafe { written(rows.q.len(), fill) }
+}
+
+/// Panics if a block that one segment writes to is written to or read by another, or has two places in a segment's own
+/// block table. What threads do with the cache is free of data races if none is.
+fn assert_written_blocks_are_not_shared(segments: &[Segment], num_blocks: usize) {
+    let mut written = vec![0u64; num_blocks.div_ceil(64)];
+    let bit = |block: u32| (block as usize / 64, 1 << (block % 64));
+    // Blocks after those that are written are neither read nor written in this call.
+    let touched = |s: &Segment| (s.start / BLOCK_SIZE, (s.start + s.rows).div_ceil(BLOCK_SIZE));
+    for s in segments {
+        let (first, end) = touched(s);
+        for &block in &s.blocks[first..end] {
+            let (word, bit) = bit(block);
+            assert!(written[word] & bit == 0, "block {block} is written for two parts of the step: {s:?}");
+            written[word] |= bit;
+        }
+    }
+    for s in segments {
+        for &block in &s.blocks[..touched(s).0] {
+            let (word, bit) = bit(block);
+            assert!(
+                written[word] & bit == 0,
+                "block {block} is read by one part of the step and written by another: {s:?}"
+            );
+        }
+    }
 }
 
 /// One layer of a step.
@@ -144,12 +170,13 @@ struct Step<'a> {
     /// The first packed row of each segment.
     starts: &'a [usize],
     rows: Rows<'a>,
-    /// Query heads of a key head.
+    /// Query heads of a key-value head.
     groups: usize,
     kv_heads: usize,
     head_dim: usize,
     /// `head_dim`, padded.
     dim: usize,
+    /// Words in one head's keys, or its values, of a block.
     plane: usize,
     precision: Precision,
     words: *mut u32,
@@ -161,15 +188,21 @@ struct Step<'a> {
 unsafe impl Sync for Step<'_> {}
 
 impl Step<'_> {
-    /// Whether all queries of a segment and a key head are in one tile.
+    /// Whether all queries of a segment and a key-value head are in one tile.
     fn is_one_tile(&self, index: usize) -> bool {
         self.segments[index].rows * self.groups <= TILE_ROWS
     }
 
+    /// How far a head is from head 0 of the same block.
+    #[inline(always)]
+    fn head_offset(&self, head: usize) -> usize {
+        head * 2 * self.plane
+    }
+
     /// A head's keys in a block of a segment; its values come `plane` later.
+    #[inline(always)]
     fn keys(&self, index: usize, block: usize, head: usize) -> *mut u32 {
-        // SAFETY: the offset is that of a block of the cache.
-        unsafe { self.words.add(self.planes[index][block] + head * 2 * self.plane) }
+        self.words.wrapping_add(self.planes[index][block] + self.head_offset(head))
     }
 
     /// What is read after a block's keys: those of the next block, then the first block's values.
@@ -177,8 +210,7 @@ impl Step<'_> {
     fn after_keys(&self, index: usize, block: usize, head: usize, blocks: &Range<usize>) -> Ahead {
         Ahead(Some(match block + 1 < blocks.end {
             true => self.keys(index, block + 1, head),
-            // SAFETY: the values of a block of the cache lie after its keys.
-            false => unsafe { self.keys(index, blocks.start, head).add(self.plane) },
+            false => self.keys(index, blocks.start, head).wrapping_add(self.plane),
         }))
     }
 
@@ -186,8 +218,7 @@ impl Step<'_> {
     #[inline(always)]
     fn after_values(&self, index: usize, block: usize, head: usize, blocks: &Range<usize>) -> Ahead {
         match block + 1 < blocks.end {
-            // SAFETY: as in `after_keys`.
-            true => Ahead(Some(unsafe { self.keys(index, block + 1, head).add(self.plane) })),
+            true => Ahead(Some(self.keys(index, block + 1, head).wrapping_add(self.plane))),
             false if head + 1 < self.kv_heads => Ahead(Some(self.keys(index, blocks.start, head + 1))),
             false => Ahead::NOTHING,
         }
@@ -212,7 +243,7 @@ unsafe fn write<S: Simd>(step: &Step, index: usize, head: usize) {
             let keys = step.keys(index, position / BLOCK_SIZE, head);
             let values = keys.add(step.plane);
             if slot == 0 {
-                // Whatever was there before must be finite: it is weighed with zero.
+                // What an earlier owner left must be finite, for it is multiplied by a weight of zero.
                 std::ptr::write_bytes(values, 0, step.plane);
             }
             match step.precision {
@@ -269,12 +300,7 @@ impl Scratch {
     }
 }
 
-fn room<T: bytemuck::Pod>(memory: &mut Buffer<T>, len: usize) -> *mut T {
-    memory.make_room(len);
-    memory.as_mut_slice().as_mut_ptr()
-}
-
-/// 16 queries of one key head. Query `i` of a segment is head `i % groups` of row `i / groups`.
+/// Attention of a tile: 16 queries of one key-value head. Query `i` of a segment is head `i % groups` of row `i / groups`.
 ///
 /// # Safety
 /// The step's pointers are valid for its shapes, and no other thread has this tile. The segment's keys and
@@ -293,10 +319,10 @@ unsafe fn attend_tile<S: Simd>(step: &Step, index: usize, head: usize, tile: usi
     let oldest = |i: usize| params.window.map_or(0, |window| (position(i) + 1).saturating_sub(window));
     let blocks = oldest(0) / BLOCK_SIZE..position(count - 1) / BLOCK_SIZE + 1;
     let start = blocks.start * BLOCK_SIZE;
-    let queries = room(&mut scratch.queries, TILE_ROWS * step.dim);
-    let scores = room(&mut scratch.scores, blocks.len() * BLOCK_SCORES);
-    let weights = room(&mut scratch.weights, blocks.len() * BLOCK_SCORES / 2);
-    let sums = room(&mut scratch.sums, TILE_ROWS * step.dim.max(64));
+    let queries = scratch.queries.scratch(TILE_ROWS * step.dim).as_mut_ptr();
+    let scores = scratch.scores.scratch(blocks.len() * BLOCK_SCORES).as_mut_ptr();
+    let weights = scratch.weights.scratch(blocks.len() * BLOCK_SCORES / 2).as_mut_ptr();
+    let sums = scratch.sums.scratch(TILE_ROWS * step.dim.max(64)).as_mut_ptr();
     // Where a query, and its result, lies in the packed rows.
     let at = |i: usize| {
         let (row, group) = ((first + i) / step.groups, (first + i) % step.groups);
@@ -325,7 +351,7 @@ unsafe fn attend_tile<S: Simd>(step: &Step, index: usize, head: usize, tile: usi
                 (softcap, slopes, bias) => {
                     let query_head = head * step.groups + (first + i) % step.groups;
                     let slope = slopes.as_ref().map_or(0.0, |s| s[query_head]);
-                    // Positions are counted from the query, whose own distance is none.
+                    // Positions are counted from the query's own.
                     let nearest = start as f32 - position(i) as f32;
                     shape_scores::<S>(scores, blocks.len(), params.scale, softcap, slope, nearest);
                     if let Some(bias) = bias {
@@ -355,19 +381,19 @@ unsafe fn attend_tile<S: Simd>(step: &Step, index: usize, head: usize, tile: usi
     SCRATCH.set(scratch);
 }
 
-/// What is read after a plane of keys or values, which a kernel asks for on its way through that plane:
-/// planes are short runs in a large memory, which the processor does not foresee, and asking for all of one
-/// at once would wait for memory instead of computing.
+/// The plane of keys or values that is read after the current one, which a kernel prefetches on its way through this
+/// one: planes are short runs in a large memory, which the hardware prefetcher does not foresee, and prefetching
+/// all of one at once would wait for memory instead of computing.
 #[derive(Clone, Copy)]
 struct Ahead(Option<*const u32>);
 
 impl Ahead {
     const NOTHING: Self = Self(None);
 
-    /// Asks for part `i`, of so many words.
+    /// Prefetches part `i` of it, the parts being of `words` words.
     #[inline(always)]
-    fn ask(self, i: usize, words: usize) {
-        #[cfg(target_arch = "x86_64")]
+    fn prefetch(self, i: usize, words: usize) {
+        #[cfg(all(target_arch = "x86_64", not(miri)))]
         if let Some(plane) = self.0 {
             use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
             for word in (i * words..(i + 1) * words).step_by(16) {
@@ -375,7 +401,10 @@ impl Ahead {
                 unsafe { _mm_prefetch::<_MM_HINT_T0>(plane.wrapping_add(word).cast()) };
             }
         }
-        #[cfg(not(target_arch = "x86_64"))]
-        let _ = (i, words);
+        #[cfg(not(all(target_arch = "x86_64", not(miri))))]
+        let _ = (self.0, i, words);
     }
 }
+
+#[cfg(test)]
+mod tests;

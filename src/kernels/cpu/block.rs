@@ -1,11 +1,11 @@
-//! Blocks of a product: up to 32 rows by two panels of 16 columns, summed over all of `k` in one
-//! order, so that a row's sums are the same whichever rows it shares a block with.
+//! The micro-kernels of a product (GEMM): up to 32 rows by two micro-panels of 16 columns, summed over all of `k` in
+//! one order, so that a row's sums are the same whichever rows it shares a block with.
 
 #[cfg(target_arch = "x86_64")]
 use super::amx;
 use super::{
     Isa,
-    packed::{PANEL, TILE, TILE_K},
+    packed::{PANEL_WIDTH, TILE_K, TILE_WORDS},
     simd::Simd,
 };
 
@@ -14,41 +14,41 @@ pub(super) const BLOCK_ROWS: usize = 32;
 /// Rows of a tile.
 pub(super) const TILE_ROWS: usize = 16;
 /// Columns of a block.
-pub(super) const BLOCK_COLUMNS: usize = 2 * PANEL;
+pub(super) const BLOCK_COLUMNS: usize = 2 * PANEL_WIDTH;
 
-/// Lines of a panel that are asked for before they are needed. The processor foresees a stream only
+/// How many cache lines ahead of its use a micro-panel is prefetched. The hardware prefetcher foresees a stream only
 /// within a page of 4 KiB, and a few rows use a page up faster than memory answers.
 const LINES_AHEAD: usize = 24;
 
-/// Asks for the line that a panel's stream will need soon; of panels side by side the next one follows.
+/// Prefetches the line of a micro-panel that will be needed soon. After the last line of one that is a line of the next.
 #[inline(always)]
 fn prefetch<T>(panel: *const T, line: usize) {
-    #[cfg(target_arch = "x86_64")]
+    #[cfg(all(target_arch = "x86_64", not(miri)))]
     {
         use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
         // SAFETY: a prefetch is no access; it may name any address.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(panel.wrapping_add((line + LINES_AHEAD) * PANEL).cast()) };
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(panel.wrapping_add((line + LINES_AHEAD) * PANEL_WIDTH).cast()) };
     }
-    #[cfg(not(target_arch = "x86_64"))]
+    #[cfg(not(all(target_arch = "x86_64", not(miri))))]
     let _ = (panel, line);
 }
 
-/// What a block may ask of memory while it computes.
+/// What a block may prefetch while it computes.
 #[derive(Clone, Copy)]
 pub(super) struct Ahead {
-    /// The next unit's panels.
+    /// The micro-panels of the next column tile.
     pub next: [*const u32; 2],
-    /// Which of how many blocks of this unit it is.
+    /// Which of how many blocks of its column tile it is: each prefetches its part of `next`.
     pub part: usize,
     pub parts: usize,
-    /// Nobody has asked for this unit's own panels.
-    pub cold: bool,
+    /// It is the first block of a task, whose own micro-panels nobody has prefetched.
+    pub first: bool,
 }
 
 /// A block of a product in f32.
 ///
 /// # Safety
-/// `x` is valid for `rows` rows of `k`, each panel for `k` of 16, `sums` for a block.
+/// `x` is valid for `rows` rows of `k`, each micro-panel for `k` of 16, `sums` for a block.
 #[inline(always)]
 pub(super) unsafe fn block_f32<S: Simd>(x: *const f32, rows: usize, k: usize, panels: [*const f32; 2], sums: *mut f32) {
     // SAFETY: as the caller says.
@@ -56,7 +56,7 @@ pub(super) unsafe fn block_f32<S: Simd>(x: *const f32, rows: usize, k: usize, pa
         match one_panel::<S>(rows) {
             true => {
                 for (i, panel) in panels.into_iter().enumerate() {
-                    panel_f32::<S>(x, rows, k, panel, sums.add(i * PANEL));
+                    panel_f32::<S>(x, rows, k, panel, sums.add(i * PANEL_WIDTH));
                 }
             }
             false => panels_f32::<S>(x, rows, k, panels, sums),
@@ -64,13 +64,15 @@ pub(super) unsafe fn block_f32<S: Simd>(x: *const f32, rows: usize, k: usize, pa
     }
 }
 
-/// Whether more rows of one panel make better use of the registers than fewer rows of both. (A single row
-/// has too few sums of one panel to keep the processor busy.)
+/// Whether more rows by one micro-panel make better use of the registers than fewer rows by both. (A few rows have too
+/// few independent sums in one micro-panel to hide the latency of a multiply-add.)
 #[inline(always)]
 fn one_panel<S: Simd>(rows: usize) -> bool {
     S::REGISTERS < 32 && rows > 3
 }
 
+/// All rows by both micro-panels at once.
+///
 /// # Safety
 /// As [`block_f32`].
 #[inline(always)]
@@ -90,7 +92,7 @@ unsafe fn panels_f32<S: Simd>(x: *const f32, rows: usize, k: usize, panels: [*co
     }
 }
 
-/// Rows of one panel, for sixteen registers of eight lanes: twelve hold sums, the others a panel's
+/// All rows by one micro-panel, for sixteen registers of eight lanes: twelve hold sums, the others a micro-panel's
 /// weights and a value of `x`.
 ///
 /// # Safety
@@ -103,7 +105,7 @@ unsafe fn panel_f32<S: Simd>(x: *const f32, rows: usize, k: usize, panel: *const
         while row < rows {
             let (x, sums) = (x.add(row * k), sums.add(row * BLOCK_COLUMNS));
             row += match rows - row {
-                // Two calls of four, not six and a lonely two.
+                // Two calls of four rows are faster than one of six and one of two.
                 8 | 7 | 4 => rows_f32::<S, 4, 1>(x, k, [panel], sums),
                 5 => rows_f32::<S, 5, 1>(x, k, [panel], sums),
                 3 => rows_f32::<S, 3, 1>(x, k, [panel], sums),
@@ -115,10 +117,10 @@ unsafe fn panel_f32<S: Simd>(x: *const f32, rows: usize, k: usize, panel: *const
     }
 }
 
-/// `R` rows by `P` panels.
+/// `R` rows by `P` micro-panels, their sums in registers.
 ///
 /// # Safety
-/// `x` is valid for `R` rows of `k`, each panel for `k` of 16, `sums` for `R` rows of a block.
+/// `x` is valid for `R` rows of `k`, each micro-panel for `k` of 16, `sums` for `R` rows of a block.
 #[inline(always)]
 unsafe fn rows_f32<S: Simd, const R: usize, const P: usize>(
     x: *const f32,
@@ -133,7 +135,7 @@ unsafe fn rows_f32<S: Simd, const R: usize, const P: usize>(
             if R <= 3 {
                 panels.iter().for_each(|&panel| prefetch(panel, i));
             }
-            let w = panels.map(|panel| S::load(panel.add(i * PANEL)));
+            let w = panels.map(|panel| S::load(panel.add(i * PANEL_WIDTH)));
             for (r, acc) in acc.iter_mut().enumerate() {
                 let x = S::splat(*x.add(r * k + i));
                 for (acc, w) in acc.iter_mut().zip(w) {
@@ -143,20 +145,21 @@ unsafe fn rows_f32<S: Simd, const R: usize, const P: usize>(
         }
         for (r, acc) in acc.iter().enumerate() {
             for (p, acc) in acc.iter().enumerate() {
-                S::store(sums.add(r * BLOCK_COLUMNS + p * PANEL), *acc);
+                S::store(sums.add(r * BLOCK_COLUMNS + p * PANEL_WIDTH), *acc);
             }
         }
     }
     R
 }
 
-/// Rows that are better multiplied with weights widened on their way than with a panel widened before.
+/// Up to how many rows are multiplied with weights that are widened as they are loaded; for more, a micro-panel is
+/// widened once before.
 pub(super) const FEW_ROWS: usize = 3;
 
 /// A few rows of a product in bf16 without instructions for it. `x` has been rounded to bf16.
 ///
 /// # Safety
-/// `x` is valid for `rows` rows of `k`, each panel for the tiles of `k`, `sums` for a block.
+/// `x` is valid for `rows` rows of `k`, each micro-panel for the tiles of `k`, `sums` for a block.
 #[inline(always)]
 pub(super) unsafe fn few_rows_widened<S: Simd>(
     x: *const f32,
@@ -171,7 +174,7 @@ pub(super) unsafe fn few_rows_widened<S: Simd>(
     }
 }
 
-/// Widens a panel of bf16 to one of f32, `[k][16]`.
+/// Widens a micro-panel of bf16 to one of f32, `[k][16]`.
 ///
 /// # Safety
 /// `panel` is valid for the tiles of `k`, `to` for an even number of rows of 16 not below `k`.
@@ -180,46 +183,46 @@ pub(super) unsafe fn widen_panel<S: Simd>(panel: *const u32, k: usize, to: *mut 
     for pair in 0..k.div_ceil(2) {
         // SAFETY: as the caller says.
         unsafe {
-            let [low, high] = S::widen(S::load_pairs(panel.add(pair * PANEL)));
-            S::store(to.add(2 * pair * PANEL), low);
-            S::store(to.add((2 * pair + 1) * PANEL), high);
+            let [low, high] = S::widen(S::load_pairs(panel.add(pair * PANEL_WIDTH)));
+            S::store(to.add(2 * pair * PANEL_WIDTH), low);
+            S::store(to.add((2 * pair + 1) * PANEL_WIDTH), high);
         }
     }
 }
 
-/// One row, whose weights are widened on their way: as they are read once, memory is what takes the time.
+/// One row, whose weights are widened as they are loaded: they are used once, and memory is what takes the time.
 ///
 /// # Safety
 /// As [`few_rows_widened`], for one row.
 #[inline(always)]
 unsafe fn row_widened<S: Simd>(x: *const f32, k: usize, panels: [*const u32; 2], sums: *mut f32) {
-    // SAFETY: as the caller says; a panel has values for an even number of inner ones.
+    // SAFETY: as the caller says; a micro-panel has values for an even number of inner ones.
     unsafe {
         let mut acc = [S::splat(0.0); 2];
         for pair in 0..k / 2 {
             let (a, b) = (S::splat(*x.add(2 * pair)), S::splat(*x.add(2 * pair + 1)));
             for (acc, panel) in acc.iter_mut().zip(panels) {
                 prefetch(panel, pair);
-                let [low, high] = S::widen(S::load_pairs(panel.add(pair * PANEL)));
+                let [low, high] = S::widen(S::load_pairs(panel.add(pair * PANEL_WIDTH)));
                 *acc = S::fma(high, b, S::fma(low, a, *acc));
             }
         }
         if k % 2 == 1 {
             let a = S::splat(*x.add(k - 1));
             for (acc, panel) in acc.iter_mut().zip(panels) {
-                let [low, _] = S::widen(S::load_pairs(panel.add(k / 2 * PANEL)));
+                let [low, _] = S::widen(S::load_pairs(panel.add(k / 2 * PANEL_WIDTH)));
                 *acc = S::fma(low, a, *acc);
             }
         }
         S::store(sums, acc[0]);
-        S::store(sums.add(PANEL), acc[1]);
+        S::store(sums.add(PANEL_WIDTH), acc[1]);
     }
 }
 
 /// A block of a product in bf16, by the processor's instructions for it.
 ///
 /// # Safety
-/// `a` is valid for two row tiles of `tiles` tiles, each panel for as many, `sums` for a block.
+/// `a` is valid for two row tiles of `tiles` tiles, each micro-panel for as many, `sums` for a block.
 #[inline(always)]
 pub(super) unsafe fn block_bf16<S: Simd>(
     isa: Isa,
@@ -231,18 +234,18 @@ pub(super) unsafe fn block_bf16<S: Simd>(
     ahead: Ahead,
 ) {
     #[cfg(target_arch = "x86_64")]
-    if isa == Isa::Amx {
-        amx::configure();
-        // SAFETY: as the caller says.
+    if isa.has_tiles() {
+        // SAFETY: as the caller says; the instruction set has tiles.
         unsafe {
-            let Ahead { next, part, parts, cold } = ahead;
+            amx::configure();
+            let Ahead { next, part, parts, first } = ahead;
             match rows > TILE_ROWS {
-                true if cold || parts == 1 => {
-                    amx::block_2x2([a, a.add(tiles * TILE)], [b0, b1], tiles, sums, amx::Ahead::Near(next));
-                }
                 true => {
-                    let ahead = amx::Ahead::Far { next, part, parts };
-                    amx::block_2x2([a, a.add(tiles * TILE)], [b0, b1], tiles, sums, ahead);
+                    let prefetch = match first || parts == 1 {
+                        true => amx::Prefetch::Own(next),
+                        false => amx::Prefetch::Next { next, part, parts },
+                    };
+                    amx::block_2x2([a, a.add(tiles * TILE_WORDS)], [b0, b1], tiles, sums, prefetch);
                 }
                 false => amx::block_1x2(a, [b0, b1], tiles, sums, next),
             }
@@ -254,7 +257,7 @@ pub(super) unsafe fn block_bf16<S: Simd>(
     // SAFETY: rows of one call lie in one row tile, as their number divides 16.
     unsafe {
         while row < rows {
-            let a = a.add(row / TILE_ROWS * tiles * TILE + row % TILE_ROWS * (TILE_K / 2));
+            let a = a.add(row / TILE_ROWS * tiles * TILE_WORDS + row % TILE_ROWS * (TILE_K / 2));
             let sums = sums.add(row * BLOCK_COLUMNS);
             row += match rows - row {
                 left if left >= 8 => rows_bf16::<S, 8>(a, tiles, b0, b1, sums),
@@ -266,7 +269,7 @@ pub(super) unsafe fn block_bf16<S: Simd>(
     }
 }
 
-/// `R` rows of one row tile by two panels.
+/// `R` rows of one row tile by two micro-panels.
 ///
 /// # Safety
 /// As [`block_bf16`], for `R` rows that start at `a`.
@@ -283,10 +286,10 @@ unsafe fn rows_bf16<S: Simd, const R: usize>(
         let mut acc = [[S::splat(0.0); 2]; R];
         for t in 0..tiles {
             for pair in 0..TILE_K / 2 {
-                let at = t * TILE + pair * PANEL;
+                let at = t * TILE_WORDS + pair * PANEL_WIDTH;
                 let w = [S::load_pairs(b0.add(at)), S::load_pairs(b1.add(at))];
                 for (r, acc) in acc.iter_mut().enumerate() {
-                    let x = *a.add(t * TILE + r * (TILE_K / 2) + pair);
+                    let x = *a.add(t * TILE_WORDS + r * (TILE_K / 2) + pair);
                     acc[0] = S::dot(acc[0], w[0], x);
                     acc[1] = S::dot(acc[1], w[1], x);
                 }
@@ -294,7 +297,7 @@ unsafe fn rows_bf16<S: Simd, const R: usize>(
         }
         for (r, acc) in acc.iter().enumerate() {
             S::store(sums.add(r * BLOCK_COLUMNS), acc[0]);
-            S::store(sums.add(r * BLOCK_COLUMNS + PANEL), acc[1]);
+            S::store(sums.add(r * BLOCK_COLUMNS + PANEL_WIDTH), acc[1]);
         }
     }
     R

@@ -9,10 +9,12 @@ use std::{
 };
 
 use bytemuck::Pod;
+#[cfg(not(miri))]
 use memmap2::{MmapMut, MmapOptions};
 
-/// Bytes that small buffers share: many huge pages.
-const REGION: usize = 32 << 20;
+/// Bytes that small buffers share: many huge pages. (Miri clears them one by one.)
+const REGION: usize = if cfg!(miri) { 1 << 20 } else { 32 << 20 };
+/// Bytes of a cache line, which every buffer is aligned to.
 const LINE: usize = 64;
 
 /// A fixed number of values of a plain type, zero at first.
@@ -30,11 +32,40 @@ unsafe impl<T: Send> Send for Buffer<T> {}
 // SAFETY: as above; a shared buffer can only be read.
 unsafe impl<T: Sync> Sync for Buffer<T> {}
 
+/// Zeroed memory from the system.
+#[cfg(not(miri))]
+type Memory = MmapMut;
+/// Miri has no huge pages and follows memory of the allocator best.
+#[cfg(miri)]
+type Memory = Vec<Line>;
+
+#[cfg(miri)]
+#[derive(Debug, Clone, Copy)]
+#[repr(align(64))]
+struct Line(#[expect(dead_code, reason = "only its size and alignment count")] [u8; LINE]);
+
+#[cfg(not(miri))]
+fn map(len: usize) -> std::io::Result<Memory> {
+    let memory = MmapOptions::new().len(len).no_reserve_swap().map_anon()?;
+    #[cfg(target_os = "linux")]
+    {
+        // Only a wish: without it all is as right and a little slower.
+        let _ = memory.advise(memmap2::Advice::HugePage);
+    }
+    Ok(memory)
+}
+
+#[cfg(miri)]
+#[expect(clippy::unnecessary_wraps, reason = "as where the system gives the memory")]
+fn map(len: usize) -> std::io::Result<Memory> {
+    Ok(vec![Line([0; LINE]); len.div_ceil(LINE)])
+}
+
 /// A mapping that buffers have parts of. It goes when the last of them does.
 #[derive(Debug)]
 struct Region {
     /// Never borrowed after it was made: the buffers' pointers are the only way to it.
-    _memory: MmapMut,
+    _memory: Memory,
     start: NonNull<u8>,
     len: usize,
 }
@@ -46,13 +77,9 @@ unsafe impl Sync for Region {}
 
 impl Region {
     fn new(len: usize) -> std::io::Result<Self> {
-        let mut memory = MmapOptions::new().len(len).no_reserve_swap().map_anon()?;
-        #[cfg(target_os = "linux")]
-        {
-            // Only a wish: without it all is as right and a little slower.
-            let _ = memory.advise(memmap2::Advice::HugePage);
-        }
-        let start = NonNull::from(&mut *memory).cast();
+        let mut memory = map(len)?;
+        let start = NonNull::from(&mut *memory).cast::<u8>();
+        assert!(start.addr().get().is_multiple_of(LINE), "a mapping that does not begin at a cache line");
         Ok(Self { _memory: memory, start, len })
     }
 }
@@ -89,26 +116,33 @@ impl<T: Pod> Buffer<T> {
     /// # Errors
     /// The system does not give the address space.
     pub fn zeroed(len: usize) -> std::io::Result<Self> {
-        let bytes = len.checked_mul(size_of::<T>()).ok_or_else(|| {
+        const { assert!(align_of::<T>() <= LINE, "a type that is aligned to more than a cache line") };
+        let bytes = len.checked_mul(size_of::<T>()).filter(|bytes| *bytes <= isize::MAX as usize - LINE);
+        let bytes = bytes.ok_or_else(|| {
             std::io::Error::new(std::io::ErrorKind::OutOfMemory, "more bytes than there are addresses")
         })?;
         if bytes == 0 {
             return Ok(Self::empty());
         }
-        let (region, values) = cut(bytes)?;
-        Ok(Self { region: Some(region), values: values.cast(), len, owns: PhantomData })
+        let (region, start) = cut(bytes)?;
+        let values = start.cast::<T>();
+        assert!(values.is_aligned(), "a part of a region that is not aligned");
+        Ok(Self { region: Some(region), values, len, owns: PhantomData })
     }
 
-    /// Replaces the values by at least `len` zeros if there are fewer.
+    /// The first `len` values of a scratch buffer, which is replaced by a larger one of zeros if it has fewer. What
+    /// they hold is of no use to the caller.
     ///
     /// # Panics
     /// If the system does not give the memory.
-    pub fn make_room(&mut self, len: usize) {
+    pub fn scratch(&mut self, len: usize) -> &mut [T] {
         if self.len < len {
+            let larger = Self::zeroed(len.checked_next_power_of_two().unwrap_or(usize::MAX));
             #[expect(clippy::expect_used, reason = "as a `Vec`, which aborts")]
-            let more = Self::zeroed(len.next_power_of_two()).expect("memory for the kernels' scratch");
-            *self = more;
+            let larger = larger.expect("memory for the kernels' scratch");
+            *self = larger;
         }
+        &mut self.as_mut_slice()[..len]
     }
 
     /// The values.
@@ -132,7 +166,8 @@ mod tests {
 
     #[test]
     fn buffers_are_zero_aligned_and_apart() {
-        let mut all: Vec<Buffer<u32>> = [1, 17, 1000, 3 << 20, 0, 5].map(|n| Buffer::zeroed(n).unwrap()).into();
+        let mut all: Vec<Buffer<u32>> =
+            [1, 17, 1000, if cfg!(miri) { 1 << 17 } else { 3 << 20 }, 0, 5].map(|n| Buffer::zeroed(n).unwrap()).into();
         for (i, buffer) in all.iter_mut().enumerate() {
             assert!(buffer.as_slice().iter().all(|x| *x == 0));
             assert!(buffer.len == 0 || buffer.as_slice().as_ptr().addr().is_multiple_of(LINE));
@@ -141,6 +176,29 @@ mod tests {
         for (i, buffer) in all.iter().enumerate() {
             assert!(buffer.as_slice().iter().all(|x| *x == i as u32 + 1));
         }
-        assert!(Buffer::<u32>::zeroed(usize::MAX).is_err());
+    }
+
+    #[test]
+    fn a_length_without_so_many_addresses_is_an_error() {
+        for len in [usize::MAX, usize::MAX / 4, isize::MAX as usize / 4] {
+            assert!(Buffer::<u32>::zeroed(len).is_err(), "{len}");
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "memory for the kernels' scratch")]
+    fn scratch_whose_next_power_of_two_cannot_be_counted_is_a_panic() {
+        Buffer::<u32>::empty().scratch(usize::MAX / 2 + 2);
+    }
+
+    #[test]
+    fn scratch_grows_and_is_kept() {
+        let mut buffer = Buffer::<f32>::empty();
+        buffer.scratch(100).fill(1.0);
+        let at = buffer.as_slice().as_ptr();
+        assert!(buffer.scratch(0).is_empty());
+        assert_eq!(buffer.scratch(128).len(), 128);
+        assert_eq!(buffer.as_slice().as_ptr(), at);
+        assert!(buffer.scratch(129).iter().all(|x| *x == 0.0));
     }
 }

@@ -76,8 +76,15 @@ impl CpuKvCache {
     /// # Errors
     /// The system does not give the address space.
     pub fn new(shape: KvShape, num_blocks: usize) -> std::io::Result<Self> {
+        // At least as many words as the cache has: if they can be counted, so can every offset into it.
+        let most = [num_blocks, shape.num_layers, shape.num_kv_heads, 2 * BLOCK_SIZE]
+            .into_iter()
+            .try_fold(shape.head_dim.checked_next_multiple_of(32).unwrap_or(usize::MAX), usize::checked_mul);
+        if most.is_none() {
+            return Err(std::io::Error::new(std::io::ErrorKind::OutOfMemory, "more words than can be counted"));
+        }
         let (of, shape) = (shape, CacheShape::of(&shape));
-        Ok(Self { of, shape, num_blocks, words: Buffer::zeroed(num_blocks.saturating_mul(shape.block_words()))? })
+        Ok(Self { of, shape, num_blocks, words: Buffer::zeroed(num_blocks * shape.block_words())? })
     }
 
     /// Its shape in memory.

@@ -1,21 +1,22 @@
-//! A frozen matrix in the order in which the kernels read it, packed once.
+//! A frozen matrix, packed once into the micro-panels that the kernels read.
 
 use half::bf16;
 use rayon::prelude::*;
 
 use super::{
     buffer::Buffer,
+    elements,
     simd::{LANES, bf16 as round},
 };
 use crate::kernels::quantized::{self, BlockFormat};
 
-/// Rows of a matrix (columns of the product) in one panel.
-pub(super) const PANEL: usize = LANES;
-const _: () = assert!(PANEL == quantized::PANEL, "blocks are dequantised a panel at a time");
+/// Rows of a matrix (columns of the product) in one micro-panel.
+pub(super) const PANEL_WIDTH: usize = LANES;
+const _: () = assert!(PANEL_WIDTH == quantized::PANEL_WIDTH, "blocks are dequantised a micro-panel at a time");
 /// Inner values in one tile of bf16.
 pub(super) const TILE_K: usize = 32;
-/// Pairs in a tile of bf16: 16 pairs of inner values by 16 columns. One tile is 1 KiB.
-pub(super) const TILE: usize = TILE_K / 2 * PANEL;
+/// Words of four bytes, pairs, in a tile of bf16: 16 pairs of inner values by 16 columns. One tile is 1 KiB.
+pub(super) const TILE_WORDS: usize = TILE_K / 2 * PANEL_WIDTH;
 
 /// The number format that a matrix is kept in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,12 +26,12 @@ pub enum Precision {
     Bf16,
 }
 
-/// `W` `[n, k]`, to be multiplied as `x Wᵀ`. Panels of 16 rows of `W` lie one after another; in a
-/// panel, f32 values are `[k][16]`, and bf16 values `[k / 32][16 pairs][16][2]`, which is both a
-/// tile of AMX and what `vdpbf16ps` reads. What is missing of a panel or tile is zero.
+/// `W` `[n, k]`, to be multiplied as `x Wᵀ`. Micro-panels of 16 rows of `W` lie one after another; in a
+/// micro-panel, f32 values are `[k][16]`, and bf16 values `[k / 32][16 pairs][16][2]`, which is both a
+/// tile of AMX and what `vdpbf16ps` reads. Micro-panels and tiles are padded with zeros.
 ///
-/// Blocks of a GGUF file stay as they are, row after row: whoever multiplies makes an f32 panel of 16 rows at
-/// a time of them.
+/// Blocks of a GGUF file stay as they are, row after row: a product dequantises them, 16 rows at a time, to a
+/// micro-panel of f32.
 #[derive(Debug)]
 pub struct PackedMatrix {
     n: usize,
@@ -54,13 +55,13 @@ impl PackedMatrix {
     /// # Panics
     /// If there are not `n * k` values.
     pub fn from_f32(values: &[f32], n: usize, k: usize) -> std::io::Result<Self> {
-        assert_eq!(values.len(), n * k);
-        let mut data = Buffer::zeroed(n.div_ceil(PANEL) * PANEL * k)?;
+        assert_eq!(values.len(), elements(&[n, k]));
+        let mut data = Buffer::zeroed(elements(&[n.div_ceil(PANEL_WIDTH), PANEL_WIDTH, k]))?;
         if k > 0 {
-            data.as_mut_slice().par_chunks_exact_mut(PANEL * k).enumerate().for_each(
+            data.as_mut_slice().par_chunks_exact_mut(PANEL_WIDTH * k).enumerate().for_each(
                 |(panel, out): (_, &mut [f32])| {
-                    for (i, row) in values[panel * PANEL * k..].chunks_exact(k).take(PANEL).enumerate() {
-                        for (out, x) in out[i..].iter_mut().step_by(PANEL).zip(row) {
+                    for (i, row) in values[panel * PANEL_WIDTH * k..].chunks_exact(k).take(PANEL_WIDTH).enumerate() {
+                        for (out, x) in out[i..].iter_mut().step_by(PANEL_WIDTH).zip(row) {
                             *out = *x;
                         }
                     }
@@ -81,7 +82,7 @@ impl PackedMatrix {
         Self::pack_bf16(values, n, k, |x| x.to_bits())
     }
 
-    /// As [`from_bf16`](Self::from_bf16), from values that are yet to be rounded.
+    /// As [`from_bf16`](Self::from_bf16), from f32 values, which it rounds.
     ///
     /// # Errors
     /// There is no memory.
@@ -93,14 +94,14 @@ impl PackedMatrix {
     }
 
     fn pack_bf16<T: Sync>(values: &[T], n: usize, k: usize, bits: impl Fn(&T) -> u16 + Sync) -> std::io::Result<Self> {
-        assert_eq!(values.len(), n * k);
+        assert_eq!(values.len(), elements(&[n, k]));
         let tiles = k.div_ceil(TILE_K);
-        let mut data = Buffer::zeroed(n.div_ceil(PANEL) * tiles * TILE)?;
+        let mut data = Buffer::zeroed(elements(&[n.div_ceil(PANEL_WIDTH), tiles, TILE_WORDS]))?;
         if k > 0 {
-            data.as_mut_slice().par_chunks_exact_mut(tiles * TILE).enumerate().for_each(
+            data.as_mut_slice().par_chunks_exact_mut(tiles * TILE_WORDS).enumerate().for_each(
                 |(panel, out): (_, &mut [u32])| {
-                    for (i, row) in values[panel * PANEL * k..].chunks_exact(k).take(PANEL).enumerate() {
-                        for (out, pair) in out[i..].iter_mut().step_by(PANEL).zip(row.chunks(2)) {
+                    for (i, row) in values[panel * PANEL_WIDTH * k..].chunks_exact(k).take(PANEL_WIDTH).enumerate() {
+                        for (out, pair) in out[i..].iter_mut().step_by(PANEL_WIDTH).zip(row.chunks(2)) {
                             *out = u32::from(bits(&pair[0])) | pair.get(1).map_or(0, |x| u32::from(bits(x)) << 16);
                         }
                     }
@@ -116,7 +117,7 @@ impl PackedMatrix {
     /// # Panics
     /// If `bytes` are not the blocks of `n` rows.
     pub fn from_blocks(format: BlockFormat, bytes: Vec<u8>, n: usize, k: usize) -> Self {
-        assert_eq!(Some(bytes.len()), format.row_bytes(k).map(|row| n * row));
+        assert_eq!(Some(bytes.len()), format.row_bytes(k).and_then(|row| n.checked_mul(row)));
         Self { n, k, data: Data::Blocks(format, bytes) }
     }
 
@@ -125,12 +126,12 @@ impl PackedMatrix {
         self.n
     }
 
-    /// Columns of the matrix: the width of what it is multiplied with.
+    /// Columns of the matrix: the width of its input.
     pub fn k(&self) -> usize {
         self.k
     }
 
-    /// The format of its values where they are multiplied.
+    /// The precision that products are computed in.
     pub fn precision(&self) -> Precision {
         match self.data {
             Data::F32(_) | Data::Blocks(..) => Precision::F32,
@@ -147,20 +148,20 @@ impl PackedMatrix {
         }
     }
 
-    /// Writes row `i`, `[k]`, to `out`: an embedding, where the matrix is also the table.
+    /// Writes row `i`, `[k]`, to `out`: a row of the embedding table, where embeddings are tied.
     ///
     /// # Panics
     /// If there is no such row or `out` has another length.
     pub fn row(&self, i: usize, out: &mut [f32]) {
         assert!(i < self.n && out.len() == self.k, "row {i} of {} x {} into {}", self.n, self.k, out.len());
-        let (panel, lane) = (i / PANEL, i % PANEL);
+        let (panel, lane) = (i / PANEL_WIDTH, i % PANEL_WIDTH);
         match &self.data {
             Data::F32(data) => {
-                let from = data.as_slice()[panel * PANEL * self.k + lane..].iter().step_by(PANEL);
+                let from = data.as_slice()[panel * PANEL_WIDTH * self.k + lane..].iter().step_by(PANEL_WIDTH);
                 out.iter_mut().zip(from).for_each(|(out, x)| *out = *x);
             }
             Data::Bf16(data) => {
-                let from = data.as_slice()[panel * self.tiles() * TILE + lane..].iter().step_by(PANEL);
+                let from = data.as_slice()[panel * self.tiles() * TILE_WORDS + lane..].iter().step_by(PANEL_WIDTH);
                 for (out, pair) in out.chunks_mut(2).zip(from) {
                     out[0] = f32::from_bits(pair << 16);
                     if let Some(second) = out.get_mut(1) {
@@ -175,21 +176,26 @@ impl PackedMatrix {
         }
     }
 
-    /// Writes panel `i` of a matrix of blocks in f32, `[k][16]`; nothing of another matrix.
+    /// Dequantises micro-panel `i` of a matrix of blocks to f32, `[k][16]`; does nothing for another matrix.
     ///
     /// # Panics
-    /// If there is no such panel or no room for it.
+    /// If there is no such micro-panel, or `out` is too short for it.
     #[inline(always)]
     pub(super) fn dequantize_panel(&self, i: usize, out: &mut [f32]) {
         if let Data::Blocks(format, bytes) = &self.data {
             let size = bytes.len() / self.n;
-            let rows = i * PANEL..self.n.min((i + 1) * PANEL);
-            format.dequantize_panel(&bytes[rows.start * size..rows.end * size], self.k, &mut out[..self.k * PANEL]);
+            let rows = i * PANEL_WIDTH..self.n.min((i + 1) * PANEL_WIDTH);
+            format.dequantize_panel(
+                &bytes[rows.start * size..rows.end * size],
+                self.k,
+                &mut out[..self.k * PANEL_WIDTH],
+            );
         }
     }
 
+    /// The number of micro-panels.
     pub(super) fn panels(&self) -> usize {
-        self.n.div_ceil(PANEL)
+        self.n.div_ceil(PANEL_WIDTH)
     }
 
     /// Tiles of bf16 along `k`.
@@ -219,6 +225,16 @@ mod tests {
                     assert!(row.iter().zip(&rounded[i * k..]).all(|(a, b)| *a == b.to_f32()));
                 }
             }
+        }
+    }
+    #[test]
+    fn values_that_are_not_those_of_the_shape_are_refused() {
+        // The products of the last two shapes are zero once they overflow.
+        for (n, k) in [(3, 2), (usize::MAX / 2 + 1, 2), (2, usize::MAX / 2 + 1)] {
+            let refused = |f: &dyn Fn()| std::panic::catch_unwind(std::panic::AssertUnwindSafe(f)).is_err();
+            assert!(refused(&|| drop(PackedMatrix::from_f32(&[], n, k))), "{n} {k}");
+            assert!(refused(&|| drop(PackedMatrix::from_bf16(&[], n, k))), "{n} {k}");
+            assert!(refused(&|| drop(PackedMatrix::from_blocks(BlockFormat::F16, Vec::new(), n, k))), "{n} {k}");
         }
     }
 }

@@ -1,7 +1,9 @@
 //! Attention without a causal mask: of an encoder's rows among themselves, and of a decoder's rows to
 //! an encoder's output. Plain loops; a row's sums run over the keys in their order.
 
-use super::{pool::Pool, tensors::written};
+use std::sync::{Mutex, PoisonError};
+
+use super::{elements, pool::Pool};
 use crate::kernels::{AttentionParams, host::dot};
 
 /// Consecutive packed rows that see the same keys, all of them.
@@ -23,42 +25,34 @@ pub struct Heads {
     pub head_dim: usize,
 }
 
-/// A pointer that threads write disjoint rows behind.
-struct Out(*mut f32);
-
-// SAFETY: every task of `attend` writes one row, its own.
-unsafe impl Sync for Out {}
-
-/// Of `q` `[t, heads, head_dim]`, packed as the spans say, to each span's keys: `[t, heads *
+/// Attention of `q` `[t, heads, head_dim]`, packed as the spans say, to each span's keys: `[t, heads *
 /// head_dim]`. A distance is that of the row and the key within the span.
 ///
 /// # Panics
 /// If a shape does not fit, or a span has no keys.
 pub fn attend(pool: &Pool, spans: &[Span], q: &[f32], shape: Heads, params: &AttentionParams) -> Vec<f32> {
     let Heads { heads, kv_heads, head_dim } = shape;
-    let (width, kv_width) = (heads * head_dim, kv_heads * head_dim);
-    let places: Vec<(usize, usize)> = (0..spans.len()).flat_map(|s| (0..spans[s].rows).map(move |i| (s, i))).collect();
-    assert!(q.len() == places.len() * width && heads.is_multiple_of(kv_heads));
+    let (width, kv_width) = (elements(&[heads, head_dim]), elements(&[kv_heads, head_dim]));
+    let rows: Vec<(usize, usize)> = (0..spans.len()).flat_map(|s| (0..spans[s].rows).map(move |i| (s, i))).collect();
+    assert!(q.len() == elements(&[rows.len(), width]) && heads.is_multiple_of(kv_heads));
     for span in spans {
         assert!(!span.keys.is_empty() && span.keys.len().is_multiple_of(kv_width));
         assert!(span.values.len() == span.keys.len());
     }
     assert!(params.relative_position_bias.as_ref().is_none_or(|bias| bias.heads() == heads));
-    let fill = |out: *mut f32| {
-        let out = Out(out);
-        pool.run(places.len(), &|row| {
-            let out = &out;
-            let (span, index) = places[row];
-            // SAFETY: the row is within `out`, which is as long as `q`, and this task alone has it.
-            let to = unsafe { std::slice::from_raw_parts_mut(out.0.add(row * width), width) };
-            attend_row(&spans[span], index, &q[row * width..][..width], shape, params, to);
-        });
-    };
-    // SAFETY: the places are all of the rows, and each is written whole.
-    unsafe { written(q.len(), fill) }
+    let mut out = vec![0f32; q.len()];
+    // Each row is locked once, by the task that writes it.
+    let targets: Vec<Mutex<&mut [f32]>> = out.chunks_exact_mut(width.max(1)).map(Mutex::new).collect();
+    pool.run(targets.len(), &|row| {
+        let (span, index) = rows[row];
+        let mut to = targets[row].lock().unwrap_or_else(PoisonError::into_inner);
+        attend_row(&spans[span], index, &q[row * width..][..width], shape, params, &mut to);
+    });
+    drop(targets);
+    out
 }
 
-/// Row `index` of a span, `[heads, head_dim]`.
+/// Row `index` of a span, `[heads, head_dim]`. `out` is zero.
 fn attend_row(span: &Span, index: usize, q: &[f32], shape: Heads, params: &AttentionParams, out: &mut [f32]) {
     let Heads { heads, kv_heads, head_dim } = shape;
     let (kv_width, groups) = (kv_heads * head_dim, heads / kv_heads);
@@ -77,10 +71,37 @@ fn attend_row(span: &Span, index: usize, q: &[f32], shape: Heads, params: &Atten
             *weight = (*weight - max).exp();
             sum += *weight;
         }
-        out.fill(0.0);
         for (&weight, values) in weights.iter().zip(span.values.chunks_exact(kv_width)) {
             out.iter_mut().zip(&values[part.clone()]).for_each(|(out, value)| *out += weight * value);
         }
         out.iter_mut().for_each(|out| *out /= sum);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shapes_that_do_not_fit_are_refused() {
+        let pool = Pool::new(2);
+        // Three rows of four heads that see two positions of two key-value heads.
+        let (q, k) = (vec![1f32; 3 * 4 * 5], vec![1f32; 2 * 2 * 5]);
+        let shape = Heads { heads: 4, kv_heads: 2, head_dim: 5 };
+        let params = AttentionParams { causal: false, ..AttentionParams::scaled(1.0) };
+        let refused = |q: &[f32], span: Span, shape: Heads| {
+            let run = || attend(&pool, &[span], q, shape, &params);
+            std::panic::catch_unwind(std::panic::AssertUnwindSafe(run)).is_err()
+        };
+        let span = Span { rows: 3, keys: &k, values: &k };
+        assert_eq!(attend(&pool, &[span], &q, shape, &params), q);
+        assert!(refused(&q[1..], span, shape));
+        assert!(refused(&q, Span { rows: 4, ..span }, shape));
+        assert!(refused(&q, Span { keys: &k[1..], ..span }, shape));
+        assert!(refused(&q, Span { keys: &[], values: &[], ..span }, shape));
+        assert!(refused(&q, Span { values: &k[10..], ..span }, shape));
+        assert!(refused(&q, span, Heads { kv_heads: 3, ..shape }));
+        assert!(refused(&q, span, Heads { kv_heads: 0, ..shape }));
+        assert!(refused(&[], span, Heads { heads: 1 << 62, head_dim: 4, ..shape }), "a width that overflows to zero");
     }
 }

@@ -2,7 +2,7 @@
 
 use super::{Ahead, Step, TILE_PAIRS, TILE_ROWS};
 #[cfg(target_arch = "x86_64")]
-use crate::kernels::cpu::{Isa, amx};
+use crate::kernels::cpu::amx;
 use crate::kernels::{
     cpu::{
         Precision,
@@ -11,8 +11,11 @@ use crate::kernels::{
     layout::BLOCK_SIZE,
 };
 
+/// Copies a tile's queries, in the precision of the keys, to `to`; `at` says where query `i` begins in the packed rows.
+/// Rows of the tile after the last query are zero.
+///
 /// # Safety
-/// `to` is valid for a tile of queries; `at` gives places in the packed rows.
+/// `to` is valid for a tile of queries.
 #[inline(always)]
 pub(super) unsafe fn load_queries<S: Simd>(step: &Step, count: usize, at: impl Fn(usize) -> usize, to: *mut u32) {
     for i in 0..TILE_ROWS {
@@ -54,11 +57,13 @@ pub(super) unsafe fn block_scores<S: Simd>(
     ahead: Ahead,
 ) {
     #[cfg(target_arch = "x86_64")]
-    if step.isa == Isa::Amx && step.precision == Precision::Bf16 {
-        amx::configure();
-        ahead.ask(0, step.plane);
-        // SAFETY: as the caller says.
-        unsafe { amx::scores(q, k, step.dim / (2 * TILE_PAIRS), out) };
+    if step.isa.has_tiles() && step.precision == Precision::Bf16 {
+        ahead.prefetch(0, step.plane);
+        // SAFETY: as the caller says; the instruction set has tiles.
+        unsafe {
+            amx::configure();
+            amx::scores(q, k, step.dim / (2 * TILE_PAIRS), out);
+        }
         return;
     }
     let mut i = 0;
@@ -94,7 +99,7 @@ unsafe fn rows_scores<S: Simd, const R: usize>(
             Precision::F32 => {
                 let (q, k) = (q.cast::<f32>().add(first * step.dim), k.cast::<f32>());
                 for d in 0..step.head_dim {
-                    ahead.ask(d, BLOCK_SIZE);
+                    ahead.prefetch(d, BLOCK_SIZE);
                     let keys = [S::load(k.add(d * BLOCK_SIZE)), S::load(k.add(d * BLOCK_SIZE + LANES))];
                     for (r, acc) in acc.iter_mut().enumerate() {
                         let q = S::splat(*q.add(r * step.dim + d));
@@ -105,7 +110,7 @@ unsafe fn rows_scores<S: Simd, const R: usize>(
             }
             Precision::Bf16 => {
                 for pair in 0..step.head_dim.div_ceil(2) {
-                    ahead.ask(pair, BLOCK_SIZE);
+                    ahead.prefetch(pair, BLOCK_SIZE);
                     let tile = q.add(pair / TILE_PAIRS * TILE_ROWS * TILE_PAIRS + pair % TILE_PAIRS);
                     let keys =
                         [S::load_pairs(k.add(pair * BLOCK_SIZE)), S::load_pairs(k.add(pair * BLOCK_SIZE + LANES))];

@@ -1,4 +1,4 @@
-//! What a query's scores become: shaped by what the model adds to them, then weights.
+//! The softmax of a query's scores, and before it what a model adds to them: scale, soft cap, ALiBi.
 
 use std::ops::Range;
 
@@ -47,8 +47,8 @@ pub(super) unsafe fn shape_scores<S: Simd>(
     }
 }
 
-/// Turns the scores `seen` of a query, times `factor`, into weights that are yet to be divided by their
-/// sum, in place and, if `rounded` is not null, in bf16; the other positions of its blocks get none.
+/// Turns the scores `seen` of a query, times `factor`, into the softmax's weights before their division by their
+/// sum, in place and, if `rounded` is not null, in bf16; the weight of the blocks' other positions is zero.
 /// Returns one over the sum.
 ///
 /// # Safety

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::{Ahead, BLOCK_SCORES, Step, TILE_ROWS};
 #[cfg(target_arch = "x86_64")]
-use crate::kernels::cpu::{Isa, amx};
+use crate::kernels::cpu::amx;
 use crate::kernels::{
     cpu::{
         Precision,
@@ -33,28 +33,29 @@ pub(super) unsafe fn weigh_values<S: Simd>(
     sums: *mut f32,
 ) {
     #[cfg(target_arch = "x86_64")]
-    if step.isa == Isa::Amx && step.precision == Precision::Bf16 {
+    if step.isa.has_tiles() && step.precision == Precision::Bf16 {
         let mut tile = Tile([0f32; TILE_ROWS * 64]);
-        let tile = &mut tile.0;
+        let offsets = &step.planes[index][blocks.clone()];
+        let next =
+            if head + 1 < step.kv_heads { step.keys(index, blocks.start, head + 1) } else { std::ptr::null_mut() };
         for d in (0..step.dim).step_by(64) {
+            let values = amx::Values {
+                base: step.words.wrapping_add(step.head_offset(head) + step.plane + d),
+                offsets,
+                dims: step.dim,
+                // All dimensions of the next block's values are prefetched with the first ones of this one's.
+                lines: if d == 0 { step.plane / LANES } else { 0 },
+                next,
+            };
+            let n = (step.dim - d).min(64);
             // SAFETY: as the caller says; 64 or, at the end, 32 dimensions are left.
             unsafe {
                 amx::configure();
-                amx::clear_values();
-                for (i, block) in blocks.clone().enumerate() {
-                    if d == 0 {
-                        step.after_values(index, block, head, &blocks).ask(0, step.plane);
-                    }
-                    let values = step.keys(index, block, head).add(step.plane + d);
-                    let weights = weights.add(i * BLOCK_SCORES / 2);
-                    match step.dim - d >= 64 {
-                        true => amx::add_values(weights, values, step.dim),
-                        false => amx::add_values_32(weights, values, step.dim),
-                    }
+                match n == 64 {
+                    true => amx::weigh_values::<true>(weights, values, tile.0.as_mut_ptr()),
+                    false => amx::weigh_values::<false>(weights, values, tile.0.as_mut_ptr()),
                 }
-                amx::store_values(tile.as_mut_ptr());
-                let n = (step.dim - d).min(64);
-                for (i, row) in tile.chunks_exact(64).enumerate().take(count) {
+                for (i, row) in tile.0.chunks_exact(64).enumerate().take(count) {
                     std::ptr::copy_nonoverlapping(row.as_ptr(), sums.add(i * step.dim + d), n);
                 }
             }
@@ -87,7 +88,7 @@ struct Row<'a> {
     /// Its row of the first block's scores, and of the weights in bf16.
     scores: *const f32,
     weights: *const u32,
-    /// It is the tile's first, which asks for what is read next.
+    /// It is the tile's first, which prefetches what is read next.
     first: bool,
 }
 
@@ -107,7 +108,7 @@ unsafe fn row_values<S: Simd, const C: usize>(step: &Step, row: Row, d: usize, s
             match step.precision {
                 Precision::F32 => {
                     for position in 0..BLOCK_SIZE {
-                        ahead.ask(position, step.dim);
+                        ahead.prefetch(position, step.dim);
                         let weight = S::splat(*scores.add(i * BLOCK_SCORES + position));
                         let values = values.cast::<f32>().add(position * step.dim);
                         for (c, acc) in acc.iter_mut().enumerate() {
@@ -117,7 +118,7 @@ unsafe fn row_values<S: Simd, const C: usize>(step: &Step, row: Row, d: usize, s
                 }
                 Precision::Bf16 => {
                     for pair in 0..BLOCK_SIZE / 2 {
-                        ahead.ask(pair, step.dim);
+                        ahead.prefetch(pair, step.dim);
                         let weight = *weights.add(i * BLOCK_SCORES / 2 + pair);
                         let values = values.add(pair * step.dim);
                         for (c, acc) in acc.iter_mut().enumerate() {

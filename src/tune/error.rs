@@ -1,0 +1,103 @@
+//! Why a prompt was not tuned or measured: facts and values. What a user can type against it is said by
+//! whoever asked.
+
+use std::{fmt, io, path::PathBuf};
+
+use super::{checkpoint::CheckpointError, data::DataError, init::InitError};
+use crate::{
+    engine::SubmitError,
+    prompt::{format::Faults, template::TemplateError},
+};
+
+/// Why a prompt was not tuned or measured. Whatever was in the output folder is still there.
+#[derive(Debug, thiserror::Error)]
+pub enum TuneError {
+    #[error(transparent)]
+    Data(#[from] DataError),
+    #[error(transparent)]
+    Init(#[from] InitError),
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    #[error("the template: {0}")]
+    Template(#[from] TemplateError),
+    /// A number is out of its range.
+    #[error("{setting} is {found}, expected {expected}")]
+    OutOfRange { setting: Setting, found: String, expected: String },
+    /// PEFT has no keys and values for such a model.
+    #[error(
+        "keys and values are those of {encoder} layers, as many as the model's encoder has, and its decoder has \
+         {decoder}: the type prefix has no form for it"
+    )]
+    DeeperDecoder { encoder: usize, decoder: usize },
+    #[error(
+        "the model {model} names no end-of-sequence token, so an answer could not end; add eos_token_id to its \
+         config.json"
+    )]
+    NoEos { model: String },
+    /// The output folder belongs to a running server.
+    #[error("{} holds versions that a server manages", output.display())]
+    Managed { output: PathBuf },
+    #[error("cannot write {}: {source}", path.display())]
+    Write { path: PathBuf, source: io::Error },
+    #[error("cannot draw {}: {reason}", path.display())]
+    Curve { path: PathBuf, reason: String },
+    /// The files that were written would be refused by `serve`.
+    #[error("the tuned prompt cannot be served: {0}")]
+    Unservable(#[from] Faults),
+    #[error("the loss stopped being a number at step {step} with the learning rate {rate}")]
+    Diverged { rate: f64, step: usize },
+    #[error("none of the learning rates {tried:?} lowered the held-out loss of {start:.3}")]
+    NoRate { start: f64, tried: Vec<f64> },
+    #[error("the prompt is no better than its initial values (loss {loss:.3}, learning rate {rate})")]
+    NoGain { rate: f64, loss: f64 },
+    #[error("interrupted; the state is in {}", checkpoint.display())]
+    Interrupted { checkpoint: PathBuf },
+    #[error("interrupted while the learning rate was chosen; nothing was saved yet")]
+    InterruptedSweep,
+    #[error("the forward pass failed: {0}")]
+    Tensor(#[from] candle_core::Error),
+    /// The engine that answers an evaluation's inputs does not take one.
+    #[error("an input cannot be answered: {0}")]
+    Submit(#[from] SubmitError),
+    #[error("the engine failed while it answered the inputs; its log has the cause")]
+    EngineFailed,
+}
+
+/// The numbers that a run is set by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Setting {
+    VirtualTokens,
+    LearningRate,
+    /// The part of the steps over which the learning rate rises.
+    Warmup,
+    WeightDecay,
+    /// The largest norm of a gradient.
+    Clip,
+    BatchSize,
+    /// Forward passes for one update.
+    Accumulate,
+    /// Steps between evaluations.
+    EvalEvery,
+    /// Units in a layer of P-tuning's network.
+    EncoderHidden,
+    Steps,
+    Epochs,
+}
+
+impl fmt::Display for Setting {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::VirtualTokens => "the number of virtual tokens",
+            Self::LearningRate => "the learning rate",
+            Self::Warmup => "the warm-up",
+            Self::WeightDecay => "the weight decay",
+            Self::Clip => "the largest norm of a gradient",
+            Self::BatchSize => "the batch size",
+            Self::Accumulate => "the number of forward passes for one update",
+            Self::EvalEvery => "the number of steps between evaluations",
+            Self::EncoderHidden => "the number of units in the encoder's layers",
+            Self::Steps => "the number of steps",
+            Self::Epochs => "the number of epochs",
+        })
+    }
+}
