@@ -140,7 +140,7 @@ fn only_those_that_are_listed_name_the_cpu() {
     assert!(more.is_empty(), "only the choice of a backend names kernels::cpu; these do too:{}", list(more));
     let fewer: Vec<_> = listed.difference(&names).map(|path| (*path).to_owned()).collect();
     assert!(fewer.is_empty(), "these no longer name kernels::cpu; take them off NAMES_THE_CPU:{}", list(fewer));
-    println!("{} modules outside kernels::cpu name it", names.len());
+    eprintln!("{} modules outside kernels::cpu name it", names.len());
 }
 
 #[test]
@@ -154,7 +154,7 @@ fn modules_name_each_other_in_no_circle_but_those_that_are_listed() {
     let fewer: Vec<_> = listed.difference(&circles).collect();
     assert!(fewer.is_empty(), "these are no circles any more; take them off CIRCLES:{}", show(fewer));
     assert!(circles.iter().all(|circle| circle.iter().all(|path| room(path) == room(&circle[0]))), "{circles:?}");
-    println!("{} circles of modules that name each other", circles.len());
+    eprintln!("{} circles of modules that name each other", circles.len());
 }
 
 #[test]

@@ -82,7 +82,7 @@ fn the_gradient_of_all_that_is_learned_is_that_of_central_differences() {
         let forward = Forward::new(fixtures::load(name, DType::F64));
         let model = forward.model();
         for method in methods(2) {
-            let parameters = Parameters::new(method, 3, &model);
+            let parameters = Parameters::new(method, 3, model);
             let values = noise(parameters.len());
             let wide = |v: &Var| v.to_dtype(DType::F64).unwrap();
             let tensors: Vec<Tensor> = parameters.variables(&values, &Device::Cpu).unwrap().iter().map(wide).collect();
@@ -146,7 +146,7 @@ fn a_batch_costs_what_its_examples_cost_alone() {
         let forward = Forward::new(fixtures::load(name, DType::F32));
         let model = forward.model();
         let prompt_of = |method| {
-            let parameters = Parameters::new(method, 6, &model);
+            let parameters = Parameters::new(method, 6, model);
             parameters.prompt_of(&noise(parameters.len()), &Device::Cpu).unwrap()
         };
         let (rows, key_values) = (prompt_of(Method::PromptTuning), prompt_of(Method::PrefixTuning));
@@ -173,7 +173,7 @@ fn a_prefix_of_words_begins_as_what_the_decoder_has_after_it_wrote_them() {
     let (forward, tokenizer) = (Forward::new(fixtures::load(name, DType::F32)), fixtures::tokenizer(name));
     let model = forward.model();
     let words = tokenizer.tokenize_continuation("the dog ran").unwrap();
-    let parameters = Parameters::new(Method::PrefixTuning, 1 + words.len(), &model);
+    let parameters = Parameters::new(Method::PrefixTuning, 1 + words.len(), model);
     let names: Vec<&str> = parameters.tensors().iter().map(|t| t.name.as_str()).collect();
     assert_eq!(names, ["layers.0.key", "layers.0.value", "layers.2.key", "layers.2.value"]);
     let source = Source { forward: &forward, tokenizer: &tokenizer, examples: &[], seed: 0 };
@@ -196,7 +196,7 @@ fn a_prefix_is_saved_with_the_layers_that_peft_reads_and_zeros_for_the_others() 
     for (name, used) in [(MODELS[0], [true, false].as_slice()), (MODELS[1], &[true, false, true])] {
         let forward = Forward::new(fixtures::load(name, DType::F32));
         let model = forward.model();
-        let parameters = Parameters::new(Method::PrefixTuning, 2, &model);
+        let parameters = Parameters::new(Method::PrefixTuning, 2, model);
         let prompt = parameters.prompt_of(&noise(parameters.len()), &Device::Cpu).unwrap();
         let saved = matrix(&prompt, &Fit::from(model.info())).unwrap();
         assert_eq!(saved.dims(), [2, used.len() * 2 * 32]);
@@ -243,7 +243,7 @@ fn every_way_to_learn_lowers_the_loss_and_leaves_the_model_as_it_was() {
         let model = forward.model();
         let before = model.weights_digest().unwrap();
         for (method, peak) in methods(24).into_iter().zip([0.1, 0.02, 0.02, 0.1]) {
-            let parameters = Parameters::new(method, 8, &model);
+            let parameters = Parameters::new(method, 8, model);
             let trainer = Trainer { forward: &forward, parameters: &parameters, train: &data, held_out: &data };
             let settings = Settings {
                 batch_size: 4,
