@@ -5,6 +5,7 @@ pub mod cpu;
 pub mod cross;
 pub mod host;
 pub mod layout;
+mod open;
 mod params;
 pub mod past;
 pub mod quantized;
@@ -18,50 +19,15 @@ pub mod weight;
 
 use std::{any::Any, fmt, sync::Arc};
 
-use candle_core::{D, DType, Device, Result, Tensor, bail};
+use candle_core::{D, DType, Device, Result, Tensor};
 
 use cross::{CrossKeyValues, EncodedBatch};
 use layout::{BatchLayout, BlockId, KvShape};
+pub use open::{BackendKind, cpu, open, reference, set_threads};
 pub use params::{Activation, AttentionParams};
 use past::PastKeyValues;
 use rows::{PortableRows, RowKernels};
 use weight::{Linear, Matrix, Weight};
-
-/// Which backend to run on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum BackendKind {
-    /// Kernels of our own for CPUs.
-    Cpu,
-    /// Plain candle operations, on any device of candle's: slow, and what other backends are held to.
-    Reference,
-}
-
-/// Opens a backend on `device`.
-///
-/// # Errors
-/// The backend does not run on that device.
-pub fn open(kind: BackendKind, device: &Device) -> Result<Arc<dyn Backend>> {
-    match kind {
-        BackendKind::Cpu if device.is_cpu() => Ok(Arc::new(cpu::CpuBackend::new())),
-        BackendKind::Cpu => bail!("the CPU backend does not run on {:?}", device.location()),
-        BackendKind::Reference => Ok(Arc::new(reference::ReferenceBackend::new(device))),
-    }
-}
-
-/// The CPU backend, with the best instructions that the processor has.
-pub fn cpu() -> Arc<dyn Backend> {
-    Arc::new(cpu::CpuBackend::new())
-}
-
-/// The reference backend on the CPU.
-pub fn reference() -> Arc<dyn Backend> {
-    Arc::new(reference::ReferenceBackend::new(&Device::Cpu))
-}
-
-/// Sets how many threads the CPU backend computes with. Only the first call before any work has an effect.
-pub fn set_threads(threads: usize) {
-    cpu::set_threads(threads);
-}
 
 /// Where a model runs: it keeps frozen weights and the key-value cache, and makes the kernels of each forward pass.
 /// One for a process.

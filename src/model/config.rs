@@ -3,7 +3,6 @@
 //! error that names it, never an approximation.
 
 mod encoder_decoder;
-mod families;
 mod keys;
 mod layers;
 mod reader;
@@ -11,21 +10,17 @@ mod rope;
 #[cfg(test)]
 mod tests;
 
-use serde_json::Value;
-
+use super::family::Family;
+pub use super::family::config_spec::{NormKind, NormPlaces, QkNorm};
 use crate::kernels::Activation;
-pub use encoder_decoder::{EncoderConfig, RelativeBias};
-use families::FAMILIES;
-use keys::Keys;
 pub use keys::OneOrMany;
-use reader::Reader;
 pub use rope::{Rope, RopeScaling};
 
 /// The shape of a transformer: a decoder, and perhaps an encoder before it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ModelConfig {
-    /// `model_type`, such as `llama`.
-    pub family: String,
+    /// Its row in the table of families.
+    pub family: &'static Family,
     pub vocab_size: usize,
     pub hidden_size: usize,
     pub intermediate_size: usize,
@@ -83,6 +78,22 @@ pub struct ModelConfig {
     pub eos_token_ids: Vec<u32>,
 }
 
+/// An encoder. What is not said here is as in the decoder.
+#[derive(Debug, Clone, PartialEq)]
+pub struct EncoderConfig {
+    pub num_layers: usize,
+    /// The token that the decoder starts from.
+    pub start_token: u32,
+}
+
+/// A bias for the distance of a query and a key, in buckets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RelativeBias {
+    pub buckets: usize,
+    /// From here on all distances are in one bucket.
+    pub max_distance: usize,
+}
+
 /// One layer's attention.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LayerConfig {
@@ -92,70 +103,4 @@ pub struct LayerConfig {
     pub rope: Option<usize>,
     /// What scores are multiplied with.
     pub scale: f64,
-}
-
-/// What a norm computes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum NormKind {
-    /// Root mean square, by a weight.
-    Rms,
-    /// Root mean square, by one plus a weight (Gemma).
-    RmsPlusOne,
-    /// Mean and variance, by a weight and a bias.
-    Layer,
-}
-
-/// Where the norms of a branch are.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct NormPlaces {
-    /// On what goes into the branch.
-    pub before: bool,
-    /// On what comes out of it, before it is added.
-    pub after: bool,
-    /// On the sum.
-    pub sum: bool,
-}
-
-/// What one norm of queries or keys spans.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum QkNorm {
-    /// A head.
-    Head,
-    /// All heads together.
-    Projection,
-}
-
-impl ModelConfig {
-    /// Reads and checks `config.json`. The error says which key is wrong and what is supported.
-    pub fn from_json(bytes: &[u8]) -> Result<Self, String> {
-        let root: Value = serde_json::from_slice(bytes).map_err(|e| format!("it is not understood: {e}"))?;
-        let Value::Object(root) = &root else { return Err("it is not understood: it is not an object".into()) };
-        let root = Keys::new(root, "");
-        if root.get::<Value>("quantization_config")?.is_some() {
-            return Err(
-                "quantization_config is set: quantised safetensors are not supported; use the full weights".into()
-            );
-        }
-        let mut model_type: String = root.get("model_type")?.ok_or_else(|| root.missing("model_type"))?;
-        let mut keys = root;
-        if model_type == "gemma3" {
-            // The text part of a model that reads images too.
-            keys = root.object("text_config", "text_config ")?.ok_or_else(|| root.missing("text_config"))?;
-            model_type = "gemma3_text".to_owned();
-        }
-        let family = FAMILIES.iter().find(|f| f.name == model_type).ok_or_else(|| {
-            let known: Vec<_> = FAMILIES.iter().map(|f| f.name).collect();
-            format!("model_type {model_type:?} is not supported; supported are {}", known.join(", "))
-        })?;
-        for (key, value) in family.refused {
-            if keys.get(key)? == Some(*value) {
-                return Err(format!("{key} {value} is not supported"));
-            }
-        }
-        let mut config = Reader { keys, family }.read()?;
-        if config.eos_token_ids.is_empty() {
-            config.eos_token_ids = root.get::<OneOrMany>("eos_token_id")?.unwrap_or_default().into_vec();
-        }
-        Ok(config)
-    }
 }

@@ -44,16 +44,17 @@ impl Decoder {
         let mut source = Source::new(config, weights, backend);
         let names = source.names();
         let embeddings = source.embeddings(vocab, hidden)?;
-        let positions = match config.learned_positions {
-            Some(offset) => {
-                let table = source.table(names.positions, config.context_length + offset, hidden)?;
+        let positions = match config.learned_positions.zip(names.positions) {
+            Some((offset, name)) => {
+                let table = source.table(name, config.context_length + offset, hidden)?;
                 Some(source.activations(table.narrow(0, offset, config.context_length)?.contiguous()?)?)
             }
             None => None,
         };
-        let mut norm = |is: bool, name| is.then(|| source.norm(None, name, hidden)).transpose();
+        let mut norm =
+            |is: bool, name: Option<&str>| name.filter(|_| is).map(|name| source.norm(None, name, hidden)).transpose();
         let embedding_norm = norm(config.embedding_norm, names.embedding_norm)?;
-        let final_norm = norm(config.final_norm, names.final_norm)?;
+        let final_norm = norm(config.final_norm, Some(names.final_norm))?;
         let bias = source.relative_position_bias(config)?;
         let layer = |i| Layer::load(config, i, bias.as_ref(), &mut source);
         let layers = (0..config.num_layers).map(layer).collect::<Loaded<_>>()?;

@@ -13,7 +13,8 @@ use sha2::{Digest as _, Sha256};
 
 use super::{
     config::ModelConfig,
-    gguf::{self, Gguf, GgufError},
+    error::ModelError,
+    gguf::{self, Gguf},
     random::RandomModel,
 };
 
@@ -30,25 +31,6 @@ enum Source {
     Gguf(Arc<Gguf>),
     Embedded(&'static include_dir::Dir<'static>),
     Random(Arc<RandomModel>),
-}
-
-/// Why a model cannot be loaded.
-#[derive(Debug, thiserror::Error)]
-pub enum ModelError {
-    /// A file is missing or unreadable.
-    #[error("cannot read {file} of the model {model}: {reason}")]
-    File { model: String, file: String, reason: String },
-    /// `config.json` is not understood; names the key and its value.
-    #[error("config.json of the model {model}: {reason}")]
-    Config { model: String, reason: String },
-    /// A GGUF file is damaged, or holds what is not supported.
-    #[error(transparent)]
-    Gguf(#[from] GgufError),
-    /// Tensors are missing or have other shapes than `config.json` says; lists them all.
-    #[error("the weights do not fit config.json: {0}")]
-    Weights(String),
-    #[error("cannot put the weights on the device: {0}")]
-    Device(#[from] candle_core::Error),
 }
 
 const CONFIG: &str = "config.json";

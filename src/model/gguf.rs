@@ -1,10 +1,10 @@
 //! A model in one GGUF file, or in the parts of one, as if it were a Hugging Face folder: its metadata
 //! becomes a `config.json` and a `tokenizer.json`, its tensors go by Hugging Face's names.
 
-mod config;
+pub(super) mod config;
 mod header;
 mod metadata;
-mod names;
+pub(super) mod names;
 mod pretokenizer;
 mod rope;
 mod tokenizer;
@@ -19,7 +19,9 @@ use std::{
 pub use crate::kernels::weight::Blocks;
 use header::{Header, TensorInfo};
 use metadata::Metadata;
-use names::{Change, Names};
+use names::Change;
+
+use super::family::Family;
 
 /// The most parts that a file is split into.
 const MAX_PARTS: u64 = 1000;
@@ -94,9 +96,8 @@ impl Gguf {
             parts.push(part);
         }
         let build = || {
-            let architecture =
-                metadata.text("general.architecture")?.ok_or_else(|| "general.architecture is missing".to_owned())?;
-            let names = Names::of(architecture)?;
+            let architecture = architecture(&metadata)?;
+            let (family, of_gguf) = Family::of_gguf(architecture)?;
             let mut factors = BTreeMap::new();
             for name in FACTORS {
                 if let Some(info) = tensors.get(name) {
@@ -105,11 +106,11 @@ impl Gguf {
                 }
             }
             let source = config::Source { architecture, metadata: &metadata, tensors: &tensors, factors: &factors };
-            let config = source.config()?;
+            let config = source.config(family.model_type, &of_gguf.config)?;
             let (heads, kv_heads) = source.heads()?;
             let mut places = BTreeMap::new();
             for (name, info) in &tensors {
-                let Some((to, change)) = names.translate(name, heads, kv_heads)? else { continue };
+                let Some((to, change)) = of_gguf.names.translate(name, heads, kv_heads)? else { continue };
                 let part = part_of.get(name).copied().unwrap_or(0);
                 places.insert(to, Place { part, info: info.clone(), change });
             }
@@ -180,8 +181,8 @@ impl Gguf {
 /// everything has been built from it that does not need the tensors' values.
 pub fn check(bytes: &[u8]) -> Result<(), String> {
     let header = Header::read(bytes, bytes.len() as u64)?;
-    let architecture = header.metadata.text("general.architecture")?.unwrap_or("llama");
-    let names = Names::of(architecture)?;
+    let architecture = architecture(&header.metadata)?;
+    let (family, of_gguf) = Family::of_gguf(architecture)?;
     let factors = BTreeMap::new();
     let source =
         config::Source { architecture, metadata: &header.metadata, tensors: &header.tensors, factors: &factors };
@@ -189,13 +190,17 @@ pub fn check(bytes: &[u8]) -> Result<(), String> {
     for (name, info) in &header.tensors {
         let (start, end) = (info.offset as usize, (info.offset + info.num_bytes) as usize);
         let blocks = Blocks { format: info.format, shape: info.shape.clone(), bytes: bytes[start..end].to_vec() };
-        if let Ok(Some((_, change))) = names.translate(name, heads, kv_heads) {
+        if let Ok(Some((_, change))) = of_gguf.names.translate(name, heads, kv_heads) {
             let _ = change.apply(blocks);
         }
     }
     let tokenizer = tokenizer::tokenizer_json(&header.metadata);
-    source.config()?;
+    source.config(family.model_type, &of_gguf.config)?;
     tokenizer.map(|_| ())
+}
+
+fn architecture(metadata: &Metadata) -> Result<&str, String> {
+    metadata.text("general.architecture")?.ok_or_else(|| "general.architecture is missing".to_owned())
 }
 
 fn open_part(path: &Path) -> Result<(Header, Part), GgufError> {

@@ -118,7 +118,9 @@ struct BranchNorms {
 
 impl BranchNorms {
     fn load(source: &mut Source, index: usize, names: NormNames, places: NormPlaces, width: usize) -> Loaded<Self> {
-        let mut norm = |is: bool, name| is.then(|| source.norm(Some(index), name, width)).transpose();
+        let mut norm = |is: bool, name: Option<&str>| {
+            name.filter(|_| is).map(|name| source.norm(Some(index), name, width)).transpose()
+        };
         Ok(Self {
             before: norm(places.before, names.before)?,
             after: norm(places.after, names.after)?,
@@ -191,17 +193,15 @@ impl Attention {
                 [all.of_heads(0, head_dim)?, all.of_heads(1, head_dim)?, all.of_heads(2, head_dim)?]
             }
         };
-        let mut norms = |widths: [usize; 2]| {
-            let names = source.names().qk_norms;
-            Ok::<_, super::ModelError>([
-                source.norm(Some(index), names[0], widths[0])?,
-                source.norm(Some(index), names[1], widths[1])?,
-            ])
-        };
-        let qk_norms = match config.qk_norm {
+        let widths = config.qk_norm.map(|qk_norm| match qk_norm {
+            QkNorm::Head => [head_dim; 2],
+            QkNorm::Projection => [queries, keys],
+        });
+        let qk_norms = match widths.zip(source.names().qk_norms) {
             None => None,
-            Some(QkNorm::Head) => Some(norms([head_dim; 2])?),
-            Some(QkNorm::Projection) => Some(norms([queries, keys])?),
+            Some((widths, names)) => {
+                Some([source.norm(Some(index), names[0], widths[0])?, source.norm(Some(index), names[1], widths[1])?])
+            }
         };
         let layer = &config.layers[index];
         let params = AttentionParams {

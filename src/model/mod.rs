@@ -3,6 +3,8 @@
 pub mod config;
 pub mod decoder;
 mod encoder;
+mod error;
+pub mod family;
 pub mod files;
 pub mod gguf;
 #[cfg(feature = "hub")]
@@ -20,7 +22,8 @@ use candle_core::{DType, Device, Result, Tensor, bail};
 use sha2::{Digest as _, Sha256};
 
 pub use config::{EncoderConfig, ModelConfig};
-pub use files::{ModelError, ModelFiles};
+pub use error::ModelError;
+pub use files::ModelFiles;
 
 use crate::kernels::{
     Backend, Kernels,

@@ -9,6 +9,7 @@ mod tensors;
 
 use std::{fs, io, path::Path};
 
+use draw::GENERATION;
 use safetensors::SafeTensorError;
 use serde_json::json;
 use sha2::{Digest as _, Sha256};
@@ -28,8 +29,6 @@ const TOKENIZER: &str = "tokenizer.json";
 const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
 const FILES: [&str; 4] = [CONFIG, TOKENIZER, TOKENIZER_CONFIG, WEIGHTS];
 
-/// Changes with anything that changes the weights.
-const GENERATION: &str = "softserve random weights 1";
 /// A `config.json` that asks for more is a mistake, not a benchmark.
 const MAX_VALUES: usize = 1 << 35;
 

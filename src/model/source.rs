@@ -29,7 +29,7 @@ pub struct Source<'a> {
 impl<'a> Source<'a> {
     /// Finds out what comes before the names in this file.
     pub fn new(config: &ModelConfig, weights: &'a mut Weights, backend: &'a dyn Backend) -> Self {
-        let names = Names::of(&config.family);
+        let names = config.family.names;
         let mut prefixes = names.prefixes.iter().copied();
         let found = prefixes.find(|prefix| weights.has(&format!("{prefix}{}.weight", names.embeddings)));
         let prefix = found.or(names.prefixes.first().copied()).unwrap_or_default();
@@ -38,7 +38,10 @@ impl<'a> Source<'a> {
 
     /// As [`new`](Self::new), by the names of the encoder, whose shape `config` is.
     pub fn of_encoder(config: &ModelConfig, weights: &'a mut Weights, backend: &'a dyn Backend) -> Self {
-        Self { names: Names::of_encoder(&config.family), ..Self::new(config, weights, backend) }
+        Self {
+            names: config.family.encoder_names.unwrap_or(config.family.names),
+            ..Self::new(config, weights, backend)
+        }
     }
 
     /// Whether the file has an output matrix of its own.
@@ -48,8 +51,8 @@ impl<'a> Source<'a> {
 
     /// The relative position bias that the first layer has for all, if the model has one.
     pub fn relative_position_bias(&mut self, config: &ModelConfig) -> Loaded<Option<Arc<RelativePositionBias>>> {
-        let Some(bias) = config.relative_bias else { return Ok(None) };
-        let name = format!("{}.weight", self.path(0, self.names.relative_bias));
+        let Some((bias, name)) = config.relative_bias.zip(self.names.relative_bias) else { return Ok(None) };
+        let name = format!("{}.weight", self.path(0, name));
         let shape = [bias.buckets, config.num_heads];
         let is_there = self.weights.shape(&name).is_some_and(|found| found == shape);
         let table = self.weights.take(&name, shape.as_slice())?;

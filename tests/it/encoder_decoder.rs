@@ -107,7 +107,13 @@ fn plain_logits(model: &Model, prompt: Option<&Arc<LearnedPrompt>>, case: &Case)
 }
 
 /// The logits after these `rows` of what the decoder reads, one behind the other, by the plain kernels.
-fn decoded(model: &Model, prompt: Option<&Arc<LearnedPrompt>>, case: &Case, tokens: &[u32], rows: &[u32]) -> Vec<f32> {
+pub fn decoded(
+    model: &Model,
+    prompt: Option<&Arc<LearnedPrompt>>,
+    case: &Case,
+    tokens: &[u32],
+    rows: &[u32],
+) -> Vec<f32> {
     let embed = |ids: &[u32]| model.embed(&Tensor::new(ids, &Device::Cpu).unwrap()).unwrap();
     let text = embed(&case.input_ids);
     let x = match prompt.map(Arc::as_ref) {

@@ -4,6 +4,7 @@
 mod backends;
 mod bench;
 mod bounds;
+mod candle_models;
 mod convert;
 mod demo;
 mod encoder_decoder;

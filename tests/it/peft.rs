@@ -1,5 +1,6 @@
 //! PEFT itself, where Python has it: what `softserve tune` wrote loads there and answers the same.
-//! Without it these tests say so and pass; `demo.rs` holds the same against answers kept from PEFT.
+//! Where there is no PEFT these tests say so and pass, and `demo.rs` holds the same against answers kept from PEFT.
+//! Where `SOFTSERVE_TEST_PYTHON` names a Python, or `python3` has PEFT, they run or fail.
 
 use std::{path::Path, process::Command};
 
@@ -10,19 +11,48 @@ use crate::{
     tune_types::{TYPES, head, tune},
 };
 
-/// A Python with PEFT: `SOFTSERVE_TEST_PYTHON`, or `python3`.
+/// A Python with PEFT: `SOFTSERVE_TEST_PYTHON`, or `python3`; none if there is none.
 fn python() -> Option<String> {
-    let python = std::env::var("SOFTSERVE_TEST_PYTHON").unwrap_or_else(|_| "python3".to_owned());
-    let found = Command::new(&python).args(["-c", "import peft, torch, transformers, jinja2"]).output();
-    match found {
-        Ok(found) if found.status.success() => Some(python),
-        _ => {
-            eprintln!(
-                "skipped: {python} has no peft; set SOFTSERVE_TEST_PYTHON to one that has (tests/peft/requirements.txt)"
-            );
-            None
-        }
+    let named = std::env::var("SOFTSERVE_TEST_PYTHON").ok();
+    let python = usable(named.as_deref(), can_import).unwrap_or_else(|reason| panic!("{reason}"));
+    if python.is_none() {
+        eprintln!("skipped: python3 has no peft; set SOFTSERVE_TEST_PYTHON to one that has it ({REQUIREMENTS})");
     }
+    python
+}
+
+const REQUIREMENTS: &str = "tests/peft/requirements.txt";
+
+/// The Python to ask: the one that is `named` must have all that the checks need, and so must `python3` if it
+/// has PEFT.
+fn usable(
+    named: Option<&str>,
+    can_import: impl Fn(&str, &str) -> Result<(), String>,
+) -> Result<Option<String>, String> {
+    let python = named.unwrap_or("python3");
+    if named.is_none() && can_import(python, "peft").is_err() {
+        return Ok(None);
+    }
+    can_import(python, "peft, torch, transformers, jinja2")
+        .map(|()| Some(python.to_owned()))
+        .map_err(|e| format!("{python} cannot run the checks against PEFT; see {REQUIREMENTS}: {e}"))
+}
+
+fn can_import(python: &str, modules: &str) -> Result<(), String> {
+    let ran = Command::new(python).args(["-c", &format!("import {modules}")]).output().map_err(|e| e.to_string())?;
+    if ran.status.success() { Ok(()) } else { Err(String::from_utf8_lossy(&ran.stderr).into_owned()) }
+}
+
+#[test]
+fn only_where_nobody_named_a_python_and_python3_has_no_peft_are_the_checks_skipped() {
+    let all = |_: &str, _: &str| Ok(());
+    let peft_only = |_: &str, modules: &str| if modules == "peft" { Ok(()) } else { Err("no torch".to_owned()) };
+    let none = |_: &str, _: &str| Err("no peft".to_owned());
+    assert_eq!(usable(None, none), Ok(None));
+    assert_eq!(usable(None, all), Ok(Some("python3".to_owned())));
+    assert_eq!(usable(Some("here/python"), all), Ok(Some("here/python".to_owned())));
+    assert!(usable(None, peft_only).unwrap_err().contains("no torch"));
+    assert!(usable(Some("here/python"), none).unwrap_err().contains("here/python"));
 }
 
 /// Holds the answers that `eval` shows, and the loss that `tune` wrote, against those of PEFT with the same

@@ -1,29 +1,10 @@
 //! What `config.json` says of an encoder, and of a decoder that follows one (T5, mT5).
 
 use super::{
-    LayerConfig, ModelConfig,
+    EncoderConfig, LayerConfig, ModelConfig, RelativeBias,
     reader::{MAX_LAYERS, Reader},
 };
-
-/// The most positions of an input, and of an answer, unless the file says more: relative positions have
-/// no end, so `n_positions` is what a model was trained on and this only bounds the work of a request.
-pub(super) const POSITIONS: usize = 2048;
-
-/// An encoder. What is not said here is as in the decoder.
-#[derive(Debug, Clone, PartialEq)]
-pub struct EncoderConfig {
-    pub num_layers: usize,
-    /// The token that the decoder starts from.
-    pub start_token: u32,
-}
-
-/// A bias for the distance of a query and a key, in buckets.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct RelativeBias {
-    pub buckets: usize,
-    /// From here on all distances are in one bucket.
-    pub max_distance: usize,
-}
+use crate::model::family::config_spec::EncoderSpec;
 
 impl ModelConfig {
     /// The shape of the encoder's layers, if there is one.
@@ -42,7 +23,7 @@ impl ModelConfig {
 
 impl Reader<'_> {
     /// Adds what the families with an encoder have.
-    pub(super) fn encoder_decoder(&self, config: &mut ModelConfig) -> Result<(), String> {
+    pub(super) fn encoder_decoder(&self, config: &mut ModelConfig, spec: EncoderSpec) -> Result<(), String> {
         let keys = self.keys;
         let num_layers = self.needed(&["num_layers"])?;
         if num_layers > MAX_LAYERS {
@@ -66,9 +47,9 @@ impl Reader<'_> {
                 config.vocab_size
             ));
         }
-        config.context_length = config.context_length.max(POSITIONS);
+        config.context_length = config.context_length.max(spec.context_length);
         let proj: Option<String> = keys.get("feed_forward_proj")?;
-        config.gated_mlp = proj.as_deref().unwrap_or(self.family.activation.1).starts_with("gated-");
+        config.gated_mlp = proj.as_deref().unwrap_or(self.spec().activation).starts_with("gated-");
         config.relative_bias = Some(RelativeBias { buckets, max_distance });
         config.encoder = Some(EncoderConfig { num_layers, start_token });
         // T5 1.0 scales; files before transformers v5 say so by tying, whatever their weights are.
@@ -76,7 +57,7 @@ impl Reader<'_> {
             Some(scales) => scales,
             None => keys.flag("tie_word_embeddings", true)?,
         };
-        config.output_scale = (self.family.name == "t5" && scales).then(|| (config.hidden_size as f64).powf(-0.5));
+        config.output_scale = (spec.scales_output && scales).then(|| (config.hidden_size as f64).powf(-0.5));
         config.tie_word_embeddings = true;
         if config.eos_token_ids.is_empty() {
             config.eos_token_ids = vec![1];

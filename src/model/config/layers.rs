@@ -1,25 +1,22 @@
 //! What is particular to each layer: whether it rotates queries and keys, the window that it looks
 //! through, and the scale of its scores.
 
-use super::{LayerConfig, families::Windows, reader::Reader};
+use super::{LayerConfig, reader::Reader};
+use crate::model::family::config_spec::{ScoreScale, Windows};
 
 impl Reader<'_> {
     /// All of them, `[num_layers]`; `ropes` is how many kinds of rotation there are.
     pub(super) fn layers(&self, num_layers: usize, head_dim: usize, ropes: usize) -> Result<Vec<LayerConfig>, String> {
         let keys = self.keys;
-        let mut scale = (head_dim as f64).powf(-0.5);
-        if self.family.query_scalar {
-            scale = keys.positive("query_pre_attn_scalar")?.unwrap_or(256.0).powf(-0.5);
-        }
-        let gpt2 = self.family.name == "gpt2";
-        if gpt2 && !keys.flag("scale_attn_weights", true)? {
-            scale = 1.0;
-        }
-        if self.family.encoder {
-            // Its weights are drawn so that no scale is needed.
-            scale = 1.0;
-        }
-        let by_depth = gpt2 && keys.flag("scale_attn_by_inverse_layer_idx", false)?;
+        let of_heads = (head_dim as f64).powf(-0.5);
+        let (scale, by_depth) = match self.spec().score_scale {
+            ScoreScale::HeadDim => (of_heads, false),
+            ScoreScale::QueryScalar => (keys.positive("query_pre_attn_scalar")?.unwrap_or(256.0).powf(-0.5), false),
+            ScoreScale::One => (1.0, false),
+            ScoreScale::Keys { scaled, by_depth } => {
+                (if keys.flag(scaled, true)? { of_heads } else { 1.0 }, keys.flag(by_depth, false)?)
+            }
+        };
         let rotated = self.rotated(num_layers)?;
         let windows = self.windows(num_layers, &rotated)?;
         let layer = |i: usize| LayerConfig {
@@ -32,7 +29,7 @@ impl Reader<'_> {
 
     /// Which layers rotate their queries and keys, if any do.
     fn rotated(&self, num_layers: usize) -> Result<Vec<bool>, String> {
-        if self.family.name != "smollm3" {
+        if !self.spec().no_rope_layers {
             return Ok(vec![true; num_layers]);
         }
         match self.keys.get::<Vec<u8>>("no_rope_layers")? {
@@ -48,7 +45,7 @@ impl Reader<'_> {
     /// The window of each layer.
     fn windows(&self, num_layers: usize, rotated: &[bool]) -> Result<Vec<Option<usize>>, String> {
         let keys = self.keys;
-        let default = match self.family.windows {
+        let default = match self.spec().windows {
             Windows::None => return Ok(vec![None; num_layers]),
             Windows::All(default) => default,
             Windows::WithoutRope => None,
@@ -56,11 +53,11 @@ impl Reader<'_> {
         };
         let key = "sliding_window";
         let mut window = if keys.has(key) { keys.size(&[key])? } else { default };
-        let optional = matches!(self.family.windows, Windows::Late | Windows::WithoutRope);
+        let optional = matches!(self.spec().windows, Windows::Late | Windows::WithoutRope);
         if optional && !keys.flag("use_sliding_window", false)? {
             window = None;
         }
-        let slides: Vec<bool> = match self.family.windows {
+        let slides: Vec<bool> = match self.spec().windows {
             Windows::All(_) => return Ok(vec![window; num_layers]),
             _ => match keys.get::<Vec<String>>("layer_types")? {
                 Some(types) => self.slides(&types, num_layers)?,
@@ -90,7 +87,7 @@ impl Reader<'_> {
 
     fn slides_by_default(&self, num_layers: usize, rotated: &[bool], set: bool) -> Result<Vec<bool>, String> {
         let from = self.keys.get::<usize>("max_window_layers")?.unwrap_or(28);
-        Ok(match self.family.windows {
+        Ok(match self.spec().windows {
             Windows::Late => (0..num_layers).map(|i| set && i >= from).collect(),
             Windows::WithoutRope => rotated[..num_layers].iter().map(|rotated| set && !rotated).collect(),
             Windows::Pattern(every) => {

@@ -3,6 +3,7 @@
 //! computes them.
 
 use super::keys::Keys;
+use crate::model::family::config_spec::RopeSpec;
 
 /// Rotary position embedding.
 #[derive(Debug, Clone, PartialEq)]
@@ -70,14 +71,6 @@ impl Rope {
     }
 }
 
-/// What one family's rotary embeddings look like unless `config.json` says otherwise.
-#[derive(Debug, Clone, Copy)]
-pub struct RopeDefaults {
-    pub theta: f64,
-    /// The part of a head that is rotated; none where the family has no such option.
-    pub partial: Option<f64>,
-}
-
 /// The rotary embeddings of a model.
 #[derive(Debug)]
 pub struct Ropes {
@@ -90,39 +83,38 @@ pub struct Ropes {
 /// Reads the rotary embeddings of heads of `head_dim` from `config.json`.
 pub fn read(
     keys: Keys,
-    family: &str,
-    defaults: RopeDefaults,
+    model_type: &str,
+    spec: RopeSpec,
     head_dim: usize,
     context_length: usize,
 ) -> Result<Ropes, String> {
     let v4 = keys.object("rope_scaling", "rope ")?;
     let v5 = keys.object("rope_parameters", "rope ")?;
-    let mut reader = Reader { keys, family, defaults, head_dim, context_length, limit: context_length };
+    let mut reader = Reader { keys, model_type, spec, head_dim, context_length, limit: context_length };
     let by_layer = |of: &str| v5.map_or(Ok(None), |v5| v5.object(of, "rope "));
     let (full, sliding) = (by_layer("full_attention")?, by_layer("sliding_attention")?);
-    if family == "gemma3_text" {
-        // Gemma 3 alone has a second theta; only the first one's frequencies are stretched.
+    if let Some(local) = spec.local_theta {
+        // Only the first one's frequencies are stretched.
         let full = full.or(v4).or(v5.filter(|_| sliding.is_none()));
-        let theta = reader.theta("rope_theta", full, 1_000_000.0)?;
+        let theta = reader.theta(spec.theta, full)?;
         let global = reader.rope(full, theta)?;
-        let theta = reader.theta("rope_local_base_freq", sliding, 10_000.0)?;
+        let theta = reader.theta(local, sliding)?;
         let local = reader.rope(sliding, theta)?;
         return Ok(Ropes { ropes: vec![global, local], context_length: reader.limit });
     }
     if full.is_some() || sliding.is_some() {
-        return Err(format!("rope_parameters by the type of a layer are not supported for {family}"));
+        return Err(format!("rope_parameters by the type of a layer are not supported for {model_type}"));
     }
     let parameters = v4.or(v5);
-    let key = if family == "gpt_neox" { "rotary_emb_base" } else { "rope_theta" };
-    let theta = reader.theta(key, parameters, defaults.theta)?;
+    let theta = reader.theta(spec.theta, parameters)?;
     let rope = reader.rope(parameters, theta)?;
     Ok(Ropes { ropes: vec![rope], context_length: reader.limit })
 }
 
 struct Reader<'a> {
     keys: Keys<'a>,
-    family: &'a str,
-    defaults: RopeDefaults,
+    model_type: &'a str,
+    spec: RopeSpec,
     head_dim: usize,
     context_length: usize,
     /// The most positions for which what was read is exact.
@@ -130,7 +122,7 @@ struct Reader<'a> {
 }
 
 impl Reader<'_> {
-    fn theta(&self, key: &str, parameters: Option<Keys>, default: f64) -> Result<f64, String> {
+    fn theta(&self, (key, default): (&str, f64), parameters: Option<Keys>) -> Result<f64, String> {
         if let Some(theta) = parameters.map_or(Ok(None), |p| p.positive("rope_theta"))? {
             return Ok(theta);
         }
@@ -140,17 +132,17 @@ impl Reader<'_> {
     /// The first dimensions of a head that are rotated.
     fn dims(&self, parameters: Option<Keys>) -> Result<usize, String> {
         let of = |keys: Option<Keys>, key: &str| keys.map_or(Ok(None), |keys| keys.positive(key));
-        let key = if self.family == "gpt_neox" { "rotary_pct" } else { "partial_rotary_factor" };
+        let key = self.spec.partial_key;
         let partial = of(parameters, "partial_rotary_factor")?.or(of(Some(self.keys), key)?);
-        let partial = match (partial, self.defaults.partial) {
+        let partial = match (partial, self.spec.partial) {
             (Some(partial), None) if partial != 1.0 => {
-                return Err(format!("partial_rotary_factor {partial} is not supported for {}", self.family));
+                return Err(format!("partial_rotary_factor {partial} is not supported for {}", self.model_type));
             }
             (partial, default) => partial.or(default).unwrap_or(1.0),
         };
         let dims = (self.head_dim as f64 * partial) as usize;
         if dims == 0 || !dims.is_multiple_of(2) || dims > self.head_dim {
-            return Err(match self.defaults.partial {
+            return Err(match self.spec.partial {
                 None => format!("head_dim {dims} is not a positive even number, as rope needs"),
                 Some(_) => format!(
                     "{key} {partial} of head_dim {} is {dims} dimensions, which is not a positive even number, as rope needs",
@@ -170,8 +162,7 @@ impl Reader<'_> {
             of_type => of_type,
         };
         let of_type = match of_type.as_deref() {
-            // What Phi-3's first files call it.
-            Some("su" | "yarn") if self.family == "phi3" => Some("longrope"),
+            Some(name) if self.spec.longrope_types.contains(&name) => Some("longrope"),
             of_type => of_type,
         };
         let needed = |key: &str| parameters.positive(key)?.ok_or_else(|| parameters.missing(key));
@@ -205,7 +196,7 @@ impl Reader<'_> {
     fn original(&self, parameters: Keys) -> Result<f64, String> {
         let key = "original_max_position_embeddings";
         // Phi-3 keeps it outside, and always has one.
-        let outside = self.keys.positive(key)?.or((self.family == "phi3").then_some(4096.0));
+        let outside = self.keys.positive(key)?.or(self.spec.original_context_length);
         Ok(outside.or(parameters.positive(key)?).unwrap_or(self.context_length as f64))
     }
 

@@ -22,19 +22,20 @@ pub enum Change {
 }
 
 /// The tensors of an architecture: GGUF's names to Hugging Face's, those of a layer without its number.
-pub struct Names {
-    top: &'static [(&'static str, &'static str)],
+#[derive(Debug)]
+pub struct GgufNames {
+    pub top: &'static [(&'static str, &'static str)],
     /// What stands before a layer's number.
-    prefix: &'static str,
-    layer: &'static [(&'static str, &'static str)],
+    pub prefix: &'static str,
+    pub layer: &'static [(&'static str, &'static str)],
     /// Queries and keys were reordered for llama.cpp's rotation.
-    pairs: bool,
+    pub pairs: bool,
     /// Queries, keys and values in one matrix were reordered.
-    fused: bool,
+    pub fused: bool,
     /// Norms are stored with 1 added.
-    plus_one: bool,
+    pub plus_one: bool,
     /// Matrices of the layers were transposed.
-    transposed: bool,
+    pub transposed: bool,
 }
 
 const TOP: &[(&str, &str)] =
@@ -71,96 +72,23 @@ const MORE_NORMS: &[(&str, &str)] = &[
     ("post_ffw_norm", "post_feedforward_layernorm"),
 ];
 
-const PHI3: &[(&str, &str)] = &[
-    ("attn_norm", "input_layernorm"),
-    ("attn_qkv", "self_attn.qkv_proj"),
-    ("attn_output", "self_attn.o_proj"),
-    ("ffn_norm", "post_attention_layernorm"),
-    ("ffn_up", "mlp.gate_up_proj"),
-    ("ffn_down", "mlp.down_proj"),
-];
-
-const GPT2_TOP: &[(&str, &str)] = &[
-    ("token_embd", "transformer.wte"),
-    ("position_embd", "transformer.wpe"),
-    ("output_norm", "transformer.ln_f"),
-    ("output", "lm_head"),
-];
-
-const GPT2: &[(&str, &str)] = &[
-    ("attn_norm", "ln_1"),
-    ("attn_qkv", "attn.c_attn"),
-    ("attn_output", "attn.c_proj"),
-    ("ffn_norm", "ln_2"),
-    ("ffn_up", "mlp.c_fc"),
-    ("ffn_down", "mlp.c_proj"),
-];
-
-const NEOX_TOP: &[(&str, &str)] =
-    &[("token_embd", "gpt_neox.embed_in"), ("output_norm", "gpt_neox.final_layer_norm"), ("output", "embed_out")];
-
-const NEOX: &[(&str, &str)] = &[
-    ("attn_norm", "input_layernorm"),
-    ("attn_qkv", "attention.query_key_value"),
-    ("attn_output", "attention.dense"),
-    ("ffn_norm", "post_attention_layernorm"),
-    ("ffn_up", "mlp.dense_h_to_4h"),
-    ("ffn_down", "mlp.dense_4h_to_h"),
-];
-
-const BLOOM_TOP: &[(&str, &str)] = &[
-    ("token_embd", "transformer.word_embeddings"),
-    ("token_embd_norm", "transformer.word_embeddings_layernorm"),
-    ("output_norm", "transformer.ln_f"),
-    ("output", "lm_head"),
-];
-
-const BLOOM: &[(&str, &str)] = &[
-    ("attn_norm", "input_layernorm"),
-    ("attn_qkv", "self_attention.query_key_value"),
-    ("attn_output", "self_attention.dense"),
-    ("ffn_norm", "post_attention_layernorm"),
-    ("ffn_up", "mlp.dense_h_to_4h"),
-    ("ffn_down", "mlp.dense_4h_to_h"),
-];
-
-const PLAIN: Names = Names {
-    top: TOP,
-    prefix: "model.layers.",
-    layer: LAYER,
-    pairs: false,
-    fused: false,
-    plus_one: false,
-    transposed: false,
-};
-
-/// By `general.architecture`.
-const ARCHITECTURES: [(&str, Names); 12] = [
-    ("llama", Names { pairs: true, ..PLAIN }),
-    ("qwen2", PLAIN),
-    ("qwen3", PLAIN),
-    ("gemma", Names { plus_one: true, ..PLAIN }),
-    ("gemma2", Names { layer: MORE_NORMS, plus_one: true, ..PLAIN }),
-    ("gemma3", Names { layer: MORE_NORMS, plus_one: true, ..PLAIN }),
-    ("phi3", Names { layer: PHI3, ..PLAIN }),
-    ("smollm3", Names { pairs: true, ..PLAIN }),
-    ("olmo2", Names { layer: MORE_NORMS, ..PLAIN }),
-    ("gpt2", Names { top: GPT2_TOP, prefix: "transformer.h.", layer: GPT2, transposed: true, ..PLAIN }),
-    ("gptneox", Names { top: NEOX_TOP, prefix: "gpt_neox.layers.", layer: NEOX, fused: true, ..PLAIN }),
-    ("bloom", Names { top: BLOOM_TOP, prefix: "transformer.h.", layer: BLOOM, fused: true, ..PLAIN }),
-];
-
 /// Tensors that say how to rotate; they are part of the config.
 const ROTATION: [&str; 3] = ["rope_freqs", "rope_factors_long", "rope_factors_short"];
 
-impl Names {
-    /// The tensors of an architecture, by `general.architecture`.
-    pub fn of(architecture: &str) -> Result<&'static Self, String> {
-        ARCHITECTURES.iter().find(|(name, _)| *name == architecture).map(|(_, names)| names).ok_or_else(|| {
-            let known: Vec<_> = ARCHITECTURES.iter().map(|(name, _)| *name).collect();
-            format!("the architecture {architecture:?} is not supported; supported are {}", known.join(", "))
-        })
-    }
+impl GgufNames {
+    /// As Llama's, and nothing changed.
+    pub const PLAIN: Self = Self {
+        top: TOP,
+        prefix: "model.layers.",
+        layer: LAYER,
+        pairs: false,
+        fused: false,
+        plus_one: false,
+        transposed: false,
+    };
+
+    /// With more norms in a layer, as Gemma 2 has them.
+    pub const MORE_NORMS: Self = Self { layer: MORE_NORMS, ..Self::PLAIN };
 
     /// A tensor's name with Hugging Face, and what has to be done to it; `None` for those that are no
     /// weights. An unknown name is an error: leaving a tensor out would be another model.
@@ -279,9 +207,14 @@ impl Blocks {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::family::Family;
+
+    fn of(architecture: &str) -> &'static GgufNames {
+        &Family::of_gguf(architecture).unwrap().1.names
+    }
 
     fn name(architecture: &str, tensor: &str) -> (String, Change) {
-        Names::of(architecture).unwrap().translate(tensor, 4, 2).unwrap().unwrap()
+        of(architecture).translate(tensor, 4, 2).unwrap().unwrap()
     }
 
     #[test]
@@ -314,12 +247,11 @@ mod tests {
 
     #[test]
     fn a_tensor_that_is_not_known_is_an_error_and_one_that_is_no_weight_is_left_out() {
-        let llama = Names::of("llama").unwrap();
+        let llama = of("llama");
         assert_eq!(llama.translate("rope_freqs.weight", 4, 2), Ok(None));
         for unknown in ["blk.0.ffn_gate_exps.weight", "blk.x.attn_q.weight", "attn", "blk.0.attn_q.scale", "v.weight"] {
             assert!(llama.translate(unknown, 4, 2).unwrap_err().contains(unknown));
         }
-        assert!(Names::of("mamba").err().unwrap().contains("supported are llama, "));
     }
 
     /// The rows 0, 1, … of `k` equal values.

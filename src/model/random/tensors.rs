@@ -30,22 +30,19 @@ enum Fill {
 /// Every tensor that the decoder takes, under the names Hugging Face gives them and in the shapes of
 /// their files.
 pub(super) fn tensors(config: &ModelConfig) -> Vec<RandomTensor> {
-    let names = Names::of(&config.family);
+    let names = config.family.names;
     let prefix = names.prefixes.first().copied().unwrap_or_default();
     let mut list = List { config, names, prefix: prefix.to_owned(), tensors: Vec::new() };
     let (hidden, vocab) = (config.hidden_size, config.vocab_size);
     list.table(names.embeddings, vocab);
-    if let Some(offset) = config.learned_positions {
-        list.table(names.positions, config.context_length + offset);
+    if let Some((offset, name)) = config.learned_positions.zip(names.positions) {
+        list.table(name, config.context_length + offset);
     }
-    for (is, name) in [(config.embedding_norm, names.embedding_norm), (config.final_norm, names.final_norm)] {
-        if is {
-            list.norm(name, hidden);
-        }
-    }
+    list.norm_if(config.embedding_norm, names.embedding_norm, hidden);
+    list.norm_if(config.final_norm, Some(names.final_norm), hidden);
     list.layers();
     if let Some(encoder) = config.of_encoder() {
-        let names = Names::of_encoder(&config.family);
+        let names = config.family.encoder_names.unwrap_or(config.family.names);
         list.norm(names.final_norm, hidden);
         let mut of_encoder = List { config: &encoder, names, prefix: list.prefix.clone(), tensors: Vec::new() };
         of_encoder.layers();
@@ -74,8 +71,8 @@ impl List<'_> {
         let (q, kv) = (config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim);
         for layer in 0..config.num_layers {
             self.prefix = format!("{prefix}{}.{layer}.", names.layers);
-            if let Some(bias) = config.relative_bias.filter(|_| layer == 0) {
-                self.add(&format!("{}.weight", names.relative_bias), &[bias.buckets, config.num_heads], Fill::Normal);
+            if let Some((bias, name)) = config.relative_bias.filter(|_| layer == 0).zip(names.relative_bias) {
+                self.add(&format!("{name}.weight"), &[bias.buckets, config.num_heads], Fill::Normal);
             }
             match names.qkv {
                 Qkv::Apart(names) => names.into_iter().zip([q, kv, kv]).for_each(|(name, outer)| {
@@ -97,29 +94,24 @@ impl List<'_> {
             for (places, names) in
                 [(config.attention_norms, names.attention_norms), (config.mlp_norms, names.mlp_norms)]
             {
-                for (is, name) in [(places.before, names.before), (places.after, names.after), (places.sum, names.sum)]
-                {
-                    if is {
-                        self.norm(name, hidden);
-                    }
-                }
+                self.norm_if(places.before, names.before, hidden);
+                self.norm_if(places.after, names.after, hidden);
+                self.norm_if(places.sum, names.sum, hidden);
             }
             let widths = match config.qk_norm {
                 None => None,
                 Some(QkNorm::Head) => Some([config.head_dim; 2]),
                 Some(QkNorm::Projection) => Some([q, kv]),
             };
-            names
-                .qk_norms
-                .into_iter()
-                .zip(widths.into_iter().flatten())
-                .for_each(|(name, width)| self.norm(name, width));
+            if let Some((widths, names)) = widths.zip(names.qk_norms) {
+                names.into_iter().zip(widths).for_each(|(name, width)| self.norm(name, width));
+            }
             if let Some(names) = names.cross.filter(|_| config.encoder.is_some()) {
                 for (name, outer) in names.qkv.into_iter().zip([q, kv, kv]) {
                     self.linear(name, outer, hidden, config.qkv_bias);
                 }
                 self.linear(names.output, hidden, q, config.attention_output_bias);
-                self.norm(names.norms.before, hidden);
+                self.norm_if(true, names.norms.before, hidden);
             }
         }
         self.prefix = prefix;
@@ -132,6 +124,12 @@ impl List<'_> {
 
     fn table(&mut self, name: &str, rows: usize) {
         self.add(&format!("{name}.weight"), &[rows, self.config.hidden_size], Fill::Normal);
+    }
+
+    fn norm_if(&mut self, is: bool, name: Option<&str>, width: usize) {
+        if let Some(name) = name.filter(|_| is) {
+            self.norm(name, width);
+        }
     }
 
     fn norm(&mut self, name: &str, width: usize) {
