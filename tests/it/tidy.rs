@@ -48,7 +48,7 @@ const ARROWS: [(&str, &[&str]); 15] = [
 ];
 
 /// Modules outside `kernels::cpu` that name it: the choice of a backend, and who should not.
-const NAMES_THE_CPU: &[&str] = &["engine::sampler", "kernels::open"];
+const NAMES_THE_CPU: &[&str] = &["kernels::open"];
 
 /// Modules of one room that name each other, perhaps through others.
 const CIRCLES: &[&[&str]] = &[
