@@ -80,12 +80,14 @@ impl EncoderLimits {
         };
         let input = request.tokens.split_off(of_decoder.min(request.tokens.len()));
         request.tokens.push(InputToken::Vocab(self.start_token));
+        // Nothing of it is public: each row depends on all of the input.
+        let owner = request.cache_owner;
         let namespace = request.namespace.take().filter(|_| self.shares);
         match input.len() {
             0 => Err(SubmitError::Empty),
             found if found > self.max_input => Err(SubmitError::EncoderTooLong { found, limit: self.max_input }),
             _ => {
-                let content = namespace.map(|namespace| ChainHash::namespace(namespace).next(&input));
+                let content = namespace.map(|namespace| ChainHash::namespace(namespace).within(owner).next(&input));
                 Ok((input, content))
             }
         }

@@ -134,8 +134,11 @@ impl Worker {
             let key = content.map_or(InputKey::Own(id), InputKey::Content);
             EncoderInput { key, tokens }
         });
-        let Request { namespace, tenant, priority, .. } = request;
-        self.scheduler.add(id, Sequence { namespace, tenant, priority, encoder, ..Sequence::new(request.tokens) });
+        let Request { namespace, public_prefix, cache_owner, tenant, priority, .. } = request;
+        let sequence = Sequence::new(request.tokens);
+        let public_prefix = public_prefix.max(sequence.num_virtual);
+        let sequence = Sequence { namespace, public_prefix, cache_owner, tenant, priority, encoder, ..sequence };
+        self.scheduler.add(id, sequence);
     }
 
     /// Ends sequences whose reader went away, whose deadline passed, or that the drain's end cuts.
