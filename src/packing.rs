@@ -20,6 +20,16 @@ pub enum InputToken {
     Virtual(u32),
 }
 
+impl InputToken {
+    /// The vocabulary's id, if it is a token of text.
+    pub fn vocab(&self) -> Option<u32> {
+        match self {
+            Self::Vocab(id) => Some(*id),
+            Self::Virtual(_) => None,
+        }
+    }
+}
+
 /// A learned prompt's kind and its number of virtual tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PromptShape {

@@ -130,7 +130,9 @@ pub struct ServeArgs {
     #[arg(long, value_name = "KEY", env = "SOFTSERVE_API_KEY", hide_env_values = true, value_delimiter = ',')]
     pub api_key: Option<Vec<String>>,
 
-    /// A file with such keys, one a line, each as it is or as sha256:<hex>
+    /// A file with such keys, one a line, each as it is or as sha256:<hex>. Each key is a tenant of its
+    /// own, whose inputs no other tenant can find in the cache; keys that follow 'tenant=NAME ' on
+    /// their line share one tenant
     #[arg(long, value_name = "FILE", env = "SOFTSERVE_API_KEY_FILE")]
     pub api_key_file: Option<PathBuf>,
 

@@ -5,6 +5,10 @@
 //! part it has in common is copied into a block of its own, so a prompt of any length is shared in
 //! full. Blocks are known only once their positions have been computed, and nobody writes into a
 //! block that two sequences hold.
+//!
+//! Blocks of a public prefix (a learned prompt and the fixed words after it) are known to everybody.
+//! Any block with a position beyond it is known to its owner only. Of the block that holds the end of
+//! the prefix, the public part is known to all beside what the owner knows of it.
 
 use super::{
     block_manager::BlockManager,
@@ -28,11 +32,37 @@ pub struct BlockCopy {
 pub struct Cache {
     blocks: BlockManager,
     /// `None` when nothing is shared.
-    index: Option<PrefixIndex>,
+    index: Option<Indexes>,
     prompts: Prompts,
     /// Sources of copies that have not been done yet; held, so that they stay as they are.
     sources: Vec<BlockId>,
     evictions: u64,
+}
+
+/// What is known of the blocks' content. One block may be known in both: its beginning is public then.
+#[derive(Debug, Default)]
+struct Indexes {
+    public: PrefixIndex,
+    private: PrefixIndex,
+}
+
+impl Indexes {
+    /// The name of the chain that ends with a whole block.
+    fn chain(&self, block: BlockId) -> Option<ChainHash> {
+        self.private.chain(block).or_else(|| self.public.chain(block))
+    }
+
+    /// Forgets a block.
+    fn remove(&mut self, block: BlockId) {
+        self.public.remove(block);
+        self.private.remove(block);
+    }
+}
+
+/// The name of the chain that a sequence's next block follows, `before` being that of the whole blocks
+/// before it, of which there are `num_blocks`: the owner's own if it is the first that is not all public.
+fn parent_of_private(sequence: &Sequence, before: ChainHash, num_blocks: usize) -> ChainHash {
+    if num_blocks == sequence.public_prefix / BLOCK_SIZE { before.within(sequence.cache_owner) } else { before }
 }
 
 impl Cache {
@@ -40,7 +70,7 @@ impl Cache {
     pub fn new(num_blocks: usize, sharing: bool) -> Self {
         Self {
             blocks: BlockManager::new(num_blocks),
-            index: sharing.then(PrefixIndex::default),
+            index: sharing.then(Indexes::default),
             prompts: Prompts::new(num_blocks / 2),
             sources: Vec::new(),
             evictions: 0,
@@ -191,13 +221,26 @@ impl Cache {
     /// follows, with how much. Never among them is a position whose logits are wanted, such as the last.
     fn find(&self, sequence: &Sequence) -> (Vec<BlockId>, Option<(BlockId, usize)>) {
         let mut shared = Vec::new();
-        let (Some(index), Some(namespace)) = (&self.index, sequence.namespace) else { return (shared, None) };
+        let (Some(indexes), Some(namespace)) = (&self.index, sequence.namespace) else { return (shared, None) };
         let known = &sequence.tokens[..sequence.wanted_from()];
+        let public = sequence.public_prefix.min(known.len());
         let mut parent = ChainHash::namespace(namespace);
-        for tokens in known.chunks(BLOCK_SIZE) {
-            match index.find(parent, tokens) {
+        for (i, tokens) in known.chunks(BLOCK_SIZE).enumerate() {
+            let public = public.saturating_sub(i * BLOCK_SIZE);
+            let found = if public >= BLOCK_SIZE {
+                indexes.public.find(parent, tokens)
+            } else {
+                let own = indexes.private.find(parent_of_private(sequence, parent, i), tokens);
+                // A block that is public up to its end was seen above, so this is the beginning of one.
+                let all = if public > 0 { indexes.public.find(parent, &tokens[..public]) } else { None };
+                match (own, all) {
+                    (Some(own), Some(all)) if all.common > own.common => Some(all),
+                    (own, all) => own.or(all),
+                }
+            };
+            match found {
                 Some(found) if found.common == BLOCK_SIZE => {
-                    let Some(chain) = index.chain(found.block) else { break };
+                    let Some(chain) = indexes.chain(found.block) else { break };
                     parent = chain;
                     shared.push(found.block);
                 }
@@ -227,12 +270,18 @@ impl Cache {
     }
 
     fn commit_whole_blocks(&mut self, sequence: &mut Sequence, namespace: CacheNamespace) {
-        let Some(index) = &mut self.index else { return };
         while (sequence.chain.len() + 1) * BLOCK_SIZE <= sequence.num_computed {
             let i = sequence.chain.len();
-            let parent = sequence.chain.last().copied().unwrap_or(ChainHash::namespace(namespace));
+            let before = sequence.chain.last().copied().unwrap_or(ChainHash::namespace(namespace));
+            let is_public = (i + 1) * BLOCK_SIZE <= sequence.public_prefix;
+            if !is_public && i * BLOCK_SIZE < sequence.public_prefix {
+                self.commit_public_part(sequence, before);
+            }
+            let Some(indexes) = &mut self.index else { return };
+            let parent = if is_public { before } else { parent_of_private(sequence, before, i) };
             let tokens = &sequence.tokens[i * BLOCK_SIZE..][..BLOCK_SIZE];
             let block = sequence.blocks[i];
+            let index = if is_public { &mut indexes.public } else { &mut indexes.private };
             match index.insert(parent, tokens, block) {
                 Ok(chain) => {
                     self.blocks.keep(block, true);
@@ -240,9 +289,10 @@ impl Cache {
                 }
                 Err(other) => {
                     // Somebody computed the same at the same time. One copy is enough, unless this
-                    // one is known as the end of a prompt.
-                    if !self.prompts.owns(block) {
-                        index.remove(block);
+                    // one is known as the end of a prompt or for its public part.
+                    let is_known = self.prompts.owns(block) || (!is_public && indexes.public.contains(block));
+                    if !is_known {
+                        indexes.remove(block);
                         self.blocks.keep(block, false);
                         self.blocks.hold(other);
                         self.blocks.release(block);
@@ -254,28 +304,66 @@ impl Cache {
         }
     }
 
-    /// Makes the last, partly filled block known. Returns a block that holds its content, this or
-    /// another, or `None` if there is no such content.
-    fn commit_tail(&mut self, sequence: &Sequence, namespace: CacheNamespace) -> Option<BlockId> {
-        let index = self.index.as_mut()?;
+    /// Makes the last, partly filled block known, to all or to its owner.
+    fn commit_tail(&mut self, sequence: &Sequence, namespace: CacheNamespace) {
+        let num_blocks = sequence.chain.len();
+        let start = num_blocks * BLOCK_SIZE;
+        let before = sequence.chain.last().copied().unwrap_or(ChainHash::namespace(namespace));
+        if start < sequence.public_prefix {
+            self.commit_public_part(sequence, before);
+        }
+        if sequence.num_computed <= sequence.public_prefix.max(start) {
+            return;
+        }
+        let Some(indexes) = self.index.as_mut() else { return };
+        let Some(&block) = sequence.blocks.get(num_blocks) else { return };
+        let parent = parent_of_private(sequence, before, num_blocks);
+        let tokens = &sequence.tokens[start..sequence.num_computed];
+        let is_known = indexes.private.find(parent, tokens).is_some_and(|found| found.common == tokens.len());
+        if !is_known && indexes.private.insert(parent, tokens, block).is_ok() {
+            self.blocks.keep(block, true);
+        }
+    }
+
+    /// Makes what is public and computed of the block after `before`, the whole blocks in the index, known
+    /// to all. Returns a block that holds it, this or another.
+    fn commit_public_part(&mut self, sequence: &Sequence, before: ChainHash) -> Option<BlockId> {
+        let index = &mut self.index.as_mut()?.public;
         let start = sequence.chain.len() * BLOCK_SIZE;
-        let tokens = sequence.tokens.get(start..sequence.num_computed).filter(|tokens| !tokens.is_empty())?;
-        let parent = sequence.chain.last().copied().unwrap_or(ChainHash::namespace(namespace));
-        if let Some(found) = index.find(parent, tokens).filter(|found| found.common == tokens.len()) {
+        let end = sequence.num_computed.min(sequence.public_prefix).min(start + BLOCK_SIZE);
+        let tokens = sequence.tokens.get(start..end).filter(|tokens| !tokens.is_empty())?;
+        if let Some(found) = index.find(before, tokens).filter(|found| found.common == tokens.len()) {
             return Some(found.block);
         }
         let block = *sequence.blocks.get(sequence.chain.len())?;
-        index.insert(parent, tokens, block).ok()?;
+        index.insert(before, tokens, block).ok()?;
         self.blocks.keep(block, true);
         Some(block)
     }
 
+    /// Says that a learned prompt is in the cache as a whole, and in which blocks.
     fn commit_prompt(&mut self, sequence: &Sequence, namespace: CacheNamespace) {
-        let whole = sequence.chain.len().min(sequence.num_virtual.div_ceil(BLOCK_SIZE));
-        let mut blocks = sequence.blocks[..whole].to_vec();
-        if whole * BLOCK_SIZE < sequence.num_virtual {
-            let Some(tail) = self.commit_tail(sequence, namespace) else { return };
-            blocks.push(tail);
+        let Some(indexes) = &self.index else { return };
+        let num_whole = sequence.chain.len().min(sequence.num_virtual.div_ceil(BLOCK_SIZE));
+        let mut blocks = sequence.blocks[..num_whole].to_vec();
+        let full = sequence.num_virtual / BLOCK_SIZE;
+        if full * BLOCK_SIZE < sequence.num_virtual {
+            // The block that holds its end may be private as a whole and public in its beginning.
+            let before = match full.checked_sub(1) {
+                Some(last) => sequence.chain.get(last).copied(),
+                None => Some(ChainHash::namespace(namespace)),
+            };
+            let Some(before) = before else { return };
+            let tail = &sequence.tokens[full * BLOCK_SIZE..sequence.num_virtual];
+            let known = indexes.public.find(before, tail).filter(|found| found.common == tail.len());
+            let block = match known {
+                Some(found) => Some(found.block),
+                None if sequence.chain.len() == full => self.commit_public_part(sequence, before),
+                None => None,
+            };
+            let Some(block) = block else { return };
+            blocks.truncate(full);
+            blocks.push(block);
         }
         self.prompts.add(namespace, blocks, &mut self.blocks);
     }

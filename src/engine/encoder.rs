@@ -68,7 +68,9 @@ impl EncoderLimits {
 
     /// The name of an input's content, if it may be shared. Of the decoder's sequence nothing is: what it
     /// computes depends on all of the encoder's input.
-    pub fn content(&self, input: &[InputToken], namespace: Option<CacheNamespace>) -> Option<ChainHash> {
-        namespace.filter(|_| self.shares).map(|namespace| ChainHash::namespace(namespace).next(input))
+    pub fn content(&self, input: &[InputToken], namespace: Option<CacheNamespace>, owner: u64) -> Option<ChainHash> {
+        // Nothing of it is public: each row depends on all of the input.
+        let chain = ChainHash::namespace(namespace.filter(|_| self.shares)?).within(owner);
+        Some(chain.next(input))
     }
 }

@@ -313,7 +313,7 @@ impl Engine {
         shared.packing.check(&packed)?;
         request.tokens = packed.decoder;
         let encoder = shared.encoder.as_ref().zip(packed.encoder).map(|(limits, input)| {
-            let content = limits.content(&input, request.namespace.take());
+            let content = limits.content(&input, request.namespace.take(), request.cache_owner);
             (input, content)
         });
         let left = shared.packing.max_decoder() - request.tokens.len();

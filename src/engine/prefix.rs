@@ -26,6 +26,17 @@ impl ChainHash {
         Self(namespace.0)
     }
 
+    /// The name of this chain for what one owner alone may find after it. Names of different owners
+    /// differ, and none is that of a chain of blocks.
+    pub fn within(self, owner: u64) -> Self {
+        let mut hash = Sha256::new();
+        hash.update(self.0);
+        // Where `next` says the kind of a token, 0 or 1.
+        hash.update([2u8]);
+        hash.update(owner.to_le_bytes());
+        Self(hash.finalize().into())
+    }
+
     /// A namespace of what depends on all of this chain.
     pub fn as_namespace(self) -> CacheNamespace {
         CacheNamespace(self.0)
@@ -117,6 +128,11 @@ impl PrefixIndex {
         self.blocks.get(&block).filter(|entry| entry.tokens.len() == BLOCK_SIZE).map(|entry| entry.chain)
     }
 
+    /// Whether a block's content is known here.
+    pub fn contains(&self, block: BlockId) -> bool {
+        self.blocks.contains_key(&block)
+    }
+
     /// How many blocks have known content.
     pub fn len(&self) -> usize {
         self.blocks.len()
@@ -139,7 +155,7 @@ mod tests {
     }
 
     #[test]
-    fn a_chain_is_named_by_its_root_its_order_and_the_kind_of_its_tokens() {
+    fn a_chain_is_named_by_its_namespace_its_owner_its_order_and_the_kind_of_its_tokens() {
         let namespace = |n| ChainHash::namespace(CacheNamespace([n; 32]));
         let names = [
             namespace(1).next(&words(&[1, 2])),
@@ -147,6 +163,10 @@ mod tests {
             namespace(1).next(&words(&[2, 1])),
             namespace(1).next(&[InputToken::Virtual(1), InputToken::Virtual(2)]),
             namespace(1).next(&words(&[1])).next(&words(&[2])),
+            namespace(1).within(0),
+            namespace(1).within(1),
+            namespace(2).within(1),
+            namespace(1).within(1).next(&words(&[1, 2])),
         ];
         assert_eq!(names.iter().collect::<std::collections::HashSet<_>>().len(), names.len());
         assert_eq!(names[0], namespace(1).next(&words(&[1, 2])));

@@ -7,8 +7,9 @@ pub use crate::packing::InputToken;
 use crate::{packing::PromptShape, prompt::LearnedPrompt};
 
 /// What stands before a sequence's first token: the content of its learned prompt, by digest, or
-/// none. Keys and values are shared only among sequences of one namespace. It is never a name and never
-/// what a client sent, so nobody can read from another's cache.
+/// none. Keys and values are shared only among sequences of one namespace and, beyond the
+/// [public prefix](Request::public_prefix), of one [cache owner](Request::cache_owner). It is never a name and never what a
+/// client sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct CacheNamespace(pub [u8; 32]);
 
@@ -54,6 +55,12 @@ pub struct Request {
     pub deadline: Option<Instant>,
     /// Whose cached keys and values may be used; `None` shares nothing.
     pub namespace: Option<CacheNamespace>,
+    /// The public prefix: how many positions, from the first on, hold nothing that a client sent. Their
+    /// keys and values are shared by all owners, those after them within one. The virtual tokens
+    /// always belong to it.
+    pub public_prefix: usize,
+    /// Who sent what follows the public prefix: only requests of the same owner find it in the cache.
+    pub cache_owner: u64,
     pub tenant: Tenant,
     /// Lower is sooner, whatever the tenants say; 0 is usual.
     pub priority: i32,
@@ -65,8 +72,18 @@ impl Request {
     pub fn new(prompt: Option<Arc<LearnedPrompt>>, ids: &[u32], sampling: SamplingParams) -> Self {
         let tokens = PromptShape::of(prompt.as_deref()).followed_by(ids);
         let namespace = prompt.is_none().then_some(CacheNamespace::TEXT);
-        let goal = Goal::Generate(sampling);
-        Self { tokens, prompt, goal, deadline: None, namespace, tenant: Tenant::default(), priority: 0 }
+        let public_prefix = PromptShape::of(prompt.as_deref()).num_virtual_tokens();
+        Self {
+            tokens,
+            prompt,
+            goal: Goal::Generate(sampling),
+            deadline: None,
+            namespace,
+            public_prefix,
+            cache_owner: 0,
+            tenant: Tenant::default(),
+            priority: 0,
+        }
     }
 
     /// As [`new`](Self::new), to score continuations of the input.

@@ -133,26 +133,25 @@ impl Worker {
 
     fn accept(&mut self, Job { request, work, encoder, events, cached_tokens, slot }: Job) {
         let id = self.new_id();
-        let Request { tokens, prompt, deadline, namespace, tenant, priority, .. } = request;
+        let Request { tokens, prompt, deadline, namespace, public_prefix, cache_owner, tenant, priority, .. } = request;
         let encoder = encoder.map(|(tokens, content)| {
             let key = content.map_or(InputKey::Own(id), InputKey::Content);
             EncoderInput { key, tokens }
         });
+        let text: Vec<u32> = tokens.iter().filter_map(InputToken::vocab).collect();
+        let sequence = Sequence::new(tokens);
+        let public_prefix = public_prefix.max(sequence.num_virtual);
+        let sequence = Sequence { namespace, public_prefix, cache_owner, tenant, priority, encoder, ..sequence };
         let running = |task| Running { prompt, task, deadline, events, cached_tokens, slot: Some(slot) };
         match work {
             Work::Generate(sampling) => {
-                let text = tokens.iter().filter_map(|t| match t {
-                    InputToken::Vocab(id) => Some(*id),
-                    InputToken::Virtual(_) => None,
-                });
                 let (stop_tokens, remaining) = (sampling.stop_tokens.clone(), sampling.max_tokens);
                 let mask = sampling.constraint.as_ref().map(|constraint| constraint.start());
-                let sampler = Box::new(Sampler::new(sampling, text).with_mask(mask));
+                let sampler = Box::new(Sampler::new(sampling, text.into_iter()).with_mask(mask));
                 self.jobs.insert(id, running(Task::Generate { sampler, stop_tokens, remaining }));
-                self.scheduler.add(id, Sequence { namespace, tenant, priority, encoder, ..Sequence::new(tokens) });
+                self.scheduler.add(id, sequence);
             }
             Work::Score(plan) => {
-                let sequence = Sequence { namespace, tenant, priority, encoder, ..Sequence::new(tokens) };
                 self.accept_score(id, plan, sequence, running(Task::Score { group: id.0, branch: 0 }));
             }
         }

@@ -1,9 +1,9 @@
 //! Who may call what. One layer around every path, closed by default: a path that is not listed
-//! here needs a key, one under `/v1/admin` an admin key.
+//! here needs a key, one under `/v1/admin` an admin key. Handlers learn from here whose request it is.
 
 use axum::{
-    extract::{Request, State},
-    http::{HeaderMap, header},
+    extract::{FromRequestParts, Request, State},
+    http::{HeaderMap, header, request::Parts},
     middleware::Next,
     response::{IntoResponse as _, Response},
 };
@@ -18,32 +18,54 @@ use crate::config::{Access, is_loopback_host};
 const OPEN: [&str; 5] = ["/health/live", "/health/ready", "/metrics", "/openapi.json", "/docs"];
 const ADMIN: &str = "/v1/admin";
 
-/// Lets a request through or answers with a problem.
-pub async fn check(State(app): State<AppState>, request: Request, next: Next) -> Response {
+/// The tenant that sent a request: that of its key, or [`Caller::ANYONE`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Caller(pub u64);
+
+impl Caller {
+    /// The one tenant of all who need no key.
+    pub const ANYONE: Self = Self(0);
+}
+
+impl<S: Sync> FromRequestParts<S> for Caller {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Problem> {
+        let caller = parts.extensions.get::<Self>().copied();
+        caller.ok_or_else(|| Problem::internal("the access layer is missing"))
+    }
+}
+
+/// Lets a request through, with its [`Caller`], or answers with a problem.
+pub async fn check(State(app): State<AppState>, mut request: Request, next: Next) -> Response {
     match allow(&app.access, request.uri().path(), request.headers()) {
-        Ok(()) => next.run(request).await,
+        Ok(caller) => {
+            request.extensions_mut().insert(caller);
+            next.run(request).await
+        }
         Err(problem) => problem.into_response(),
     }
 }
 
-fn allow(access: &Access, path: &str, headers: &HeaderMap) -> Result<(), Problem> {
+fn allow(access: &Access, path: &str, headers: &HeaderMap) -> Result<Caller, Problem> {
     if OPEN.contains(&path) || path.starts_with("/docs/") {
-        return Ok(());
+        return Ok(Caller::ANYONE);
     }
     if path.starts_with(ADMIN) { admin(access, headers) } else { caller(access, headers) }
 }
 
-fn caller(access: &Access, headers: &HeaderMap) -> Result<(), Problem> {
+fn caller(access: &Access, headers: &HeaderMap) -> Result<Caller, Problem> {
     if access.api_keys.is_empty() {
-        return Ok(());
+        return Ok(Caller::ANYONE);
     }
     let key = bearer(headers)?;
-    if access.api_keys.contains(key) | access.admin_keys.contains(key) { Ok(()) } else { Err(unknown_key()) }
+    let (api, admin) = (access.api_keys.tenant(key), access.admin_keys.tenant(key));
+    api.or(admin).map(Caller).ok_or_else(unknown_key)
 }
 
-fn admin(access: &Access, headers: &HeaderMap) -> Result<(), Problem> {
+fn admin(access: &Access, headers: &HeaderMap) -> Result<Caller, Problem> {
     if access.admin_is_open() {
-        return same_site(headers);
+        return same_site(headers).map(|()| Caller::ANYONE);
     }
     if access.admin_keys.is_empty() {
         let detail = "the admin routes are closed: start the server with --admin-key (or SOFTSERVE_ADMIN_KEY) to open \
@@ -51,10 +73,10 @@ fn admin(access: &Access, headers: &HeaderMap) -> Result<(), Problem> {
         return Err(Problem::new(Code::Forbidden, detail));
     }
     let key = bearer(headers)?;
-    match (access.admin_keys.contains(key), access.api_keys.contains(key)) {
-        (true, _) => Ok(()),
-        (false, true) => Err(Problem::new(Code::Forbidden, "found an API key, expected an admin key")),
-        (false, false) => Err(unknown_key()),
+    match (access.admin_keys.tenant(key), access.api_keys.contains(key)) {
+        (Some(tenant), _) => Ok(Caller(tenant)),
+        (None, true) => Err(Problem::new(Code::Forbidden, "found an API key, expected an admin key")),
+        (None, false) => Err(unknown_key()),
     }
 }
 

@@ -17,6 +17,7 @@ use futures::{
 
 use super::{
     App, AppState,
+    access::Caller,
     extract::{Json, RequestId, ResolvedTask, TaskParam, from_value},
     prepare::{Prepared, prepare},
     problem::{Code, Problem},
@@ -47,10 +48,11 @@ pub async fn generate(
     State(app): State<AppState>,
     TaskParam(task): TaskParam,
     RequestId(request_id): RequestId,
+    caller: Caller,
     Json(request): Json<GenerateRequest>,
 ) -> Result<Response, Problem> {
     let stream = request.stream;
-    let mut prepared = prepare(&app, &task, request).await?;
+    let mut prepared = prepare(&app, caller, &task, request).await?;
     let running = running::start(&app, &mut prepared)?;
     if stream {
         let events = events(prepared, running, request_id);
@@ -79,13 +81,14 @@ pub async fn generate(
 pub async fn generate_batch(
     State(app): State<AppState>,
     RequestId(request_id): RequestId,
+    caller: Caller,
     Json(batch): Json<BatchRequest>,
 ) -> Result<axum::Json<BatchResponse>, Problem> {
     let found = batch.requests.len();
     if !(1..=MAX_BATCH_REQUESTS).contains(&found) {
         return Err(Problem::field("requests", format!("found {found}, expected 1 to {MAX_BATCH_REQUESTS}")));
     }
-    let results = answer_items(&app, batch.requests).await.into_iter().map(|result| match result {
+    let results = answer_items(&app, caller, batch.requests).await.into_iter().map(|result| match result {
         Ok(answer) => BatchResult::Answer(Box::new(answer)),
         Err(problem) => {
             log_if_ours(&problem, &request_id);
@@ -125,13 +128,14 @@ pub async fn get_task(State(app): State<AppState>, ResolvedTask(version): Resolv
 /// own sake.
 async fn answer_items(
     app: &App,
+    caller: Caller,
     items: Vec<serde_json::Map<String, serde_json::Value>>,
 ) -> Vec<Result<GenerateResponse, Problem>> {
     let mut results = Vec::with_capacity(items.len());
     let mut open = FuturesUnordered::new();
     for (index, item) in items.into_iter().enumerate() {
         let started = loop {
-            let started = start_item(app, item.clone()).await;
+            let started = start_item(app, caller, item.clone()).await;
             if !matches!(&started, Err(problem) if problem.code == Code::Overloaded) {
                 break started;
             }
@@ -153,6 +157,7 @@ async fn answer_items(
 
 async fn start_item(
     app: &App,
+    caller: Caller,
     mut item: serde_json::Map<String, serde_json::Value>,
 ) -> Result<(Prepared, Vec<Running>), Problem> {
     let Some(task) = item.remove("task") else {
@@ -165,7 +170,7 @@ async fn start_item(
     if request.stream {
         return Err(Problem::field("stream", "found true, expected false: a batch is answered as a whole"));
     }
-    let mut prepared = prepare(app, &task, request).await?;
+    let mut prepared = prepare(app, caller, &task, request).await?;
     let running = running::start(app, &mut prepared)?;
     Ok((prepared, running))
 }

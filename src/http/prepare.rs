@@ -9,6 +9,7 @@ use std::{
 
 use super::{
     App,
+    access::Caller,
     problem::{Code, Problem, ProblemError},
     types::GenerateRequest,
 };
@@ -16,6 +17,7 @@ use crate::{
     engine::request::{CacheNamespace, Request, SamplingParams, Tenant},
     packing::TokenBudget,
     prompt::{TaskName, Version, template::Input},
+    tokenizer::Tokenizer,
 };
 
 /// What the server uses where neither request nor task says anything.
@@ -45,15 +47,15 @@ pub struct Prepared {
 }
 
 /// Checks a request to `task` and makes it ready.
-pub async fn prepare(app: &App, task: &str, request: GenerateRequest) -> Result<Prepared, Problem> {
+pub async fn prepare(app: &App, caller: Caller, task: &str, request: GenerateRequest) -> Result<Prepared, Problem> {
     let started = Instant::now();
     let version = app.registry.resolve(task, request.version.as_deref())?;
     let mut settings = Settings::check(app, &version, &request)?;
-    let ids = tokenize(app, &version, request.input).await?;
+    let Tokenized { ids, num_public } = tokenize(app, &version, request.input).await?;
     let virtual_tokens = version.prompt.num_virtual_tokens();
     let most = max_answer_tokens(app, &version, ids.len())?;
     settings.sampling.max_tokens = settings.sampling.max_tokens.min(most);
-    let tenant = tenant(app, &version.task);
+    let tenant = tenant(app, caller, &version.task);
     let requests = (0..settings.choices)
         .map(|i| {
             let seed = settings.sampling.seed.wrapping_add(i as u64);
@@ -62,6 +64,8 @@ pub async fn prepare(app: &App, task: &str, request: GenerateRequest) -> Result<
             Request {
                 deadline,
                 namespace: Some(CacheNamespace(version.digest.0)),
+                public_prefix: virtual_tokens + num_public,
+                cache_owner: caller.0,
                 tenant,
                 priority: settings.priority,
                 ..Request::new(Some(Arc::clone(&version.prompt)), &ids, sampling)
@@ -79,23 +83,56 @@ pub async fn prepare(app: &App, task: &str, request: GenerateRequest) -> Result<
     })
 }
 
-/// Whom the engine counts a task's requests for. It needs to tell tasks apart, not to know them.
-fn tenant(app: &App, task: &TaskName) -> Tenant {
+/// Whom the engine counts a request for: each of a caller's tasks by itself. It needs to tell them apart,
+/// not to know them.
+fn tenant(app: &App, caller: Caller, task: &TaskName) -> Tenant {
     let mut hash = DefaultHasher::new();
-    task.hash(&mut hash);
+    (caller.0, task).hash(&mut hash);
     Tenant { key: hash.finish(), weight: app.limits.task_weights.of(task.as_str()) }
 }
 
+/// A rendered input as token ids.
+#[derive(Debug)]
+pub struct Tokenized {
+    pub ids: Vec<u32>,
+    /// How many of the first ids are the template's own, whatever the input is.
+    pub num_public: usize,
+}
+
 /// Renders the input by the task's template and turns it into token ids.
-pub async fn tokenize(app: &App, version: &Arc<Version>, input: Input) -> Result<Vec<u32>, Problem> {
+pub async fn tokenize(app: &App, version: &Arc<Version>, input: Input) -> Result<Tokenized, Problem> {
     let bytes = match &input {
         Input::Text(text) => text.len(),
         Input::Fields(fields) => fields.values().map(String::len).sum(),
     };
+    let long = bytes + version.template.source().len() > LONG_TEXT;
     let tokenizer = app.tokenizer.clone();
     let version = Arc::clone(version);
-    let work = move || -> Result<Vec<u32>, Problem> { Ok(tokenizer.tokenize(&version.template.render(&input)?)?) };
-    if bytes > LONG_TEXT { super::blocking(work).await } else { work() }
+    let work = move || -> Result<Tokenized, Problem> {
+        let text = version.template.render(&input)?;
+        let ids = tokenizer.tokenize(&text)?;
+        let fixed = fixed_ids(&tokenizer, version.template.fixed_beginning())?;
+        // All or nothing: how much of it another request shares must not depend on this one's input.
+        let num_public = if ids.starts_with(&fixed) { fixed.len() } else { 0 };
+        Ok(Tokenized { ids, num_public })
+    };
+    if long { super::blocking(work).await } else { work() }
+}
+
+/// The token ids that begin every text with this beginning: those that stay the same whatever follows it,
+/// but for the last one, which other texts may join to their own.
+fn fixed_ids(tokenizer: &Tokenizer, beginning: &str) -> Result<Vec<u32>, Problem> {
+    if beginning.is_empty() {
+        return Ok(Vec::new());
+    }
+    let mut fixed = tokenizer.tokenize(beginning)?;
+    for probe in ["a", "A", " a", "1", ".", "\n", "é", "中"] {
+        let longer = tokenizer.tokenize(&format!("{beginning}{probe}"))?;
+        let common = fixed.iter().zip(&longer).take_while(|(a, b)| a == b).count();
+        fixed.truncate(common);
+    }
+    fixed.pop();
+    Ok(fixed)
 }
 
 /// How many tokens an answer to a text of this many tokens may have; at least 1.

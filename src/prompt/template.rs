@@ -84,6 +84,15 @@ impl PromptTemplate {
         &self.source
     }
 
+    /// The fixed beginning: what every text of this template begins with, whatever the input is. It ends
+    /// before the template's first tag, so it may be shorter than it could be.
+    pub fn fixed_beginning(&self) -> &str {
+        let first = ["{{", "{%", "{#"].iter().filter_map(|tag| self.source.find(tag)).min();
+        let (fixed, tag) = self.source.split_at(first.unwrap_or(0));
+        // A minus takes the white space before the tag away.
+        if tag.get(2..).is_some_and(|rest| rest.starts_with('-')) { fixed.trim_end() } else { fixed }
+    }
+
     /// The names of the fields it uses, sorted; never empty.
     pub fn fields(&self) -> &[String] {
         &self.fields
@@ -204,6 +213,24 @@ mod tests {
     fn the_default_template_gives_the_input_back_byte_for_byte() {
         for input in ["a <b> & \"c\" 'd'", "line\n", "\n\n x \t", "{{ input }}", "é😀"] {
             assert_eq!(render(DEFAULT_TEMPLATE, &text(input)).as_deref(), Ok(input));
+        }
+    }
+
+    #[test]
+    fn every_text_begins_with_the_fixed_beginning() {
+        for (source, fixed) in [
+            ("{{ input }}", ""),
+            ("Review: {{ input }}\nLabel:", "Review: "),
+            ("Review: \n{{- input }}", "Review:"),
+            ("a { b {# why #} c {{ input }}", "a { b "),
+            ("a \r\n{% if input %}b {% endif %}{{ input }}", "a \r\n"),
+            ("{% raw %}a{% endraw %}{{ input }}", ""),
+        ] {
+            let template = PromptTemplate::parse(source).expect("parses");
+            assert_eq!(template.fixed_beginning(), fixed, "{source}");
+            for input in ["x", " x", "\nx"] {
+                assert!(template.render(&text(input)).expect("renders").starts_with(fixed), "{source}");
+            }
         }
     }
 

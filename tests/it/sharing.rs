@@ -13,7 +13,7 @@ use softserve::{
 
 use crate::{
     fixtures::{self, Case},
-    support::{Options, Server, TASK, collect, form, prompt_files, weights},
+    support::{Options, Server, TASK, collect, form, post, prompt_files, weights},
 };
 
 fn start(model: &str, config: EngineConfig) -> (Engine, EngineThread) {
@@ -190,6 +190,64 @@ async fn the_same_content_under_two_tasks_is_computed_once() {
         let answer = server.post(&format!("/v1/tasks/{task}/generate"), &request).await.ok();
         assert_eq!(cached(&answer) == input_tokens(&answer) - 1, found, "{answer}");
     }
+}
+
+/// What a caller with this key is told was found in the cache for this input.
+async fn found_by(server: &Server, task: &str, key: Option<&str>, input: &str) -> (u64, Value) {
+    let body = json!({"input": input, "max_tokens": 3, "ignore_eos": true}).to_string();
+    let mut request = post(&format!("/v1/tasks/{task}/generate"), "application/json", body);
+    if let Some(key) = key {
+        request.headers_mut().insert("authorization", format!("Bearer {key}").parse().unwrap());
+    }
+    let answer = server.call(request).await.ok();
+    (cached(&answer), answer)
+}
+
+#[tokio::test]
+async fn what_another_key_sent_is_never_found_and_the_fixed_beginning_is() {
+    let keys = ["first-key", "second-key", "tenant=acme third-key", "tenant=acme fourth-key"];
+    let server = Options::with_keys(&keys, &["admin-key-1"], true).start();
+    let (config, tensors) = prompt_files("prompt33");
+    let fixed = "the cat sat on the mat and the dog ran after the ball. ".repeat(3);
+    let task = json!({"template": format!("{fixed}{{{{ input }}}}")}).to_string();
+    let (content_type, body) = form(&[
+        ("adapter_config.json", &config[..]),
+        ("adapter_model.safetensors", &tensors[..]),
+        ("task.json", task.as_bytes()),
+    ]);
+    let mut upload = post("/v1/admin/tasks/fixed/versions", content_type, body);
+    upload.headers_mut().insert("authorization", "Bearer admin-key-1".parse().unwrap());
+    server.call(upload).await.ok();
+    let input = "a secret that is long enough for more than one block, so that whole blocks of it are in the cache too";
+    // Alike in its beginning, which would tell how much of a guess is right.
+    let guess = "a secret that is long enough for more than one block, so that";
+    for task in [TASK, "fixed"] {
+        let (_, first) = found_by(&server, task, Some("first-key"), input).await;
+        let all = input_tokens(&first) - 1;
+        assert_eq!(found_by(&server, task, Some("first-key"), input).await.0, all, "{task}");
+        let virtual_tokens = first["usage"]["virtual_tokens"].as_u64().unwrap();
+        let tokenizer = fixtures::tokenizer(crate::support::MODEL);
+        let fixed = if task == TASK { 0 } else { tokenizer.tokenize(&fixed).unwrap().len() as u64 };
+        for (key, input) in [("second-key", guess), ("second-key", input), ("admin-key-1", input)] {
+            let (found, _) = found_by(&server, task, Some(key), input).await;
+            let public = virtual_tokens + fixed;
+            match (key, input == guess) {
+                // Its own guess has the same beginning.
+                ("second-key", false) => assert!(found > public && found < all, "{task}: {found}"),
+                _ => assert!(found <= public && found + 3 >= public, "{task}, {key}: {found} of {public}"),
+            }
+        }
+        assert_eq!(found_by(&server, task, Some("second-key"), input).await.0, all, "{task}");
+        found_by(&server, task, Some("third-key"), input).await;
+        assert_eq!(found_by(&server, task, Some("fourth-key"), input).await.0, all, "{task}");
+    }
+}
+
+#[tokio::test]
+async fn without_keys_all_callers_are_one_tenant() {
+    let server = Server::start();
+    let (_, first) = found_by(&server, TASK, None, "some words").await;
+    assert_eq!(found_by(&server, TASK, Some("any-key"), "some words").await.0, input_tokens(&first) - 1);
 }
 
 #[tokio::test]

@@ -24,11 +24,18 @@ struct Arrival {
     new: usize,
     priority: i32,
     cancel_after: Option<usize>,
+    /// Who sends it.
+    owner: u64,
 }
 
 impl Arrival {
     fn rows(&self) -> u32 {
         [0, 0, 20, 32, 70][usize::from(self.namespace)]
+    }
+
+    /// How many words of the common text are public after its prompt.
+    fn public(&self) -> usize {
+        [0, 12, 7, 0, 40][usize::from(self.namespace)].min(self.common)
     }
 
     fn sequence(&self, n: usize) -> Sequence {
@@ -40,6 +47,8 @@ impl Arrival {
             namespace: namespace(self.namespace),
             tenant: Tenant { key: u64::from(self.namespace) % 3, weight },
             priority: self.priority,
+            cache_owner: self.owner,
+            public_prefix: self.rows() as usize + self.public(),
             ..Sequence::new(rows.chain(words.map(InputToken::Vocab)).collect())
         }
     }
@@ -55,8 +64,9 @@ fn namespace(kind: u8) -> Option<CacheNamespace> {
 
 fn arrivals() -> impl Strategy<Value = Vec<Arrival>> {
     let shape = (0u8..5, prop_oneof![Just(0usize), Just(31), 0usize..40], 1usize..24, 1usize..30);
-    let one = (0usize..40, shape, prop_oneof![4 => Just(0), 1 => -2..3], prop::option::weighted(0.2, 0usize..30));
-    let one = one.prop_map(|(at, (namespace, common, own, new), priority, cancel_after)| Arrival {
+    let one =
+        (0usize..40, shape, prop_oneof![4 => Just(0), 1 => -2..3], prop::option::weighted(0.2, 0usize..30), 0u64..3);
+    let one = one.prop_map(|(at, (namespace, common, own, new), priority, cancel_after, owner)| Arrival {
         at,
         namespace,
         common,
@@ -64,6 +74,7 @@ fn arrivals() -> impl Strategy<Value = Vec<Arrival>> {
         new,
         priority,
         cancel_after,
+        owner,
     });
     prop::collection::vec(one, 1..24)
 }
@@ -72,20 +83,24 @@ fn arrivals() -> impl Strategy<Value = Vec<Arrival>> {
 type Slot = u64;
 const NOTHING: Slot = 0;
 
-/// For each position of a sequence, what its slot must hold.
+/// For each position of a sequence, what its slot must hold: beyond its public prefix, what its own
+/// owner's sequences wrote there.
 fn names(id: SequenceId, sequence: &Sequence) -> Vec<Slot> {
     use std::hash::{DefaultHasher, Hash as _, Hasher as _};
     let mut hash = DefaultHasher::new();
     // Without a namespace a sequence shares with nobody.
     sequence.namespace.ok_or(id).hash(&mut hash);
-    let mut name = |token: &InputToken| {
+    let mut name = |(i, token): (usize, &InputToken)| {
+        if i == sequence.public_prefix {
+            (2, sequence.cache_owner).hash(&mut hash);
+        }
         match token {
             InputToken::Vocab(id) => (0, *id).hash(&mut hash),
             InputToken::Virtual(row) => (1, *row).hash(&mut hash),
         }
         hash.finish()
     };
-    sequence.tokens.iter().map(&mut name).collect()
+    sequence.tokens.iter().enumerate().map(&mut name).collect()
 }
 
 /// The cache's memory.
