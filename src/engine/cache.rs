@@ -62,7 +62,7 @@ impl Indexes {
 /// The name of the chain that a sequence's next block follows, `before` being that of the whole blocks
 /// before it, of which there are `num_blocks`: the owner's own if it is the first that is not all public.
 fn parent_of_private(sequence: &Sequence, before: ChainHash, num_blocks: usize) -> ChainHash {
-    if num_blocks == sequence.public_prefix / BLOCK_SIZE { before.within(sequence.cache_owner) } else { before }
+    if num_blocks == sequence.public_prefix / BLOCK_SIZE { before.within(sequence.tenant.owner) } else { before }
 }
 
 impl Cache {

@@ -2,7 +2,8 @@
 //! how many positions of them the batch may hold.
 
 use super::{
-    EngineConfig, StartError,
+    EngineConfig,
+    error::StartError,
     prefix::ChainHash,
     request::{CacheNamespace, InputToken},
     sequence::SequenceId,

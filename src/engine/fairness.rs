@@ -1,14 +1,15 @@
-//! How much service each tenant has had: a weighted virtual token counter.
+//! How much service each tenant, and each of its tasks, has had: weighted virtual token counters.
 //!
-//! After Sheng et al., "Fairness in Serving Large Language Models" (OSDI 2024). Each tenant has a
-//! counter that rises with what is computed for it, divided by its weight; whoever has the least is
-//! next. A tenant that had nothing to do is lifted to the least counter of those that have, so
-//! that nobody saves up a claim. As long as two tenants want more than they get, their counters
-//! stay within a bound of each other that does not depend on how much more they want.
+//! After Sheng et al., "Fairness in Serving Large Language Models" (OSDI 2024). A counter rises with what is computed, and
+//! whoever has the least is next. There are two levels: first the tenants share, by equal parts, then the tasks of one
+//! tenant, by their weights. So a tenant with many tasks gets no more than one with a single task, and a busy task does
+//! not starve another one of its tenant. Whoever had nothing to do is lifted to the least counter of those that have, so
+//! that nobody saves up a claim. As long as two want more than they get, their counters stay within a bound of each other
+//! that does not depend on how much more they want.
 //!
-//! What has a lower priority waits for all that has a higher one, however little its tenant had. So
-//! counters are kept, and compared, within one priority: else a request that waits at a low priority
-//! would save up a claim for others of its tenant. Service at a priority counts at lower ones too.
+//! What has a lower priority waits for all that has a higher one, however little its tenant had. So counters are kept, and
+//! compared, within one priority: else a request that waits at a low priority would save up a claim for others of its
+//! tenant. Service at a priority counts at lower ones too.
 
 use std::{
     cmp::Ordering,
@@ -28,16 +29,20 @@ const MAX_IDLE: usize = 1024;
 /// Priorities that nobody has are looked through when there are this many more than others.
 const MAX_IDLE_LEVELS: usize = 16;
 
-/// Who goes first: the lower priority number, then whoever had less service.
+/// Who goes first: the lower priority number, then the tenant that had less service, then the task that had less.
 #[derive(Debug, Clone, Copy)]
 pub struct Rank {
     pub priority: i32,
+    /// Of the tenant.
+    pub owner: f64,
+    /// Of the tenant's task.
     pub counter: f64,
 }
 
 impl Ord for Rank {
     fn cmp(&self, other: &Self) -> Ordering {
-        self.priority.cmp(&other.priority).then(self.counter.total_cmp(&other.counter))
+        let by_owner = self.priority.cmp(&other.priority).then(self.owner.total_cmp(&other.owner));
+        by_owner.then(self.counter.total_cmp(&other.counter))
     }
 }
 
@@ -60,61 +65,102 @@ pub fn weight(tenant: Tenant) -> f64 {
     if tenant.weight.is_finite() { tenant.weight.max(1e-6) } else { 1.0 }
 }
 
-/// The counters of all tenants, by priority.
+/// The counters of all tenants and their tasks, by priority.
 #[derive(Debug, Default)]
 pub struct Ledger {
-    levels: BTreeMap<i32, Level>,
+    tiers: BTreeMap<i32, Tier>,
+}
+
+/// The counters of one priority.
+#[derive(Debug, Default)]
+struct Tier {
+    owners: Level,
+    /// The tasks of each tenant that has sequences.
+    tasks: HashMap<u64, Level>,
+    /// Whose each busy task is.
+    owner_of: HashMap<u64, u64>,
+}
+
+impl Tier {
+    fn rank(&self, priority: i32, key: u64) -> Rank {
+        let Some(owner) = self.owner_of.get(&key) else {
+            return Rank { priority, owner: self.owners.floor, counter: 0.0 };
+        };
+        let counter = self.tasks.get(owner).map_or(0.0, |level| level.counter(key));
+        Rank { priority, owner: self.owners.counter(*owner), counter }
+    }
 }
 
 impl Ledger {
-    /// One more sequence of a tenant.
+    /// One more sequence of a tenant's task.
     pub fn enter(&mut self, priority: i32, tenant: Tenant) {
-        self.levels.entry(priority).or_default().enter(tenant);
+        let tier = self.tiers.entry(priority).or_default();
+        tier.owners.enter(tenant.owner);
+        tier.tasks.entry(tenant.owner).or_default().enter(tenant.key);
+        tier.owner_of.insert(tenant.key, tenant.owner);
     }
 
-    /// One sequence less of a tenant.
+    /// One sequence less of a tenant's task.
     pub fn leave(&mut self, priority: i32, key: u64) {
-        if let Some(level) = self.levels.get_mut(&priority) {
-            level.leave(key);
+        if let Some(tier) = self.tiers.get_mut(&priority)
+            && let Some(&owner) = tier.owner_of.get(&key)
+        {
+            tier.owners.leave(owner);
+            let is_idle = tier.tasks.get_mut(&owner).is_none_or(|level| level.leave(key));
+            if is_idle {
+                tier.owner_of.remove(&key);
+            }
+            if tier.tasks.len() > tier.owners.num_busy + MAX_IDLE {
+                tier.tasks.retain(|_, level| level.num_busy > 0);
+            }
         }
-        let busy = self.levels.values().filter(|level| level.num_busy > 0).count();
-        if self.levels.len() > busy + MAX_IDLE_LEVELS {
-            self.levels.retain(|_, level| level.num_busy > 0);
+        let busy = self.tiers.values().filter(|tier| tier.owners.num_busy > 0).count();
+        if self.tiers.len() > busy + MAX_IDLE_LEVELS {
+            self.tiers.retain(|_, tier| tier.owners.num_busy > 0);
         }
     }
 
-    /// Counts service for a tenant at a priority: there, and at all lower ones that it waits at too.
+    /// Counts service for a tenant's task at a priority: there, and at all lower ones that it waits at too.
     pub fn charge(&mut self, priority: i32, tenant: Tenant, cost: f64) {
-        for level in self.levels.range_mut(priority..).map(|(_, level)| level) {
-            level.charge(tenant.key, cost / weight(tenant));
+        for tier in self.tiers.range_mut(priority..).map(|(_, tier)| tier) {
+            tier.owners.charge(tenant.owner, cost);
+            if let Some(level) = tier.tasks.get_mut(&tenant.owner) {
+                level.charge(tenant.key, cost / weight(tenant));
+            }
         }
     }
 
-    /// Where a tenant stands at a priority.
+    /// Where a tenant's task stands at a priority.
     pub fn rank(&self, priority: i32, key: u64) -> Rank {
-        Rank { priority, counter: self.levels.get(&priority).map_or(0.0, |level| level.counter(key)) }
+        let nothing = Rank { priority, owner: 0.0, counter: 0.0 };
+        self.tiers.get(&priority).map_or(nothing, |tier| tier.rank(priority, key))
     }
 
-    /// The tenants with sequences, each once, where it stands best.
+    /// Whose a task is that has sequences at a priority.
+    pub fn owner(&self, priority: i32, key: u64) -> Option<u64> {
+        self.tiers.get(&priority)?.owner_of.get(&key).copied()
+    }
+
+    /// The tasks with sequences, each once, where it stands best.
     pub fn busy(&self) -> HashMap<u64, Rank> {
         let mut busy = HashMap::new();
-        for (&priority, level) in &self.levels {
-            for (key, counter) in level.busy() {
+        for (&priority, tier) in &self.tiers {
+            for &key in tier.owner_of.keys() {
                 if let hash_map::Entry::Vacant(entry) = busy.entry(key) {
-                    entry.insert(Rank { priority, counter });
+                    entry.insert(tier.rank(priority, key));
                 }
             }
         }
         busy
     }
 
-    /// Whether no tenant has a sequence.
+    /// Whether nobody has a sequence.
     pub fn is_idle(&self) -> bool {
-        self.levels.values().all(|level| level.num_busy == 0)
+        self.tiers.values().all(|tier| tier.owners.num_busy == 0)
     }
 }
 
-/// The counters of one priority.
+/// Counters of one kind: of tenants, or of the tasks of one.
 #[derive(Debug, Default)]
 struct Level {
     entries: HashMap<u64, Entry>,
@@ -131,10 +177,10 @@ struct Entry {
 }
 
 impl Level {
-    fn enter(&mut self, tenant: Tenant) {
+    fn enter(&mut self, key: u64) {
         self.raise_floor();
         let floor = self.floor;
-        let entry = self.entries.entry(tenant.key).or_insert(Entry { counter: floor, live: 0 });
+        let entry = self.entries.entry(key).or_insert(Entry { counter: floor, live: 0 });
         if entry.live == 0 {
             entry.counter = entry.counter.max(floor);
             self.num_busy += 1;
@@ -142,11 +188,12 @@ impl Level {
         entry.live += 1;
     }
 
-    fn leave(&mut self, key: u64) {
-        let Some(entry) = self.entries.get_mut(&key).filter(|entry| entry.live > 0) else { return };
+    /// Returns whether nothing of it is left.
+    fn leave(&mut self, key: u64) -> bool {
+        let Some(entry) = self.entries.get_mut(&key).filter(|entry| entry.live > 0) else { return true };
         entry.live -= 1;
         if entry.live > 0 {
-            return;
+            return false;
         }
         self.num_busy -= 1;
         if self.num_busy == 0 {
@@ -158,6 +205,7 @@ impl Level {
             let floor = self.floor;
             self.entries.retain(|_, entry| entry.live > 0 || entry.counter > floor);
         }
+        true
     }
 
     fn charge(&mut self, key: u64, share: f64) {
@@ -185,11 +233,11 @@ mod tests {
     use super::*;
 
     fn tenant(key: u64, weight: f64) -> Tenant {
-        Tenant { key, weight }
+        Tenant { owner: 0, key, weight }
     }
 
     #[test]
-    fn service_counts_less_for_a_heavier_account() {
+    fn service_counts_less_for_a_heavier_tenant() {
         let mut ledger = Ledger::default();
         let tenants = [tenant(1, 1.0), tenant(2, 4.0)];
         tenants.iter().for_each(|&tenant| ledger.enter(0, tenant));
@@ -200,25 +248,25 @@ mod tests {
     #[test]
     fn whoever_was_idle_comes_back_at_the_least_counter_and_never_lower_than_its_own() {
         let mut level = Level::default();
-        level.enter(tenant(1, 1.0));
-        level.enter(tenant(2, 1.0));
+        level.enter(1);
+        level.enter(2);
         level.charge(1, 50.0);
         level.charge(2, 20.0);
-        level.enter(tenant(3, 1.0));
+        level.enter(3);
         assert_eq!(level.counter(3), 20.0);
         level.leave(1);
-        level.enter(tenant(1, 1.0));
+        level.enter(1);
         assert_eq!(level.counter(1), 50.0);
         // All gone: the last to leave sets what the next begins with.
         for key in [3, 1, 2] {
             level.leave(key);
         }
-        level.enter(tenant(4, 1.0));
+        level.enter(4);
         assert_eq!((level.counter(4), level.num_busy), (20.0, 1));
     }
 
     #[test]
-    fn an_account_stands_where_it_stands_best_and_each_priority_has_its_own_counters() {
+    fn a_tenant_stands_where_it_stands_best_and_each_priority_has_its_own_counters() {
         let mut ledger = Ledger::default();
         ledger.enter(5, tenant(1, 1.0));
         ledger.enter(0, tenant(2, 1.0));
@@ -229,7 +277,7 @@ mod tests {
         ledger.charge(0, tenant(1, 1.0), 3.0);
         ledger.charge(5, tenant(1, 1.0), 4.0);
         assert_eq!((ledger.rank(0, 1).counter, ledger.rank(5, 1).counter), (103.0, 7.0));
-        assert_eq!(ledger.busy()[&1], Rank { priority: 0, counter: 103.0 });
+        assert_eq!((ledger.busy()[&1].priority, ledger.busy()[&1].counter), (0, 103.0));
         for (priority, key) in [(0, 1), (0, 2), (5, 1)] {
             assert!(!ledger.is_idle());
             ledger.leave(priority, key);
@@ -238,7 +286,7 @@ mod tests {
     }
 
     #[test]
-    fn accounts_and_priorities_that_went_away_do_not_pile_up() {
+    fn tenants_and_priorities_that_went_away_do_not_pile_up() {
         let mut ledger = Ledger::default();
         ledger.enter(0, tenant(0, 1.0));
         for key in 1..10_000 {
@@ -247,8 +295,33 @@ mod tests {
                 ledger.leave(priority, key);
             }
         }
-        assert!(ledger.levels[&0].entries.len() <= MAX_IDLE + 2, "{}", ledger.levels[&0].entries.len());
-        assert!(ledger.levels.len() <= MAX_IDLE_LEVELS + 2, "{}", ledger.levels.len());
+        for key in 1..10_000 {
+            ledger.enter(0, Tenant { owner: key, key: 20_000 + key, weight: 1.0 });
+            ledger.leave(0, 20_000 + key);
+        }
+        let tier = &ledger.tiers[&0];
+        assert!(tier.tasks[&0].entries.len() <= MAX_IDLE + 2, "{}", tier.tasks[&0].entries.len());
+        assert!(tier.owners.entries.len() <= MAX_IDLE + 2 && tier.tasks.len() <= MAX_IDLE + 2);
+        assert_eq!(tier.owner_of.len(), 1);
+        assert!(ledger.tiers.len() <= MAX_IDLE_LEVELS + 2, "{}", ledger.tiers.len());
+    }
+
+    #[test]
+    fn a_tenants_tasks_share_what_the_tenant_gets() {
+        let mut ledger = Ledger::default();
+        let of = |owner, key| Tenant { owner, key, weight: 1.0 };
+        let tenants = [of(1, 11), of(1, 12), of(1, 13), of(2, 21)];
+        tenants.iter().for_each(|&tenant| ledger.enter(0, tenant));
+        tenants[..3].iter().for_each(|&tenant| ledger.charge(0, tenant, 10.0));
+        ledger.charge(0, tenants[3], 20.0);
+        // Each task of the first tenant had less, and together they had more.
+        let first = tenants.iter().min_by_key(|tenant| ledger.rank(0, tenant.key)).unwrap();
+        assert_eq!(first.key, 21);
+        ledger.charge(0, tenants[3], 11.0);
+        ledger.charge(0, tenants[0], 0.5);
+        let mut order = tenants;
+        order.sort_by_key(|tenant| ledger.rank(0, tenant.key));
+        assert_eq!(order.map(|tenant| tenant.key), [12, 13, 11, 21]);
     }
 
     #[test]

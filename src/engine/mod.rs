@@ -7,6 +7,7 @@ mod admission;
 pub mod block_manager;
 pub mod cache;
 pub mod encoder;
+mod error;
 pub mod fairness;
 pub mod prefix;
 pub mod prompts;
@@ -36,16 +37,17 @@ use tokio::sync::mpsc::{self, error::TrySendError};
 
 use crate::{
     model::Model,
-    packing::{Packing, PackingError, PromptShape, TokenBudget},
+    packing::{Packing, PromptShape, TokenBudget},
     prompt::LearnedPrompt,
 };
 use admission::{Admission, Slot};
 use encoder::EncoderLimits;
+pub use error::{StartError, SubmitError};
 use prefix::ChainHash;
-use request::{CacheNamespace, Event, Goal, InputToken, Request, SamplingParams};
+use request::{CacheNamespace, Event, Goal, InputToken, Request, SamplingParams, Tenant};
 use runner::Runner;
 use scheduler::Limits;
-use score::{MAX_CONTINUATION_TOKENS, MAX_CONTINUATIONS, ScorePlan};
+use score::ScorePlan;
 use stats::Counters;
 pub use stats::EngineStats;
 
@@ -163,56 +165,6 @@ struct Shared {
     counters: Counters,
 }
 
-/// Why the engine does not start.
-#[derive(Debug, thiserror::Error)]
-pub enum StartError {
-    /// The KV cache, or the half of it that an encoder's output has, does not hold the least that it must.
-    #[error("the KV cache has {bytes} bytes and must hold {holds} of {needed} bytes")]
-    KvCacheTooSmall { bytes: usize, holds: &'static str, needed: usize },
-    #[error(transparent)]
-    Tensor(#[from] candle_core::Error),
-}
-
-/// Why a request was not taken.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum SubmitError {
-    /// The queue is full, or the tenant has its part of it: try again later.
-    #[error("the queue is full: {limit} requests are waiting, which is as many as may")]
-    Full { limit: usize },
-    /// The engine is stopping or has failed.
-    #[error("the engine takes no more requests")]
-    Closed,
-    /// There is nothing to continue, or not one new token was asked for.
-    #[error("the request has no input or asks for no token")]
-    Empty,
-    /// A prompt of keys and values has nothing after it: the first new token would follow nothing.
-    #[error("a prompt of keys and values needs at least one token of text after it")]
-    NoText,
-    /// The input leaves no position for a new token.
-    #[error("the input takes {found} positions and at least one must be left of {limit}")]
-    TooLong { found: usize, limit: usize },
-    /// The encoder's input is longer than it may be.
-    #[error("the encoder's input takes {found} positions, at most {limit} are taken")]
-    EncoderTooLong { found: usize, limit: usize },
-    /// There are more continuations to score than a request may have, or they have more tokens.
-    #[error(
-        "{continuations} continuations with {tokens} tokens were given, at most {MAX_CONTINUATIONS} with \
-         {MAX_CONTINUATION_TOKENS} are scored at once"
-    )]
-    TooManyContinuations { continuations: usize, tokens: usize },
-}
-
-impl From<PackingError> for SubmitError {
-    fn from(error: PackingError) -> Self {
-        match error {
-            PackingError::Empty => Self::Empty,
-            PackingError::NoText => Self::NoText,
-            PackingError::EncoderTooLong { found, limit } => Self::EncoderTooLong { found, limit },
-            PackingError::DecoderTooLong { found, limit } => Self::TooLong { found, limit },
-        }
-    }
-}
-
 /// A running request's events. Dropping it is the one way to cancel.
 #[derive(Debug)]
 pub struct EventStream {
@@ -313,7 +265,7 @@ impl Engine {
         shared.packing.check(&packed)?;
         request.tokens = packed.decoder;
         let encoder = shared.encoder.as_ref().zip(packed.encoder).map(|(limits, input)| {
-            let content = limits.content(&input, request.namespace.take(), request.cache_owner);
+            let content = limits.content(&input, request.namespace.take(), request.tenant.owner);
             (input, content)
         });
         let left = shared.packing.max_decoder() - request.tokens.len();
@@ -332,7 +284,7 @@ impl Engine {
         if shared.draining.load(Relaxed) {
             return Err(SubmitError::Closed);
         }
-        let slot = Admission::take(&shared.waiting, request.tenant.key).map_err(|limit| SubmitError::Full { limit })?;
+        let slot = Admission::take(&shared.waiting, request.tenant).map_err(|limit| SubmitError::Full { limit })?;
         let (events, stream) = mpsc::channel(most_events);
         let cached_tokens = Arc::new(AtomicUsize::new(0));
         let job = Job { request, work, encoder, events, cached_tokens: Arc::clone(&cached_tokens), slot };
@@ -351,7 +303,7 @@ impl Engine {
         if self.shared.encoder.is_some() || self.is_cached(namespace) || self.shared.draining.load(Relaxed) {
             return;
         }
-        if let Ok(slot) = Admission::take(&self.shared.warm_ups, 0) {
+        if let Ok(slot) = Admission::take(&self.shared.warm_ups, Tenant::default()) {
             // If the thread is gone, so is the cache.
             let _ = self.mail.try_send(Mail::WarmUp(WarmUp { prompt, namespace, _slot: slot }));
         }

@@ -1,8 +1,8 @@
-//! Who waits, in which order: by priority, then the tenant that is owed most, then first come.
+//! Who waits, in which order: by priority, then by service had, then first come. Each line is a tenant's task's.
 
 use std::collections::{BTreeMap, VecDeque};
 
-use super::sequence::SequenceId;
+use super::{fairness::Rank, sequence::SequenceId};
 
 /// Waiting sequences. Holds no lines that are empty.
 #[derive(Debug, Default)]
@@ -46,10 +46,10 @@ impl Queue {
     /// Who is next: of the lowest priority number that has a tenant in the running, the head of
     /// the line of the tenant that ranks lowest. `rank`, by priority and tenant, is `None` for
     /// those out of the running.
-    pub fn next(&self, rank: impl Fn(i32, u64) -> Option<f64>) -> Option<SequenceId> {
+    pub fn next(&self, rank: impl Fn(i32, u64) -> Option<Rank>) -> Option<SequenceId> {
         self.levels.iter().find_map(|(&priority, level)| {
             let heads = level.iter().filter_map(|(&tenant, line)| Some((rank(priority, tenant)?, *line.front()?)));
-            heads.min_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1))).map(|(_, id)| id)
+            heads.min().map(|(_, id)| id)
         })
     }
 
@@ -82,7 +82,8 @@ mod tests {
             queue.push_back(priority, tenant, SequenceId(id));
         }
         // Tenant 8 was served least.
-        let rank = |_, tenant| Some(if tenant == 8 { 1.0 } else { 2.0 });
+        let had = |counter| Rank { priority: 0, owner: 0.0, counter };
+        let rank = |_, tenant| Some(had(if tenant == 8 { 1.0 } else { 2.0 }));
         let mut order = Vec::new();
         while let Some(id) = queue.next(rank) {
             order.push(id.0);
@@ -98,7 +99,10 @@ mod tests {
         queue.push_back(0, 1, SequenceId(1));
         queue.push_back(3, 2, SequenceId(2));
         queue.push_front(3, 2, SequenceId(0));
-        assert_eq!(queue.next(|_, tenant| (tenant != 1).then_some(0.0)), Some(SequenceId(0)));
+        assert_eq!(
+            queue.next(|_, tenant| (tenant != 1).then_some(Rank { priority: 0, owner: 0.0, counter: 0.0 })),
+            Some(SequenceId(0))
+        );
         assert_eq!(queue.next(|_, _| None), None);
         assert_eq!(queue.iter().count(), queue.len());
         assert!(!queue.remove(0, 2, SequenceId(2)));

@@ -75,7 +75,7 @@ mod tests {
     use super::*;
 
     fn had(counter: f64) -> Rank {
-        Rank { priority: 0, counter }
+        Rank { priority: 0, owner: 0.0, counter }
     }
 
     #[test]

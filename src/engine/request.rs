@@ -8,7 +8,7 @@ use crate::{packing::PromptShape, prompt::LearnedPrompt};
 
 /// What stands before a sequence's first token: the content of its learned prompt, by digest, or
 /// none. Keys and values are shared only among sequences of one namespace and, beyond the
-/// [public prefix](Request::public_prefix), of one [cache owner](Request::cache_owner). It is never a name and never what a
+/// [public prefix](Request::public_prefix), of one [owner](Tenant::owner). It is never a name and never what a
 /// client sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct CacheNamespace(pub [u8; 32]);
@@ -29,15 +29,18 @@ impl CacheNamespace {
 /// Whom a request's work is counted for when the engine shares itself out.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Tenant {
-    /// Requests of one key are counted together.
+    /// The API key's tenant, who alone finds in the cache what lies beyond the [public prefix](Request::public_prefix);
+    /// 0 where there are no keys.
+    pub owner: u64,
+    /// The tenant's task: requests of one key are counted together.
     pub key: u64,
-    /// A tenant of weight 2 gets twice the service of one of weight 1 while both want more.
+    /// A task of weight 2 gets twice the service of one of weight 1 of the same tenant while both want more.
     pub weight: f64,
 }
 
 impl Default for Tenant {
     fn default() -> Self {
-        Self { key: 0, weight: 1.0 }
+        Self { owner: 0, key: 0, weight: 1.0 }
     }
 }
 
@@ -59,8 +62,6 @@ pub struct Request {
     /// keys and values are shared by all owners, those after them within one. The virtual tokens
     /// always belong to it.
     pub public_prefix: usize,
-    /// Who sent what follows the public prefix: only requests of the same owner find it in the cache.
-    pub cache_owner: u64,
     pub tenant: Tenant,
     /// Lower is sooner, whatever the tenants say; 0 is usual.
     pub priority: i32,
@@ -80,7 +81,6 @@ impl Request {
             deadline: None,
             namespace,
             public_prefix,
-            cache_owner: 0,
             tenant: Tenant::default(),
             priority: 0,
         }

@@ -4,11 +4,10 @@
 pub mod log_probs;
 pub mod mask;
 mod penalties;
+mod scratch;
 mod select;
 #[cfg(test)]
 mod tests;
-
-use std::cell::RefCell;
 
 use candle_core::Result;
 use rand::{SeedableRng as _, rngs::StdRng};
@@ -17,29 +16,10 @@ use super::request::{GeneratedToken, SamplingParams};
 use crate::kernels::rows::RowKernels;
 use mask::TokenMask;
 use penalties::Penalties;
+pub use scratch::Scratch;
 
 /// Below this a temperature is greedy: its reciprocal would overflow, and the likeliest token has all of the weight.
 pub const GREEDY_BELOW: f32 = 1e-5;
-
-/// Memory for rows of the vocabulary's length, kept from token to token.
-#[derive(Debug, Default)]
-pub struct Scratch {
-    /// The logits after penalties and mask.
-    adjusted: Vec<f32>,
-    maxima: Vec<f32>,
-    weights: Vec<f32>,
-    sums: Vec<f32>,
-}
-
-impl Scratch {
-    /// Calls `f` with this thread's own.
-    pub fn with<R>(f: impl FnOnce(&mut Self) -> R) -> R {
-        thread_local! {
-            static SCRATCH: RefCell<Scratch> = RefCell::default();
-        }
-        SCRATCH.with_borrow_mut(f)
-    }
-}
 
 /// Chooses the tokens of one sequence.
 pub struct Sampler {

@@ -8,12 +8,7 @@
 
 use std::collections::BTreeMap;
 
-use super::SubmitError;
-
-/// The most continuations of a request.
-pub const MAX_CONTINUATIONS: usize = 4096;
-/// The most tokens of a request's continuations together.
-pub const MAX_CONTINUATION_TOKENS: usize = 65_536;
+use super::error::{MAX_CONTINUATION_TOKENS, MAX_CONTINUATIONS, SubmitError};
 
 /// The branches of a request's continuations.
 #[derive(Debug, Clone, PartialEq)]

@@ -23,8 +23,6 @@ pub struct Sequence {
     /// The public prefix: how many of them, at the beginning, any owner may find in the cache; the rows
     /// of the learned prompt and what follows them that no client sent.
     pub public_prefix: usize,
-    /// Who alone may find the others.
-    pub cache_owner: u64,
     /// An encoder's input, if the model has an encoder.
     pub encoder: Option<EncoderInput>,
     /// Whether the encoder's output for it is there.
@@ -62,7 +60,6 @@ impl Sequence {
             num_input: tokens.len(),
             num_virtual,
             public_prefix: num_virtual,
-            cache_owner: 0,
             tokens,
             encoder: None,
             encoded: false,

@@ -133,7 +133,7 @@ impl Worker {
 
     fn accept(&mut self, Job { request, work, encoder, events, cached_tokens, slot }: Job) {
         let id = self.new_id();
-        let Request { tokens, prompt, deadline, namespace, public_prefix, cache_owner, tenant, priority, .. } = request;
+        let Request { tokens, prompt, deadline, namespace, public_prefix, tenant, priority, .. } = request;
         let encoder = encoder.map(|(tokens, content)| {
             let key = content.map_or(InputKey::Own(id), InputKey::Content);
             EncoderInput { key, tokens }
@@ -141,7 +141,7 @@ impl Worker {
         let text: Vec<u32> = tokens.iter().filter_map(InputToken::vocab).collect();
         let sequence = Sequence::new(tokens);
         let public_prefix = public_prefix.max(sequence.num_virtual);
-        let sequence = Sequence { namespace, public_prefix, cache_owner, tenant, priority, encoder, ..sequence };
+        let sequence = Sequence { namespace, public_prefix, tenant, priority, encoder, ..sequence };
         let running = |task| Running { prompt, task, deadline, events, cached_tokens, slot: Some(slot) };
         match work {
             Work::Generate(sampling) => {

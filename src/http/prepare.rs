@@ -65,7 +65,6 @@ pub async fn prepare(app: &App, caller: Caller, task: &str, request: GenerateReq
                 deadline,
                 namespace: Some(CacheNamespace(version.digest.0)),
                 public_prefix: virtual_tokens + num_public,
-                cache_owner: caller.0,
                 tenant,
                 priority: settings.priority,
                 ..Request::new(Some(Arc::clone(&version.prompt)), &ids, sampling)
@@ -88,7 +87,7 @@ pub async fn prepare(app: &App, caller: Caller, task: &str, request: GenerateReq
 fn tenant(app: &App, caller: Caller, task: &TaskName) -> Tenant {
     let mut hash = DefaultHasher::new();
     (caller.0, task).hash(&mut hash);
-    Tenant { key: hash.finish(), weight: app.limits.task_weights.of(task.as_str()) }
+    Tenant { owner: caller.0, key: hash.finish(), weight: app.limits.task_weights.of(task.as_str()) }
 }
 
 /// A rendered input as token ids.
@@ -111,9 +110,15 @@ pub async fn tokenize(app: &App, version: &Arc<Version>, input: Input) -> Result
     let work = move || -> Result<Tokenized, Problem> {
         let text = version.template.render(&input)?;
         let ids = tokenizer.tokenize(&text)?;
-        let fixed = fixed_ids(&tokenizer, version.template.fixed_beginning())?;
+        let fixed = match version.fixed_ids.get() {
+            Some(fixed) => fixed,
+            None => {
+                let fixed = fixed_ids(&tokenizer, version.template.fixed_beginning())?;
+                version.fixed_ids.get_or_init(|| fixed)
+            }
+        };
         // All or nothing: how much of it another request shares must not depend on this one's input.
-        let num_public = if ids.starts_with(&fixed) { fixed.len() } else { 0 };
+        let num_public = if ids.starts_with(fixed) { fixed.len() } else { 0 };
         Ok(Tokenized { ids, num_public })
     };
     if long { super::blocking(work).await } else { work() }

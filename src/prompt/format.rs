@@ -1,7 +1,7 @@
 //! A prompt's files: PEFT's `adapter_config.json` and `adapter_model.safetensors`, and `task.json`.
 //! Reads and validates them into a [`Version`], and lists every fault.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use candle_core::DType;
 
@@ -139,6 +139,7 @@ pub fn read(task: TaskName, files: &PromptFiles, fit: &Fit) -> Result<Version, F
                 labels: words.labels,
                 spec: words.spec,
                 warnings,
+                fixed_ids: OnceLock::new(),
             })
         }
         (prompt, words) => {

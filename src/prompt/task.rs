@@ -1,6 +1,11 @@
 //! Names and versions: a task's name moves from version to version, a version never changes.
 
-use std::{borrow::Borrow, fmt, str::FromStr, sync::Arc};
+use std::{
+    borrow::Borrow,
+    fmt,
+    str::FromStr,
+    sync::{Arc, OnceLock},
+};
 
 use serde::{Deserialize, Serialize};
 
@@ -127,6 +132,8 @@ pub struct Version {
     pub spec: TaskSpec,
     /// What was odd about its files but not wrong, for a log and the admin API.
     pub warnings: Vec<String>,
+    /// The token ids of the template's fixed beginning, once the first request has tokenized it.
+    pub fixed_ids: OnceLock<Vec<u32>>,
 }
 
 #[cfg(test)]

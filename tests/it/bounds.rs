@@ -70,8 +70,11 @@ fn the_prompts_of_many_tasks_stay_in_the_cache_beside_a_batch_of_one() {
 fn accounts_that_never_end_do_not_keep_one_of_a_lower_priority_number_waiting() {
     let config = EngineConfig { max_batch: 2, ..Default::default() };
     let (engine, _thread) = Engine::start(fixtures::load("qwen2", DType::F32), config).unwrap();
-    let of =
-        |key, priority, max_tokens| Request { tenant: Tenant { key, weight: 1.0 }, priority, ..request(max_tokens) };
+    let of = |key, priority, max_tokens| Request {
+        tenant: Tenant { owner: 0, key, weight: 1.0 },
+        priority,
+        ..request(max_tokens)
+    };
     let low: Vec<_> = (0..40).map(|i| engine.submit(of(i % 2, i32::MAX, 400)).unwrap()).collect();
     let (ids, ..) = collect(engine.submit(of(7, i32::MIN, 20)).unwrap());
     assert_eq!(ids.len(), 20);

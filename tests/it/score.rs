@@ -7,9 +7,11 @@ use softserve::{
     engine::{
         Engine, EngineConfig, EventStream, SubmitError,
         request::{CacheNamespace, Event, Request, SamplingParams},
+        runner::{Part, Runner},
     },
+    kernels::layout::BLOCK_SIZE,
+    packing::{Packing, PromptShape},
     prompt::{Version, format::Fit},
-    tune::{data::TokenizedExample, forward::Forward},
 };
 
 use crate::{
@@ -27,17 +29,25 @@ fn continuations(seed: u32) -> Vec<Vec<u32>> {
     all
 }
 
-/// The log-probabilities of a continuation by one forward pass over it.
-fn expected(forward: &Forward, case: &Case, version: Option<&Version>, continuation: &[u32]) -> Vec<f64> {
-    let example = TokenizedExample { input_ids: case.input_ids.clone(), answer: continuation.to_vec() };
-    let prompt = version.map(|version| &*version.prompt);
-    let (logits, _) = forward.answer_logits(prompt, &[&example]).unwrap();
-    let rows = logits.to_dtype(DType::F64).unwrap().to_vec2::<f64>().unwrap();
-    let log_prob = |(row, &id): (&Vec<f64>, &u32)| {
-        let max = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-        row[id as usize] - max - row.iter().map(|x| (x - max).exp()).sum::<f64>().ln()
+/// The log-probabilities of a continuation by one forward pass over the input and all of it.
+fn expected(runner: &mut Runner, case: &Case, version: Option<&Version>, continuation: &[u32]) -> Vec<f64> {
+    let prompt = version.map(|version| &version.prompt);
+    let shape = PromptShape::of(prompt.map(|prompt| &**prompt));
+    let packing = Packing::of(runner.model().info());
+    let mut input = packing.pack(shape, shape.followed_by(&case.input_ids)).unwrap();
+    let wanted = input.continued_by(continuation).len();
+    let encoded = input.encoder.as_ref().map(|tokens| {
+        let part = Part { tokens, start: 0, blocks: &[], prompt, encoded: None, wanted: 0 };
+        runner.run_encoder(&[part]).unwrap().remove(0)
+    });
+    let blocks: Vec<u32> = (0..input.decoder.len().div_ceil(BLOCK_SIZE) as u32).collect();
+    let part = Part { tokens: &input.decoder, start: 0, blocks: &blocks, prompt, encoded: encoded.as_ref(), wanted };
+    let log_prob = |(row, &id): (&[f32], &u32)| {
+        let max = f64::from(row.iter().copied().fold(f32::NEG_INFINITY, f32::max));
+        f64::from(row[id as usize]) - max - row.iter().map(|&x| (f64::from(x) - max).exp()).sum::<f64>().ln()
     };
-    rows.iter().zip(continuation).map(log_prob).collect()
+    let logits = runner.run(&[part]).unwrap();
+    logits.with_rows(|rows| Ok(rows.zip(continuation).map(log_prob).collect())).unwrap()
 }
 
 fn scores(mut stream: EventStream) -> Vec<Vec<f32>> {
@@ -69,7 +79,8 @@ fn scores_are_those_of_one_forward_pass_a_continuation_alone_mixed_and_when_bloc
         let model = fixtures::load(&name, DType::F32);
         let (fit, block_bytes) = (Fit::from(model.info()), fixtures::block_bytes(&model));
         let is_encoder_decoder = model.info().encoder.is_some();
-        let forward = Forward::new(model);
+        let model = Arc::new(model);
+        let mut runner = Runner::new(Arc::clone(&model), 32).unwrap();
         let with_version = |request, version: &Option<Version>| with_version(request, version.as_ref());
         let cases: Vec<(Case, Option<Version>)> = fixtures::cases(&name)
             .into_iter()
@@ -84,11 +95,11 @@ fn scores_are_those_of_one_forward_pass_a_continuation_alone_mixed_and_when_bloc
             engine.submit(with_version(request, version)).unwrap()
         };
         let config = EngineConfig { kv_cache_bytes: 16 << 20, ..Default::default() };
-        let (engine, _thread) = Engine::start(Arc::clone(forward.model()), config).unwrap();
+        let (engine, _thread) = Engine::start(Arc::clone(&model), config).unwrap();
         let alone: Vec<_> = (0..cases.len()).map(|i| scores(submit(&engine, i))).collect();
         for (i, (case, version)) in cases.iter().enumerate() {
             for (continuation, found) in continuations(i as u32).iter().zip(&alone[i]) {
-                let expected = expected(&forward, case, version.as_ref(), continuation);
+                let expected = expected(&mut runner, case, version.as_ref(), continuation);
                 assert_eq!(found.len(), expected.len());
                 for (a, b) in found.iter().zip(&expected) {
                     assert!((f64::from(*a) - b).abs() < 1e-5, "{name}/{}: {a} and {b}", case.prompt);
@@ -101,7 +112,7 @@ fn scores_are_those_of_one_forward_pass_a_continuation_alone_mixed_and_when_bloc
             [(16 << 20, 2048, true), (16 << 20, 7, true), (few, 64, true), (16 << 20, 64, false)]
         {
             let config = EngineConfig { kv_cache_bytes, max_step_tokens, prefix_sharing, ..Default::default() };
-            let (engine, _thread) = Engine::start(Arc::clone(forward.model()), config).unwrap();
+            let (engine, _thread) = Engine::start(Arc::clone(&model), config).unwrap();
             let streams: Vec<_> = (0..cases.len())
                 .map(|i| {
                     let (case, version) = &cases[i];

@@ -108,7 +108,7 @@ fn a_light_account_is_answered_while_a_busy_one_fills_queue_and_batch() {
     let config = EngineConfig { max_batch: 8, max_waiting: 64, ..Default::default() };
     let (engine, _thread) = start("llama-tied", config);
     let of = |key: u64, max_tokens| Request {
-        tenant: Tenant { key, weight: 1.0 },
+        tenant: Tenant { owner: 0, key, weight: 1.0 },
         ..Request::new(None, &[5, 6, key as u32], SamplingParams { max_tokens, ..Default::default() })
     };
     let mut busy = Vec::new();

@@ -9,7 +9,7 @@
 use candle_core::{Result, bail};
 use rand::{Rng, rngs::StdRng};
 
-use super::Scratch;
+use super::scratch::Scratch;
 use crate::{
     engine::request::SamplingParams,
     kernels::rows::{CHUNK, RowKernels, WeightParams, ranks_before},

@@ -140,7 +140,12 @@ fn two_hundred_thousand_draws_have_the_exact_distribution_of_every_setting() {
             }
             // What as many draws from the exact distribution would differ by, on average, and a fifth more.
             let of_chance: f64 = expected.iter().map(|p| 0.5 * (0.64 * p * (1.0 - p) / DRAWS as f64).sqrt()).sum();
-            assert!(distance < 1.2 * of_chance + 1e-4, "{distance} of {of_chance} for {params:?}");
+            // With few tokens chance itself varies.
+            let tokens = expected.iter().filter(|p| **p > 0.0).count() as f64;
+            assert!(
+                distance < (1.15 + 2.0 / tokens.sqrt()) * of_chance + 1e-4,
+                "{distance} of {of_chance} for {params:?}"
+            );
         });
     }
 }

@@ -6,7 +6,7 @@ use std::collections::{HashMap, HashSet};
 use super::{Scheduler, Step};
 use crate::engine::{
     cache::Cache,
-    fairness::{self, INPUT_COST},
+    fairness::{self, INPUT_COST, Rank},
     quota::Quota,
     sequence::{Sequence, SequenceId},
 };
@@ -47,11 +47,15 @@ impl Scheduler {
         };
         // What those that join now will have had after it, so that tenants join in turn.
         let mut joined: HashMap<(i32, u64), f64> = HashMap::new();
+        let mut joined_of_owner: HashMap<(i32, u64), f64> = HashMap::new();
         let mut served = HashSet::new();
         loop {
             let next = self.queue.next(|priority, tenant| {
-                let more = joined.get(&(priority, tenant)).copied().unwrap_or(0.0);
-                (!served.contains(&tenant)).then(|| self.ledger.rank(priority, tenant).counter + more)
+                let more = |joined: &HashMap<_, f64>, key| joined.get(&(priority, key)).copied().unwrap_or(0.0);
+                let rank = self.ledger.rank(priority, tenant);
+                let owner = rank.owner + self.ledger.owner(priority, tenant).map_or(0.0, |o| more(&joined_of_owner, o));
+                let counter = rank.counter + more(&joined, tenant);
+                (!served.contains(&tenant)).then_some(Rank { priority, owner, counter })
             });
             let Some((id, sequence)) = next.and_then(|id| Some((id, self.sequences.get(&id)?))) else { break };
             let (priority, tenant) = (sequence.priority, sequence.tenant);
@@ -67,7 +71,9 @@ impl Scheduler {
                 break;
             }
             let work = self.sequences.get(&id).map_or(0, Sequence::work).min(quota.left(tenant.key));
-            *joined.entry((priority, tenant.key)).or_default() += work as f64 * INPUT_COST / fairness::weight(tenant);
+            let cost = work as f64 * INPUT_COST;
+            *joined.entry((priority, tenant.key)).or_default() += cost / fairness::weight(tenant);
+            *joined_of_owner.entry((priority, tenant.owner)).or_default() += cost;
         }
     }
 
@@ -127,6 +133,9 @@ impl Scheduler {
         if let Some(last) = self.last_of(|s| settled(s) && s.priority > waiting.priority) {
             return Some(last);
         }
+        if let Some(most) = self.owner_with_far_more(waiting) {
+            return self.last_of(|s| settled(s) && s.tenant.owner == most && s.priority >= waiting.priority);
+        }
         let place = |tenant| 1.0 / fairness::weight(tenant);
         let mut places: HashMap<u64, f64> = HashMap::new();
         for sequence in self.running.iter().filter_map(|id| self.sequences.get(id)) {
@@ -139,6 +148,17 @@ impl Scheduler {
             return None;
         }
         self.last_of(|s| settled(s) && s.tenant.key == most && s.priority >= waiting.priority)
+    }
+
+    /// The tenant that has far more sequences in the batch than the waiting one's would have, if there is one.
+    fn owner_with_far_more(&self, waiting: &Sequence) -> Option<u64> {
+        let mut places: HashMap<u64, f64> = HashMap::new();
+        for sequence in self.running.iter().filter_map(|id| self.sequences.get(id)) {
+            *places.entry(sequence.tenant.owner).or_default() += 1.0;
+        }
+        let after = places.remove(&waiting.tenant.owner).unwrap_or(0.0) + 1.0;
+        let (most, count) = places.into_iter().max_by(|a, b| a.1.total_cmp(&b.1).then(a.0.cmp(&b.0)))?;
+        (count >= after * FAR_MORE_PLACES).then_some(most)
     }
 
     /// Of the running sequences that `may` allows, the one that ranks last: lowest priority, then

@@ -166,7 +166,7 @@ proptest! {
             for (i, a) in arrivals.iter().enumerate() {
                 let id = SequenceId(i as u64);
                 if a.at == clock {
-                    let tenant = Tenant { key: u64::from(a.first) % 3, weight: 1.0 };
+                    let tenant = Tenant { owner: 0, key: u64::from(a.first) % 3, weight: 1.0 };
                     let Sequence { encoder, .. } = encoding_of(a.first, a.positions);
                     s.add(id, Sequence { encoder, tenant, priority: a.priority, ..input(a.rows + 1) });
                 }

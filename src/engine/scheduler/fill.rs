@@ -37,7 +37,7 @@ impl Scheduler {
         if wanted.values().all(|w| 2 * w.1 < self.limits.max_batch) {
             tenants.clear();
         } else if let Some(&absent) = self.recent.keys().find(|key| !wanted.contains_key(key)) {
-            tenants.push((absent, Rank { priority: i32::MIN, counter: 0.0 }, 0));
+            tenants.push((absent, Rank { priority: i32::MIN, owner: 0.0, counter: 0.0 }, 0));
         }
         Quota::new(tokens, self.limits.fair_step_tokens, &tenants)
     }

@@ -42,7 +42,7 @@ fn waits(busy: usize, floor: usize, fair: usize) -> (Vec<usize>, Vec<usize>) {
         let words = (0..numbers.between(16, 64)).map(|_| InputToken::Vocab(numbers.between(0, 9999) as u32));
         let tokens = (0..VIRTUAL).map(InputToken::Virtual).chain(words).collect();
         let namespace = Some(CacheNamespace([key as u8; 32]));
-        let tenant = Tenant { key, weight: 1.0 };
+        let tenant = Tenant { owner: 0, key, weight: 1.0 };
         next += 1;
         s.add(SequenceId(next), Sequence { namespace, tenant, ..Sequence::new(tokens) });
         live.insert(SequenceId(next), (key, clock));

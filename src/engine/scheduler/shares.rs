@@ -25,7 +25,8 @@ fn two_busy_accounts_get_service_by_their_weights_however_much_more_one_asks_for
             for tenant in 0..2 {
                 while waiting[tenant] < load[tenant] {
                     let key = tenant as u64;
-                    let sequence = Sequence { tenant: Tenant { key, weight: weights[tenant] }, ..input(sizes[tenant]) };
+                    let sequence =
+                        Sequence { tenant: Tenant { owner: 0, key, weight: weights[tenant] }, ..input(sizes[tenant]) };
                     s.add(id(next * 2 + key), sequence);
                     next += 1;
                     waiting[tenant] += 1;
@@ -148,7 +149,7 @@ proptest! {
                 let own = |q: &&Sequence| q.tenant.key == key as u64;
                 for _ in s.sequences.values().filter(own).count()..=max_batch {
                     next += 1;
-                    s.add(id(next), Sequence { tenant: Tenant { key: key as u64, weight: weight.into() }, ..input(n) });
+                    s.add(id(next), Sequence { tenant: Tenant { owner: 0, key: key as u64, weight: weight.into() }, ..input(n) });
                 }
             }
             let step = turn(&mut s);

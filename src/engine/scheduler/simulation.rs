@@ -45,9 +45,8 @@ impl Arrival {
         let weight = [1.0, 2.5][usize::from(self.namespace) % 2];
         Sequence {
             namespace: namespace(self.namespace),
-            tenant: Tenant { key: u64::from(self.namespace) % 3, weight },
+            tenant: Tenant { owner: self.owner, key: u64::from(self.namespace) % 3 + 3 * self.owner, weight },
             priority: self.priority,
-            cache_owner: self.owner,
             public_prefix: self.rows() as usize + self.public(),
             ..Sequence::new(rows.chain(words.map(InputToken::Vocab)).collect())
         }
@@ -92,7 +91,7 @@ fn names(id: SequenceId, sequence: &Sequence) -> Vec<Slot> {
     sequence.namespace.ok_or(id).hash(&mut hash);
     let mut name = |(i, token): (usize, &InputToken)| {
         if i == sequence.public_prefix {
-            (2, sequence.cache_owner).hash(&mut hash);
+            (2, sequence.tenant.owner).hash(&mut hash);
         }
         match token {
             InputToken::Vocab(id) => (0, *id).hash(&mut hash),

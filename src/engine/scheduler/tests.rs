@@ -24,7 +24,7 @@ pub(super) fn prompted(rows: u32, text: &[u32]) -> Sequence {
 }
 
 pub(super) fn of(key: u64, n: usize) -> Sequence {
-    Sequence { tenant: Tenant { key, weight: 1.0 }, ..input(n) }
+    Sequence { tenant: Tenant { owner: 0, key, weight: 1.0 }, ..input(n) }
 }
 
 pub(super) fn id(n: u64) -> SequenceId {

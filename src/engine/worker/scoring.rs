@@ -22,7 +22,6 @@ pub(super) struct Group {
     encoder: Option<EncoderInput>,
     namespace: CacheNamespace,
     public_prefix: usize,
-    cache_owner: u64,
     tenant: Tenant,
     priority: i32,
     cached_tokens: usize,
@@ -47,7 +46,6 @@ impl Group {
         Some(Sequence {
             namespace: Some(self.namespace),
             public_prefix: self.public_prefix,
-            cache_owner: self.cache_owner,
             tenant: self.tenant,
             priority: self.priority,
             encoder: self.encoder.clone(),
@@ -68,21 +66,10 @@ impl Worker {
             (None, Some(namespace)) => namespace,
             (None, None) => CacheNamespace::of_request(id.0),
         };
-        let Sequence { tokens: input, encoder, public_prefix, cache_owner, tenant, priority, .. } = sequence;
+        let Sequence { tokens: input, encoder, public_prefix, tenant, priority, .. } = sequence;
         let (scores, left) = (plan.begin(), 1);
-        let group = Group {
-            plan,
-            scores,
-            left,
-            input,
-            encoder,
-            namespace,
-            public_prefix,
-            cache_owner,
-            tenant,
-            priority,
-            cached_tokens: 0,
-        };
+        let group =
+            Group { plan, scores, left, input, encoder, namespace, public_prefix, tenant, priority, cached_tokens: 0 };
         if let Some(first) = group.sequence(0) {
             self.groups.insert(id.0, group);
             self.jobs.insert(id, Running { task: Task::Score { group: id.0, branch: 0 }, ..running });
