@@ -5,8 +5,7 @@ use super::{
     EngineConfig,
     error::StartError,
     prefix::ChainHash,
-    request::{CacheNamespace, InputToken},
-    sequence::SequenceId,
+    request::{CacheNamespace, InputToken, SequenceId},
 };
 use crate::model::Model;
 

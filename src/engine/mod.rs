@@ -9,6 +9,7 @@ pub mod cache;
 pub mod encoder;
 mod error;
 pub mod fairness;
+mod mail;
 pub mod prefix;
 pub mod prompts;
 pub mod queue;
@@ -40,11 +41,11 @@ use crate::{
     packing::{Packing, PromptShape, TokenBudget},
     prompt::LearnedPrompt,
 };
-use admission::{Admission, Slot};
+use admission::Admission;
 use encoder::EncoderLimits;
 pub use error::{StartError, SubmitError};
-use prefix::ChainHash;
-use request::{CacheNamespace, Event, Goal, InputToken, Request, SamplingParams, Tenant};
+use mail::{Job, Mail, Shared, WarmUp, Work};
+use request::{CacheNamespace, Event, Goal, Request, Tenant};
 use runner::Runner;
 use scheduler::Limits;
 use score::ScorePlan;
@@ -107,62 +108,6 @@ pub struct Engine {
 #[derive(Debug)]
 pub struct EngineThread {
     thread: JoinHandle<()>,
-}
-
-/// What the thread is sent.
-#[derive(Debug)]
-enum Mail {
-    Job(Box<Job>),
-    WarmUp(WarmUp),
-    /// Nothing but a reason to look at [`Shared`] again.
-    Wake,
-}
-
-/// A request on its way to the thread.
-#[derive(Debug)]
-struct Job {
-    request: Request,
-    work: Work,
-    /// The encoder's input, if the model has an encoder, and the name of its content; the request's
-    /// tokens are the decoder's.
-    encoder: Option<(Vec<InputToken>, Option<ChainHash>)>,
-    events: mpsc::Sender<Event>,
-    cached_tokens: Arc<AtomicUsize>,
-    slot: Slot,
-}
-
-/// A request's goal, checked.
-#[derive(Debug)]
-enum Work {
-    Generate(SamplingParams),
-    Score(ScorePlan),
-}
-
-/// A learned prompt to compute ahead of its first request.
-#[derive(Debug)]
-struct WarmUp {
-    prompt: Arc<LearnedPrompt>,
-    namespace: CacheNamespace,
-    _slot: Slot,
-}
-
-/// What handles and the thread both see.
-#[derive(Debug)]
-struct Shared {
-    /// How the model reads an input, and how long it may be: the context, or what the cache can hold.
-    packing: Packing,
-    /// The bounds of the encoder's output, if the model has an encoder.
-    encoder: Option<EncoderLimits>,
-    /// Requests submitted and not yet in the batch.
-    waiting: Arc<Admission>,
-    warm_ups: Arc<Admission>,
-    /// The learned prompts whose keys and values are in the cache as a whole.
-    cached_prompts: Mutex<HashSet<CacheNamespace>>,
-    ready: AtomicBool,
-    /// Set once, by [`Engine::drain`]. Read at each step, so a lock is cheap enough.
-    drain_by: Mutex<Option<Instant>>,
-    draining: AtomicBool,
-    counters: Counters,
 }
 
 /// A running request's events. Dropping it is the one way to cancel.

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
-use super::{fairness::Rank, sequence::SequenceId};
+use super::{fairness::Rank, request::SequenceId};
 
 /// Waiting sequences. Holds no lines that are empty.
 #[derive(Debug, Default)]

@@ -6,6 +6,10 @@ use super::sampling::mask::TokenConstraint;
 pub use crate::packing::InputToken;
 use crate::{packing::PromptShape, prompt::LearnedPrompt};
 
+/// Names a sequence for as long as the engine runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SequenceId(pub u64);
+
 /// What stands before a sequence's first token: the content of its learned prompt, by digest, or
 /// none. Keys and values are shared only among sequences of one namespace and, beyond the
 /// [public prefix](Request::public_prefix), of one [owner](Tenant::owner). It is never a name and never what a

@@ -21,8 +21,8 @@ use super::{
     cache::Cache,
     fairness::{INPUT_COST, Ledger, OUTPUT_COST, Rank},
     queue::Queue,
-    request::{CacheNamespace, InputToken},
-    sequence::{Sequence, SequenceId},
+    request::{CacheNamespace, InputToken, SequenceId},
+    sequence::Sequence,
 };
 use crate::kernels::layout::BLOCK_SIZE;
 

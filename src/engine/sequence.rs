@@ -7,10 +7,6 @@ use super::{
 };
 use crate::{kernels::layout::BlockId, packing::leading_virtual_tokens};
 
-/// Names a sequence for as long as the engine runs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct SequenceId(pub u64);
-
 /// The tokens of a request and where their keys and values are.
 #[derive(Debug, Clone)]
 pub struct Sequence {

@@ -15,13 +15,14 @@ use std::{
 use tokio::sync::mpsc::{self, error::TryRecvError};
 
 use super::{
-    Job, Mail, Shared, Slot, WarmUp, Work,
+    admission::Slot,
     encoder::{EncoderInput, InputKey},
-    request::{Event, FinishReason, GeneratedToken, InputToken, Request},
+    mail::{Job, Mail, Shared, WarmUp, Work},
+    request::{Event, FinishReason, GeneratedToken, InputToken, Request, SequenceId},
     runner::{Logits, Part, Runner},
     sampling::Sampler,
     scheduler::{Limits, Scheduler, Step},
-    sequence::{Sequence, SequenceId},
+    sequence::Sequence,
 };
 use crate::{kernels::cross::CrossKeyValues, prompt::LearnedPrompt};
 use scoring::{Group, GroupId};

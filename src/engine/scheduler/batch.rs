@@ -8,7 +8,8 @@ use crate::engine::{
     cache::Cache,
     fairness::{self, INPUT_COST, Rank},
     quota::Quota,
-    sequence::{Sequence, SequenceId},
+    request::SequenceId,
+    sequence::Sequence,
 };
 
 /// A waiting request takes the place of a running one whose tenant has this many times its own

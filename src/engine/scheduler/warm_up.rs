@@ -1,10 +1,7 @@
 //! Learned prompts that are computed ahead of their first request, when nobody waits.
 
 use super::{Chunk, Scheduler, Step};
-use crate::engine::{
-    quota::Quota,
-    sequence::{Sequence, SequenceId},
-};
+use crate::engine::{quota::Quota, request::SequenceId, sequence::Sequence};
 
 /// Positions of a prompt that are warmed in one step while nothing else runs: a request that comes
 /// in the meantime waits for no more than that.

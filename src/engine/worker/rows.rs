@@ -9,11 +9,10 @@ use std::{
 use super::{Running, Task, Worker};
 use crate::{
     engine::{
-        request::GeneratedToken,
+        request::{GeneratedToken, SequenceId},
         runner::Logits,
         sampling::{Sampler, Scratch, log_probs},
         scheduler::Step,
-        sequence::SequenceId,
     },
     kernels::rows::RowKernels,
 };

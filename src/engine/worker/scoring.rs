@@ -6,9 +6,9 @@ use std::sync::Arc;
 use super::{Running, Task, Worker};
 use crate::engine::{
     encoder::EncoderInput,
-    request::{CacheNamespace, Event, InputToken, Tenant},
+    request::{CacheNamespace, Event, InputToken, SequenceId, Tenant},
     score::{ScorePlan, Scores},
-    sequence::{Sequence, SequenceId},
+    sequence::Sequence,
 };
 
 /// A request whose continuations are scored.
