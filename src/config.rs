@@ -23,6 +23,8 @@ pub use keys::Keys;
 pub use units::{ByteSize, Time};
 pub use weights::{TaskWeight, TaskWeights};
 
+use crate::engine::EngineConfig;
+
 /// What we run with. Checked once, then immutable.
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -33,33 +35,13 @@ pub struct Config {
     pub device: DeviceChoice,
     pub dtype: DtypeChoice,
     pub backend: BackendChoice,
-    pub batch: Batch,
+    pub engine: EngineConfig,
     /// `None` is one for each core.
     pub threads: Option<usize>,
     pub limits: Limits,
     pub drain_timeout: Duration,
     pub access: Access,
     pub log: LogConfig,
-}
-
-/// Bounds of the engine.
-#[derive(Debug, Clone)]
-pub struct Batch {
-    /// Requests that may wait for a place; more are refused.
-    pub max_waiting: usize,
-    /// Requests worked on at once.
-    pub max_requests: usize,
-    /// Positions computed in one step.
-    pub max_step_tokens: usize,
-    /// Positions of inputs computed in a step beside requests that get their next token.
-    pub max_prefill_tokens: usize,
-    /// Positions that each task may always take of a step that several share.
-    /// `None` is measured.
-    pub fair_step_tokens: Option<usize>,
-    /// Bytes for keys and values.
-    pub kv_cache: usize,
-    /// Whether keys and values are shared.
-    pub prefix_sharing: bool,
 }
 
 /// Bounds on what a client may send.

@@ -16,7 +16,7 @@ use super::model_source;
 use crate::{
     config::{Config, LogFormat, ModelSource, ServeArgs},
     demo,
-    engine::{Engine, EngineConfig, EngineThread, StartError},
+    engine::{Engine, EngineThread, StartError},
     http::{App, AppState, router},
     kernels,
     model::{Model, ModelInfo},
@@ -66,7 +66,7 @@ fn load(config: &Config) -> anyhow::Result<Loaded> {
     let kernels = backend.name();
     let model = Model::load(&files, backend, model_source::dtype(config.dtype))?;
     let info = model.info().clone();
-    let started_engine = Engine::start(model, engine_config(config)).map_err(|error| match error {
+    let started_engine = Engine::start(model, config.engine).map_err(|error| match error {
         StartError::KvCacheTooSmall { .. } => anyhow::anyhow!("{error}; give it more by --kv-cache"),
         StartError::Tensor(error) => error.into(),
     });
@@ -82,19 +82,6 @@ fn load(config: &Config) -> anyhow::Result<Loaded> {
     let watcher = registry.watch().context("cannot watch the prompts folder")?;
     let app = App::new(engine, registry, tokenizer, info, config.limits.clone(), config.access.clone());
     Ok(Loaded { app, thread, root, _watcher: watcher })
-}
-
-fn engine_config(config: &Config) -> EngineConfig {
-    let batch = &config.batch;
-    EngineConfig {
-        max_waiting: batch.max_waiting,
-        max_batch: batch.max_requests,
-        max_step_tokens: batch.max_step_tokens,
-        max_prefill_tokens: batch.max_prefill_tokens,
-        fair_step_tokens: batch.fair_step_tokens,
-        kv_cache_bytes: batch.kv_cache,
-        prefix_sharing: batch.prefix_sharing,
-    }
 }
 
 /// The folder of the prompts; the demo's own are put there on the first start.

@@ -14,9 +14,9 @@ use figment::{
 };
 
 use super::{
-    Access, Batch, ByteSize, Config, ConfigError, Keys, Limits, LogConfig, ModelSource, ServeArgs, Switch, TaskWeights,
-    Time,
+    Access, ByteSize, Config, ConfigError, Keys, Limits, LogConfig, ModelSource, ServeArgs, Switch, TaskWeights, Time,
 };
+use crate::engine::EngineConfig;
 
 /// More requests or tokens at once than any machine has memory for; sums of these cannot overflow.
 const MAX_COUNT: usize = 1_000_000;
@@ -56,6 +56,7 @@ impl ServeArgs {
             Keys::read(&typed.unwrap_or_default(), file.as_deref())
                 .map_err(|reason| ConfigError::Option { option, reason })
         };
+        let engine = EngineConfig::default();
         let kv_cache = args.kv_cache.unwrap_or_else(|| ByteSize(default_kv_cache()));
         Ok(Config {
             model: ModelSource::chosen(args.model.as_deref(), args.random_weights.as_deref())?,
@@ -64,13 +65,17 @@ impl ServeArgs {
             device: args.device.unwrap_or_default(),
             dtype: args.dtype.unwrap_or_default(),
             backend: args.backend.unwrap_or_default(),
-            batch: Batch {
-                max_waiting: within("max-waiting", args.max_waiting.unwrap_or(256), 1..=MAX_COUNT)?,
-                max_requests: within("max-batch", args.max_batch.unwrap_or(64), 1..=MAX_COUNT)?,
-                max_step_tokens: within("max-step-tokens", args.max_step_tokens.unwrap_or(2048), 32..=MAX_COUNT)?,
+            engine: EngineConfig {
+                max_waiting: within("max-waiting", args.max_waiting.unwrap_or(engine.max_waiting), 1..=MAX_COUNT)?,
+                max_batch: within("max-batch", args.max_batch.unwrap_or(engine.max_batch), 1..=MAX_COUNT)?,
+                max_step_tokens: within(
+                    "max-step-tokens",
+                    args.max_step_tokens.unwrap_or(engine.max_step_tokens),
+                    32..=MAX_COUNT,
+                )?,
                 max_prefill_tokens: within(
                     "max-prefill-tokens",
-                    args.max_prefill_tokens.unwrap_or(512),
+                    args.max_prefill_tokens.unwrap_or(engine.max_prefill_tokens),
                     1..=MAX_COUNT,
                 )?,
                 fair_step_tokens: args
@@ -78,7 +83,8 @@ impl ServeArgs {
                     .map(|n| within("fair-step-tokens", n, 1..=MAX_COUNT))
                     .transpose()?,
                 prefix_sharing: args.prefix_sharing != Some(Switch::Off),
-                kv_cache: usize::try_from(at_least("kv-cache", kv_cache, ByteSize(1 << 20))?.0).unwrap_or(usize::MAX),
+                kv_cache_bytes: usize::try_from(at_least("kv-cache", kv_cache, ByteSize(1 << 20))?.0)
+                    .unwrap_or(usize::MAX),
             },
             threads: args.threads.map(|n| within("threads", n, 1..=MAX_THREADS)).transpose()?,
             limits,
@@ -176,8 +182,8 @@ mod tests {
     fn what_was_typed_goes_before_the_file() -> Result<(), String> {
         let file = "max_batch = 3\nmax_waiting = 5\nkv_cache = \"8MiB\"\ndevice = \"cpu\"\ndrain_timeout = \"5s\"";
         let config = from_toml(file, ServeArgs { max_batch: Some(7), ..Default::default() })?;
-        assert_eq!((config.batch.max_requests, config.batch.max_waiting), (7, 5));
-        assert_eq!((config.batch.kv_cache, config.device), (8 << 20, DeviceChoice::Cpu));
+        assert_eq!((config.engine.max_batch, config.engine.max_waiting), (7, 5));
+        assert_eq!((config.engine.kv_cache_bytes, config.device), (8 << 20, DeviceChoice::Cpu));
         assert_eq!(config.drain_timeout, Duration::from_secs(5));
         Ok(())
     }
@@ -200,7 +206,7 @@ mod tests {
 
     #[test]
     fn sharing_is_on_unless_it_is_switched_off() -> Result<(), String> {
-        let sharing = |file: &str| Ok::<_, String>(from_toml(file, ServeArgs::default())?.batch.prefix_sharing);
+        let sharing = |file: &str| Ok::<_, String>(from_toml(file, ServeArgs::default())?.engine.prefix_sharing);
         assert_eq!((sharing("")?, sharing("prefix_sharing = \"off\"")?), (true, false));
         assert!(sharing("prefix_sharing = \"maybe\"").is_err_and(|e| e.contains("prefix_sharing")));
         Ok(())

@@ -2,7 +2,7 @@
 //! how many positions of them the batch may hold.
 
 use super::{
-    EngineConfig,
+    config::EngineConfig,
     error::StartError,
     prefix::ChainHash,
     request::{CacheNamespace, InputToken, SequenceId},

@@ -6,6 +6,7 @@
 mod admission;
 pub mod block_manager;
 pub mod cache;
+pub mod config;
 pub mod encoder;
 mod error;
 pub mod fairness;
@@ -42,6 +43,7 @@ use crate::{
     prompt::LearnedPrompt,
 };
 use admission::Admission;
+pub use config::EngineConfig;
 use encoder::EncoderLimits;
 pub use error::{StartError, SubmitError};
 use mail::{Job, Mail, Shared, WarmUp, Work};
@@ -52,49 +54,12 @@ use score::ScorePlan;
 use stats::Counters;
 pub use stats::EngineStats;
 
-/// Bounds of the engine.
-#[derive(Debug, Clone)]
-pub struct EngineConfig {
-    /// Requests that may wait for a slot in the batch; more are refused.
-    pub max_waiting: usize,
-    /// Sequences in the batch at once.
-    pub max_batch: usize,
-    /// Positions computed in one step.
-    pub max_step_tokens: usize,
-    /// Positions of inputs computed in a step in which other sequences get their next token: what a
-    /// long input may delay them by.
-    pub max_prefill_tokens: usize,
-    /// Positions that each tenant may always take of a step that several share. Less keeps light
-    /// tenants quick beside busy ones, more gives busy ones more throughput. `None` is as many as
-    /// can be computed in about twice the time of one, which is measured at the start.
-    pub fair_step_tokens: Option<usize>,
-    /// Bytes for keys and values; with an encoder half of them for those of its output.
-    pub kv_cache_bytes: usize,
-    /// Whether keys and values are shared among sequences of one namespace, and what an encoder makes of
-    /// equal inputs.
-    pub prefix_sharing: bool,
-}
-
 /// Learned prompts that may wait to be warmed; more are computed at their first use.
 const MAX_WARM_UPS: usize = 1024;
 
 /// Blocks of the cache beyond what the batch can fill: millions of positions of prompts and texts that
 /// may come again. A bound for what is known of blocks, however small they are.
 const MAX_KEPT_BLOCKS: usize = 1 << 16;
-
-impl Default for EngineConfig {
-    fn default() -> Self {
-        Self {
-            max_waiting: 256,
-            max_batch: 64,
-            max_step_tokens: 2048,
-            max_prefill_tokens: 512,
-            fair_step_tokens: None,
-            kv_cache_bytes: 512 << 20,
-            prefix_sharing: true,
-        }
-    }
-}
 
 /// A handle to the engine thread. Cheap to clone; when the last is dropped the thread finishes
 /// what it has and stops.
@@ -142,7 +107,7 @@ impl Engine {
     /// # Errors
     /// The forward pass failed, or the KV cache has too few bytes.
     pub fn start(model: impl Into<Arc<Model>>, config: EngineConfig) -> Result<(Engine, EngineThread), StartError> {
-        let model = model.into();
+        let (model, config) = (model.into(), config.at_least_one());
         let block_bytes = model.backend().block_bytes(&model.kv_shape());
         let context = model.info().context_length;
         // Every slot in the batch at full length, and what is kept of prompts and texts beside them.
@@ -176,13 +141,10 @@ impl Engine {
         // A letter for each slot, and one to wake the thread.
         let (mail, inbox) = mpsc::channel(config.max_waiting + MAX_WARM_UPS + 1);
         let limits = Limits {
-            max_batch: config.max_batch.max(1),
-            max_step_tokens: config.max_step_tokens.max(1),
-            max_prefill_tokens: config.max_prefill_tokens.max(1),
-            fair_step_tokens: fair_step_tokens.max(1),
+            config,
             num_blocks,
+            fair_step_tokens: fair_step_tokens.max(1),
             max_encoded: shared.encoder.as_ref().map_or(0, |encoder| encoder.max_positions),
-            prefix_sharing: config.prefix_sharing,
         };
         let worker = worker::Worker::new(runner, limits, inbox, shared.clone());
         let thread = std::thread::Builder::new()

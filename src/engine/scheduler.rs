@@ -19,6 +19,7 @@ use std::collections::{HashMap, VecDeque};
 pub use super::cache::BlockCopy;
 use super::{
     cache::Cache,
+    config::EngineConfig,
     fairness::{INPUT_COST, Ledger, OUTPUT_COST, Rank},
     queue::Queue,
     request::{CacheNamespace, InputToken, SequenceId},
@@ -26,23 +27,16 @@ use super::{
 };
 use crate::kernels::layout::BLOCK_SIZE;
 
-/// Bounds of a step.
+/// The configuration, and what was derived from it, from the model and from measurements at the start.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
-    /// Sequences that run at once.
-    pub max_batch: usize,
-    /// Positions computed in one step.
-    pub max_step_tokens: usize,
-    /// Positions of inputs computed in a step in which other sequences get their next token.
-    pub max_prefill_tokens: usize,
-    /// Positions that each tenant may always take of a step that several share; see [`quota`](super::quota).
-    pub fair_step_tokens: usize,
+    pub config: EngineConfig,
     /// Blocks in the cache.
     pub num_blocks: usize,
+    /// Positions that each tenant's task may always take of a step that several share; see [`quota`](super::quota).
+    pub fair_step_tokens: usize,
     /// Positions of encoders' inputs whose output is kept at once; 0 without an encoder.
     pub max_encoded: usize,
-    /// Whether sequences of one namespace share what is equal.
-    pub prefix_sharing: bool,
 }
 
 /// One step's work: first the copies, in order, then for each sequence the positions to compute.
@@ -102,7 +96,7 @@ impl Scheduler {
     pub fn new(limits: Limits) -> Self {
         Self {
             limits,
-            cache: Cache::new(limits.num_blocks, limits.prefix_sharing),
+            cache: Cache::new(limits.num_blocks, limits.config.prefix_sharing),
             ledger: Ledger::default(),
             sequences: HashMap::new(),
             queue: Queue::default(),

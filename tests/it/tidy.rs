@@ -24,7 +24,8 @@ const ARROWS: [(&str, &[&str]); 15] = [
     // It measures from outside.
     ("bench", &[]),
     ("telemetry", &["config"]),
-    ("config", &["model"]),
+    // The engine's configuration is one struct from the options to the scheduler.
+    ("config", &["engine", "model"]),
     ("http", &["config", "engine", "model", "packing", "prompt", "registry", "telemetry", "tokenizer"]),
     // The command line puts everything together.
     (

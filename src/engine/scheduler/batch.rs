@@ -43,8 +43,8 @@ impl Scheduler {
     pub(super) fn admit(&mut self, quota: &Quota, step: &mut Step) {
         let running = self.running.iter().filter_map(|id| self.sequences.get(id));
         let most = match running.filter(|s| s.work() == 1).count() {
-            0 => self.limits.max_step_tokens,
-            tokens => self.limits.max_step_tokens.min(tokens + self.limits.max_prefill_tokens),
+            0 => self.limits.config.max_step_tokens,
+            tokens => self.limits.config.max_step_tokens.min(tokens + self.limits.config.max_prefill_tokens),
         };
         // What those that join now will have had after it, so that tenants join in turn.
         let mut joined: HashMap<(i32, u64), f64> = HashMap::new();
@@ -103,7 +103,8 @@ impl Scheduler {
             let Some(sequence) = self.sequences.get_mut(&id) else { return false };
             let same = sequence.encoder_key().and_then(|key| inputs.get(&key));
             let more = if same.is_some() { 0 } else { sequence.num_encoder() };
-            let has_place = self.running.len() < self.limits.max_batch && encoded + more <= self.limits.max_encoded;
+            let has_place =
+                self.running.len() < self.limits.config.max_batch && encoded + more <= self.limits.max_encoded;
             if has_place && let Some(copy) = self.cache.join(sequence, spare) {
                 step.copies.extend(copy);
                 sequence.joined = self.now;

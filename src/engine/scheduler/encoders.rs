@@ -8,7 +8,7 @@ use std::{
 use proptest::prelude::*;
 
 use super::{
-    tests::{LIMITS, chunk, id, input, turn},
+    tests::{chunk, id, input, limits, turn},
     *,
 };
 use crate::engine::{
@@ -32,7 +32,10 @@ fn encoding(n: usize) -> Sequence {
 
 #[test]
 fn an_encoders_input_is_taken_whole_and_counts_toward_the_step() {
-    let mut s = Scheduler::new(Limits { max_step_tokens: 30, max_encoded: 1000, ..LIMITS });
+    let mut s = Scheduler::new(limits(|limits| {
+        limits.config.max_step_tokens = 30;
+        limits.max_encoded = 1000;
+    }));
     let encoded = |n| Chunk { encodes: true, ..chunk(n, 0, 1, true) };
     s.add(id(1), encoding(20));
     s.add(id(2), encoding(8));
@@ -47,7 +50,10 @@ fn an_encoders_input_is_taken_whole_and_counts_toward_the_step() {
 
 #[test]
 fn inputs_of_an_encoder_wait_for_room_and_are_encoded_anew_after_their_sequence_was_put_off() {
-    let mut s = Scheduler::new(Limits { max_encoded: 50, num_blocks: 3, ..LIMITS });
+    let mut s = Scheduler::new(limits(|limits| {
+        limits.max_encoded = 50;
+        limits.num_blocks = 3;
+    }));
     s.add(id(1), encoding(30));
     s.add(id(2), encoding(30));
     assert_eq!(turn(&mut s).chunks.len(), 1);
@@ -66,7 +72,10 @@ fn inputs_of_an_encoder_wait_for_room_and_are_encoded_anew_after_their_sequence_
 
 #[test]
 fn equal_inputs_of_an_encoder_are_computed_and_counted_once_while_one_of_their_sequences_runs() {
-    let mut s = Scheduler::new(Limits { max_encoded: 50, num_blocks: 4, ..LIMITS });
+    let mut s = Scheduler::new(limits(|limits| {
+        limits.max_encoded = 50;
+        limits.num_blocks = 4;
+    }));
     let key = encoding_of(7, 40).encoder_key().unwrap();
     s.add(id(1), encoding_of(7, 40));
     s.add(id(2), encoding_of(7, 40));
@@ -88,7 +97,10 @@ fn equal_inputs_of_an_encoder_are_computed_and_counted_once_while_one_of_their_s
 
 #[test]
 fn what_an_encoder_made_stays_for_the_others_when_one_sequence_is_put_off_or_its_step_failed() {
-    let mut s = Scheduler::new(Limits { max_encoded: 50, num_blocks: 2, ..LIMITS });
+    let mut s = Scheduler::new(limits(|limits| {
+        limits.max_encoded = 50;
+        limits.num_blocks = 2;
+    }));
     s.add(id(1), encoding_of(7, 40));
     turn(&mut s);
     s.add(id(2), Sequence { priority: 1, ..encoding_of(7, 40) });
@@ -154,9 +166,8 @@ proptest! {
         max_encoded in 50usize..120,
         fail_at in prop::option::weighted(0.3, 1usize..40),
     ) {
-        let limits = Limits {
-            max_batch, max_step_tokens, max_prefill_tokens, fair_step_tokens, num_blocks, max_encoded, prefix_sharing: true,
-        };
+        let config = EngineConfig { max_batch, max_step_tokens, max_prefill_tokens, ..EngineConfig::default() };
+        let limits = Limits { config, fair_step_tokens, num_blocks, max_encoded };
         let mut s = Scheduler::new(limits);
         let mut encoded: HashSet<InputKey> = HashSet::new();
         let mut ended = HashSet::new();

@@ -28,13 +28,13 @@ impl Scheduler {
             *positions += sequence.work().saturating_sub(known).max(1);
             *sequences += 1;
         }
-        let tokens = self.limits.max_step_tokens;
+        let tokens = self.limits.config.max_step_tokens;
         let busy = self.ledger.busy().into_iter();
         let mut tenants: Vec<_> =
             busy.map(|(key, rank)| (key, rank, wanted.get(&key).map_or(0, |w| w.0.min(tokens)))).collect();
         self.recent.retain(|_, until| *until > self.now);
         // Only a tenant that would fill the batch is held back: others share a step as it comes.
-        if wanted.values().all(|w| 2 * w.1 < self.limits.max_batch) {
+        if wanted.values().all(|w| 2 * w.1 < self.limits.config.max_batch) {
             tenants.clear();
         } else if let Some(&absent) = self.recent.keys().find(|key| !wanted.contains_key(key)) {
             tenants.push((absent, Rank { priority: i32::MIN, owner: 0.0, counter: 0.0 }, 0));
@@ -53,7 +53,7 @@ impl Scheduler {
         });
         let mut order: Vec<_> = ranked.collect();
         order.sort_unstable();
-        let mut inputs_left = self.limits.max_step_tokens;
+        let mut inputs_left = self.limits.config.max_step_tokens;
         let mut encoding = HashSet::new();
         for (is_input, .., id) in order {
             let Some(sequence) = self.sequences.get_mut(&id) else { continue };
@@ -70,7 +70,7 @@ impl Scheduler {
             if is_input {
                 inputs_left -= taken;
             } else if taken > 0 {
-                inputs_left = self.limits.max_prefill_tokens;
+                inputs_left = self.limits.config.max_prefill_tokens;
             }
             if taken > 0 {
                 let len = taken.saturating_sub(unencoded).max(1);

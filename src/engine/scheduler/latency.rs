@@ -25,13 +25,10 @@ impl Numbers {
 /// Beside them, `busy` clients of another tenant ask again as soon as they are answered.
 fn waits(busy: usize, floor: usize, fair: usize) -> (Vec<usize>, Vec<usize>) {
     let mut s = Scheduler::new(Limits {
-        max_batch: 64,
-        max_step_tokens: 2048,
-        max_prefill_tokens: 256,
+        config: EngineConfig { max_prefill_tokens: 256, ..EngineConfig::default() },
         fair_step_tokens: fair,
         num_blocks: 4096,
         max_encoded: 0,
-        prefix_sharing: true,
     });
     let mut numbers = Numbers(7);
     let mut clock = 0;

@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 
 use super::{
-    tests::{LIMITS, chunk, id, input, of, prompted, turn},
+    tests::{chunk, id, input, limits, of, prompted, turn},
     *,
 };
 use crate::engine::request::Tenant;
@@ -13,7 +13,11 @@ fn two_busy_accounts_get_service_by_their_weights_however_much_more_one_asks_for
     for (weights, sizes, load) in
         [([1.0, 1.0], [10, 10], [4, 100]), ([1.0, 3.0], [60, 9], [20, 20]), ([2.0, 1.0], [5, 80], [50, 5])]
     {
-        let limits = Limits { max_batch: 8, max_step_tokens: 64, num_blocks: 32, ..LIMITS };
+        let limits = limits(|limits| {
+            limits.config.max_batch = 8;
+            limits.config.max_step_tokens = 64;
+            limits.num_blocks = 32;
+        });
         let mut s = Scheduler::new(limits);
         let mut next = 0;
         let mut waiting = [0usize; 2];
@@ -50,7 +54,10 @@ fn two_busy_accounts_get_service_by_their_weights_however_much_more_one_asks_for
 
 #[test]
 fn a_light_account_does_not_wait_for_all_of_a_long_input() {
-    let mut s = Scheduler::new(Limits { max_batch: 8, max_step_tokens: 100, ..LIMITS });
+    let mut s = Scheduler::new(limits(|limits| {
+        limits.config.max_batch = 8;
+        limits.config.max_step_tokens = 100;
+    }));
     s.add(id(1), of(1, 1500));
     assert_eq!(turn(&mut s).chunks, [chunk(1, 0, 100, false)]);
     s.add(id(2), of(2, 30));
@@ -65,7 +72,9 @@ fn a_light_account_does_not_wait_for_all_of_a_long_input() {
 
 #[test]
 fn a_request_of_high_priority_does_not_wait_for_all_of_a_long_input() {
-    let mut s = Scheduler::new(Limits { max_step_tokens: 100, ..LIMITS });
+    let mut s = Scheduler::new(limits(|limits| {
+        limits.config.max_step_tokens = 100;
+    }));
     s.add(id(1), of(1, 1500));
     turn(&mut s);
     s.add(id(2), Sequence { priority: -1, ..of(1, 30) });
@@ -74,7 +83,10 @@ fn a_request_of_high_priority_does_not_wait_for_all_of_a_long_input() {
 
 #[test]
 fn an_input_that_is_a_known_prompt_alone_gets_its_last_position_beside_others() {
-    let mut s = Scheduler::new(Limits { max_batch: 4, fair_step_tokens: 2, ..LIMITS });
+    let mut s = Scheduler::new(limits(|limits| {
+        limits.config.max_batch = 4;
+        limits.fair_step_tokens = 2;
+    }));
     s.add(id(1), prompted(40, &[1]));
     turn(&mut s);
     s.remove(id(1));
@@ -94,7 +106,9 @@ fn an_input_that_is_a_known_prompt_alone_gets_its_last_position_beside_others() 
 
 #[test]
 fn a_request_that_waits_at_a_low_priority_saves_up_no_claim() {
-    let mut s = Scheduler::new(Limits { max_batch: 2, ..LIMITS });
+    let mut s = Scheduler::new(limits(|limits| {
+        limits.config.max_batch = 2;
+    }));
     let mut next = 100;
     // Tenants 1 to `tenants` always have four requests; returns what each got.
     let mut busy = |s: &mut Scheduler, tenants: u64, steps: usize| {
@@ -136,9 +150,8 @@ proptest! {
         (max_step_tokens, max_prefill_tokens, fair_step_tokens) in (8usize..80, 8usize..80, 1usize..12),
         num_blocks in 3usize..24,
     ) {
-        let limits = Limits {
-            max_batch, max_step_tokens, max_prefill_tokens, fair_step_tokens, num_blocks, max_encoded: 0, prefix_sharing: true,
-        };
+        let config = EngineConfig { max_batch, max_step_tokens, max_prefill_tokens, ..EngineConfig::default() };
+        let limits = Limits { config, fair_step_tokens, num_blocks, max_encoded: 0 };
         let mut s = Scheduler::new(limits);
         let mut next = 0;
         let most = tenants.iter().map(|&(n, new, _)| n + 2 * new).max().unwrap_or(0);

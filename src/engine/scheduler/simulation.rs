@@ -147,8 +147,8 @@ impl Memory {
 
 /// What holds of every step before it is run.
 fn check(s: &Scheduler, step: &Step, limits: Limits) -> Result<(), TestCaseError> {
-    prop_assert!(step.chunks.iter().map(|c| c.len).sum::<usize>() <= limits.max_step_tokens);
-    prop_assert!(s.num_running() <= limits.max_batch);
+    prop_assert!(step.chunks.iter().map(|c| c.len).sum::<usize>() <= limits.config.max_step_tokens);
+    prop_assert!(s.num_running() <= limits.config.max_batch);
     let ids: HashSet<_> = step.chunks.iter().map(|c| c.id).collect();
     prop_assert_eq!(ids.len(), step.chunks.len());
     let mut holders: BTreeMap<BlockId, u32> = BTreeMap::new();
@@ -194,8 +194,9 @@ proptest! {
         fail_at in prop::option::weighted(0.3, 1usize..60),
     ) {
         let num_blocks = MOST_BLOCKS + spare_blocks;
-        let limits =
-            Limits { max_batch, max_step_tokens, max_prefill_tokens, fair_step_tokens, num_blocks, max_encoded: 0, prefix_sharing };
+        let config =
+            EngineConfig { max_batch, max_step_tokens, max_prefill_tokens, prefix_sharing, ..EngineConfig::default() };
+        let limits = Limits { config, fair_step_tokens, num_blocks, max_encoded: 0 };
         let mut s = Scheduler::new(limits);
         let mut memory = Memory(vec![[NOTHING; BLOCK_SIZE]; num_blocks]);
         let mut given: BTreeMap<SequenceId, usize> = BTreeMap::new();

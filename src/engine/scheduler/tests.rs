@@ -3,15 +3,14 @@
 use super::{fill::LINGER, *};
 use crate::engine::request::Tenant;
 
-pub(super) const LIMITS: Limits = Limits {
-    max_batch: 4,
-    max_step_tokens: 256,
-    max_prefill_tokens: 256,
-    fair_step_tokens: 32,
-    num_blocks: 64,
-    prefix_sharing: true,
-    max_encoded: 0,
-};
+/// Small limits with a change.
+pub(super) fn limits(change: impl FnOnce(&mut Limits)) -> Limits {
+    let config =
+        EngineConfig { max_batch: 4, max_step_tokens: 256, max_prefill_tokens: 256, ..EngineConfig::default() };
+    let mut limits = Limits { config, fair_step_tokens: 32, num_blocks: 64, max_encoded: 0 };
+    change(&mut limits);
+    limits
+}
 
 pub(super) fn input(n: usize) -> Sequence {
     Sequence::new(vec![InputToken::Vocab(0); n])
@@ -45,7 +44,9 @@ pub(super) fn turn(s: &mut Scheduler) -> Step {
 
 #[test]
 fn a_long_input_is_computed_in_chunks_beside_a_running_one() {
-    let mut s = Scheduler::new(Limits { max_step_tokens: 10, ..LIMITS });
+    let mut s = Scheduler::new(limits(|limits| {
+        limits.config.max_step_tokens = 10;
+    }));
     s.add(id(1), input(3));
     assert_eq!(turn(&mut s).chunks, [chunk(1, 0, 3, true)]);
     s.add(id(2), input(12));
@@ -55,7 +56,9 @@ fn a_long_input_is_computed_in_chunks_beside_a_running_one() {
 
 #[test]
 fn inputs_are_cut_smaller_while_others_get_their_tokens() {
-    let mut s = Scheduler::new(Limits { max_prefill_tokens: 20, ..LIMITS });
+    let mut s = Scheduler::new(limits(|limits| {
+        limits.config.max_prefill_tokens = 20;
+    }));
     s.add(id(1), input(100));
     assert_eq!(turn(&mut s).chunks, [chunk(1, 0, 100, true)]);
     s.add(id(2), input(15));
@@ -68,7 +71,9 @@ fn inputs_are_cut_smaller_while_others_get_their_tokens() {
 
 #[test]
 fn the_youngest_gives_way_when_blocks_run_out_and_comes_back() {
-    let mut s = Scheduler::new(Limits { num_blocks: 3, ..LIMITS });
+    let mut s = Scheduler::new(limits(|limits| {
+        limits.num_blocks = 3;
+    }));
     s.add(id(1), input(32));
     s.add(id(2), input(40));
     assert_eq!(turn(&mut s).chunks.len(), 2);
@@ -81,7 +86,9 @@ fn the_youngest_gives_way_when_blocks_run_out_and_comes_back() {
 
 #[test]
 fn a_sequence_that_was_put_off_finds_what_it_had_computed() {
-    let mut s = Scheduler::new(Limits { num_blocks: 4, ..LIMITS });
+    let mut s = Scheduler::new(limits(|limits| {
+        limits.num_blocks = 4;
+    }));
     s.add(id(1), prompted(64, &[1, 2, 3]));
     turn(&mut s);
     s.add(id(2), Sequence { priority: -1, ..input(60) });
@@ -97,7 +104,7 @@ fn a_sequence_that_was_put_off_finds_what_it_had_computed() {
 #[test]
 fn a_prompt_of_any_length_is_shared_in_full_with_one_copy() {
     for (rows, copies) in [(64, 0), (65, 1), (20, 1), (33, 1)] {
-        let mut s = Scheduler::new(LIMITS);
+        let mut s = Scheduler::new(limits(|_| ()));
         s.add(id(1), prompted(rows, &[1, 2, 3]));
         turn(&mut s);
         s.add(id(2), prompted(rows, &[4, 5]));
@@ -118,7 +125,7 @@ fn a_prompt_of_any_length_is_shared_in_full_with_one_copy() {
 
 #[test]
 fn an_input_seen_before_is_found_but_for_its_last_token() {
-    let mut s = Scheduler::new(LIMITS);
+    let mut s = Scheduler::new(limits(|_| ()));
     let text: Vec<u32> = (0..50).collect();
     for (n, found) in [(1, 0), (2, 59), (3, 59)] {
         s.add(id(n), prompted(10, &text));
@@ -139,7 +146,7 @@ fn an_input_seen_before_is_found_but_for_its_last_token() {
 
 #[test]
 fn nothing_is_found_under_another_root_without_one_or_with_sharing_off() {
-    let mut s = Scheduler::new(LIMITS);
+    let mut s = Scheduler::new(limits(|_| ()));
     let text: Vec<u32> = (0..40).collect();
     let namespaces =
         [Some(CacheNamespace([1; 32])), Some(CacheNamespace([2; 32])), Some(CacheNamespace::TEXT), None, None];
@@ -149,7 +156,9 @@ fn nothing_is_found_under_another_root_without_one_or_with_sharing_off() {
         assert_eq!(s.get(id(n as u64)).map(|s| s.cached_tokens), Some(Some(0)), "{namespace:?}");
         s.remove(id(n as u64));
     }
-    let mut s = Scheduler::new(Limits { prefix_sharing: false, ..LIMITS });
+    let mut s = Scheduler::new(limits(|limits| {
+        limits.config.prefix_sharing = false;
+    }));
     for n in 0..2 {
         s.add(id(n), prompted(40, &[1]));
         turn(&mut s);
@@ -160,7 +169,7 @@ fn nothing_is_found_under_another_root_without_one_or_with_sharing_off() {
 
 #[test]
 fn two_that_compute_the_same_at_the_same_time_end_up_with_the_same_blocks() {
-    let mut s = Scheduler::new(LIMITS);
+    let mut s = Scheduler::new(limits(|_| ()));
     s.add(id(1), prompted(64, &[1]));
     s.add(id(2), prompted(64, &[2]));
     turn(&mut s);
@@ -172,7 +181,9 @@ fn two_that_compute_the_same_at_the_same_time_end_up_with_the_same_blocks() {
 
 #[test]
 fn a_warmed_prompt_is_found_by_its_first_request_and_outlives_other_content() {
-    let mut s = Scheduler::new(Limits { num_blocks: 8, ..LIMITS });
+    let mut s = Scheduler::new(limits(|limits| {
+        limits.num_blocks = 8;
+    }));
     let namespace = CacheNamespace([1; 32]);
     assert!(s.add_warm_up(id(1), prompted(50, &[])));
     assert_eq!(turn(&mut s).chunks, [chunk(1, 0, 50, false)]);
@@ -195,7 +206,10 @@ fn a_warmed_prompt_is_found_by_its_first_request_and_outlives_other_content() {
 
 #[test]
 fn warming_waits_for_those_who_wait_and_gives_its_blocks_up_to_them() {
-    let mut s = Scheduler::new(Limits { num_blocks: 4, max_step_tokens: 40, ..LIMITS });
+    let mut s = Scheduler::new(limits(|limits| {
+        limits.num_blocks = 4;
+        limits.config.max_step_tokens = 40;
+    }));
     s.add_warm_up(id(1), prompted(60, &[]));
     assert_eq!(turn(&mut s).chunks, [chunk(1, 0, 40, false)]);
     s.add(id(2), input(120));
@@ -212,7 +226,9 @@ fn warming_waits_for_those_who_wait_and_gives_its_blocks_up_to_them() {
 
 #[test]
 fn a_prompt_that_has_no_room_is_not_warmed() {
-    let mut s = Scheduler::new(Limits { num_blocks: 4, ..LIMITS });
+    let mut s = Scheduler::new(limits(|limits| {
+        limits.num_blocks = 4;
+    }));
     assert!(!s.add_warm_up(id(1), prompted(129, &[])));
     assert!(s.add_warm_up(id(2), prompted(100, &[])));
     assert_eq!(turn(&mut s), Step::default());
@@ -221,7 +237,9 @@ fn a_prompt_that_has_no_room_is_not_warmed() {
 
 #[test]
 fn priority_goes_before_service_and_takes_places_from_lower_ones() {
-    let mut s = Scheduler::new(Limits { max_batch: 1, ..LIMITS });
+    let mut s = Scheduler::new(limits(|limits| {
+        limits.config.max_batch = 1;
+    }));
     s.add(id(1), of(1, 4));
     turn(&mut s);
     s.add(id(2), of(2, 4));
@@ -234,7 +252,11 @@ fn priority_goes_before_service_and_takes_places_from_lower_ones() {
 
 #[test]
 fn a_light_account_joins_a_full_batch_at_once_and_its_steps_stay_small() {
-    let mut s = Scheduler::new(Limits { max_batch: 64, max_step_tokens: 2048, num_blocks: 512, ..LIMITS });
+    let mut s = Scheduler::new(limits(|limits| {
+        limits.config.max_batch = 64;
+        limits.config.max_step_tokens = 2048;
+        limits.num_blocks = 512;
+    }));
     for n in 0..300 {
         s.add(id(n), of(1, 40));
     }
@@ -263,7 +285,10 @@ fn a_light_account_joins_a_full_batch_at_once_and_its_steps_stay_small() {
 
 #[test]
 fn sequences_that_cannot_all_have_a_token_take_turns() {
-    let mut s = Scheduler::new(Limits { max_batch: 8, fair_step_tokens: 3, ..LIMITS });
+    let mut s = Scheduler::new(limits(|limits| {
+        limits.config.max_batch = 8;
+        limits.fair_step_tokens = 3;
+    }));
     for n in 0..7 {
         s.add(id(n), of(1, 2));
     }
@@ -278,7 +303,7 @@ fn sequences_that_cannot_all_have_a_token_take_turns() {
 
 #[test]
 fn a_failed_step_takes_its_sequences_out_and_leaves_nothing_of_it_to_be_found() {
-    let mut s = Scheduler::new(LIMITS);
+    let mut s = Scheduler::new(limits(|_| ()));
     s.add(id(1), prompted(20, &[1, 2]));
     turn(&mut s);
     s.add(id(2), prompted(20, &[3, 4]));
