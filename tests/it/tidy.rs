@@ -7,9 +7,11 @@ use std::{
 };
 
 /// Each module, and the modules of this crate it may name.
-const ARROWS: [(&str, &[&str]); 15] = [
+const ARROWS: [(&str, &[&str]); 16] = [
+    // One table, plain data, for all who name its parameters.
+    ("sampling", &[]),
     // Only for the facts of the model that a prompt must fit.
-    ("prompt", &["model"]),
+    ("prompt", &["model", "sampling"]),
     ("kernels", &[]),
     ("model", &["kernels"]),
     ("tokenizer", &["model"]),
@@ -18,13 +20,13 @@ const ARROWS: [(&str, &[&str]); 15] = [
     ("engine", &["model", "kernels", "packing", "prompt"]),
     ("registry", &["prompt"]),
     ("demo", &["model"]),
-    ("tune", &["engine", "kernels", "model", "packing", "prompt", "tokenizer"]),
+    ("tune", &["engine", "kernels", "model", "packing", "prompt", "sampling", "tokenizer"]),
     ("convert", &["prompt"]),
     // It measures from outside.
-    ("bench", &[]),
+    ("bench", &["sampling"]),
     ("telemetry", &["config"]),
     ("config", &["model"]),
-    ("http", &["config", "engine", "model", "packing", "prompt", "registry", "telemetry", "tokenizer"]),
+    ("http", &["config", "engine", "model", "packing", "prompt", "registry", "sampling", "telemetry", "tokenizer"]),
     // The command line puts everything together.
     (
         "cli",
@@ -38,6 +40,7 @@ const ARROWS: [(&str, &[&str]); 15] = [
             "model",
             "prompt",
             "registry",
+            "sampling",
             "telemetry",
             "tokenizer",
             "tune",
