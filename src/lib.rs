@@ -6,6 +6,7 @@
 //! - [`registry`]: task names to immutable versions
 //! - [`prompt`]: what a task is: learned prompt, template, labels
 //! - [`text`]: the tokenizer
+//! - [`sampling`]: the table of sampling parameters
 //! - [`engine`]: one thread that owns the device and batches sequences
 //! - [`model`]: the decoder, embeddings in and hidden states out
 //! - [`kernels`]: norm, rope and attention, differentiable or fast
@@ -26,6 +27,7 @@ pub mod model;
 pub mod packing;
 pub mod prompt;
 pub mod registry;
+pub mod sampling;
 pub mod telemetry;
 pub mod tokenizer;
 pub mod tune;

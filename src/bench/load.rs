@@ -5,6 +5,7 @@ use std::str::FromStr;
 use serde::{Serialize, Serializer};
 
 use super::distribution::{Lengths, Mix};
+use crate::sampling::{PARAMETERS, Parameter, SamplingOptions};
 
 /// One load, all choices made.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -23,6 +24,11 @@ pub struct Load {
     pub input_tokens: Lengths,
     #[serde(serialize_with = "shown")]
     pub output_tokens: Lengths,
+    /// The sampling parameters that its requests name; without a temperature they are greedy.
+    #[serde(serialize_with = "shown")]
+    pub sampling: SamplingOptions,
+    /// Request i is drawn with this seed + i; `None` takes a seed that the benchmark's own gives.
+    pub seed: Option<u64>,
     /// It stops when the loads that are not in the background are done.
     pub background: bool,
     /// It is run without the others first, to compare.
@@ -54,6 +60,8 @@ pub struct LoadSpec {
     mix: Option<Mix>,
     input_tokens: Option<Lengths>,
     output_tokens: Option<Lengths>,
+    sampling: SamplingOptions,
+    seed: Option<u64>,
     background: bool,
     alone: bool,
 }
@@ -72,13 +80,28 @@ impl LoadSpec {
             mix: self.mix.unwrap_or(base.mix),
             input_tokens: self.input_tokens.unwrap_or(base.input_tokens),
             output_tokens: self.output_tokens.unwrap_or(base.output_tokens),
+            sampling: self.sampling.or(&base.sampling),
+            seed: self.seed.or(base.seed),
             background: self.background,
             alone: self.alone,
         }
     }
 }
 
-const KEYS: &str = "name=, tasks=, virtual-tokens=, requests=, concurrency=, rate=, mix=, input-tokens=, output-tokens=, background, alone";
+const KEYS: &str = "name=, tasks=, virtual-tokens=, requests=, concurrency=, rate=, mix=, input-tokens=, output-tokens=, seed=, background, alone";
+
+/// The sampling parameters that a load may name: all but the length of the answer, which is drawn from
+/// `output-tokens`.
+pub fn sampling_parameters() -> impl Iterator<Item = &'static Parameter> {
+    PARAMETERS.iter().filter(|parameter| parameter.name != "max_tokens")
+}
+
+/// The first sampling parameter that changes nothing, because no temperature is given and the likeliest token is taken.
+pub fn without_effect(sampling: &SamplingOptions) -> Option<&'static Parameter> {
+    let filters = ["top_p", "top_k", "min_p"];
+    let given = || sampling.given().into_iter().map(|(parameter, _)| parameter);
+    if sampling.temperature.is_some() { None } else { given().find(|parameter| filters.contains(&parameter.name)) }
+}
 
 impl FromStr for LoadSpec {
     type Err = String;
@@ -107,7 +130,14 @@ impl FromStr for LoadSpec {
                 "output-tokens" => spec.output_tokens = Some(value.parse()?),
                 "background" if value.is_empty() => spec.background = true,
                 "alone" if value.is_empty() => spec.alone = true,
-                _ => return Err(format!("found {part:?}, expected some of {KEYS}, separated by commas")),
+                "seed" => spec.seed = Some(seed(value)?),
+                _ if sampling_parameters().any(|parameter| parameter.option == key) => {
+                    spec.sampling.set(key, value).map_err(|reason| format!("{key}: {reason}"))?;
+                }
+                _ => {
+                    let sampling: String = sampling_parameters().map(|row| format!(", {}=", row.option)).collect();
+                    return Err(format!("found {part:?}, expected some of {KEYS}{sampling}, separated by commas"));
+                }
             }
         }
         match spec.background && spec.alone {
@@ -121,6 +151,10 @@ impl FromStr for LoadSpec {
 pub fn count(text: &str) -> Result<usize, String> {
     let found = text.parse().ok().filter(|n| (1..=1_000_000).contains(n));
     found.ok_or_else(|| format!("found {text:?}, expected a whole number from 1 to 1000000"))
+}
+
+fn seed(text: &str) -> Result<u64, String> {
+    text.parse().map_err(|_| format!("seed: found {text:?}, expected a whole number from 0 to {}", u64::MAX))
 }
 
 /// Requests a second.
@@ -143,6 +177,8 @@ mod tests {
             mix: Mix::Uniform,
             input_tokens: Lengths::fixed(32),
             output_tokens: Lengths::fixed(16),
+            sampling: SamplingOptions { temperature: Some(0.5), ..SamplingOptions::default() },
+            seed: None,
             background: false,
             alone: false,
         }
@@ -160,6 +196,11 @@ mod tests {
             ..base()
         };
         assert_eq!(spec.over(&base(), 0), expected);
+        let sampled: LoadSpec = "top-p=0.95,seed=7".parse().unwrap();
+        let load = sampled.over(&base(), 0);
+        assert_eq!((load.sampling.to_string().as_str(), load.seed), ("temperature=0.5,top-p=0.95", Some(7)));
+        let greedy: LoadSpec = "temperature=0".parse().unwrap();
+        assert_eq!(greedy.over(&base(), 0).sampling.temperature, Some(0.0));
         let background: LoadSpec = "background, concurrency=100".parse().unwrap();
         let load = background.over(&base(), 1);
         assert_eq!((load.requests, load.name.as_str()), (None, "load 2"));
@@ -177,9 +218,25 @@ mod tests {
             ("mix=even", "even"),
             ("alone=yes", "alone=yes"),
             ("tasks=1,tasks=2", "tasks twice"),
+            ("temperature=2.5", "temperature: found 2.5, expected 0 to 2"),
+            ("top-p=0", "top-p: found 0, expected more than 0"),
+            ("top-k=x", "top-k: found \"x\", expected a whole number, 0 or more"),
+            ("max-tokens=3", "presence-penalty="),
+            ("seed=-1", "seed: found \"-1\""),
         ] {
             let error = text.parse::<LoadSpec>().unwrap_err();
             assert!(error.contains(named), "{text}: {error}");
         }
+    }
+
+    #[test]
+    fn filters_without_a_temperature_are_seen() {
+        let named = |text: &str| {
+            let spec: LoadSpec = text.parse().unwrap();
+            without_effect(&spec.sampling).map(|parameter| parameter.option)
+        };
+        assert_eq!(named("top-k=40,min-p=0.1"), Some("top-k"));
+        assert_eq!(named("top-k=40,temperature=0"), None);
+        assert_eq!(named("presence-penalty=1"), None);
     }
 }

@@ -7,10 +7,11 @@ use rand::{
     rngs::StdRng,
     seq::IndexedRandom as _,
 };
-use serde::Deserialize;
-use serde_json::json;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
 
 use super::load::Load;
+use crate::sampling::SamplingOptions;
 
 /// A task that can be asked.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -72,6 +73,20 @@ pub struct Plan {
     words: Words,
     pick: Option<WeightedIndex<f64>>,
     left: Option<usize>,
+    /// The next request's, where it is drawn. Not of `random`, so that a load has the same texts with and without sampling.
+    next_seed: u64,
+}
+
+/// A generate request on the wire.
+#[derive(Debug, Serialize)]
+struct Body {
+    input: Value,
+    #[serde(flatten)]
+    sampling: SamplingOptions,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    seed: Option<u64>,
+    ignore_eos: bool,
+    stream: bool,
 }
 
 impl Plan {
@@ -85,6 +100,7 @@ impl Plan {
             words,
             pick: load.mix.over(targets.len()),
             left: load.requests,
+            next_seed: load.seed.unwrap_or(seed),
         }
     }
 
@@ -111,9 +127,17 @@ impl Plan {
             }
         };
         // Every answer has the length that was drawn: no end of text and no stop text ends it.
-        let body = json!({"input": input, "max_tokens": max_tokens, "ignore_eos": true, "stop": [],
-                          "temperature": 0, "stream": true});
-        Some(Ask { path: format!("/v1/tasks/{}/generate", target.task), body: body.to_string().into() })
+        let temperature = self.load.sampling.temperature.unwrap_or(0.0);
+        let seed = (temperature > 0.0).then_some(self.next_seed);
+        self.next_seed = self.next_seed.wrapping_add(1);
+        let sampling = SamplingOptions {
+            max_tokens: Some(max_tokens),
+            temperature: Some(temperature),
+            stop: Some(Vec::new()),
+            ..self.load.sampling.clone()
+        };
+        let body = serde_json::to_vec(&Body { input, sampling, seed, ignore_eos: true, stream: true }).ok()?;
+        Some(Ask { path: format!("/v1/tasks/{}/generate", target.task), body: body.into() })
     }
 }
 
@@ -132,8 +156,6 @@ impl Iterator for Plan {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::Value;
-
     use super::*;
     use crate::bench::{
         distribution::{Lengths, Mix},
@@ -150,6 +172,8 @@ mod tests {
             mix: Mix::Uniform,
             input_tokens: Lengths::Uniform { least: 3, most: 5 },
             output_tokens: Lengths::fixed(7),
+            sampling: SamplingOptions::default(),
+            seed: None,
             background: false,
             alone: false,
         }
@@ -196,6 +220,27 @@ mod tests {
             }
         }
         assert!(seen.iter().all(|n| *n > 10), "{seen:?}");
+    }
+
+    #[test]
+    fn sampled_requests_name_their_parameters_and_seeds_and_have_the_texts_of_greedy_ones() {
+        let bodies = |load: &Load| -> Vec<Value> {
+            let asked = Plan::new(load, &targets(), Words::English, 3);
+            asked.map(|ask| serde_json::from_slice(&ask.body).unwrap()).collect()
+        };
+        let greedy = bodies(&load());
+        assert!(greedy.iter().all(|body| body["temperature"] == 0.0 && body.get("seed").is_none()));
+        assert!(greedy.iter().all(|body| body.get("top_k").is_none() && body["stop"] == json!([])));
+        let sampling = SamplingOptions { temperature: Some(0.7), top_k: Some(40), ..SamplingOptions::default() };
+        let sampled = bodies(&Load { sampling: sampling.clone(), ..load() });
+        for (greedy, sampled) in greedy.iter().zip(&sampled) {
+            assert_eq!(greedy["input"], sampled["input"]);
+            assert_eq!((&sampled["temperature"], &sampled["top_k"]), (&json!(0.7), &json!(40)));
+        }
+        let seeds = |bodies: &[Value]| bodies.iter().map(|body| body["seed"].as_u64().unwrap()).collect::<Vec<_>>();
+        assert_eq!(seeds(&sampled), (3..53).collect::<Vec<_>>());
+        let from_base = bodies(&Load { sampling, seed: Some(u64::MAX), ..load() });
+        assert_eq!(seeds(&from_base)[..2], [u64::MAX, 0]);
     }
 
     #[test]

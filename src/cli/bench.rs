@@ -2,6 +2,7 @@
 
 mod inside;
 mod options;
+mod sampling;
 mod tasks;
 
 use std::{cell::Cell, fs::OpenOptions, io::Write as _, path::Path, time::Duration};
@@ -307,7 +308,7 @@ fn describe(args: &BenchArgs, loads: &[Load]) -> Vec<String> {
             Arrival::Rate(rate) => format!("{rate} a second"),
         };
         format!(
-            "{}: {requests}{arrival}, {} {} ({}{}), input {} tokens, output {}; median of {}",
+            "{}: {requests}{arrival}, {} {} ({}{}), input {} tokens, output {}, {}; median of {}",
             load.name,
             load.tasks,
             if load.tasks == 1 { "task" } else { "tasks" },
@@ -315,6 +316,7 @@ fn describe(args: &BenchArgs, loads: &[Load]) -> Vec<String> {
             virtual_tokens(load),
             load.input_tokens,
             load.output_tokens,
+            load.sampling,
             args.repeat
         )
     };

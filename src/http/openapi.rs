@@ -5,9 +5,9 @@ use std::collections::BTreeMap;
 
 use serde_json::json;
 use utoipa::{
-    Modify, OpenApi,
+    Modify, Number, OpenApi,
     openapi::{
-        ContentBuilder, Ref, RefOr, ResponseBuilder,
+        ContentBuilder, Ref, RefOr, ResponseBuilder, Schema,
         example::ExampleBuilder,
         header::HeaderBuilder,
         path::Operation,
@@ -19,6 +19,7 @@ use super::{
     problem::{Code, Problem, ProblemBody, ProblemError},
     types::BatchItem,
 };
+use crate::sampling::PARAMETERS;
 
 const X_PROBLEMS: &str = "x-problems";
 const EXAMPLE_ID: &str = "0199d4c8-7b1e-7d3a-a8f0-5b8a4c1d2e3f";
@@ -80,7 +81,26 @@ pub fn finish(mut spec: utoipa::openapi::OpenApi) -> utoipa::openapi::OpenApi {
             add_keys(path, operation);
         }
     }
+    describe_sampling(&mut spec);
     spec
+}
+
+/// Describes the sampling parameters, wherever they are given, by their table.
+fn describe_sampling(spec: &mut utoipa::openapi::OpenApi) {
+    let schemas = spec.components.iter_mut().flat_map(|components| &mut components.schemas);
+    for (name, schema) in schemas {
+        let RefOr::T(Schema::Object(schema)) = schema else { continue };
+        if !["GenerateRequest", "BatchItem", "Defaults"].contains(&name.as_str()) {
+            continue;
+        }
+        for parameter in PARAMETERS {
+            let Some(RefOr::T(Schema::Object(field))) = schema.properties.get_mut(parameter.name) else { continue };
+            let (least, most) = parameter.range.bounds();
+            field.description = Some(format!("{} Server default: {}.", parameter.doc, parameter.default));
+            field.minimum = Some(Number::Int(least.into()));
+            field.maximum = most.map(|most| Number::Int(most.into()));
+        }
+    }
 }
 
 fn add_problems(path: &str, operation: &mut Operation) {

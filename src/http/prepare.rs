@@ -17,16 +17,13 @@ use crate::{
     engine::request::{CacheNamespace, Request, SamplingParams, Tenant},
     packing::TokenBudget,
     prompt::{TaskName, Version, template::Input},
+    sampling::{Fault, SamplingOptions, SamplingValues},
     tokenizer::Tokenizer,
 };
 
-/// What the server uses where neither request nor task says anything.
-const DEFAULT_MAX_TOKENS: usize = 64;
 /// The most answers to one request.
 const MAX_CHOICES: usize = 16;
 const MAX_LOGPROBS: usize = 20;
-const MAX_STOPS: usize = 16;
-const MAX_STOP_BYTES: usize = 256;
 const MAX_PRIORITY: i32 = 1000;
 /// Texts longer than this are tokenized off the async threads.
 const LONG_TEXT: usize = 16 * 1024;
@@ -181,21 +178,9 @@ struct Settings {
 
 impl Settings {
     fn check(app: &App, version: &Version, request: &GenerateRequest) -> Result<Self, Problem> {
-        let defaults = &version.spec.defaults;
         let mut ranges = Ranges::default();
-        let temperature = request.temperature.or(defaults.temperature).unwrap_or(0.0);
-        ranges.check("temperature", temperature, 0.0, 2.0);
-        let top_p = request.top_p.or(defaults.top_p).unwrap_or(1.0);
-        ranges.check_open("top_p", top_p, 0.0, 1.0);
-        let top_k = request.top_k.or(defaults.top_k).unwrap_or(0);
-        let min_p = request.min_p.or(defaults.min_p).unwrap_or(0.0);
-        ranges.check("min_p", min_p, 0.0, 1.0);
-        let repetition_penalty = request.repetition_penalty.or(defaults.repetition_penalty).unwrap_or(1.0);
-        ranges.check_open("repetition_penalty", repetition_penalty, 0.0, 10.0);
-        let frequency_penalty = request.frequency_penalty.or(defaults.frequency_penalty).unwrap_or(0.0);
-        ranges.check("frequency_penalty", frequency_penalty, -2.0, 2.0);
-        let presence_penalty = request.presence_penalty.or(defaults.presence_penalty).unwrap_or(0.0);
-        ranges.check("presence_penalty", presence_penalty, -2.0, 2.0);
+        let given = request.sampling().or(&version.spec.defaults);
+        ranges.sampling(&given);
         if let Some(logprobs) = request.logprobs {
             ranges.check("logprobs", logprobs, 0, MAX_LOGPROBS);
         }
@@ -203,9 +188,11 @@ impl Settings {
         ranges.check("n", choices, 1, MAX_CHOICES);
         let priority = request.priority.unwrap_or(0);
         ranges.check("priority", priority, -MAX_PRIORITY, MAX_PRIORITY);
-        let max_tokens = ranges.max_tokens(request, version);
-        let stop = request.stop.clone().or_else(|| defaults.stop.clone()).unwrap_or_default();
-        ranges.stop(&stop);
+        if let (Some(found), Some(limit)) = (request.max_tokens, version.spec.limits.max_tokens)
+            && found > limit
+        {
+            ranges.fault("max_tokens", format!("found {found}, expected at most {limit}, the task's limit"));
+        }
         let limit = u64::try_from(app.limits.max_request_timeout.as_millis()).unwrap_or(u64::MAX);
         let timeout = match request.timeout_ms {
             Some(ms) => {
@@ -215,8 +202,20 @@ impl Settings {
             None => app.limits.request_timeout,
         };
         ranges.finish()?;
-        let sampling = SamplingParams {
+        let SamplingValues {
             max_tokens,
+            temperature,
+            top_p,
+            top_k,
+            min_p,
+            repetition_penalty,
+            frequency_penalty,
+            presence_penalty,
+            stop,
+        } = given.or_default();
+        let sampling = SamplingParams {
+            // Only the server's default may be more than the task's limit by now.
+            max_tokens: max_tokens.min(version.spec.limits.max_tokens.unwrap_or(usize::MAX)),
             temperature,
             top_p,
             top_k,
@@ -244,36 +243,9 @@ impl Ranges {
         }
     }
 
-    /// The least value is not itself allowed.
-    fn check_open(&mut self, field: &str, found: f32, above: f32, most: f32) {
-        if !(above < found && found <= most) {
-            self.fault(field, format!("found {found}, expected more than {above} and at most {most}"));
-        }
-    }
-
-    fn max_tokens(&mut self, request: &GenerateRequest, version: &Version) -> usize {
-        let limit = version.spec.limits.max_tokens;
-        if let Some(found) = request.max_tokens {
-            match limit {
-                _ if found == 0 => self.fault("max_tokens", "found 0, expected 1 or more".to_owned()),
-                Some(limit) if found > limit => {
-                    self.fault("max_tokens", format!("found {found}, expected at most {limit}, the task's limit"));
-                }
-                _ => {}
-            }
-            return found;
-        }
-        let default = version.spec.defaults.max_tokens.unwrap_or(DEFAULT_MAX_TOKENS);
-        default.min(limit.unwrap_or(usize::MAX)).max(1)
-    }
-
-    fn stop(&mut self, stop: &[String]) {
-        if stop.len() > MAX_STOPS {
-            self.fault("stop", format!("found {} texts, expected at most {MAX_STOPS}", stop.len()));
-        }
-        if let Some((i, text)) = stop.iter().enumerate().find(|(_, s)| s.is_empty() || s.len() > MAX_STOP_BYTES) {
-            let detail = format!("found a text of {} bytes, expected 1 to {MAX_STOP_BYTES}", text.len());
-            self.fault(&format!("stop[{i}]"), detail);
+    fn sampling(&mut self, given: &SamplingOptions) {
+        for Fault { field, detail } in given.faults() {
+            self.fault(&field, detail);
         }
     }
 

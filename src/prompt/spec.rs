@@ -5,6 +5,8 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use crate::sampling::{Fault, SamplingOptions};
+
 /// The content of `task.json`.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields, default)]
@@ -19,8 +21,8 @@ pub struct TaskSpec {
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub labels: BTreeMap<String, Vec<String>>,
     /// Generation parameters for requests that do not name them.
-    #[serde(skip_serializing_if = "Defaults::is_empty")]
-    pub defaults: Defaults,
+    #[serde(skip_serializing_if = "SamplingOptions::is_empty")]
+    pub defaults: SamplingOptions,
     /// What a request may ask for.
     #[serde(skip_serializing_if = "Limits::is_empty")]
     pub limits: Limits,
@@ -37,30 +39,6 @@ pub struct TaskSpec {
     /// What the tuner measured, by metric.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub metrics: BTreeMap<String, f64>,
-}
-
-/// Generation parameters of a task. Named and meant as in a generate request.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields, default)]
-pub struct Defaults {
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub max_tokens: Option<usize>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub temperature: Option<f32>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub top_p: Option<f32>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub top_k: Option<usize>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub min_p: Option<f32>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub stop: Option<Vec<String>>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub repetition_penalty: Option<f32>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub frequency_penalty: Option<f32>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub presence_penalty: Option<f32>,
 }
 
 /// Limits of a task, in addition to the server's.
@@ -86,23 +64,12 @@ pub struct BaseModel {
     pub fingerprint: Option<String>,
 }
 
-impl Defaults {
-    /// Whether nothing is set.
-    pub fn is_empty(&self) -> bool {
-        self == &Self::default()
-    }
-}
-
 impl Limits {
     /// Whether nothing is set.
     pub fn is_empty(&self) -> bool {
         self == &Self::default()
     }
 }
-
-/// The most stop strings of a task, and the longest of them in bytes.
-pub const MAX_STOPS: usize = 16;
-pub const MAX_STOP_BYTES: usize = 256;
 
 impl TaskSpec {
     /// Parses `task.json`; the reason names the field.
@@ -117,54 +84,21 @@ impl TaskSpec {
         Ok(spec)
     }
 
-    /// What is out of range, each with its field's name.
+    /// What is out of range, each with its field's name. The defaults are checked as a request's parameters are.
     pub fn range_faults(&self) -> Vec<String> {
-        let mut faults = self.defaults.range_faults();
+        let of_defaults = |fault: Fault| format!("defaults.{}: {}", fault.field, fault.detail);
+        let mut faults: Vec<_> = self.defaults.faults().into_iter().map(of_defaults).collect();
         for (field, limit) in
             [("max_input_tokens", self.limits.max_input_tokens), ("max_tokens", self.limits.max_tokens)]
         {
             if limit == Some(0) {
-                faults.push(format!("limits.{field} is 0, expected at least 1"));
+                faults.push(format!("limits.{field}: found 0, expected 1 or more"));
             }
         }
         if let (Some(default), Some(limit)) = (self.defaults.max_tokens, self.limits.max_tokens)
             && default > limit
         {
-            faults.push(format!("defaults.max_tokens is {default}, more than limits.max_tokens, which is {limit}"));
-        }
-        faults
-    }
-}
-
-impl Defaults {
-    fn range_faults(&self) -> Vec<String> {
-        let mut faults = Vec::new();
-        if self.max_tokens == Some(0) {
-            faults.push("defaults.max_tokens is 0, expected at least 1".to_owned());
-        }
-        let numbers = [
-            ("temperature", self.temperature, 0.0..=2.0),
-            ("top_p", self.top_p, f32::MIN_POSITIVE..=1.0),
-            ("min_p", self.min_p, 0.0..=1.0),
-            ("repetition_penalty", self.repetition_penalty, f32::MIN_POSITIVE..=10.0),
-            ("frequency_penalty", self.frequency_penalty, -2.0..=2.0),
-            ("presence_penalty", self.presence_penalty, -2.0..=2.0),
-        ];
-        for (field, value, range) in numbers {
-            // `contains` is false for NaN and the infinities too.
-            if let Some(value) = value.filter(|value| !range.contains(value)) {
-                let (least, most) = range.into_inner();
-                let least =
-                    if least == f32::MIN_POSITIVE { "more than 0".to_owned() } else { format!("at least {least}") };
-                faults.push(format!("defaults.{field} is {value}, expected {least} and at most {most}"));
-            }
-        }
-        let stops = self.stop.as_deref().unwrap_or_default();
-        if stops.len() > MAX_STOPS {
-            faults.push(format!("defaults.stop has {} texts, the most is {MAX_STOPS}", stops.len()));
-        }
-        if let Some(stop) = stops.iter().find(|stop| stop.is_empty() || stop.len() > MAX_STOP_BYTES) {
-            faults.push(format!("defaults.stop has a text of {} bytes, expected 1 to {MAX_STOP_BYTES}", stop.len()));
+            faults.push(format!("defaults.max_tokens: found {default}, expected at most {limit}, the task's limit"));
         }
         faults
     }
@@ -196,6 +130,11 @@ mod tests {
             "limits": {"max_tokens": 4, "max_input_tokens": 0}}"#;
         let faults = TaskSpec::from_json(json.as_bytes()).expect("parses").range_faults();
         assert_eq!(faults.len(), 9, "{faults:#?}");
+        for detail in
+            ["defaults.top_p: found 0, expected more than 0 and at most 1", "defaults.stop[0]: found a text of 0"]
+        {
+            assert!(faults.iter().any(|fault| fault.starts_with(detail)), "{detail}: {faults:#?}");
+        }
         assert!(TaskSpec::default().range_faults().is_empty());
     }
 

@@ -22,8 +22,9 @@ use crate::{
     prompt::{
         Version,
         format::Fit,
-        spec::{BaseModel, Defaults, TaskSpec},
+        spec::{BaseModel, TaskSpec},
     },
+    sampling::SamplingOptions,
 };
 
 /// The folders of a run: of its result and of its state.
@@ -154,7 +155,7 @@ fn spec(model: &Model, plan: &Plan, settings: &Settings, state: &State, validati
         description: plan.description.clone(),
         template: Some(plan.template.source().to_owned()),
         labels,
-        defaults: Defaults { max_tokens: Some(plan.max_tokens), ..Defaults::default() },
+        defaults: SamplingOptions { max_tokens: Some(plan.max_tokens), ..SamplingOptions::default() },
         base_model: Some(BaseModel {
             name: Some(model.info().name.clone()),
             fingerprint: Some(model.info().fingerprint.clone()),

@@ -136,6 +136,27 @@ fn loads_in_turn_have_prompts_of_their_own_lengths_and_are_compared() {
 }
 
 #[test]
+fn loads_with_different_sampling_are_compared_in_one_run() {
+    let home = tempfile::tempdir().unwrap();
+    let mut command = softserve(home.path());
+    command.args(["bench", "--in-turn", "--requests=4", "--concurrency=2", "--input-tokens=2", "--output-tokens=3"]);
+    command.args(["--presence-penalty", "-1", "--json=figures.json", "--load=name=greedy"]);
+    command.args(["--load=name=sampled,temperature=0.7,top-p=0.95,top-k=40,min-p=0.05,frequency-penalty=0.5,seed=9"]);
+    let (code, stdout, stderr) = output(command);
+    assert_eq!(code, Some(0), "{stderr}");
+    assert!(stdout.contains("temperature=0.7,top-p=0.95,top-k=40") && stdout.contains("against greedy"), "{stdout}");
+    let report: Value = serde_json::from_slice(&std::fs::read(home.path().join("figures.json")).unwrap()).unwrap();
+    let sampled = "temperature=0.7,top-p=0.95,top-k=40,min-p=0.05,frequency-penalty=0.5,presence-penalty=-1";
+    assert_eq!(report["loads"][0]["sampling"], json!("temperature=0,presence-penalty=-1"));
+    assert_eq!((&report["loads"][1]["sampling"], &report["loads"][1]["seed"]), (&json!(sampled), &json!(9)));
+    for result in report["results"].as_array().unwrap() {
+        let median = &result["median"];
+        assert_eq!((&median["answered"], &median["errors"]), (&json!(4.0), &json!({})), "{result}");
+        assert_eq!(median["generated_tokens"], json!(12.0), "{result}");
+    }
+}
+
+#[test]
 fn a_random_model_is_written_as_a_folder_that_serve_takes() {
     let home = tempfile::tempdir().unwrap();
     let config = json!({"model_type": "llama", "vocab_size": 100, "hidden_size": 16, "intermediate_size": 32,
@@ -166,6 +187,16 @@ fn what_cannot_be_measured_is_said() {
         (vec!["--load=alone", "--in-turn"], 2, vec!["--in-turn"]),
         (vec!["--load=name=a", "--load=name=a,alone"], 2, vec!["--load", "\"a\" twice"]),
         (vec!["--load=tasks=1,tasks=2"], 2, vec!["tasks twice"]),
+        (vec!["--temperature=2.5"], 2, vec!["--temperature", "found 2.5, expected 0 to 2"]),
+        (vec!["--top-p=0", "--temperature=1"], 2, vec!["--top-p", "found 0, expected more than 0 and at most 1"]),
+        (vec!["--top-k=some"], 2, vec!["--top-k", "a whole number, 0 or more"]),
+        (vec!["--min-p=nan"], 2, vec!["--min-p", "expected 0 to 1"]),
+        (vec!["--repetition-penalty=0"], 2, vec!["--repetition-penalty", "found 0, expected more than 0"]),
+        (vec!["--frequency-penalty", "-3"], 2, vec!["--frequency-penalty", "found -3, expected -2 to 2"]),
+        (vec!["--presence-penalty=3"], 2, vec!["--presence-penalty", "found 3, expected -2 to 2"]),
+        (vec!["--top-k=40"], 2, vec!["--top-k", "changes nothing", "--temperature"]),
+        (vec!["--load=temperature=9"], 2, vec!["--load", "temperature: found 9, expected 0 to 2"]),
+        (vec!["--load=min-p=0.1", "--load=name=b,temperature=1"], 2, vec!["--min-p", "temperature= in --load"]),
         (vec!["--save-model=x"], 2, vec!["--save-model", "--random-weights"]),
         (vec!["--json=no/such/folder/figures.json"], 2, vec!["--json", "no/such/folder"]),
         (vec!["--url=http://localhost:1", "--", "--max-batch=3"], 2, vec!["--url", "SERVE OPTIONS"]),

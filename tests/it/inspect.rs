@@ -103,7 +103,7 @@ fn a_model_that_would_not_take_it_says_every_reason_and_the_code_is_1() {
     let (code, said, log) = inspect(home.path(), &folder, &["--model", &model()]);
     assert_eq!(code, Some(1));
     for words in
-        ["would not take it", "num_virtual_tokens 9", "base_model.fingerprint is \"ffff\"", "defaults.top_p is 7"]
+        ["would not take it", "num_virtual_tokens 9", "base_model.fingerprint is \"ffff\"", "defaults.top_p: found 7"]
     {
         assert!(said.contains(words), "{words}: {said}");
     }

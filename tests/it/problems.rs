@@ -220,3 +220,35 @@ async fn limits(provoked: &mut Provoked) {
     assert!(!failed.text().contains(server.prompts.path().to_str().unwrap()), "{}", failed.text());
     provoked.add(VERSIONS, "post", &failed);
 }
+
+#[tokio::test]
+async fn each_default_of_a_task_is_checked_at_upload_as_the_same_parameter_of_a_request() {
+    let server = Server::start();
+    let (config, good) = prompt_files("prompt7");
+    let wrong = [
+        ("max_tokens", json!(0)),
+        ("temperature", json!(2.5)),
+        ("top_p", json!(0)),
+        ("min_p", json!(-0.5)),
+        ("repetition_penalty", json!(11)),
+        ("frequency_penalty", json!(-3)),
+        ("presence_penalty", json!(1e30)),
+        ("stop", json!([""])),
+        ("stop", json!(vec!["x"; 17])),
+    ];
+    for (name, value) in wrong {
+        let asked = server.generate(&json!({"input": "a", name: value})).await;
+        let asked = asked.json()["detail"].as_str().unwrap().to_owned();
+        let task = json!({"defaults": {name: value}}).to_string();
+        let (content_type, body) = form(&[
+            ("adapter_config.json", &config),
+            ("adapter_model.safetensors", &good),
+            ("task.json", task.as_bytes()),
+        ]);
+        let answer = server.upload("bad", content_type, body).await;
+        let problem = answer.json();
+        assert_eq!((answer.status.as_u16(), &problem["code"]), (422, &json!("invalid_task_file")), "{task}: {problem}");
+        let refused = problem["detail"].as_str().unwrap();
+        assert!(asked.contains("expected") && refused.ends_with(&format!("defaults.{asked}")), "{asked} / {refused}");
+    }
+}

@@ -8,9 +8,11 @@ use std::collections::BTreeSet;
 use modules::{Modules, room};
 
 /// Each room (a folder or file of `src`), and the rooms that it may name.
-const ARROWS: [(&str, &[&str]); 15] = [
+const ARROWS: [(&str, &[&str]); 16] = [
+    // One table, plain data, for all who name its parameters.
+    ("sampling", &[]),
     // Only for the facts of the model that a prompt must fit.
-    ("prompt", &["model"]),
+    ("prompt", &["model", "sampling"]),
     ("kernels", &[]),
     ("model", &["kernels"]),
     ("tokenizer", &["model"]),
@@ -19,14 +21,14 @@ const ARROWS: [(&str, &[&str]); 15] = [
     ("engine", &["model", "kernels", "packing", "prompt"]),
     ("registry", &["prompt"]),
     ("demo", &["model"]),
-    ("tune", &["engine", "kernels", "model", "packing", "prompt", "tokenizer"]),
+    ("tune", &["engine", "kernels", "model", "packing", "prompt", "sampling", "tokenizer"]),
     ("convert", &["prompt"]),
     // It measures from outside.
-    ("bench", &[]),
+    ("bench", &["sampling"]),
     ("telemetry", &["config"]),
     // The engine's configuration is one struct from the options to the scheduler.
     ("config", &["engine", "model"]),
-    ("http", &["config", "engine", "model", "packing", "prompt", "registry", "telemetry", "tokenizer"]),
+    ("http", &["config", "engine", "model", "packing", "prompt", "registry", "sampling", "telemetry", "tokenizer"]),
     // The command line puts everything together.
     (
         "cli",
@@ -40,6 +42,7 @@ const ARROWS: [(&str, &[&str]); 15] = [
             "model",
             "prompt",
             "registry",
+            "sampling",
             "telemetry",
             "tokenizer",
             "tune",

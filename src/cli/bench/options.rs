@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use anyhow::Result;
 use clap::Args;
 
+use super::sampling::SamplingArgs;
 use crate::{
     bench::{
         distribution::{Lengths, Mix},
@@ -23,12 +24,14 @@ const DEFAULT_CONCURRENCY: usize = 16;
 ///
 /// Without --url it starts a server of its own on a free port, with learned prompts made at random;
 /// with --url it asks the tasks of a server that is running. Answers are streamed and have the length
-/// that was asked for, unless the model's context ends first. Figures are medians over --repeat runs.
+/// that was asked for, unless the model's context ends first, and are greedy unless --temperature says
+/// otherwise. Figures are medians over --repeat runs.
 #[derive(Debug, Clone, Args)]
 #[command(after_help = "Examples:\n  \
     softserve bench --random-weights smollm2-135m --dtype bf16 --concurrency 32 --repeat 3\n  \
     softserve bench --tasks 1000 --mix zipf --rate 5 --duration 1m -- --max-batch 16\n  \
     softserve bench --load name=light,concurrency=1,alone --load concurrency=100,background\n  \
+    softserve bench --in-turn --load name=greedy --load name=sampled,temperature=0.7,top-p=0.95\n  \
     softserve bench --url http://127.0.0.1:8080 --json figures.json\n  \
     softserve bench --random-weights qwen2.5-0.5b --save-model my-folder")]
 pub struct BenchArgs {
@@ -90,10 +93,13 @@ pub struct BenchArgs {
     /// Tokens of each answer, in the same forms
     #[arg(long, value_name = "LENGTHS", default_value = "32")]
     output_tokens: Lengths,
+    #[command(flatten)]
+    sampling: SamplingArgs,
     /// Several loads side by side, each with tasks of its own: some of name=, tasks=,
-    /// virtual-tokens=, requests=, concurrency=, rate=, mix=, input-tokens=, output-tokens=, background
+    /// virtual-tokens=, requests=, concurrency=, rate=, mix=, input-tokens=, output-tokens=, any sampling
+    /// option (temperature=, top-p= …), seed= (request i is drawn with this seed + i), background
     /// (goes on until the others are done) and alone (run without the others first, to compare); the
-    /// rest is as above, but tasks, which is 1
+    /// rest is as the option of that name says, but tasks, which is 1
     #[arg(long, value_name = "KEY=VALUE,…")]
     pub load: Vec<LoadSpec>,
     /// Run the loads one after another in each run, not side by side: which is faster?
@@ -108,7 +114,8 @@ pub struct BenchArgs {
     /// Runs, of which the medians are reported
     #[arg(long, value_name = "N", default_value = "1", value_parser = load::count)]
     pub repeat: usize,
-    /// The same seed sends the same requests
+    /// The same seed sends the same requests; a request that is sampled is sent a seed of its own,
+    /// made from this one
     #[arg(long, value_name = "N", default_value = "0")]
     pub seed: u64,
 
@@ -134,6 +141,8 @@ impl BenchArgs {
             mix: self.mix,
             input_tokens: self.input_tokens,
             output_tokens: self.output_tokens,
+            sampling: self.sampling.0.clone(),
+            seed: None,
             background: false,
             alone: false,
         };
@@ -146,7 +155,7 @@ impl BenchArgs {
             return wrong("upload", reason);
         }
         if self.load.is_empty() {
-            return Ok(vec![base]);
+            return with_temperatures(vec![base]);
         }
         let loads: Vec<_> = self.load.iter().cloned().enumerate().map(|(i, spec)| spec.over(&base, i)).collect();
         if self.in_turn && loads.iter().any(|load| load.background || load.alone) {
@@ -164,7 +173,7 @@ impl BenchArgs {
                 format!("found the name {:?} twice, expected names that tell loads apart", load.name),
             );
         }
-        Ok(loads)
+        with_temperatures(loads)
     }
 
     /// The length of the learned prompt of each task that has to be there, in the order in which
@@ -188,6 +197,19 @@ impl BenchArgs {
     pub fn admin_key(&self) -> Option<&str> {
         first(self.admin_key.as_deref())
     }
+}
+
+/// Fills in the temperature, and refuses what changes nothing without one.
+fn with_temperatures(mut loads: Vec<Load>) -> Result<Vec<Load>, ConfigError> {
+    for load in &mut loads {
+        if let Some(parameter) = load::without_effect(&load.sampling) {
+            let reason =
+                "it changes nothing at temperature 0, the default: give --temperature, or temperature= in --load";
+            return Err(ConfigError::Option { option: parameter.option, reason: reason.to_owned() });
+        }
+        load.sampling.temperature.get_or_insert(0.0);
+    }
+    Ok(loads)
 }
 
 /// A server takes several keys, separated by commas.

@@ -8,10 +8,11 @@ use utoipa::{
     openapi::{RefOr, Schema},
 };
 
-use crate::prompt::template::Input;
+use crate::{prompt::template::Input, sampling::SamplingOptions};
 
 /// A request to generate. Everything but `input` is optional: what is left out comes from the
 /// task's defaults, then from the server's.
+// The sampling parameters are described, in the specification too, by the table of `crate::sampling`.
 #[derive(Debug, Clone, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 #[schema(example = json!({"input": "The food was cold and the waiter rude.", "max_tokens": 8}))]
@@ -20,19 +21,11 @@ pub struct GenerateRequest {
     #[serde(deserialize_with = "input")]
     #[schema(value_type = InputSchema)]
     pub input: Input,
-    /// The most new tokens; cut to what the model's context leaves. Server default: 64.
-    #[schema(minimum = 1, example = 8)]
+    #[schema(example = 8)]
     pub max_tokens: Option<usize>,
-    /// 0 takes the likeliest token each time; more is more varied. Server default: 0.
-    #[schema(minimum = 0, maximum = 2)]
     pub temperature: Option<f32>,
-    /// Keep the smallest set of tokens whose probability reaches this; more than 0. Server default: 1.
-    #[schema(minimum = 0, maximum = 1)]
     pub top_p: Option<f32>,
-    /// Keep this many of the likeliest tokens; 0 keeps all. Server default: 0.
     pub top_k: Option<usize>,
-    /// Keep tokens at least this likely relative to the likeliest; 0 keeps all. Server default: 0.
-    #[schema(minimum = 0, maximum = 1)]
     pub min_p: Option<f32>,
     /// The same seed and request give the same answer. Left out: a random one.
     pub seed: Option<u64>,
@@ -40,14 +33,8 @@ pub struct GenerateRequest {
     #[serde(default, deserialize_with = "stop")]
     #[schema(value_type = Option<Vec<String>>, max_items = 16)]
     pub stop: Option<Vec<String>>,
-    /// Divides (logit > 0) or multiplies the logits of tokens in the text so far; 1 is none.
-    #[schema(minimum = 0, maximum = 10)]
     pub repetition_penalty: Option<f32>,
-    /// Subtracted from a token's logit for each time it was generated.
-    #[schema(minimum = -2, maximum = 2)]
     pub frequency_penalty: Option<f32>,
-    /// Subtracted from a token's logit if it was generated.
-    #[schema(minimum = -2, maximum = 2)]
     pub presence_penalty: Option<f32>,
     /// Report the log-probability of each chosen token, and of this many likeliest ones.
     #[schema(minimum = 0, maximum = 20)]
@@ -70,6 +57,24 @@ pub struct GenerateRequest {
     /// Give up after this time, with what there is by then and the finish reason `timeout`.
     #[schema(minimum = 1)]
     pub timeout_ms: Option<u64>,
+}
+
+impl GenerateRequest {
+    /// The sampling parameters that it gives.
+    pub fn sampling(&self) -> SamplingOptions {
+        // Written out, so that a parameter that joins the table cannot be forgotten here.
+        SamplingOptions {
+            max_tokens: self.max_tokens,
+            temperature: self.temperature,
+            top_p: self.top_p,
+            top_k: self.top_k,
+            min_p: self.min_p,
+            repetition_penalty: self.repetition_penalty,
+            frequency_penalty: self.frequency_penalty,
+            presence_penalty: self.presence_penalty,
+            stop: self.stop.clone(),
+        }
+    }
 }
 
 /// A text, or a text for each field of the task's template.

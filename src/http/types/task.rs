@@ -9,8 +9,9 @@ use crate::{
     packing::TokenBudget,
     prompt::{
         TaskName, Version,
-        spec::{BaseModel, Defaults, Limits},
+        spec::{BaseModel, Limits},
     },
+    sampling::SamplingOptions,
 };
 
 /// A task that can be called.
@@ -70,7 +71,7 @@ pub struct VersionMeta {
     pub description: Option<String>,
     pub template: String,
     pub labels: BTreeMap<String, Vec<String>>,
-    pub defaults: Defaults,
+    pub defaults: SamplingOptions,
     pub limits: Limits,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub base_model: Option<BaseModel>,
