@@ -5,6 +5,8 @@
 //! - `mixed_tasks`: what does a batch of many prompts cost against a batch of one?
 //! - `virtual_tokens`: what does the length of a prompt cost?
 //! - `decode`: what does a step cost that computes one token for each of so many requests?
+//! - `sampling`: what does each way to choose a token cost beside greedy, for 16 requests and large vocabularies?
+//! - `score`: what do 77 continuations of 2 to 6 tokens cost beside one generated token, after an input of 40 tokens?
 //!
 //! `cargo bench --bench engine`
 
@@ -128,4 +130,90 @@ fn decode_bf16(bencher: Bencher, requests: usize) {
 #[divan::bench(args = [1, 8, 32], sample_count = 3)]
 fn decode_f32(bencher: Bencher, requests: usize) {
     decode(bencher, DType::F32, requests);
+}
+
+/// Gemma 3 270M, whose vocabulary is among the largest.
+const GEMMA: &str = r#"{"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"], "vocab_size": 262144,
+    "hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 18, "num_attention_heads": 4,
+    "num_key_value_heads": 1, "head_dim": 256, "max_position_embeddings": 32768, "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0, "rope_local_base_freq": 10000.0, "sliding_window": 512, "sliding_window_pattern": 6,
+    "query_pre_attn_scalar": 256, "hidden_activation": "gelu_pytorch_tanh", "attention_bias": false,
+    "tie_word_embeddings": true, "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}"#;
+
+const SETTINGS: [&str; 6] = ["greedy", "temperature", "top_p", "top_k", "min_p", "penalties"];
+
+fn setting(name: &str, max_tokens: usize, seed: u64) -> SamplingParams {
+    let sampled = SamplingParams { max_tokens, seed, temperature: 0.7, ..Default::default() };
+    match name {
+        "temperature" => sampled,
+        "top_p" => SamplingParams { top_p: 0.95, ..sampled },
+        "top_k" => SamplingParams { top_k: 40, ..sampled },
+        "min_p" => SamplingParams { min_p: 0.05, ..sampled },
+        "penalties" => SamplingParams { repetition_penalty: 1.1, presence_penalty: 0.2, ..sampled },
+        _ => SamplingParams { max_tokens, ..Default::default() },
+    }
+}
+
+/// 16 requests at once, 32 tokens each.
+fn sampling(bencher: Bencher, files: &ModelFiles, name: &str) {
+    const STEPS: usize = 32;
+    let load = start(files, DType::BF16);
+    let ids: Vec<u32> = (300..300 + TEXT_TOKENS).collect();
+    bencher.counter(ItemsCount::new(16 * STEPS)).bench_local(|| {
+        let request = |i| Request::new(None, &ids, setting(name, STEPS, i));
+        let mut streams: Vec<_> = (0..16).map(|i| load.engine.submit(request(i)).expect("a place")).collect();
+        for stream in &mut streams {
+            while matches!(stream.blocking_next(), Some(Event::Token(_))) {}
+        }
+    });
+}
+
+#[divan::bench(args = SETTINGS, sample_count = 5)]
+fn sampling_vocabulary_151936(bencher: Bencher, name: &str) {
+    sampling(bencher, &ModelFiles::random(RandomModel::open("qwen2.5-0.5b").expect("a shape that ships")), name);
+}
+
+#[divan::bench(args = SETTINGS, sample_count = 5)]
+fn sampling_vocabulary_262144(bencher: Bencher, name: &str) {
+    let folder = std::env::temp_dir().join(format!("softserve-bench-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).expect("a folder for temporary files");
+    let config = folder.join("config.json");
+    std::fs::write(&config, GEMMA).expect("room for a file");
+    let files = ModelFiles::random(RandomModel::open(&config.to_string_lossy()).expect("a configuration"));
+    sampling(bencher, &files, name);
+    std::fs::remove_dir_all(&folder).expect("the folder of this benchmark");
+}
+
+/// A request after an input of 40 tokens that no request had before.
+fn after_a_new_input(bencher: Bencher, dtype: DType, request: impl Fn(&[u32]) -> Request) {
+    let load = start(&ModelFiles::random(RandomModel::open("smollm2-135m").expect("a shape that ships")), dtype);
+    let mut first = 0;
+    bencher.bench_local(|| {
+        first += 1;
+        let ids: Vec<u32> = (0..40).map(|i| 300 + (first * 41 + i * 7) % 40_000).collect();
+        let mut stream = load.engine.submit(request(&ids)).expect("a place");
+        while stream.blocking_next().is_some() {}
+    });
+}
+
+/// 77 continuations of 2 to 6 tokens; four begin alike, as labels do.
+fn continuations() -> Vec<Vec<u32>> {
+    let token = |i: u32, j: u32| 1000 + if j == 0 { i / 4 } else { 100 * j + i };
+    (0..77).map(|i| (0..2 + i % 5).map(|j| token(i, j)).collect()).collect()
+}
+
+#[divan::bench(args = ["bf16", "f32"], sample_count = 20)]
+fn score_one_generated_token(bencher: Bencher, dtype: &str) {
+    let sampling = SamplingParams { max_tokens: 1, ..Default::default() };
+    after_a_new_input(bencher, dtype_of(dtype), |ids| Request::new(None, ids, sampling.clone()));
+}
+
+#[divan::bench(args = ["bf16", "f32"], sample_count = 20)]
+fn score_77_continuations(bencher: Bencher, dtype: &str) {
+    let continuations = continuations();
+    after_a_new_input(bencher, dtype_of(dtype), |ids| Request::score(None, ids, continuations.clone()));
+}
+
+fn dtype_of(name: &str) -> DType {
+    if name == "bf16" { DType::BF16 } else { DType::F32 }
 }

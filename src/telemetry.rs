@@ -41,7 +41,7 @@ pub const ENCODER_POSITIONS_USED: &str = "softserve_engine_encoder_positions_use
 pub const ENCODER_POSITIONS: &str = "softserve_engine_encoder_positions";
 /// Learned prompts whose keys and values are all in the cache.
 pub const CACHED_PROMPTS: &str = "softserve_engine_cached_prompts";
-/// Running requests put back in the queue to make room for others.
+/// Running requests that were preempted: queued again to make room for others.
 pub const PREEMPTIONS: &str = "softserve_engine_preemptions_total";
 /// Forward passes.
 pub const STEPS: &str = "softserve_engine_steps_total";
@@ -109,7 +109,7 @@ fn describe() {
     describe_gauge!(ENCODER_POSITIONS_USED, "Positions of encoders' inputs whose output is kept for running requests");
     describe_gauge!(ENCODER_POSITIONS, "Positions of encoders' inputs whose output may be kept; 0 without an encoder");
     describe_gauge!(CACHED_PROMPTS, "Learned prompts whose keys and values are all in the cache");
-    describe_counter!(PREEMPTIONS, "Running requests put back in the queue to make room for others");
+    describe_counter!(PREEMPTIONS, "Running requests that were preempted: queued again to make room for others");
     describe_counter!(STEPS, "Forward passes");
     describe_counter!(PROMPT_TOKENS, "Input positions computed, virtual tokens included");
     describe_counter!(CACHED_TOKENS, "Input positions found in the cache, virtual tokens included");

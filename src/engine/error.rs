@@ -21,7 +21,7 @@ pub enum StartError {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum SubmitError {
     /// The queue is full, or the tenant has its part of it: try again later.
-    #[error("the queue is full: {limit} requests are waiting, which is as many as may")]
+    #[error("the queue is full ({limit} requests waiting); retry later")]
     Full { limit: usize },
     /// The engine is stopping or has failed.
     #[error("the engine takes no more requests")]

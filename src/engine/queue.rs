@@ -76,7 +76,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn priority_goes_first_then_the_account_owed_most_then_who_came_first() {
+    fn priority_goes_first_then_the_tenant_owed_most_then_who_came_first() {
         let mut queue = Queue::default();
         for (id, priority, tenant) in [(1, 0, 7), (2, 0, 8), (3, 0, 8), (4, -1, 7), (5, 5, 9)] {
             queue.push_back(priority, tenant, SequenceId(id));
@@ -94,7 +94,7 @@ mod tests {
     }
 
     #[test]
-    fn accounts_out_of_the_running_are_passed_over_and_whoever_comes_back_is_at_the_head() {
+    fn tenants_out_of_the_running_are_passed_over_and_whoever_comes_back_is_at_the_head() {
         let mut queue = Queue::default();
         queue.push_back(0, 1, SequenceId(1));
         queue.push_back(3, 2, SequenceId(2));

@@ -79,27 +79,27 @@ mod tests {
     }
 
     #[test]
-    fn a_lone_account_takes_the_whole_step() {
+    fn a_lone_tenant_takes_the_whole_step() {
         let mut quota = Quota::new(100, 8, &[(1, had(5.0), 500)]);
         assert_eq!((quota.take(1, 70), quota.take(1, 70), quota.remaining()), (70, 30, 0));
     }
 
     #[test]
-    fn a_busy_account_takes_no_more_than_its_part_beside_a_light_one() {
+    fn a_busy_tenant_takes_no_more_than_its_part_beside_a_light_one() {
         let tenants = [(1, had(900.0), 64), (2, had(3.0), 1)];
         let mut quota = Quota::new(100, 8, &tenants);
         assert_eq!((quota.take(1, 64), quota.take(2, 1), quota.take(1, 1)), (8, 1, 0));
     }
 
     #[test]
-    fn accounts_that_want_about_the_same_do_not_hold_each_other_back() {
+    fn tenants_that_want_about_the_same_do_not_hold_each_other_back() {
         let tenants = [(1, had(1.0), 200), (2, had(3.0), 300), (3, had(3.0), 900)];
         let mut quota = Quota::new(1000, 8, &tenants);
         assert_eq!((quota.take(2, 300), quota.take(3, 900), quota.take(1, 200)), (300, 200, 200));
     }
 
     #[test]
-    fn half_of_a_small_step_is_left_for_the_account_with_the_least_service() {
+    fn half_of_a_small_step_is_left_for_the_tenant_with_the_least_service() {
         let tenants = [(1, had(9.0), 64), (2, had(3.0), 500), (3, had(9.0), 64)];
         let mut quota = Quota::new(32, 32, &tenants);
         assert_eq!((quota.take(1, 12), quota.take(3, 64), quota.take(2, 500)), (12, 4, 16));

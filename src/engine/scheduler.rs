@@ -61,7 +61,7 @@ pub struct Chunk {
 
 impl Chunk {
     /// Positions of a sequence's input that this chunk computes for the first time. What is computed
-    /// anew after its sequence was put off was charged before.
+    /// anew after its sequence was preempted was charged before.
     fn cost(&self, sequence: &Sequence) -> usize {
         let end = (self.start + self.len).min(sequence.num_input);
         let encoder = if self.encodes && sequence.charged < sequence.num_input { sequence.num_encoder() } else { 0 };
@@ -160,7 +160,7 @@ impl Scheduler {
         let mut step = Step::default();
         let mut quota = self.quota();
         // A sequence that just gave up its blocks must not come straight back for what is left of
-        // them: it would only be put off again.
+        // them: it would only be preempted again.
         if self.extend_running() {
             self.admit(&quota, &mut step);
         }
@@ -225,7 +225,7 @@ impl Scheduler {
         self.cache.take_prompt_changes()
     }
 
-    /// How often a running sequence was put back in the queue.
+    /// How often a running sequence was preempted.
     pub fn preemptions(&self) -> u64 {
         self.preemptions
     }
@@ -254,13 +254,5 @@ impl Scheduler {
     }
 }
 
-#[cfg(test)]
-mod encoders;
-#[cfg(test)]
-mod latency;
-#[cfg(test)]
-mod shares;
-#[cfg(test)]
-mod simulation;
 #[cfg(test)]
 mod tests;

@@ -29,7 +29,7 @@ pub struct EngineStats {
     pub generated_tokens: u64,
     /// Blocks whose content had to make room for other content.
     pub evictions: u64,
-    /// Running sequences put back in the queue to make room for others.
+    /// Running sequences that were preempted: queued again to make room for others.
     pub preemptions: u64,
 }
 

@@ -1,5 +1,6 @@
 //! The engine's thread: take mail, schedule, run, send tokens out; again until drained.
 
+mod group;
 mod rows;
 mod scoring;
 
@@ -25,7 +26,7 @@ use super::{
     sequence::Sequence,
 };
 use crate::{kernels::cross::CrossKeyValues, prompt::LearnedPrompt};
-use scoring::{Group, GroupId};
+use group::{Group, GroupId};
 
 /// Everything the thread owns.
 pub(super) struct Worker {

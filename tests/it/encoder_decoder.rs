@@ -195,7 +195,7 @@ fn alone_mixed_in_small_steps_and_put_off_all_types_answer_as_peft_does() {
         let small =
             EngineConfig { kv_cache_bytes: 2 * longest.div_ceil(BLOCK_SIZE) * block_bytes, ..Default::default() };
         let tiny_steps = EngineConfig { max_step_tokens: 5, ..Default::default() };
-        let both = EngineConfig { max_step_tokens: 5, ..small.clone() };
+        let both = EngineConfig { max_step_tokens: 5, ..small };
         let mut alone = Vec::new();
         for (kind, config) in
             [("usual", EngineConfig::default()), ("small", small), ("cut", tiny_steps), ("both", both)]

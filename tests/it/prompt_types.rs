@@ -140,7 +140,7 @@ fn alone_mixed_unshared_cut_small_put_off_and_evicted_all_types_answer_as_peft_d
         let mut alone = Vec::new();
         let small = EngineConfig { kv_cache_bytes: 7 * block_bytes, ..Default::default() };
         let unshared = EngineConfig { prefix_sharing: false, ..Default::default() };
-        let both = EngineConfig { prefix_sharing: false, max_step_tokens: 11, ..small.clone() };
+        let both = EngineConfig { prefix_sharing: false, max_step_tokens: 11, ..small };
         let cut = EngineConfig { max_step_tokens: 7, ..Default::default() };
         for (kind, config) in [
             ("shared", EngineConfig::default()),

@@ -60,17 +60,6 @@ const CIRCLES: &[&[&str]] = &[
     &["convert", "convert::archive", "convert::nemo", "convert::npy", "convert::safetensors", "convert::torch"],
     &["convert::pickle", "convert::pickle::machine"],
     &[
-        "engine",
-        "engine::cache",
-        "engine::encoder",
-        "engine::queue",
-        "engine::runner",
-        "engine::scheduler",
-        "engine::sequence",
-        "engine::trial",
-        "engine::worker",
-    ],
-    &[
         "http",
         "http::access",
         "http::admin",

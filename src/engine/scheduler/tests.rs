@@ -1,10 +1,15 @@
-//! The scheduler's rules, one by one.
+//! The scheduler's rules, one by one; what tenants get, what encoders need, and everything at random below.
+
+mod encoders;
+mod latency;
+mod shares;
+mod simulation;
 
 use super::{fill::LINGER, *};
 use crate::engine::request::Tenant;
 
 /// Small limits with a change.
-pub(super) fn limits(change: impl FnOnce(&mut Limits)) -> Limits {
+fn limits(change: impl FnOnce(&mut Limits)) -> Limits {
     let config =
         EngineConfig { max_batch: 4, max_step_tokens: 256, max_prefill_tokens: 256, ..EngineConfig::default() };
     let mut limits = Limits { config, fair_step_tokens: 32, num_blocks: 64, max_encoded: 0 };
@@ -12,30 +17,30 @@ pub(super) fn limits(change: impl FnOnce(&mut Limits)) -> Limits {
     limits
 }
 
-pub(super) fn input(n: usize) -> Sequence {
+fn input(n: usize) -> Sequence {
     Sequence::new(vec![InputToken::Vocab(0); n])
 }
 
 /// A prompt of `rows` rows and a text, all of one namespace.
-pub(super) fn prompted(rows: u32, text: &[u32]) -> Sequence {
+fn prompted(rows: u32, text: &[u32]) -> Sequence {
     let tokens = (0..rows).map(InputToken::Virtual).chain(text.iter().map(|&id| InputToken::Vocab(id)));
     Sequence { namespace: Some(CacheNamespace([1; 32])), ..Sequence::new(tokens.collect()) }
 }
 
-pub(super) fn of(key: u64, n: usize) -> Sequence {
+fn of(key: u64, n: usize) -> Sequence {
     Sequence { tenant: Tenant { owner: 0, key, weight: 1.0 }, ..input(n) }
 }
 
-pub(super) fn id(n: u64) -> SequenceId {
+fn id(n: u64) -> SequenceId {
     SequenceId(n)
 }
 
-pub(super) fn chunk(n: u64, start: usize, len: usize, wants_logits: bool) -> Chunk {
+fn chunk(n: u64, start: usize, len: usize, wants_logits: bool) -> Chunk {
     Chunk { id: id(n), start, len, wanted: usize::from(wants_logits), encodes: false }
 }
 
 /// Runs one step, in which each sampling sequence gets token 9; returns it.
-pub(super) fn turn(s: &mut Scheduler) -> Step {
+fn turn(s: &mut Scheduler) -> Step {
     let step = s.schedule();
     let tokens: Vec<_> = step.chunks.iter().filter(|c| c.wanted > 0).map(|c| (c.id, 9)).collect();
     s.commit(&step, &tokens);
@@ -85,7 +90,7 @@ fn the_youngest_gives_way_when_blocks_run_out_and_comes_back() {
 }
 
 #[test]
-fn a_sequence_that_was_put_off_finds_what_it_had_computed() {
+fn a_sequence_that_was_preempted_finds_what_it_had_computed() {
     let mut s = Scheduler::new(limits(|limits| {
         limits.num_blocks = 4;
     }));
@@ -251,7 +256,7 @@ fn priority_goes_before_service_and_takes_places_from_lower_ones() {
 }
 
 #[test]
-fn a_light_account_joins_a_full_batch_at_once_and_its_steps_stay_small() {
+fn a_light_tenant_joins_a_full_batch_at_once_and_its_steps_stay_small() {
     let mut s = Scheduler::new(limits(|limits| {
         limits.config.max_batch = 64;
         limits.config.max_step_tokens = 2048;

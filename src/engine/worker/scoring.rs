@@ -3,59 +3,15 @@
 
 use std::sync::Arc;
 
-use super::{Running, Task, Worker};
+use super::{
+    Running, Task, Worker,
+    group::{Group, GroupId},
+};
 use crate::engine::{
-    encoder::EncoderInput,
-    request::{CacheNamespace, Event, InputToken, SequenceId, Tenant},
-    score::{ScorePlan, Scores},
+    request::{CacheNamespace, Event, SequenceId},
+    score::ScorePlan,
     sequence::Sequence,
 };
-
-/// A request whose continuations are scored.
-pub(super) struct Group {
-    pub plan: ScorePlan,
-    scores: Scores,
-    /// Branches that are not done.
-    left: usize,
-    /// What every branch begins with, and how it is scheduled.
-    input: Vec<InputToken>,
-    encoder: Option<EncoderInput>,
-    namespace: CacheNamespace,
-    public_prefix: usize,
-    tenant: Tenant,
-    priority: i32,
-    cached_tokens: usize,
-}
-
-/// Names a group.
-pub(super) type GroupId = u64;
-
-impl Group {
-    /// The log-probabilities of a row of a branch.
-    pub fn record(&mut self, branch: usize, row: usize, log_probs: &[f32]) {
-        self.plan.record(&mut self.scores, branch, row, log_probs);
-    }
-
-    /// The sequence of a branch.
-    fn sequence(&self, index: usize) -> Option<Sequence> {
-        let branch = self.plan.branches().get(index)?;
-        let continuation = branch.tokens.iter().map(|&id| InputToken::Vocab(id));
-        let tokens = self.input.iter().copied().chain(continuation).collect();
-        // The first branch begins with the row that predicts first tokens, the input's last.
-        let scored_from = if index == 0 { self.input.len() - 1 } else { self.input.len() + branch.shared };
-        Some(Sequence {
-            namespace: Some(self.namespace),
-            public_prefix: self.public_prefix,
-            tenant: self.tenant,
-            priority: self.priority,
-            encoder: self.encoder.clone(),
-            scored_from: Some(scored_from),
-            // What nobody leaves, nobody looks for.
-            commits: index == 0 || !branch.next.is_empty(),
-            ..Sequence::new(tokens)
-        })
-    }
-}
 
 impl Worker {
     /// Lets the first branch of a request wait for its turn; `sequence` has the input alone.

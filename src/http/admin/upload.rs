@@ -25,7 +25,10 @@ pub(super) async fn store(app: &AppState, task: &str, activate: bool, request: R
     let task: TaskName = task.parse()?;
     let _permit = app.uploads.try_acquire().map_err(|_| {
         let limit = app.limits.max_concurrent_uploads;
-        Problem::new(Code::Overloaded, format!("{limit} uploads are under way, which is as many as may: try again"))
+        Problem::new(
+            Code::Overloaded,
+            format!("{limit} uploads are being read and checked, the most at one time; retry later"),
+        )
     })?;
     let package = Package::of(request.headers())?;
     let (parts, body) = request.into_parts();

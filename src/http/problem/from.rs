@@ -17,9 +17,7 @@ impl From<SubmitError> for Problem {
         match error {
             SubmitError::Full { limit } => Self::new(
                 Code::Overloaded,
-                format!(
-                    "{limit} requests are waiting, which is as many as may: try again after the seconds of Retry-After, or raise --max-waiting"
-                ),
+                format!("the queue is full ({limit} requests waiting); retry after the seconds that Retry-After says"),
             ),
             SubmitError::Closed => Self::stopping(),
             SubmitError::Empty => Self::field("input", "found no token, expected at least one"),

@@ -7,10 +7,7 @@ use std::{
 
 use proptest::prelude::*;
 
-use super::{
-    tests::{chunk, id, input, limits, turn},
-    *,
-};
+use super::{super::*, chunk, id, input, limits, turn};
 use crate::engine::{
     encoder::{EncoderInput, InputKey},
     prefix::ChainHash,
@@ -49,7 +46,7 @@ fn an_encoders_input_is_taken_whole_and_counts_toward_the_step() {
 }
 
 #[test]
-fn inputs_of_an_encoder_wait_for_room_and_are_encoded_anew_after_their_sequence_was_put_off() {
+fn inputs_of_an_encoder_wait_for_room_and_are_encoded_anew_after_their_sequence_was_preempted() {
     let mut s = Scheduler::new(limits(|limits| {
         limits.max_encoded = 50;
         limits.num_blocks = 3;
@@ -96,7 +93,7 @@ fn equal_inputs_of_an_encoder_are_computed_and_counted_once_while_one_of_their_s
 }
 
 #[test]
-fn what_an_encoder_made_stays_for_the_others_when_one_sequence_is_put_off_or_its_step_failed() {
+fn what_an_encoder_made_stays_for_the_others_when_one_sequence_is_preempted_or_its_step_failed() {
     let mut s = Scheduler::new(limits(|limits| {
         limits.max_encoded = 50;
         limits.num_blocks = 2;

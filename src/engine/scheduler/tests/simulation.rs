@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, HashSet};
 
 use proptest::prelude::*;
 
-use super::*;
+use super::super::*;
 use crate::{engine::request::Tenant, kernels::layout::BlockId};
 
 /// Warm-ups have names from here on.

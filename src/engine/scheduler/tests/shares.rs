@@ -2,14 +2,11 @@
 
 use proptest::prelude::*;
 
-use super::{
-    tests::{chunk, id, input, limits, of, prompted, turn},
-    *,
-};
+use super::{super::*, chunk, id, input, limits, of, prompted, turn};
 use crate::engine::request::Tenant;
 
 #[test]
-fn two_busy_accounts_get_service_by_their_weights_however_much_more_one_asks_for() {
+fn two_busy_tenants_get_service_by_their_weights_however_much_more_one_asks_for() {
     for (weights, sizes, load) in
         [([1.0, 1.0], [10, 10], [4, 100]), ([1.0, 3.0], [60, 9], [20, 20]), ([2.0, 1.0], [5, 80], [50, 5])]
     {
@@ -53,7 +50,7 @@ fn two_busy_accounts_get_service_by_their_weights_however_much_more_one_asks_for
 }
 
 #[test]
-fn a_light_account_does_not_wait_for_all_of_a_long_input() {
+fn a_light_tenant_does_not_wait_for_all_of_a_long_input() {
     let mut s = Scheduler::new(limits(|limits| {
         limits.config.max_batch = 8;
         limits.config.max_step_tokens = 100;
@@ -144,7 +141,7 @@ proptest! {
     /// The bound of "Fairness in Serving Large Language Models": of tenants that always have more to
     /// ask, none is ahead of another by more than what a batch can hold, however long it goes on.
     #[test]
-    fn accounts_that_always_want_more_stay_within_a_batch_of_each_other(
+    fn tenants_that_always_want_more_stay_within_a_batch_of_each_other(
         tenants in prop::collection::vec((1usize..60, 1usize..12, 1u8..5), 2..5),
         max_batch in 1usize..8,
         (max_step_tokens, max_prefill_tokens, fair_step_tokens) in (8usize..80, 8usize..80, 1usize..12),

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use super::*;
+use super::super::*;
 use crate::engine::request::Tenant;
 
 /// A step costs as much as reading the weights at least, which is as much as computing so many
@@ -88,7 +88,7 @@ fn waits(busy: usize, floor: usize, fair: usize) -> (Vec<usize>, Vec<usize>) {
 }
 
 #[test]
-fn the_p99_of_a_light_account_stays_within_three_times_of_alone_beside_a_hundred_times_its_load() {
+fn the_p99_of_a_light_tenant_stays_within_three_times_of_alone_beside_a_hundred_times_its_load() {
     let p99 = |times: &[usize]| times[times.len() * 99 / 100];
     for (floor, fair) in FLOORS {
         let (alone, beside) = (waits(0, floor, fair), waits(100, floor, fair));
