@@ -91,7 +91,6 @@ const CIRCLES: &[&[&str]] = &[
         "prompt::weights",
     ],
     &["registry", "registry::scan", "registry::state", "registry::watch"],
-    &["tune::encoder", "tune::parameters"],
 ];
 
 /// What decides who is next, beside all of `engine::scheduler`.
