@@ -235,7 +235,7 @@ mod tests {
             (ServeArgs { fair_step_tokens: Some(usize::MAX), ..Default::default() }, "--fair-step-tokens"),
             (ServeArgs { listen: Some("8080".to_owned()), ..Default::default() }, "--listen"),
             (ServeArgs { api_key: Some(vec!["x".to_owned()]), ..Default::default() }, "--api-key"),
-            (ServeArgs { kv_cache: Some(ByteSize(1024)), ..Default::default() }, "--kv-cache: found 1 KiB"),
+            (ServeArgs { kv_cache: Some(ByteSize(1024)), ..Default::default() }, "--kv-cache: found 1.0 KiB"),
             (ServeArgs { request_timeout: Some(Time(Duration::ZERO)), ..Default::default() }, "--request-timeout"),
             (
                 ServeArgs { request_timeout: Some(Time(Duration::from_secs(3600))), ..Default::default() },

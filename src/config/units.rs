@@ -1,4 +1,5 @@
-//! Sizes and times as people write them: `64MiB`, `30s`.
+//! Sizes and times as people write them: `64MiB`, `30s`. Read by `bytesize` and `humantime`; written so that what is
+//! read back is the same value.
 
 use std::{fmt, str::FromStr, time::Duration};
 
@@ -8,31 +9,18 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct ByteSize(pub u64);
 
-/// A time: `250ms`, `30s`, `2m`, `1h`.
+/// A time: `250ms`, `30s`, `2m`, `1h 30m`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Time(pub Duration);
-
-const BYTE_UNITS: [(&str, u64); 9] = [
-    ("", 1),
-    ("B", 1),
-    ("KiB", 1 << 10),
-    ("MiB", 1 << 20),
-    ("GiB", 1 << 30),
-    ("TiB", 1 << 40),
-    ("KB", 1_000),
-    ("MB", 1_000_000),
-    ("GB", 1_000_000_000),
-];
-
-const TIME_UNITS: [(&str, u64); 4] = [("ms", 1), ("s", 1_000), ("m", 60_000), ("h", 3_600_000)];
 
 impl FromStr for ByteSize {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        scaled(text, &BYTE_UNITS)
-            .map(Self)
-            .ok_or_else(|| format!("found {text:?}, expected a number of bytes such as 4096, 64MiB or 2GB"))
+        let expected = || format!("found {text:?}, expected a number of bytes such as 4096, 64MiB or 2GB");
+        let bytes = bytesize::ByteSize::from_str(text.trim()).map_err(|_| expected())?.as_u64();
+        // What does not fit into 64 bits is read as the largest number that does.
+        if bytes == u64::MAX { Err(expected()) } else { Ok(Self(bytes)) }
     }
 }
 
@@ -40,36 +28,21 @@ impl FromStr for Time {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        scaled(text, &TIME_UNITS)
-            .map(|ms| Self(Duration::from_millis(ms)))
-            .ok_or_else(|| format!("found {text:?}, expected a time such as 250ms, 30s, 2m or 1h"))
+        humantime::parse_duration(text)
+            .map(Self)
+            .map_err(|error| format!("found {text:?}, expected a time such as 250ms, 30s, 2m or 1h 30m: {error}"))
     }
-}
-
-/// A decimal number times its unit, units compared without regard to case.
-fn scaled(text: &str, units: &[(&str, u64)]) -> Option<u64> {
-    let text = text.trim();
-    let (number, unit) = text.split_at(text.find(|c: char| c.is_ascii_alphabetic()).unwrap_or(text.len()));
-    let number: f64 = number.trim().parse().ok()?;
-    let (_, factor) = units.iter().find(|(name, _)| name.eq_ignore_ascii_case(unit.trim()))?;
-    let value = number * *factor as f64;
-    (value >= 0.0 && value < u64::MAX as f64).then_some(value.round() as u64)
 }
 
 impl fmt::Display for ByteSize {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (name, unit) = [("GiB", 1u64 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)]
-            .into_iter()
-            .find(|u| self.0 >= u.1)
-            .unwrap_or(("B", 1));
-        let value = self.0 as f64 / unit as f64;
-        if value.fract() == 0.0 { write!(f, "{value} {name}") } else { write!(f, "{value:.1} {name}") }
+        bytesize::ByteSize(self.0).display().iec().fmt(f)
     }
 }
 
 impl fmt::Display for Time {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:?}", self.0)
+        humantime::format_duration(self.0).fmt(f)
     }
 }
 
@@ -81,7 +54,7 @@ impl Serialize for ByteSize {
 
 impl Serialize for Time {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.serialize_str(&format!("{}ms", self.0.as_millis()))
+        serializer.collect_str(self)
     }
 }
 
@@ -125,16 +98,19 @@ impl de::Visitor<'_> for Scalar {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     #[test]
     fn sizes_and_times_are_read_as_people_write_them() {
         for (text, bytes) in
-            [("4096", 4096), ("64MiB", 64 << 20), ("1.5 GiB", 3 << 29), ("2gb", 2_000_000_000), ("0", 0)]
+            [("4096", 4096), ("64MiB", 64 << 20), ("1.5 GiB", 3 << 29), ("2gb", 2_000_000_000), (" 3K", 3000), ("0", 0)]
         {
             assert_eq!(text.parse(), Ok(ByteSize(bytes)), "{text}");
         }
-        for (text, ms) in [("250ms", 250), ("30s", 30_000), ("2m", 120_000), ("1.5h", 5_400_000)] {
+        for (text, ms) in [("250ms", 250), ("30s", 30_000), ("2m", 120_000), ("1.5h", 5_400_000), ("1h 30m", 5_400_000)]
+        {
             assert_eq!(text.parse(), Ok(Time(Duration::from_millis(ms))), "{text}");
         }
     }
@@ -144,8 +120,25 @@ mod tests {
         for text in ["", "MiB", "-1", "12 parsecs", "1e400", "NaN", "99999999999TiB"] {
             assert!(text.parse::<ByteSize>().is_err(), "{text}");
         }
-        for text in ["", "30", "-1s", "5 days", "inf"] {
-            assert!(text.parse::<Time>().is_err(), "{text}");
+        for text in ["", "30", "-1s", "5 parsecs", "inf", "99999999999999999y"] {
+            let error = text.parse::<Time>().expect_err(text);
+            assert!(error.contains("30s") && error.contains(text), "{error}");
+        }
+    }
+
+    #[test]
+    fn sizes_and_times_are_shown_in_their_units() {
+        assert_eq!(ByteSize(1536).to_string(), "1.5 KiB");
+        assert_eq!(Time(Duration::from_millis(90_500)).to_string(), "1m 30s 500ms");
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_written_is_read_as_the_same_value(bytes in 0..u64::MAX, nanos in any::<u64>()) {
+            let size = serde_json::to_string(&ByteSize(bytes)).unwrap();
+            prop_assert_eq!(serde_json::from_str::<ByteSize>(&size).unwrap(), ByteSize(bytes));
+            let time = Time(Duration::from_nanos(nanos));
+            prop_assert_eq!(serde_json::from_str::<Time>(&serde_json::to_string(&time).unwrap()).unwrap(), time);
         }
     }
 }
