@@ -110,10 +110,10 @@ pub enum DeviceChoice {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum BackendChoice {
-    /// The fast kernels of the device.
+    /// The device's fast kernels.
     #[default]
     Auto,
-    /// Plain operations: slow, to compare with.
+    /// Plain operations; slow, for comparison.
     Reference,
 }
 

@@ -31,7 +31,7 @@ pub const RUNNING: &str = "softserve_engine_running_requests";
 pub const KV_BLOCKS_USED: &str = "softserve_engine_kv_blocks_used";
 /// Blocks of keys and values there are.
 pub const KV_BLOCKS: &str = "softserve_engine_kv_blocks";
-/// Blocks that nobody holds and whose content may be found again.
+/// Cached blocks: no request references them, and their content can be reused.
 pub const KV_BLOCKS_CACHED: &str = "softserve_engine_kv_blocks_cached";
 /// Blocks whose content had to make room for other content.
 pub const KV_EVICTIONS: &str = "softserve_engine_kv_evictions_total";
@@ -104,10 +104,13 @@ fn describe() {
     describe_gauge!(RUNNING, "Requests in the batch");
     describe_gauge!(KV_BLOCKS_USED, "Blocks of keys and values in use");
     describe_gauge!(KV_BLOCKS, "Blocks of keys and values there are");
-    describe_gauge!(KV_BLOCKS_CACHED, "Blocks that nobody holds and whose content may be found again");
+    describe_gauge!(KV_BLOCKS_CACHED, "Cached blocks: no request references them, and their content can be reused");
     describe_counter!(KV_EVICTIONS, "Blocks whose content had to make room for other content");
     describe_gauge!(ENCODER_POSITIONS_USED, "Positions of encoders' inputs whose output is kept for running requests");
-    describe_gauge!(ENCODER_POSITIONS, "Positions of encoders' inputs whose output may be kept; 0 without an encoder");
+    describe_gauge!(
+        ENCODER_POSITIONS,
+        "Positions of encoder output that can be stored; 0 for a model without an encoder"
+    );
     describe_gauge!(CACHED_PROMPTS, "Learned prompts whose keys and values are all in the cache");
     describe_counter!(PREEMPTIONS, "Running requests that were preempted: queued again to make room for others");
     describe_counter!(STEPS, "Forward passes");

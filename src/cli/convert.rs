@@ -9,7 +9,7 @@ use clap::Args;
 
 use crate::{
     convert::{
-        self, Converted, Foreign, Target, TaskType, peft,
+        self, ConvertError, Converted, Foreign, Target, TaskType, peft,
         tensor::{RawTensor, Summary},
     },
     prompt::TaskName,
@@ -24,15 +24,15 @@ Examples:
   softserve convert weights.safetensors --tensor soft_prompt --out prompts/story
   softserve convert tasks.nemo --tensor sentiment --out prompts/sentiment
 
-Read are: safetensors with a matrix of any name; NumPy .npy and .npz (f2, f4, f8, and V2 for
-bf16); KoboldAI and mkultra zips; what torch.save writes (.pt, .bin); NeMo p-tuning archives. A
-torch file is a Python pickle: it is read by a machine that can build tensors and nothing else,
-so no code in it runs, and one that asks for anything else is refused by name.
+The formats are: safetensors with a matrix of any name; NumPy .npy and .npz (f2, f4, f8, and V2
+for bf16); KoboldAI and mkultra zips; files of torch.save (.pt, .bin); NeMo p-tuning archives. A
+torch file is a Python pickle. softserve reads it with an interpreter that can build tensors and
+nothing else: no code in the file runs, and a file that needs anything else is refused.
 
-Values stay in their number format. Without --base-model the result does not say which model it
-was tuned on: only its hidden size can then tell whether a model fits.";
+Values keep their number format. Without --base-model the result does not name the model that it
+was tuned on, and only the hidden size can tell whether a model fits.";
 
-/// Turn a prompt that another program wrote into a PEFT directory, which serve, push and PEFT take.
+/// Convert a prompt of another program into a PEFT directory, which serve, push and PEFT read.
 #[derive(Debug, Clone, Args)]
 #[command(after_help = EXAMPLES)]
 pub struct ConvertArgs {
@@ -40,32 +40,45 @@ pub struct ConvertArgs {
     #[arg(value_name = "INPUT")]
     input: PathBuf,
 
-    /// The folder to write; it must not exist yet, or be empty
+    /// The folder to write. It must be empty or not exist yet
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
 
-    /// Which tensor is the prompt, where a file has several; of a .nemo archive, which task
+    /// The name of the tensor that is the prompt, if the file has several; for a .nemo archive, the name
+    /// of the task
     #[arg(long, value_name = "NAME")]
     tensor: Option<String>,
 
-    /// The model that the prompt was tuned on, as a folder or hub id; written into adapter_config.json
+    /// The model that the prompt was tuned on, a folder or a hub id, for adapter_config.json
     #[arg(long, value_name = "NAME")]
     base_model: Option<String>,
 
-    /// The kind of model that it is for [default: CAUSAL_LM]
+    /// The kind of model that the prompt is for [default: CAUSAL_LM]
     #[arg(long, value_name = "TYPE")]
     task_type: Option<TaskType>,
 }
 
 /// Runs the sub-command; says on `out` what was found and where it went.
 pub fn run(args: &ConvertArgs, out: &mut dyn Write) -> anyhow::Result<()> {
-    peft::check_free(&args.out)?;
-    let foreign = convert::open(&args.input, convert::MAX_BYTES)?;
+    peft::check_free(&args.out).map_err(explain)?;
+    let foreign = convert::open(&args.input, convert::MAX_BYTES).map_err(explain)?;
     let target = Target { tensor: args.tensor.clone(), base_model: args.base_model.clone(), task_type: args.task_type };
-    let converted = foreign.to_peft(&target)?;
-    peft::write(&converted.files, &args.out)?;
+    let converted = foreign.to_peft(&target).map_err(explain)?;
+    peft::write(&converted.files, &args.out).map_err(explain)?;
     report(out, args, &foreign, &converted)?;
     Ok(())
+}
+
+/// The error with what can be typed against it.
+pub fn explain(error: ConvertError) -> anyhow::Error {
+    let advice = match &error {
+        ConvertError::Ambiguous { .. } => "name the right one with --tensor".to_owned(),
+        ConvertError::Described => "leave out --tensor, --base-model and --task-type".to_owned(),
+        ConvertError::AlreadyPeft { path } => format!("upload it: softserve push {} --task NAME", path.display()),
+        ConvertError::Exists { .. } => "choose another --out, or remove the folder first".to_owned(),
+        _ => return error.into(),
+    };
+    anyhow::anyhow!("{error}; {advice}")
 }
 
 fn report(out: &mut dyn Write, args: &ConvertArgs, foreign: &Foreign, converted: &Converted) -> std::io::Result<()> {

@@ -29,13 +29,13 @@ Examples:
   softserve eval --task french --data test.jsonl --instruction \"Translate to French:\"
   softserve eval --prompt out/french --data test.jsonl --json > scores.json
 
-A labelled task is scored by accuracy, macro-F1 and choice accuracy (the likeliest of the labels);
-any other by exact match, word F1 as for SQuAD, chrF2 and BLEU, the last two as sacrebleu computes
-them. The columns without a learned prompt are scored kindly: only the first line that is not empty
-counts, as nothing told the model when to stop.";
+A task with labels is scored by accuracy, macro-F1 and choice accuracy (the label with the highest
+log-probability). Any other task is scored by exact match, word F1 as in SQuAD, and chrF2 and BLEU
+as in sacrebleu. In the columns without a learned prompt only the first line of an answer that is
+not empty counts, because nothing tells the model when to stop.";
 
-/// Measure a task on test data: its learned prompt, beside the model without a prompt and with an
-/// instruction in words.
+/// Measure a task on test data: its learned prompt, compared with the model without a prompt and with
+/// an instruction in words.
 #[derive(Debug, Clone, Args)]
 #[command(after_help = EXAMPLES)]
 pub struct EvalArgs {
@@ -47,27 +47,27 @@ pub struct EvalArgs {
     #[arg(long, value_name = "DIR", conflicts_with = "task")]
     pub prompt: Option<PathBuf>,
 
-    /// Examples that were not trained on, in the form that tune reads
+    /// The test examples, in the form that `softserve tune` reads
     #[arg(long, value_name = "FILE")]
     pub data: PathBuf,
 
     #[command(flatten)]
     pub model: ModelArgs,
 
-    /// The folder of the tasks
+    /// The folder with the tasks' prompts
     #[arg(long, value_name = "DIR", env = "SOFTSERVE_PROMPTS", default_value = DEFAULT_ROOT)]
     pub prompts: PathBuf,
 
-    /// What the third column puts in front of the input, on a line of its own [default: the task's
+    /// The instruction of the third column, which is put on a line before the input [default: the task's
     /// description and labels]
     #[arg(long, value_name = "TEXT")]
     pub instruction: Option<String>,
 
-    /// The most new tokens of an answer [default: the task's]
+    /// The maximum number of tokens in an answer [default: the task's]
     #[arg(long, value_name = "N")]
     pub max_tokens: Option<usize>,
 
-    /// Show what each column answered to the first N examples
+    /// Show the answers of each column to the first N examples
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub show: usize,
 
@@ -201,7 +201,7 @@ fn write_table(
         }
         None => writeln!(
             out,
-            "\nwithout a learned prompt, the first line of an answer counts; for a text prompt, give --instruction"
+            "\nwithout a learned prompt, the first line of an answer counts; to compare with a text prompt, set --instruction"
         )?,
     }
     Ok(())

@@ -7,7 +7,7 @@ use clap::Args;
 
 use super::client::ServerArgs;
 
-/// Ask a running server whether it is ready: exit code 0 if so.
+/// Ask a running server whether it is ready; the exit code is 0 if it is.
 ///
 /// Ready means that the model is loaded and a real forward pass has run.
 #[derive(Debug, Clone, Args)]

@@ -1,4 +1,4 @@
-//! `softserve inspect`: what a prompt's files hold, and whether a model would take them.
+//! `softserve inspect`: what a prompt's files hold, and whether a model would accept them.
 
 mod report;
 mod subject;
@@ -24,31 +24,31 @@ Examples:
 
 The norm of a virtual token is compared with those of the vocabulary: a prompt whose norms are
 far above them was tuned with a high learning rate, or on another model. The nearest tokens are
-those whose embeddings point the same way (cosine similarity, 1 at most). A virtual token that
-began as a word often still is close to it; else they are far, and say little.
+those with the highest cosine similarity, which is at most 1. A virtual token that was initialised
+with a word is often still close to it; otherwise the nearest tokens are far away and say little.
 
-The exit code is 0 if the model would take the prompt, 1 if not, with every reason. Without
---model the demo model is asked if the prompt names it, and else only what is wrong for every
-model counts.";
+The exit code is 0 if the model would accept the prompt; otherwise it is 1 and every reason is
+shown. Without --model the prompt is checked against the demo model if it names that one, and
+otherwise only for what no model accepts.";
 
-/// Show what a learned prompt is, and whether a model would take it and why not.
+/// Show what a learned prompt contains, and whether a model would accept it.
 #[derive(Debug, Clone, Args)]
 #[command(after_help = EXAMPLES)]
 pub struct InspectArgs {
-    /// A PEFT directory, packed or not, a task's folder of a server, a .safetensors file, or any file
-    /// that convert reads
+    /// A PEFT directory or an archive of one, a task's folder of a server, a .safetensors file, or any
+    /// file that `softserve convert` reads
     #[arg(value_name = "FILE|DIR|TASK-FOLDER")]
     path: PathBuf,
 
-    /// Which tensor is the prompt, where a file of another program has several; of a .nemo archive,
-    /// which task
+    /// The name of the tensor that is the prompt, if a file of another program has several; for a .nemo
+    /// archive, the name of the task
     #[arg(long, value_name = "NAME")]
     tensor: Option<String>,
 
     #[command(flatten)]
     model: ModelArgs,
 
-    /// How many of the nearest tokens to show for each virtual token
+    /// The number of nearest tokens to show for each virtual token
     #[arg(long, value_name = "N", default_value_t = 3)]
     nearest: usize,
 
@@ -80,8 +80,8 @@ pub fn run(args: &InspectArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     };
     match faults.len() {
         0 => Ok(()),
-        1 => bail!("{whose} would not take {}: 1 fault", args.path.display()),
-        n => bail!("{whose} would not take {}: {n} faults", args.path.display()),
+        1 => bail!("{whose} would refuse {}: 1 fault", args.path.display()),
+        n => bail!("{whose} would refuse {}: {n} faults", args.path.display()),
     }
 }
 

@@ -25,9 +25,9 @@ use crate::config::{ConfigError, ServeArgs};
 
 /// Many tuned prompts, one frozen model, one server.
 ///
-/// Softserve answers requests to many tasks with one frozen language model: each task is a learned
-/// prompt of a few kilobytes that is put in front of the input. Without a sub-command it serves;
-/// without --model it serves the small demo model inside this program.
+/// Softserve answers requests for many tasks with one frozen language model. Each task is a learned
+/// prompt of a few kilobytes, which is put in front of the input. Without a subcommand softserve runs
+/// `serve`; without --model it uses the small demo model inside this program.
 #[derive(Debug, Parser)]
 #[command(name = "softserve", version, max_term_width = 100, args_conflicts_with_subcommands = true)]
 struct Cli {
@@ -39,7 +39,7 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Serve tasks over HTTP; what happens when no command is given
+    /// Serve tasks over HTTP. This is the default command
     Serve(Box<ServeArgs>),
     Tune(Box<tune::TuneArgs>),
     Eval(eval::EvalArgs),

@@ -17,8 +17,8 @@ pub struct ModelArgs {
     #[arg(long, value_name = "DIR|FILE.gguf|HUB_ID", env = "SOFTSERVE_MODEL")]
     pub model: Option<String>,
 
-    /// Random weights in place of a model, to measure speed: a config.json, or one of the shapes
-    /// smollm2-135m and qwen2.5-0.5b
+    /// Use random weights instead of a model, to measure speed. Takes a config.json, or the name of a
+    /// built-in shape: smollm2-135m or qwen2.5-0.5b
     #[arg(long, value_name = "CONFIG", env = "SOFTSERVE_RANDOM_WEIGHTS")]
     pub random_weights: Option<String>,
 
@@ -26,13 +26,13 @@ pub struct ModelArgs {
     #[arg(long, env = "SOFTSERVE_DEVICE")]
     pub device: Option<DeviceChoice>,
 
-    /// What computes: auto (the fast kernels of the device) or reference (plain operations, slow, to compare with)
-    /// [default: auto]
+    /// Which implementation of the model's operations to use: auto (the device's fast kernels) or
+    /// reference (plain operations; slow, for comparison) [default: auto]
     #[arg(long, env = "SOFTSERVE_BACKEND", hide_short_help = true)]
     pub backend: Option<BackendChoice>,
 
-    /// The number format of the weights in memory; auto is f32, and bf16 is several times as fast on
-    /// a processor with AVX512-BF16 or AMX [default: auto]
+    /// The number format of the weights in memory. auto means f32; bf16 takes half the memory and is
+    /// several times as fast on a processor with AVX512-BF16 or AMX [default: auto]
     #[arg(long, env = "SOFTSERVE_DTYPE")]
     pub dtype: Option<DtypeChoice>,
 }

@@ -33,7 +33,7 @@ pub fn by_task(root: &Path, task: &TaskName, model: &Model) -> anyhow::Result<Ve
         Some(files) if model.info().name == demo::MODEL_NAME => {
             Ok(format::read(task.clone(), &files, &job::fit(model))?)
         }
-        _ => bail!("there is no task {task} under {}; give --prompts, or the prompt's folder", root.display()),
+        _ => bail!("there is no task {task} under {}; set --prompts, or give the prompt's folder", root.display()),
     }
 }
 
@@ -59,7 +59,7 @@ pub fn active(folder: &Path) -> anyhow::Result<Option<PathBuf>> {
     let bytes = std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
     let active: Active = serde_json::from_slice(&bytes).with_context(|| format!("{} is damaged", path.display()))?;
     if !active.version.chars().all(|c| c.is_ascii_alphanumeric()) {
-        bail!("{} names the version {:?}, which is none", path.display(), active.version);
+        bail!("{} names {:?}, which is not a version", path.display(), active.version);
     }
     Ok(Some(folder.join("versions").join(active.version)))
 }

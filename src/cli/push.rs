@@ -24,16 +24,16 @@ use crate::prompt::{
 #[command(after_help = "Examples:\n  softserve push out/sentiment --task sentiment\n  \
     softserve push sentiment.zip --task sentiment --url https://prompts.example.org --no-activate")]
 pub struct PushArgs {
-    /// The folder or file.
+    /// The folder or file to upload.
     #[arg(value_name = "DIR|FILE")]
     path: PathBuf,
-    /// The task to serve it under.
+    /// The name of the task.
     #[arg(long, value_name = "NAME")]
     task: TaskName,
-    /// Store the version without making it the one that answers.
+    /// Store the version without activating it.
     #[arg(long)]
     no_activate: bool,
-    /// The server's admin key, where one is set.
+    /// The admin key, if the server has one.
     #[arg(long, env = "SOFTSERVE_ADMIN_KEY", hide_env_values = true, value_name = "KEY")]
     admin_key: Option<String>,
     #[command(flatten)]

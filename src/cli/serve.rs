@@ -67,7 +67,7 @@ fn load(config: &Config) -> anyhow::Result<Loaded> {
     let model = Model::load(&files, backend, model_source::dtype(config.dtype))?;
     let info = model.info().clone();
     let started_engine = Engine::start(model, config.engine).map_err(|error| match error {
-        StartError::KvCacheTooSmall { .. } => anyhow::anyhow!("{error}; give it more by --kv-cache"),
+        StartError::KvCacheTooSmall { .. } => anyhow::anyhow!("{error}; increase --kv-cache"),
         StartError::Tensor(error) => error.into(),
     });
     let (engine, thread) = started_engine.context("cannot start the model")?;
@@ -87,16 +87,19 @@ fn load(config: &Config) -> anyhow::Result<Loaded> {
 /// The folder of the prompts; the demo's own are put there on the first start.
 fn prompts_root(config: &Config, info: &ModelInfo) -> anyhow::Result<PathBuf> {
     if let Some(root) = &config.prompts {
-        std::fs::create_dir_all(root).with_context(|| format!("cannot make the prompts folder {}", root.display()))?;
+        std::fs::create_dir_all(root)
+            .with_context(|| format!("cannot create the prompts folder {}", root.display()))?;
         return Ok(root.clone());
     }
     let data = directories::ProjectDirs::from("", "", "softserve")
-        .context("there is no data directory for this user: name a folder with --prompts")?;
+        .context("there is no data directory for this user: choose a folder with --prompts")?;
     let is_demo = config.model == ModelSource::Demo;
     let name = if is_demo { "demo".to_owned() } else { folder_name(&info.name) };
     let root = data.data_dir().join(format!("{name}-{}", info.fingerprint)).join("prompts");
     let made = if is_demo { demo::seed_prompts(&root) } else { std::fs::create_dir_all(&root) };
-    made.with_context(|| format!("cannot make the prompts folder {}: name another with --prompts", root.display()))?;
+    made.with_context(|| {
+        format!("cannot create the prompts folder {}: choose another with --prompts", root.display())
+    })?;
     Ok(root)
 }
 
@@ -165,7 +168,7 @@ async fn serve(config: &Config, listener: TcpListener, app: AppState, thread: En
 
     let failed = tokio::select! {
         signal = signals.next() => {
-            tracing::info!(signal, drain_timeout = ?config.drain_timeout, "stopping: running requests may finish");
+            tracing::info!(signal, drain_timeout = ?config.drain_timeout, "stopping: waiting for running requests");
             false
         }
         _ = &mut engine => true,
@@ -181,7 +184,7 @@ async fn serve(config: &Config, listener: TcpListener, app: AppState, thread: En
     tokio::select! {
         done = tokio::time::timeout(config.drain_timeout + LAST_BYTES, &mut server) => match done {
             Ok(done) => done??,
-            Err(_) => tracing::warn!("some connections were still open when the drain time was over"),
+            Err(_) => tracing::warn!("some connections were still open when the drain timeout expired"),
         },
         signal = signals.next() => {
             tracing::warn!(signal, "stopping at once: running requests are cancelled");

@@ -40,13 +40,13 @@ Examples:
       softserve tune --task french --data train.jsonl --eval-data dev.jsonl --init-text \"Translate to French:\"
   Inputs with several fields, {\"input\": {\"question\": \"…\", \"text\": \"…\"}, \"output\": \"…\"}:
       softserve tune --task qa --data qa.jsonl --template $'{{ text }}\\n{{ question }}\\n'
-  Go on after Ctrl-C or a crash:
+  Continue after Ctrl-C or a crash:
       softserve tune --task sentiment --data train.jsonl --resume
   Serve the result:
       softserve serve --prompts prompts";
 
-/// Learn a prompt from examples. The model stays as it is; what is learned is a prompt of a few
-/// kilobytes in front of the input, written as a PEFT directory that `softserve serve --prompts` serves.
+/// Learn a prompt from examples. The model is not changed: what is learned is a prompt of a few
+/// kilobytes in front of the input. It is written as a PEFT directory that `softserve serve --prompts` serves.
 #[derive(Debug, Clone, Args)]
 #[command(after_help = EXAMPLES)]
 pub struct TuneArgs {
@@ -54,66 +54,66 @@ pub struct TuneArgs {
     #[arg(long, value_name = "NAME")]
     pub task: TaskName,
 
-    /// Examples to learn from, one JSON object a line: {"input": …, "output": "…"} or
-    /// {"input": …, "label": "…"}; input is a text or an object of texts. 8 may do, 100 are better
+    /// The training examples, one JSON object per line: {"input": …, "output": "…"} or
+    /// {"input": …, "label": "…"}. The input is a text, or an object with a text for each field. 8 examples
+    /// can be enough for a simple task; 100 or more are better
     #[arg(long, value_name = "FILE")]
     pub data: PathBuf,
 
-    /// Held-out examples, in the same form: they choose the learning rate and the best prompt
-    /// [default: a tenth of the data where there are 40 examples or more]
+    /// Held-out examples in the same form, which decide the learning rate and which prompt is the best
+    /// [default: a tenth of the data if it has 40 examples or more]
     #[arg(long, value_name = "FILE")]
     pub eval_data: Option<PathBuf>,
 
     #[command(flatten)]
     pub model: ModelArgs,
 
-    /// The folder of the tasks; the prompt goes to DIR/NAME
+    /// The folder with the tasks' prompts. The new prompt is written to DIR/NAME
     #[arg(long, value_name = "DIR", env = "SOFTSERVE_PROMPTS", default_value = DEFAULT_ROOT)]
     pub prompts: PathBuf,
 
-    /// The folder that the prompt goes to, instead of one under --prompts
+    /// The folder to write the prompt to, instead of a folder under --prompts
     #[arg(long, value_name = "DIR")]
     pub output: Option<PathBuf>,
 
-    /// How fields become the text that follows the prompt, in minijinja's syntax. The default ends
-    /// with a line break, which tells the model where the input ends, unless it has an encoder, which
-    /// knows; the task keeps it, so requests are rendered the same way [default: "{{ input }}" and a line
-    /// break]
+    /// The template that turns the input's fields into the text after the prompt, in Jinja's syntax. It is
+    /// stored with the task, so that requests are rendered the same way [default: "{{ input }}" and, for a
+    /// model without an encoder, a line break, which tells the model where the input ends]
     #[arg(long)]
     pub template: Option<String>,
 
-    /// The labels, separated by commas, each with the words that the model writes for it if they
-    /// are not the label itself: positive=great|good,negative=bad. The first word is taught
-    /// [default: those in the data]
+    /// The labels, separated by commas. Where the model is to write other words than the label itself,
+    /// they follow it: positive=great|good,negative=bad. The first word is the one that is trained
+    /// [default: the labels in the data]
     #[arg(long, value_name = "LABELS")]
     pub labels: Option<String>,
 
-    /// One line about the task, for people
+    /// A one-line description of the task, for people
     #[arg(long, value_name = "TEXT")]
     pub description: Option<String>,
 
-    /// What is learned: prompt (rows in front of the input), p-tuning (the same rows, by way of a
-    /// network that makes them and is then dropped), prefix (keys and values in every layer, which
-    /// hold more than rows do)
+    /// What to learn: prompt (embeddings in front of the input), p-tuning (embeddings as well, trained
+    /// through a network that is then dropped) or prefix (keys and values in every layer, which can hold
+    /// more)
     #[arg(long = "type", value_name = "TYPE", value_enum, default_value_t = TypeArg::Prompt)]
     pub prompt_type: TypeArg,
 
-    /// The network of p-tuning [default: mlp]
+    /// The network of --type p-tuning [default: mlp]
     #[arg(long, value_enum)]
     pub encoder: Option<EncoderArg>,
 
-    /// Units in a layer of that network [default: 128, or as many as virtual tokens if those are more]
+    /// The hidden size of that network [default: 128, or the number of virtual tokens if that is larger]
     #[arg(long, value_name = "N")]
     pub encoder_hidden: Option<usize>,
 
-    /// The prompt's length: positions of the context that it takes [default: 32]
+    /// The length of the prompt in tokens. They count towards the model's context length [default: 32]
     #[arg(long, value_name = "N")]
     pub virtual_tokens: Option<usize>,
 
-    /// Where it begins: vocab (random words of the vocabulary), text:… (the words of a text),
-    /// examples (words of the training examples), task:NAME or task:DIR (another prompt), random.
-    /// A prefix begins at the keys and values that the model has for these words [default: vocab;
-    /// examples for a prefix]
+    /// The initial values: vocab (embeddings of random words of the vocabulary), text:… (embeddings of a
+    /// text), examples (embeddings of training examples), task:NAME or task:DIR (another prompt) or random.
+    /// A prefix starts from the keys and values that the model computes for these words [default: vocab;
+    /// for a prefix, examples]
     #[arg(long, value_name = "HOW", conflicts_with = "init_text")]
     pub init: Option<String>,
 
@@ -121,61 +121,64 @@ pub struct TuneArgs {
     #[arg(long, value_name = "TEXT")]
     pub init_text: Option<String>,
 
-    /// The highest learning rate of AdamW, or auto: several are tried in short runs from the same
-    /// start and the one with the lowest held-out loss is taken
+    /// The maximum learning rate of AdamW. auto tries several in short runs from the same initial values
+    /// and takes the one with the lowest held-out loss
     #[arg(long, value_name = "RATE|auto", default_value = "auto")]
     pub lr: String,
 
-    /// Updates [default: 15 times through the data, but 200 at least and 600 at most]
+    /// The number of updates [default: 15 epochs, but at least 200 and at most 600 updates]
     #[arg(long, value_name = "N", conflicts_with = "epochs")]
     pub steps: Option<usize>,
 
-    /// Times through the data, instead of --steps
+    /// The number of passes over the training data, instead of --steps
     #[arg(long, value_name = "N")]
     pub epochs: Option<f64>,
 
-    /// Examples in a forward pass
+    /// The number of examples in a forward pass
     #[arg(long, value_name = "N", default_value_t = 16)]
     pub batch_size: usize,
 
-    /// Forward passes for one update: as a batch that many times as large, in the same memory
+    /// Gradient accumulation: the number of forward passes for one update. The effect is that of a batch
+    /// so many times as large, without its memory
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub accumulate: usize,
 
-    /// Part of the steps over which the learning rate rises
+    /// The fraction of the steps in which the learning rate rises to its maximum
     #[arg(long, value_name = "PART", default_value_t = 0.06)]
     pub warmup: f64,
 
-    /// How the learning rate falls after that
+    /// How the learning rate decreases after the warm-up
     #[arg(long, value_enum, default_value_t = DecayArg::Linear)]
     pub decay: DecayArg,
 
-    /// AdamW's weight decay
+    /// The weight decay of AdamW
     #[arg(long, value_name = "W", default_value_t = 0.0)]
     pub weight_decay: f64,
 
-    /// The largest norm of a gradient; 0 is no limit
+    /// Gradient clipping: the maximum norm of a gradient. 0 turns it off
     #[arg(long, value_name = "NORM", default_value_t = 1.0)]
     pub clip: f64,
 
-    /// The same seed, data and options give the same prompt, bit for bit, on the same machine
+    /// The seed of the random numbers. The same seed, data and options give the same prompt, bit for bit,
+    /// on the same machine
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub seed: u64,
 
-    /// Steps between evaluations, each of which also saves the state [default: a twentieth of the
-    /// steps]
+    /// The number of steps between evaluations. Each evaluation also saves the state for --resume
+    /// [default: a twentieth of the steps]
     #[arg(long, value_name = "N")]
     pub eval_every: Option<usize>,
 
-    /// Evaluations without a gain after which to stop; 0 is never. Accuracy counts before the loss
+    /// Early stopping: the number of evaluations in a row without an improvement after which tuning stops.
+    /// 0 turns it off. Accuracy is compared first, then the loss
     #[arg(long, value_name = "N", default_value_t = 6)]
     pub patience: usize,
 
-    /// The folder of the unfinished run's state [default: .tune-NAME beside the prompt's folder]
+    /// The folder for the state of the unfinished run [default: .tune-NAME beside the prompt's folder]
     #[arg(long, value_name = "DIR")]
     pub checkpoint: Option<PathBuf>,
 
-    /// Go on from the saved state of the same run
+    /// Continue the same run from its saved state
     #[arg(long)]
     pub resume: bool,
 }

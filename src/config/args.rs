@@ -12,8 +12,8 @@ use super::{BackendChoice, ByteSize, DeviceChoice, DtypeChoice, LogFormat, Switc
 #[derive(Debug, Clone, Default, Args, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ServeArgs {
-    /// A TOML file with any of these options (`max_batch = 16`); flags and environment variables
-    /// go before it
+    /// A TOML file that sets any of these options (`max_batch = 16`). A flag overrides an environment
+    /// variable, and that overrides the file
     #[arg(long, value_name = "FILE", env = "SOFTSERVE_CONFIG")]
     #[serde(skip)]
     pub config: Option<PathBuf>,
@@ -23,18 +23,19 @@ pub struct ServeArgs {
     #[arg(long, value_name = "DIR|FILE.gguf|HUB_ID", env = "SOFTSERVE_MODEL")]
     pub model: Option<String>,
 
-    /// Random weights in place of a model, to measure speed: a config.json, or one of the shapes
-    /// smollm2-135m and qwen2.5-0.5b
+    /// Use random weights instead of a model, to measure speed. Takes a config.json, or the name of a
+    /// built-in shape: smollm2-135m or qwen2.5-0.5b
     #[arg(long, value_name = "CONFIG", env = "SOFTSERVE_RANDOM_WEIGHTS")]
     pub random_weights: Option<String>,
 
-    /// The folder that keeps the tasks' learned prompts; made if it is not there [default: a
+    /// The folder that stores the learned prompts. It is created if it does not exist [default: a
     /// folder for this model in your data directory]
     #[arg(long, value_name = "DIR", env = "SOFTSERVE_PROMPTS")]
     pub prompts: Option<PathBuf>,
 
-    /// The address to listen on; port 0 takes a free one. Only this machine can reach 127.0.0.1;
-    /// 0.0.0.0 is reachable from outside, and then uploads need --admin-key [default: 127.0.0.1:8080]
+    /// The address to listen on; port 0 picks a free port. 127.0.0.1 can be reached from this machine
+    /// only. 0.0.0.0 can be reached from other machines, and then uploads need --admin-key
+    /// [default: 127.0.0.1:8080]
     #[arg(long, value_name = "ADDRESS:PORT", env = "SOFTSERVE_LISTEN")]
     pub listen: Option<String>,
 
@@ -42,113 +43,120 @@ pub struct ServeArgs {
     #[arg(long, env = "SOFTSERVE_DEVICE")]
     pub device: Option<DeviceChoice>,
 
-    /// The number format of the weights in memory; auto is f32, and bf16 is several times as fast on
-    /// a processor with AVX512-BF16 or AMX [default: auto]
+    /// The number format of the weights in memory. auto means f32; bf16 takes half the memory and is
+    /// several times as fast on a processor with AVX512-BF16 or AMX [default: auto]
     #[arg(long, env = "SOFTSERVE_DTYPE")]
     pub dtype: Option<DtypeChoice>,
 
-    /// What computes: auto (the fast kernels of the device) or reference (plain operations, slow, to compare
-    /// with) [default: auto]
+    /// Which implementation of the model's operations to use: auto (the device's fast kernels) or
+    /// reference (plain operations; slow, for comparison) [default: auto]
     #[arg(long, env = "SOFTSERVE_BACKEND", hide_short_help = true)]
     pub backend: Option<BackendChoice>,
 
-    /// The most requests that are worked on at the same time [default: 64]
+    /// The maximum number of requests that run at the same time [default: 64]
     #[arg(long, value_name = "N", env = "SOFTSERVE_MAX_BATCH")]
     pub max_batch: Option<usize>,
 
-    /// The most requests that wait for a place; more are answered 429 [default: 256]
+    /// The maximum length of the queue. When it is full, further requests are answered with status
+    /// 429 [default: 256]
     #[arg(long, value_name = "N", env = "SOFTSERVE_MAX_WAITING")]
     pub max_waiting: Option<usize>,
 
-    /// The most tokens computed in one step of the model [default: 2048]
+    /// The maximum number of tokens in one forward pass of the model [default: 2048]
     #[arg(long, value_name = "N", env = "SOFTSERVE_MAX_STEP_TOKENS")]
     pub max_step_tokens: Option<usize>,
 
-    /// The most input tokens computed in one step in which other requests get their next token; more
-    /// is faster for long texts, less keeps the answers beside them fluent [default: 512]
+    /// The maximum number of input tokens in a forward pass that also generates tokens for running
+    /// requests. A higher number processes long inputs faster; a lower one keeps the running requests
+    /// from slowing down meanwhile [default: 512]
     #[arg(long, value_name = "N", env = "SOFTSERVE_MAX_PREFILL_TOKENS")]
     pub max_prefill_tokens: Option<usize>,
 
-    /// Memory for the keys and values of running and shared texts, such as 512MiB; of an
-    /// encoder-decoder model half of it is for its inputs [default: a quarter of the free memory, 4GiB
-    /// at most]
+    /// Memory for the KV cache, such as 512MiB: the keys and values of running requests and of shared
+    /// prefixes. An encoder-decoder model uses half of it for the encoded inputs [default: a quarter of
+    /// the free memory, at most 4GiB]
     #[arg(long, value_name = "SIZE", env = "SOFTSERVE_KV_CACHE")]
     pub kv_cache: Option<ByteSize>,
 
-    /// Whether the keys and values of learned prompts and of texts that begin alike are computed
-    /// once and shared: on or off; answers are the same [default: on]
+    /// Prefix caching: on computes the keys and values of a learned prompt, and of the beginning that
+    /// several inputs of one tenant have in common, once and shares them. The answers are the same
+    /// either way [default: on]
     #[arg(long, value_name = "on|off", env = "SOFTSERVE_PREFIX_SHARING")]
     pub prefix_sharing: Option<Switch>,
 
-    /// How much of the model's time a task gets while several want it, beside 1 for each other
-    /// task; repeated or separated by commas, as in sentiment=2,story=0.5. A table or a list in
-    /// the file
+    /// The share of a task while several tasks compete for the model, relative to 1 for every task that
+    /// is not named. Repeat the option or separate by commas: sentiment=2,story=0.5. In the
+    /// configuration file it is a table or a list
     #[arg(long, value_name = "TASK=WEIGHT", env = "SOFTSERVE_TASK_WEIGHT", value_delimiter = ',')]
     #[serde(default, deserialize_with = "weights::list_or_table")]
     pub task_weight: Option<Vec<TaskWeight>>,
 
-    /// While several tasks have requests, the tokens that each may always have computed in one step
-    /// of the model; less keeps light tasks quick beside a busy one, more gives the busy one more
-    /// throughput [default: as many as take about twice the time of one, measured at the start]
+    /// The number of tokens that each task is guaranteed in a forward pass while several tasks compete.
+    /// A lower number keeps the latency of lightly used tasks low; a higher one gives a busy task more
+    /// throughput [default: the number that takes about twice the time of a single token, measured at
+    /// start-up]
     #[arg(long, value_name = "N", env = "SOFTSERVE_FAIR_STEP_TOKENS")]
     pub fair_step_tokens: Option<usize>,
 
-    /// Processor threads for the model [default: one for each core]
+    /// The number of processor threads that the model uses [default: one for each core]
     #[arg(long, value_name = "N", env = "SOFTSERVE_THREADS")]
     pub threads: Option<usize>,
 
-    /// The largest upload of a learned prompt, packed and unpacked [default: 64MiB]
+    /// The maximum size of an uploaded prompt, both as sent and after unpacking [default: 64MiB]
     #[arg(long, value_name = "SIZE", env = "SOFTSERVE_MAX_UPLOAD")]
     pub max_upload: Option<ByteSize>,
 
-    /// The largest body of any other request [default: 1MiB]
+    /// The maximum size of any other request body [default: 1MiB]
     #[arg(long, value_name = "SIZE", env = "SOFTSERVE_MAX_BODY")]
     pub max_body: Option<ByteSize>,
 
-    /// The most tasks that are kept [default: 10000]
+    /// The maximum number of tasks [default: 10000]
     #[arg(long, value_name = "N", env = "SOFTSERVE_MAX_TASKS")]
     pub max_tasks: Option<usize>,
 
-    /// The most versions that are kept of one task [default: 100]
+    /// The maximum number of versions of one task [default: 100]
     #[arg(long, value_name = "N", env = "SOFTSERVE_MAX_VERSIONS")]
     pub max_versions: Option<usize>,
 
-    /// How long a request may take that names no timeout_ms [default: 2m]
+    /// The time limit of a request that does not set timeout_ms [default: 2m]
     #[arg(long, value_name = "TIME", env = "SOFTSERVE_REQUEST_TIMEOUT")]
     pub request_timeout: Option<Time>,
 
-    /// The longest timeout_ms that a request may name [default: 10m]
+    /// The maximum timeout_ms that a request can set [default: 10m]
     #[arg(long, value_name = "TIME", env = "SOFTSERVE_MAX_REQUEST_TIMEOUT")]
     pub max_request_timeout: Option<Time>,
 
-    /// How long running requests may go on after SIGTERM or Ctrl-C [default: 30s]
+    /// After SIGTERM or Ctrl-C, how long running requests can continue before they are cut off
+    /// [default: 30s]
     #[arg(long, value_name = "TIME", env = "SOFTSERVE_DRAIN_TIMEOUT")]
     pub drain_timeout: Option<Time>,
 
-    /// A key that callers must send as 'Authorization: Bearer KEY'; several are separated by
-    /// commas. Other users of this machine can see a flag: prefer the variable or a file
+    /// A key that callers must send as 'Authorization: Bearer KEY'. Separate several keys by commas.
+    /// Each key is a tenant: the prefix cache shares nothing between the inputs of two tenants, and
+    /// the model's time is divided between them. Other users of this machine can see flags, so prefer
+    /// the environment variable or a file
     #[arg(long, value_name = "KEY", env = "SOFTSERVE_API_KEY", hide_env_values = true, value_delimiter = ',')]
     pub api_key: Option<Vec<String>>,
 
-    /// A file with such keys, one a line, each as it is or as sha256:<hex>. Each key is a tenant of its
-    /// own, whose inputs no other tenant can find in the cache; keys that follow 'tenant=NAME ' on
-    /// their line share one tenant
+    /// A file with one API key per line, either the key itself or sha256:<hex of its SHA-256>. A line
+    /// 'tenant=NAME KEY' assigns the key to a named tenant, which several keys can share
     #[arg(long, value_name = "FILE", env = "SOFTSERVE_API_KEY_FILE")]
     pub api_key_file: Option<PathBuf>,
 
-    /// A key for uploading, activating and deleting tasks; it also opens everything else
+    /// A key for the admin routes, which upload, activate and delete prompts. It is accepted wherever an
+    /// API key is
     #[arg(long, value_name = "KEY", env = "SOFTSERVE_ADMIN_KEY", hide_env_values = true, value_delimiter = ',')]
     pub admin_key: Option<Vec<String>>,
 
-    /// A file with such keys, one a line, each as it is or as sha256:<hex>
+    /// A file with one admin key per line, in the same form as --api-key-file
     #[arg(long, value_name = "FILE", env = "SOFTSERVE_ADMIN_KEY_FILE")]
     pub admin_key_file: Option<PathBuf>,
 
-    /// How the log on standard error is written [default: text]
+    /// The format of the log, which goes to standard error [default: text]
     #[arg(long, env = "SOFTSERVE_LOG_FORMAT")]
     pub log_format: Option<LogFormat>,
 
-    /// What is logged: error, warn, info, debug, trace, or one for each part of the program as in
+    /// The log level: error, warn, info, debug or trace. Modules can have levels of their own, as in
     /// info,softserve::engine=debug [default: info]
     #[arg(long, value_name = "LEVEL", env = "SOFTSERVE_LOG_LEVEL")]
     pub log_level: Option<String>,

@@ -30,7 +30,7 @@ impl<'a> Zip<'a> {
     pub fn open(bytes: &'a [u8], limit: u64) -> Result<Self, ConvertError> {
         let archive = ZipArchive::new(Cursor::new(bytes)).map_err(|e| damaged(e.to_string()))?;
         if archive.len() > MAX_ENTRIES {
-            return Err(damaged(format!("it has {} entries, the most is {MAX_ENTRIES}", archive.len())));
+            return Err(damaged(format!("it has {} entries; the maximum is {MAX_ENTRIES}", archive.len())));
         }
         if archive.has_duplicate_names() {
             return Err(damaged("two entries have one name".to_owned()));

@@ -1,4 +1,4 @@
-//! Why a foreign file is not converted.
+//! Why a foreign file is not converted: facts. What a user can type against it is said by whoever asked.
 
 use std::path::PathBuf;
 
@@ -13,7 +13,7 @@ pub enum ConvertError {
     TooLarge { what: String, limit: u64 },
     /// None of the formats.
     #[error(
-        "this is none of the formats that are read ({found}); expected safetensors, NumPy .npy or .npz, a KoboldAI \
+        "the format of the file is not known ({found}); expected safetensors, NumPy .npy or .npz, a KoboldAI \
          zip, a torch file (.pt, .bin) or a .nemo archive"
     )]
     Unknown { found: String },
@@ -28,8 +28,8 @@ pub enum ConvertError {
     )]
     Global { global: String },
     #[error(
-        "{} is a PEFT directory with safetensors already, which needs no conversion: softserve push {} --task NAME",
-        path.display(), path.display()
+        "{} is already a PEFT directory with safetensors, which needs no conversion",
+        path.display()
     )]
     AlreadyPeft { path: PathBuf },
     #[error(
@@ -39,19 +39,25 @@ pub enum ConvertError {
     )]
     NoConfig { path: PathBuf },
     #[error(
-        "{} is a folder with {} adapter_model.bin, decoder.pt and encoder.pt; name the file that you mean",
+        "{} is a folder with {} adapter_model.bin, decoder.pt and encoder.pt; give the file itself",
         path.display(), if *several { "more than one of" } else { "none of" }
     )]
     Folder { path: PathBuf, several: bool },
-    /// No tensor, or more than one, that may be the prompt.
+    /// No tensor that could be the prompt.
     #[error("{reason}; the file has {found}")]
-    Choose { reason: String, found: String },
-    /// A tensor that is no prompt.
+    NoTensor { reason: String, found: String },
+    /// More than one tensor could be the prompt.
+    #[error("more than one tensor could be the prompt; the file has {found}")]
+    Ambiguous { found: String },
+    /// A target was given for a file whose `adapter_config.json` has one.
+    #[error("adapter_config.json already states the tensor, the model and the task type")]
+    Described,
+    /// A tensor that is not a prompt.
     #[error("{0}")]
     Unfit(String),
     /// What `serve` would say of the result.
     #[error("the result is not a prompt that can be served: {0}")]
     Faults(#[from] crate::prompt::format::Faults),
-    #[error("{} exists and is not empty; choose another --out, or remove it first", path.display())]
+    #[error("{} exists and is not empty", path.display())]
     Exists { path: PathBuf },
 }

@@ -31,7 +31,7 @@ fn array(name: &str, bytes: &Bytes, limit: u64) -> Result<RawTensor, String> {
         return Err(format!("its shape {:?} takes {needed} bytes and it has {held}", view.shape));
     }
     if held > limit {
-        return Err(format!("it has {held} bytes, the most is {limit}"));
+        return Err(format!("it has {held} bytes; the maximum is {limit}"));
     }
     if swapped {
         data = data.chunks(item).flat_map(|value| value.iter().rev().copied()).collect::<Vec<u8>>().into();
@@ -58,7 +58,7 @@ fn header(bytes: &[u8]) -> Result<(&str, usize), String> {
     };
     let len = len.ok_or_else(short)?;
     if len > MAX_HEADER_BYTES {
-        return Err(format!("its header has {len} bytes, the most is {MAX_HEADER_BYTES}"));
+        return Err(format!("its header has {len} bytes; the maximum is {MAX_HEADER_BYTES}"));
     }
     let text = bytes.get(start..start + len).ok_or_else(short)?;
     Ok((std::str::from_utf8(text).map_err(|_| "its header is not text".to_owned())?, start + len))

@@ -75,11 +75,7 @@ impl Foreign {
     pub fn to_peft(&self, target: &Target) -> Result<Converted, ConvertError> {
         let (adapter_config, tensors) = match &self.adapter_config {
             Some(config) if *target == Target::default() => (config.clone(), self.tensors.clone()),
-            Some(_) => {
-                let reason = "adapter_config.json says which tensor, model and task type it is; leave out --tensor, \
-                              --base-model and --task-type";
-                return Err(ConvertError::Unfit(reason.to_owned()));
-            }
+            Some(_) => return Err(ConvertError::Described),
             None => {
                 let rows = self.choose(target.tensor.as_deref())?;
                 (config(&rows, target).map_err(unfit)?, vec![rows])
@@ -102,42 +98,38 @@ impl Foreign {
 
     /// The one tensor that is the prompt, as a matrix.
     fn choose(&self, asked: Option<&str>) -> Result<RawTensor, ConvertError> {
-        let choose = |reason: String| {
+        let found = || {
             let shown: Vec<String> = self.tensors.iter().take(12).map(RawTensor::describe).collect();
             let more = self.tensors.len().saturating_sub(12);
             let more = if more > 0 { format!(" and {more} more") } else { String::new() };
-            let found = if shown.is_empty() { "no tensor".to_owned() } else { shown.join(", ") + &more };
-            ConvertError::Choose { reason, found }
+            if shown.is_empty() { "no tensor".to_owned() } else { shown.join(", ") + &more }
         };
+        let none = |reason: String| ConvertError::NoTensor { reason, found: found() };
         let fits = |tensor: &&RawTensor| tensor.is_float() && tensor.matrix().is_some();
         let tensor = match asked {
             Some(name) => self
                 .tensors
                 .iter()
                 .find(|tensor| tensor.name == name)
-                .ok_or_else(|| choose(format!("there is no tensor {name:?}")))?,
+                .ok_or_else(|| none(format!("there is no tensor {name:?}")))?,
             None => {
                 if self.tensors.iter().any(|tensor| tensor.name.starts_with("prefix_task_")) {
-                    let reason = "this is a multitask prompt of PEFT's, which its adapter_config.json belongs to; give \
-                                  the folder with both";
+                    let reason = "this is PEFT's multitask prompt, which needs its adapter_config.json; give the \
+                                  folder that has both files";
                     return Err(ConvertError::Unfit(reason.to_owned()));
                 }
                 let likely = LIKELY.iter().find_map(|name| self.tensors.iter().find(|t| t.name == *name));
                 let mut matrices = self.tensors.iter().filter(fits);
                 match (likely.filter(fits), matrices.next(), matrices.next()) {
                     (Some(tensor), _, _) | (None, Some(tensor), None) => tensor,
-                    (None, None, _) => return Err(choose("there is no matrix of floats in it".to_owned())),
-                    (None, Some(_), Some(_)) => {
-                        return Err(choose(
-                            "more than one tensor may be the prompt: say which with --tensor".to_owned(),
-                        ));
-                    }
+                    (None, None, _) => return Err(none("the file has no matrix of floats".to_owned())),
+                    (None, Some(_), Some(_)) => return Err(ConvertError::Ambiguous { found: found() }),
                 }
             }
         };
         let Some((rows, columns)) = tensor.matrix().filter(|_| fits(&tensor)) else {
             return Err(ConvertError::Unfit(format!(
-                "{} is no soft prompt; expected F32, F16, BF16 or F64 of [virtual tokens, hidden size]",
+                "{} is not a soft prompt; expected F32, F16, BF16 or F64 with the shape [virtual tokens, hidden size]",
                 tensor.describe()
             )));
         };

@@ -17,7 +17,7 @@ pub fn read(bytes: &Bytes) -> Result<Vec<RawTensor>, ConvertError> {
         return Err(damaged(format!("its header claims {header} bytes and {rest} follow")));
     }
     if header > MAX_HEADER_BYTES {
-        return Err(damaged(format!("its header has {header} bytes, the most is {MAX_HEADER_BYTES}")));
+        return Err(damaged(format!("its header has {header} bytes; the maximum is {MAX_HEADER_BYTES}")));
     }
     let file = ::safetensors::SafeTensors::deserialize(bytes).map_err(|e| damaged(e.to_string()))?;
     let mut tensors: Vec<RawTensor> = file

@@ -11,7 +11,7 @@ pub const MAX_CONTINUATION_TOKENS: usize = 65_536;
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
     /// The KV cache, or the half of it that an encoder's output has, does not hold the least that it must.
-    #[error("the KV cache has {bytes} bytes and must hold {holds} of {needed} bytes")]
+    #[error("the KV cache has {bytes} bytes, but {holds} takes {needed} bytes")]
     KvCacheTooSmall { bytes: usize, holds: &'static str, needed: usize },
     #[error(transparent)]
     Tensor(#[from] candle_core::Error),
@@ -24,10 +24,10 @@ pub enum SubmitError {
     #[error("the queue is full ({limit} requests waiting); retry later")]
     Full { limit: usize },
     /// The engine is stopping or has failed.
-    #[error("the engine takes no more requests")]
+    #[error("the engine accepts no more requests")]
     Closed,
     /// There is nothing to continue, or not one new token was asked for.
-    #[error("the request has no input or asks for no token")]
+    #[error("the request has no input, or requests no token")]
     Empty,
     /// A prompt of keys and values has nothing after it: the first new token would follow nothing.
     #[error("a prompt of keys and values needs at least one token of text after it")]

@@ -11,7 +11,7 @@ pub struct EngineStats {
     pub running: usize,
     /// Blocks held by sequences.
     pub kv_blocks_used: usize,
-    /// Blocks that nobody holds and whose content may be found again.
+    /// Cached blocks: no request references them, and their content can be reused.
     pub kv_blocks_cached: usize,
     pub kv_blocks_total: usize,
     /// Positions of encoders' inputs whose output is kept for running sequences; equal ones count once.

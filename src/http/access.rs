@@ -69,7 +69,7 @@ fn admin(access: &Access, headers: &HeaderMap) -> Result<Caller, Problem> {
     }
     if access.admin_keys.is_empty() {
         let detail = "the admin routes are closed: start the server with --admin-key (or SOFTSERVE_ADMIN_KEY) to open \
-                      them to callers that show it";
+                      them to callers that send this key";
         return Err(Problem::new(Code::Forbidden, detail));
     }
     let key = bearer(headers)?;
@@ -90,8 +90,8 @@ fn same_site(headers: &HeaderMap) -> Result<(), Problem> {
     let foreign_origin = headers.contains_key(header::ORIGIN)
         && text(header::ORIGIN).and_then(|origin| origin.split_once("://")).map(|(_, at)| at) != host;
     if foreign_host || foreign_origin {
-        let detail = "the admin routes are open to this machine only, and the request comes from a web page or by \
-                      another name; use http://127.0.0.1, or set --admin-key";
+        let detail = "the admin routes are open to this machine only, and the request comes from a web page or uses \
+                      another host name; use http://127.0.0.1, or set --admin-key";
         return Err(Problem::new(Code::Forbidden, detail));
     }
     Ok(())
@@ -108,7 +108,9 @@ fn bearer(headers: &HeaderMap) -> Result<&str, Problem> {
         .and_then(|value| value.split_once(' '))
         .filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer"))
         .map(|(_, key)| key.trim())
-        .ok_or_else(|| Problem::new(Code::Unauthorized, format!("found another authorization, {expected}")))
+        .ok_or_else(|| {
+            Problem::new(Code::Unauthorized, format!("found an authorization header of another scheme, {expected}"))
+        })
 }
 
 fn unknown_key() -> Problem {

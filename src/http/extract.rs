@@ -117,7 +117,7 @@ pub async fn read_body(request: Request, limit: u64, app: &AppState) -> Result<B
     loop {
         let idle = app.limits.body_idle_timeout;
         let piece = tokio::time::timeout(idle, pieces.next()).await.map_err(|_| {
-            let detail = format!("no piece of the body arrived for {idle:?} after {} bytes", body.len());
+            let detail = format!("the body stalled: no data arrived for {idle:?} after {} bytes", body.len());
             Problem::new(Code::RequestTimeout, detail)
         })?;
         match piece {

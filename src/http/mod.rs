@@ -125,11 +125,11 @@ where
 
 async fn not_found(uri: Uri) -> Problem {
     let path: String = uri.path().chars().take(80).collect();
-    Problem::new(Code::NotFound, format!("there is no path {path}; /docs lists those there are"))
+    Problem::new(Code::NotFound, format!("there is no path {path}; see /docs for the paths of this server"))
 }
 
 async fn method_not_allowed(method: Method, uri: Uri) -> Problem {
-    let detail = format!("{} takes no {method}; the Allow header lists what it takes", uri.path());
+    let detail = format!("{} does not accept {method}; the Allow header lists the methods that it accepts", uri.path());
     Problem::new(Code::MethodNotAllowed, detail)
 }
 

@@ -51,8 +51,8 @@ impl Modify for Keys {
             SecurityScheme::Http(HttpBuilder::new().scheme(HttpAuthScheme::Bearer).description(Some(text)).build())
         };
         let components = spec.components.get_or_insert_default();
-        components.add_security_scheme("api_key", bearer("A key of --api-key; only where the server has such keys"));
-        components.add_security_scheme("admin_key", bearer("A key of --admin-key"));
+        components.add_security_scheme("api_key", bearer("An API key of the server, if it requires one"));
+        components.add_security_scheme("admin_key", bearer("An admin key of the server"));
     }
 }
 

@@ -155,8 +155,8 @@ fn too_long(app: &App, version: &Version, prompt_tokens: usize, budget: TokenBud
     let (most, context) = (budget.input, app.engine.max_sequence());
     match budget.shared {
         true => format!(
-            "the learned prompt takes {} positions and the input {prompt_tokens}, and an answer needs at least 1, of \
-             the model's {context}: shorten the input to {most} tokens",
+            "the learned prompt has {} tokens and the input {prompt_tokens}, and an answer needs at least 1 more, but \
+             the model's context has {context}: shorten the input to {most} tokens",
             version.prompt.num_virtual_tokens()
         ),
         false => format!(

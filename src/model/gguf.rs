@@ -77,14 +77,13 @@ impl Gguf {
         for (i, other) in others.iter().enumerate() {
             let (number, count) = (i as u64 + 2, others.len() + 1);
             if !other.exists() {
-                let place = format!("part {number} of {count} is not there, and all lie beside the first");
+                let place = format!("part {number} of {count} is missing from the folder of the first part");
                 return Err(error(other, format!("{place}: is the download complete?")));
             }
             let (header, part) = open_part(other)?;
             let no = header.metadata.unsigned("split.no").map_err(|e| error(other, e))?;
             if let Some(found) = no.map(|no| no.saturating_add(1)).filter(|found| *found != number) {
-                let reason =
-                    format!("it says that it is part {found} of {count}, and its name that it is part {number}");
+                let reason = format!("its metadata says part {found} of {count}, its name says part {number}");
                 return Err(error(other, format!("{reason}: have files been renamed?")));
             }
             for (name, info) in header.tensors {

@@ -80,7 +80,7 @@ impl PromptFiles {
         let limit = |name: &str| if name == WEIGHTS { MAX_WEIGHTS_BYTES } else { MAX_JSON_BYTES };
         self.present()
             .filter(|(name, bytes)| bytes.len() as u64 > limit(name))
-            .map(|(name, bytes)| malformed(format!("{name} has {} bytes, the most is {}", bytes.len(), limit(name))))
+            .map(|(name, bytes)| malformed(format!("{name} has {} bytes; the maximum is {}", bytes.len(), limit(name))))
             .collect()
     }
 

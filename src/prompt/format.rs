@@ -179,21 +179,21 @@ fn read_prompt(
                 "which needs its adapter_config.json and a task.json that says which task is served; upload all three"
                     .to_owned(),
             ),
-            None => (FaultKind::UnsupportedType, format!("which is not served; served are {}", PeftType::names())),
+            None => (
+                FaultKind::UnsupportedType,
+                format!("which is not supported; the supported types are {}", PeftType::names()),
+            ),
         };
         return Err(vec![fault(kind, format!("the tensors are those of {foreign}, {reason}"))]);
     }
     if let (Some(found), Some(n)) = (weights::num_rows(bytes), declared.virtual_tokens)
         && !declared.submodules.iter().any(|submodules| found == n.saturating_mul(*submodules))
     {
-        let expected = match declared.submodules.as_slice() {
-            [2] => ", of which there must be twice as many",
-            [1, 2] => ", of which there must be as many or twice as many",
-            _ => "; they must be equal",
-        };
+        let expected: Vec<_> = declared.submodules.iter().map(|s| n.saturating_mul(*s).to_string()).collect();
         let detail = format!(
-            "prompt_embeddings has {found} rows and adapter_config.json says num_virtual_tokens {n}{expected}: use the \
-             two files of one run"
+            "prompt_embeddings has {found} rows, expected {} for num_virtual_tokens {n} in adapter_config.json: use the \
+             two files of one run",
+            expected.join(" or ")
         );
         faults.push(fault(FaultKind::Shape, detail));
     }

@@ -18,9 +18,9 @@ pub struct Verbalizer {
 /// Why labels cannot be used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum LabelError {
-    #[error("there are {found} labels, the most is {MAX_LABELS}")]
+    #[error("there are {found} labels; the maximum is {MAX_LABELS}")]
     TooManyLabels { found: usize },
-    #[error("the label {label:?} has {found} words, the most is {MAX_WORDS}")]
+    #[error("the label {label:?} has {found} words; the maximum is {MAX_WORDS}")]
     TooManyWords { label: String, found: usize },
     #[error("a label is empty")]
     EmptyLabel,

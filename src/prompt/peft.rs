@@ -133,7 +133,10 @@ fn check_type(keys: &mut Keys<'_>) -> Option<PeftType> {
         Some(found) => {
             let peft_type = PeftType::from_name(found);
             if peft_type.is_none() {
-                let detail = format!("peft_type is {:?}, which is not served; served are {served}", short(found));
+                let detail = format!(
+                    "peft_type is {:?}, which is not supported; the supported types are {served}",
+                    short(found)
+                );
                 keys.fault(FaultKind::UnsupportedType, detail);
             }
             peft_type

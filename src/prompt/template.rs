@@ -50,7 +50,7 @@ impl PromptTemplate {
     /// function that does not exist.
     pub fn parse(source: &str) -> Result<Self, TemplateError> {
         if source.len() > MAX_TEMPLATE_BYTES {
-            let detail = format!("it has {} bytes, the most is {MAX_TEMPLATE_BYTES}", source.len());
+            let detail = format!("it has {} bytes; the maximum is {MAX_TEMPLATE_BYTES}", source.len());
             return Err(TemplateError::Syntax(detail));
         }
         let mut environment = Environment::new();
@@ -107,7 +107,7 @@ impl PromptTemplate {
         };
         let text = self.execute(values).map_err(|e| TemplateError::Input(describe(&e)))?;
         if text.len() > MAX_RENDERED_BYTES {
-            let detail = format!("it renders to {} bytes, the most is {MAX_RENDERED_BYTES}", text.len());
+            let detail = format!("it renders to {} bytes; the maximum is {MAX_RENDERED_BYTES}", text.len());
             return Err(TemplateError::Input(detail));
         }
         Ok(text)

@@ -125,7 +125,7 @@ fn missing(name: &str) -> Fault {
 fn open(bytes: &[u8]) -> Result<SafeTensors<'_>, Fault> {
     let damaged = |reason: String| {
         let detail = format!(
-            "adapter_model.safetensors is not a whole safetensors file ({reason}); upload it again, or save it again \
+            "adapter_model.safetensors is not a complete safetensors file ({reason}); upload it again, or save it again \
              with PEFT's save_pretrained"
         );
         fault(FaultKind::Malformed, detail)
@@ -138,7 +138,7 @@ fn open(bytes: &[u8]) -> Result<SafeTensors<'_>, Fault> {
         return Err(damaged(format!("its header claims {header} bytes and {rest} follow")));
     }
     if header > MAX_HEADER_BYTES {
-        return Err(damaged(format!("its header has {header} bytes, the most is {MAX_HEADER_BYTES}")));
+        return Err(damaged(format!("its header has {header} bytes; the maximum is {MAX_HEADER_BYTES}")));
     }
     SafeTensors::deserialize(bytes).map_err(|e| damaged(e.to_string()))
 }

@@ -311,12 +311,12 @@ impl Registry {
         let (max_tasks, max_versions) = (self.config.max_tasks, self.config.max_versions_per_task);
         match state {
             None if self.tasks.len() >= max_tasks => {
-                let what = format!("there are {max_tasks} tasks, the most that is allowed; delete one first");
+                let what = format!("there are {max_tasks} tasks, which is the maximum; delete one first");
                 Err(RegistryError::Full { what })
             }
             Some(state) if state.versions.len() >= max_versions => {
                 let what = format!(
-                    "task {task} has {} versions, the most is {max_versions}; delete one first",
+                    "task {task} has {} versions; the maximum is {max_versions}; delete one first",
                     state.versions.len()
                 );
                 Err(RegistryError::Full { what })

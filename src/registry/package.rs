@@ -46,7 +46,9 @@ pub enum PackageError {
     #[error("the upload is not a readable {format}: {reason}")]
     Damaged { format: &'static str, reason: String },
     /// The content is packed in another way than was said.
-    #[error("the upload was sent as a {declared} and its content is a {found}; send it as what it is")]
+    #[error(
+        "the content type of the upload is that of a {declared}, but the content is a {found}; send the content type that matches"
+    )]
     Mismatch { declared: &'static str, found: &'static str },
     #[error("the upload has an unsafe entry {entry:?}: {reason}")]
     Unsafe { entry: String, reason: &'static str },
@@ -154,7 +156,7 @@ impl Unpacked {
         self.left = self.left.checked_sub(bytes.len() as u64).ok_or(PackageError::TooLarge { limit: self.limit })?;
         match self.folders.entry(folder.to_owned()).or_default().insert(file, bytes.into()) {
             None => Ok(()),
-            Some(_) => Err(PackageError::Unsafe { entry: short(name), reason: "it is there twice" }),
+            Some(_) => Err(PackageError::Unsafe { entry: short(name), reason: "it appears twice" }),
         }
     }
 

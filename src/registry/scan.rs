@@ -47,7 +47,7 @@ impl Scan {
     /// Logs what is wrong with a path, once.
     fn warn(&mut self, path: &Path, problem: String) {
         if self.warned.get(path) != Some(&problem) {
-            tracing::warn!(path = %path.display(), "left out or kept as it was: {problem}");
+            tracing::warn!(path = %path.display(), "ignored, or left unchanged: {problem}");
             self.warned.insert(path.to_owned(), problem);
         }
     }
@@ -78,7 +78,7 @@ impl Registry {
     pub(super) fn scan_task(&self, scan: &mut Scan, task: &TaskName) {
         let old = self.get(task.as_str()).map(|(_, state)| state);
         if old.is_none() && self.tasks.len() >= self.config.max_tasks && self.store.has_task(task) {
-            let problem = format!("there are {} tasks already, the most that is allowed", self.config.max_tasks);
+            let problem = format!("there are {} tasks already, which is the maximum", self.config.max_tasks);
             return scan.warn(&self.store.task_dir(task), problem);
         }
         let new = self.load_task(scan, task, old.as_deref());
@@ -249,7 +249,7 @@ impl Registry {
             stays
         });
         state.versions = oldest_first.into_iter().rev().collect();
-        let problem = format!("it has {found} versions, the most is {most}; the oldest {excess} are not served");
+        let problem = format!("it has {found} versions; the maximum is {most}; the oldest {excess} are not served");
         scan.warn(&self.store.versions_dir(task), problem);
     }
 }

@@ -292,7 +292,7 @@ impl Store {
         for entry in entries.flatten().filter(|e| e.file_name().to_string_lossy().starts_with(STAGING)) {
             let dir = entry.path();
             if let Err(e) = fs::remove_dir_all(&dir) {
-                tracing::warn!(path = %dir.display(), error = %e, "cannot remove what an interrupted write left");
+                tracing::warn!(path = %dir.display(), error = %e, "cannot remove the leftovers of an interrupted write");
             }
         }
     }

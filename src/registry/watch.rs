@@ -46,7 +46,7 @@ impl Watcher {
         let notifications = notifications(root, signals.clone())
             .inspect_err(|e| {
                 let poll = POLL.as_secs();
-                tracing::warn!(path = %root.display(), error = %e, "no change notifications; looking every {poll} s");
+                tracing::warn!(path = %root.display(), error = %e, "the system sends no change notifications; checking the folder every {poll} s");
             })
             .ok();
         let registry = Arc::downgrade(registry);

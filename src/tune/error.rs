@@ -25,8 +25,8 @@ pub enum TuneError {
     OutOfRange { setting: Setting, found: String, expected: String },
     /// PEFT has no keys and values for such a model.
     #[error(
-        "keys and values are those of {encoder} layers, as many as the model's encoder has, and its decoder has \
-         {decoder}: the type prefix has no form for it"
+        "PEFT's prefix tuning stores keys and values for {encoder} layers, the number of the model's encoder, and its \
+         decoder has {decoder}: a prefix cannot be tuned for this model"
     )]
     DeeperDecoder { encoder: usize, decoder: usize },
     #[error(

@@ -40,11 +40,11 @@ pub enum Init {
 /// Why there are no initial values.
 #[derive(Debug, thiserror::Error)]
 pub enum InitError {
-    #[error("the text to begin with has no tokens; give at least one word")]
+    #[error("the initial text has no tokens; give at least one word")]
     EmptyText,
     #[error("the vocabulary has no token that is not special")]
     NoVocabulary,
-    #[error("the prompt to begin with is one of {found}, and the type {method} learns {expected}")]
+    #[error("the initial prompt consists of {found}, but the type {method} learns {expected}")]
     OtherKind { found: &'static str, method: &'static str, expected: &'static str },
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),

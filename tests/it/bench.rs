@@ -194,7 +194,7 @@ fn what_cannot_be_measured_is_said() {
         (vec!["--repetition-penalty=0"], 2, vec!["--repetition-penalty", "found 0, expected more than 0"]),
         (vec!["--frequency-penalty", "-3"], 2, vec!["--frequency-penalty", "found -3, expected -2 to 2"]),
         (vec!["--presence-penalty=3"], 2, vec!["--presence-penalty", "found 3, expected -2 to 2"]),
-        (vec!["--top-k=40"], 2, vec!["--top-k", "changes nothing", "--temperature"]),
+        (vec!["--top-k=40"], 2, vec!["--top-k", "has no effect", "--temperature"]),
         (vec!["--load=temperature=9"], 2, vec!["--load", "temperature: found 9, expected 0 to 2"]),
         (vec!["--load=min-p=0.1", "--load=name=b,temperature=1"], 2, vec!["--min-p", "temperature= in --load"]),
         (vec!["--save-model=x"], 2, vec!["--save-model", "--random-weights"]),

@@ -213,7 +213,7 @@ fn what_cannot_be_converted_ends_with_one_line_that_says_why_and_leaves_nothing(
         (at("alone"), out, &["adapter_config.json", "prompt.pt"]),
         (at("peft"), out, &["needs no conversion", "softserve push"]),
         (at("full"), out, &["none of adapter_model.bin"]),
-        (at("mine.txt"), out, &["none of the formats", "68656c6c6f"]),
+        (at("mine.txt"), out, &["format of the file is not known", "68656c6c6f"]),
         (at("empty"), out, &["it is empty"]),
         (at("mkultra.json"), out, &["mkultra"]),
         (at("cut.pt"), out, &["zip archive cannot be read"]),

@@ -332,7 +332,7 @@ fn a_prompt_for_another_kind_of_model_or_with_other_rows_is_refused_with_what_to
         ("prompt7", json!({"task_type": "CAUSAL_LM"}), "has an encoder"),
         ("prompt7", json!({"task_type": "CAUSAL_LM"}), "expected SEQ_2_SEQ_LM or null"),
         ("prompt7", json!({"num_transformer_submodules": 1}), "14 rows"),
-        ("prompt7", json!({"num_virtual_tokens": 5}), "twice as many"),
+        ("prompt7", json!({"num_virtual_tokens": 5}), "14 rows, expected 10 for num_virtual_tokens 5"),
         ("prompt33-one", json!({"num_transformer_submodules": 2}), "33 rows"),
         ("prompt7", json!({"num_transformer_submodules": 3}), "1 or 2"),
         ("prefix6", json!({"num_transformer_submodules": 1}), "has 2"),

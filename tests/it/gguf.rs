@@ -221,12 +221,12 @@ fn parts_that_are_missing_or_mixed_up_are_said() {
     let second = fs::read(&parts[1]).unwrap();
     fs::copy(&parts[2], &parts[1]).unwrap();
     let swapped = error(&parts[0]);
-    assert!(swapped.contains(&name(1)) && swapped.contains("says that it is part 3 of"), "{swapped}");
+    assert!(swapped.contains(&name(1)) && swapped.contains("its metadata says part 3 of"), "{swapped}");
 
     fs::remove_file(&parts[1]).unwrap();
     for given in [parts[0].as_path(), home.path()] {
         let missing = error(given);
-        for words in [&name(1), "part 2 of", "beside the first", "is the download complete?"] {
+        for words in [&name(1), "part 2 of", "the folder of the first part", "is the download complete?"] {
             assert!(missing.contains(words), "{words}: {missing}");
         }
     }

@@ -41,7 +41,7 @@ fn a_prompt_of_the_demo_is_shown_beside_the_demos_vocabulary() {
         "negative, positive",
         "vocabulary's",
         "nearest tokens",
-        "softserve-demo (fingerprint 1d37db9562c04a69) would take it",
+        "softserve-demo (fingerprint 1d37db9562c04a69) would accept it",
     ] {
         assert!(said.contains(words), "{words}: {said}");
     }
@@ -103,7 +103,7 @@ fn a_model_that_would_not_take_it_says_every_reason_and_the_code_is_1() {
     let (code, said, log) = inspect(home.path(), &folder, &["--model", &model()]);
     assert_eq!(code, Some(1));
     for words in
-        ["would not take it", "num_virtual_tokens 9", "base_model.fingerprint is \"ffff\"", "defaults.top_p: found 7"]
+        ["would refuse it", "num_virtual_tokens 9", "base_model.fingerprint is \"ffff\"", "defaults.top_p: found 7"]
     {
         assert!(said.contains(words), "{words}: {said}");
     }
@@ -169,8 +169,8 @@ fn what_is_no_prompt_is_refused_in_one_line() {
     for (path, words) in [
         (foreign().join("hostile/command.pt"), "posix.system"),
         (foreign().join("two.safetensors"), "--tensor"),
-        (home.path().join("mine.txt"), "none of the formats"),
-        (home.path().join("empty"), "no PEFT directory"),
+        (home.path().join("mine.txt"), "format of the file is not known"),
+        (home.path().join("empty"), "is not a PEFT directory"),
         (home.path().join("nothing"), "cannot read"),
     ] {
         let (code, said, log) = inspect(home.path(), &path, &[]);
@@ -228,7 +228,7 @@ fn of_a_prompt_for_an_encoder_and_a_decoder_the_encoders_rows_are_counted_and_th
             assert_eq!(report["virtual_tokens"].as_array().unwrap().len(), n);
             let (_, said, _) = inspect(home.path(), &folder, arguments);
             assert!(said.contains(&format!("virtual tokens  {n}\n")), "{said}");
-            let words = format!("the other {n} rows are dead weight");
+            let words = format!("the other {n} rows are not used");
             assert_eq!(said.contains(&words), is_doubled, "{prompt}: {said}");
         }
         // Its own norms only.

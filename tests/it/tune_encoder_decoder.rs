@@ -336,7 +336,7 @@ fn what_a_model_has_no_room_or_form_for_is_refused_before_anything_is_trained() 
     );
     let forward = Forward::new(Model::load(&files, kernels::cpu(), DType::F32).unwrap());
     let refused = Plan::new(&forward, &text, &options(4, PromptType::Prefix)).expect_err("refused").to_string();
-    assert!(refused.contains("its decoder has 3: the type prefix has no form for it"), "{refused}");
+    assert!(refused.contains("its decoder has 3: a prefix cannot be tuned for this model"), "{refused}");
 }
 
 /// `softserve tune` of a task under `out`, on one of the models.

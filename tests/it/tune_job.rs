@@ -237,8 +237,8 @@ fn a_prompt_begins_as_another_of_its_kind_whichever_way_it_is_learned() {
         assert!(error < 5e-3, "{prompt_type:?} begins {error} away");
     }
     for (prompt_type, from, said) in [
-        (PromptType::Prefix, &rows, "is one of embeddings, and the type prefix learns key-values"),
-        (TYPES[0], &prefix, "is one of key-values, and the type p-tuning learns embeddings"),
+        (PromptType::Prefix, &rows, "consists of embeddings, but the type prefix learns key-values"),
+        (TYPES[0], &prefix, "consists of key-values, but the type p-tuning learns embeddings"),
     ] {
         let refused = begun(prompt_type, from).expect_err("refused").to_string();
         assert!(refused.contains(said), "{refused}");

@@ -123,7 +123,7 @@ fn what_does_not_go_together_is_said_before_anything_is_trained() {
         (&["--type", "p-tuning", "--encoder-hidden", "0"], "--encoder-hidden is 0, expected 1 to 16384"),
         (
             &["--type", "prefix", "--init", "task:rows"],
-            "is one of embeddings, and the type prefix learns key-values; begin with a task of the same kind",
+            "consists of embeddings, but the type prefix learns key-values; start from a task of the same kind",
         ),
     ];
     for (options, said) in refused {

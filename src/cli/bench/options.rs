@@ -22,10 +22,10 @@ const DEFAULT_CONCURRENCY: usize = 16;
 
 /// Measure throughput and latency under a load of many tasks.
 ///
-/// Without --url it starts a server of its own on a free port, with learned prompts made at random;
-/// with --url it asks the tasks of a server that is running. Answers are streamed and have the length
-/// that was asked for, unless the model's context ends first, and are greedy unless --temperature says
-/// otherwise. Figures are medians over --repeat runs.
+/// Without --url it starts a server on a free port, with random learned prompts. With --url it sends
+/// requests to the tasks of a running server. Answers are streamed. Each has the length that was
+/// asked for unless the model's context ends first. Decoding is greedy unless --temperature is given. Figures
+/// are medians over --repeat runs.
 #[derive(Debug, Clone, Args)]
 #[command(after_help = "Examples:\n  \
     softserve bench --random-weights smollm2-135m --dtype bf16 --concurrency 32 --repeat 3\n  \
@@ -35,11 +35,11 @@ const DEFAULT_CONCURRENCY: usize = 16;
     softserve bench --url http://127.0.0.1:8080 --json figures.json\n  \
     softserve bench --random-weights qwen2.5-0.5b --save-model my-folder")]
 pub struct BenchArgs {
-    /// A server that is running; what the next options say of model and server is then its own
-    /// business
+    /// The address of a running server to measure. The options for the model and the server then have
+    /// no effect
     #[arg(long, env = "SOFTSERVE_URL", value_name = "URL")]
     pub url: Option<String>,
-    /// A key of that server
+    /// An API key of that server
     #[arg(long, env = "SOFTSERVE_API_KEY", hide_env_values = true, value_name = "KEY")]
     api_key: Option<String>,
     /// An admin key of that server, for --upload
@@ -48,82 +48,86 @@ pub struct BenchArgs {
 
     #[command(flatten)]
     pub model: ModelArgs,
-    /// Processor threads for the model [default: one for each core]
+    /// The number of processor threads that the model uses [default: one for each core]
     #[arg(long, value_name = "N", env = "SOFTSERVE_THREADS")]
     pub threads: Option<usize>,
-    /// Memory for keys and values, such as 512MiB [default: as for serve]
+    /// Memory for the KV cache, such as 512MiB [default: as for serve]
     #[arg(long, value_name = "SIZE", env = "SOFTSERVE_KV_CACHE")]
     pub kv_cache: Option<ByteSize>,
-    /// Any other options of `softserve serve`, for the server that is started
+    /// Further options of `softserve serve` for the server that is started
     #[arg(last = true, conflicts_with = "url", value_name = "SERVE OPTIONS")]
     pub serve: Vec<String>,
 
-    /// How many tasks are asked [default: 8; with --url, all that the server has]
+    /// The number of tasks [default: 8; with --url, all tasks of the server]
     #[arg(long, value_name = "N", value_parser = load::count)]
     pub tasks: Option<usize>,
-    /// The length of the learned prompts that are made
+    /// The length of the random learned prompts, in tokens
     #[arg(long, value_name = "N", default_value = "32", value_parser = load::count)]
     pub virtual_tokens: usize,
-    /// With --url: upload learned prompts made at random, ask them, and delete them at the end
+    /// With --url: upload random learned prompts, measure these tasks, and delete them at the end
     #[arg(long, requires = "url")]
     pub upload: bool,
     /// With --upload: the hidden size of that server's model
     #[arg(long, requires = "upload", value_name = "N", value_parser = load::count)]
     pub hidden_size: Option<usize>,
-    /// Make inputs of the words w0 to w(N-1), which are a token each for a model with random
-    /// weights [default: so for --random-weights, else common English words]
+    /// Write inputs with the words w0 to w(N-1), each of which is one token of a model with random
+    /// weights [default: with --random-weights these words, otherwise common English words]
     #[arg(long, value_name = "N", value_parser = load::count)]
     pub vocabulary: Option<usize>,
 
-    /// How many requests are sent [default: 128; with --duration, as many as there is time for]
+    /// The number of requests [default: 128; with --duration there is no limit]
     #[arg(long, value_name = "N", value_parser = load::count)]
     requests: Option<usize>,
-    /// Requests at once: a closed loop, the next is sent when one is answered [default: 16]
+    /// The number of concurrent requests. This is a closed loop: the next request is sent when one is
+    /// answered [default: 16]
     #[arg(long, value_name = "N", conflicts_with = "rate", value_parser = load::count)]
     concurrency: Option<usize>,
-    /// Requests a second: an open loop, sent at random times whatever the server does
+    /// The number of requests per second. This is an open loop: requests are sent at random times,
+    /// whether or not earlier ones are answered
     #[arg(long, value_name = "RATE", value_parser = load::rate)]
     rate: Option<f64>,
-    /// How requests spread over the tasks: uniform, zipf or zipf:EXPONENT
+    /// The distribution of the requests over the tasks: uniform, zipf or zipf:EXPONENT
     #[arg(long, default_value = "uniform")]
     mix: Mix,
-    /// Words of each input: 32, 16-64, normal:MEAN:DEVIATION or lognormal:MEAN:DEVIATION
+    /// The length of an input in words: a number, a range such as 16-64, normal:MEAN:DEVIATION or
+    /// lognormal:MEAN:DEVIATION
     #[arg(long, value_name = "LENGTHS", default_value = "16-64")]
     input_tokens: Lengths,
-    /// Tokens of each answer, in the same forms
+    /// The length of an answer in tokens, in the same forms
     #[arg(long, value_name = "LENGTHS", default_value = "32")]
     output_tokens: Lengths,
     #[command(flatten)]
     sampling: SamplingArgs,
-    /// Several loads side by side, each with tasks of its own: some of name=, tasks=,
-    /// virtual-tokens=, requests=, concurrency=, rate=, mix=, input-tokens=, output-tokens=, any sampling
-    /// option (temperature=, top-p= …), seed= (request i is drawn with this seed + i), background
-    /// (goes on until the others are done) and alone (run without the others first, to compare); the
-    /// rest is as the option of that name says, but tasks, which is 1
+    /// One of several loads that run at the same time, each with tasks of its own. Its keys are name=,
+    /// tasks=, virtual-tokens=, requests=, concurrency=, rate=, mix=, input-tokens=, output-tokens=, the
+    /// sampling parameters (temperature=, top-p= …), seed= (request i is sampled with this seed + i),
+    /// background (runs until the other loads are done) and alone (also runs by itself first, for
+    /// comparison). A key that is missing has the value of the option of that name; tasks is 1
     #[arg(long, value_name = "KEY=VALUE,…")]
     pub load: Vec<LoadSpec>,
-    /// Run the loads one after another in each run, not side by side: which is faster?
+    /// Run the loads one after another instead of at the same time, and compare them
     #[arg(long, requires = "load")]
     pub in_turn: bool,
-    /// Send nothing new after this time
+    /// Stop sending requests after this time
     #[arg(long, value_name = "TIME")]
     pub duration: Option<Time>,
-    /// Requests sent before each load that do not count [default: one a task, 256 at most]
+    /// The number of requests before each load that are not measured [default: one per task, at most
+    /// 256]
     #[arg(long, value_name = "N")]
     pub warmup: Option<usize>,
-    /// Runs, of which the medians are reported
+    /// The number of runs. The medians are reported
     #[arg(long, value_name = "N", default_value = "1", value_parser = load::count)]
     pub repeat: usize,
-    /// The same seed sends the same requests; a request that is sampled is sent a seed of its own,
-    /// made from this one
+    /// The seed of the random numbers. The same seed sends the same requests; each sampled request has a
+    /// seed that is derived from this one
     #[arg(long, value_name = "N", default_value = "0")]
     pub seed: u64,
 
-    /// Write every figure of every run to a file, or with - to standard output in place of the table;
-    /// latencies are in milliseconds, everything else is in the unit of its name
+    /// Write the figures of every run as JSON to a file, or with - to standard output instead of the
+    /// table. Latencies are in milliseconds
     #[arg(long, value_name = "FILE|-")]
     pub json: Option<PathBuf>,
-    /// Measure nothing: write the model of --random-weights as a Hugging Face folder
+    /// Write the model of --random-weights as a Hugging Face folder and exit
     #[arg(long, value_name = "DIR", conflicts_with = "url")]
     pub save_model: Option<PathBuf>,
 }
@@ -148,10 +152,10 @@ impl BenchArgs {
         };
         let wrong = |option, reason: String| Err(ConfigError::Option { option, reason });
         if self.duration.is_some_and(|time| time.0.is_zero()) {
-            return wrong("duration", "found no time at all, expected some such as 30s".to_owned());
+            return wrong("duration", "found 0s, expected more than 0s, such as 30s".to_owned());
         }
         if self.upload && self.hidden_size.is_none() {
-            let reason = "it needs --hidden-size, the width of the model of that server".to_owned();
+            let reason = "it needs --hidden-size, the hidden size of that server's model".to_owned();
             return wrong("upload", reason);
         }
         if self.load.is_empty() {
@@ -159,18 +163,20 @@ impl BenchArgs {
         }
         let loads: Vec<_> = self.load.iter().cloned().enumerate().map(|(i, spec)| spec.over(&base, i)).collect();
         if self.in_turn && loads.iter().any(|load| load.background || load.alone) {
-            let reason = "every load is alone, and none is in the background: leave those words out".to_owned();
+            let reason = "with --in-turn no load is alone or background: leave these words out of --load".to_owned();
             return wrong("in-turn", reason);
         }
         if loads.iter().all(|load| load.background) {
-            let reason = "every one is in the background, expected one or more that say when all is done".to_owned();
+            let reason =
+                "every load is in the background, expected at least one that is not: the run ends when it is done"
+                    .to_owned();
             return wrong("load", reason);
         }
         let twice = |load: &Load| loads.iter().filter(|other| other.name == load.name).count() > 1;
         if let Some(load) = loads.iter().find(|load| twice(load)) {
             return wrong(
                 "load",
-                format!("found the name {:?} twice, expected names that tell loads apart", load.name),
+                format!("found the name {:?} twice, expected a different name for each load", load.name),
             );
         }
         with_temperatures(loads)
@@ -203,8 +209,7 @@ impl BenchArgs {
 fn with_temperatures(mut loads: Vec<Load>) -> Result<Vec<Load>, ConfigError> {
     for load in &mut loads {
         if let Some(parameter) = load::without_effect(&load.sampling) {
-            let reason =
-                "it changes nothing at temperature 0, the default: give --temperature, or temperature= in --load";
+            let reason = "it has no effect at temperature 0, the default: set --temperature, or temperature= in --load";
             return Err(ConfigError::Option { option: parameter.option, reason: reason.to_owned() });
         }
         load.sampling.temperature.get_or_insert(0.0);

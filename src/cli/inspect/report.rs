@@ -94,7 +94,7 @@ struct TaskReport {
     metrics: BTreeMap<String, f64>,
 }
 
-/// Whether a model would take the prompt.
+/// Whether a model would accept the prompt.
 #[derive(Debug, Serialize)]
 pub struct ModelReport {
     pub name: String,
@@ -129,8 +129,7 @@ impl Report {
         let mut notes = subject.notes.clone();
         if let Some((_, unused @ 1..)) = num_virtual_tokens {
             notes.push(format!(
-                "the other {unused} rows are dead weight: PEFT's for a second part of the model, the decoder, and never \
-                 read"
+                "the other {unused} rows are not used: PEFT stores them for the model's decoder and never reads them"
             ));
         }
         Self {
@@ -194,7 +193,7 @@ impl Report {
         let or = |text: &Option<String>, none: &str| text.as_deref().map_or_else(|| none.to_owned(), plain);
         let task_type = self.task_type.as_deref().map_or_else(String::new, |t| format!(" for {}", plain(t)));
         let peft = self.peft_version.as_deref().map_or_else(String::new, |v| format!(", PEFT {}", plain(v)));
-        line("type", format!("{}{task_type}{peft}", or(&self.peft_type, "not said, taken as PROMPT_TUNING")))?;
+        line("type", format!("{}{task_type}{peft}", or(&self.peft_type, "not stated, assumed PROMPT_TUNING")))?;
         for tensor in &self.tensors {
             line("tensor", format!("{} {} {:?}", plain(&tensor.name), tensor.dtype, tensor.shape))?;
         }
@@ -202,7 +201,7 @@ impl Report {
         if let Some(n) = self.num_virtual_tokens {
             line("virtual tokens", n.to_string())?;
         }
-        line("base model", or(&self.base_model, "not said"))?;
+        line("base model", or(&self.base_model, "not stated"))?;
         if let Some(task) = &self.task {
             let of_task = task.base_model.clone().unwrap_or_default();
             if let Some(fingerprint) = of_task.fingerprint {
@@ -283,9 +282,11 @@ impl Report {
         };
         writeln!(out)?;
         match (faults.is_empty(), &self.model) {
-            (false, _) => writeln!(out, "{whose} would not take it:")?,
-            (true, Some(model)) => writeln!(out, "{whose} (fingerprint {}) would take it", model.fingerprint)?,
-            (true, None) => writeln!(out, "the files are sound; --model says whether a model would take them")?,
+            (false, _) => writeln!(out, "{whose} would refuse it:")?,
+            (true, Some(model)) => writeln!(out, "{whose} (fingerprint {}) would accept it", model.fingerprint)?,
+            (true, None) => {
+                writeln!(out, "the files are valid; with --model you see whether a model would accept them")?
+            }
         }
         for fault in faults {
             writeln!(out, "  - {fault}")?;

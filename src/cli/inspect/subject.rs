@@ -6,7 +6,7 @@ use anyhow::Context as _;
 use bytes::Bytes;
 
 use crate::{
-    cli::prompts,
+    cli::{convert::explain, prompts},
     convert::{self, RawTensor, Target, peft, tensor},
     prompt::{
         TaskName,
@@ -56,25 +56,25 @@ impl Subject {
 
     fn folder(path: &Path, format: String) -> anyhow::Result<Self> {
         let files = PromptFiles::read_dir(path)?;
-        files.check_complete().with_context(|| format!("{} is no PEFT directory", path.display()))?;
+        files.check_complete().with_context(|| format!("{} is not a PEFT directory", path.display()))?;
         Ok(Self::peft(format, files))
     }
 
     fn file(path: &Path, target: &Target) -> anyhow::Result<Self> {
         let name = path.file_name().unwrap_or_default();
         if name == PICKLE {
-            return Self::foreign(convert::open(path, convert::MAX_BYTES)?, target);
+            return Self::foreign(convert::open(path, convert::MAX_BYTES).map_err(explain)?, target);
         }
         if name == WEIGHTS && path.with_file_name(ADAPTER_CONFIG).exists() {
             return Self::folder(path.parent().unwrap_or(Path::new(".")), "PEFT directory".to_owned());
         }
-        let bytes = convert::read_file(path, convert::MAX_BYTES)?;
+        let bytes = convert::read_file(path, convert::MAX_BYTES).map_err(explain)?;
         let packing = package::sniff(&bytes);
         match packing.map(|packing| unpack(packing, &bytes)) {
             Some(Ok(files)) => Ok(Self::peft(packing.map_or("file", Packing::name).to_owned(), files)),
             // It may be a format of another program in the same packing.
             None | Some(Err(PackageError::NoPrompt { .. })) => {
-                Self::foreign(convert::parse(bytes, convert::MAX_BYTES)?, target)
+                Self::foreign(convert::parse(bytes, convert::MAX_BYTES).map_err(explain)?, target)
             }
             Some(Err(error)) => Err(error.into()),
         }
@@ -87,9 +87,9 @@ impl Subject {
     }
 
     fn foreign(foreign: convert::Foreign, target: &Target) -> anyhow::Result<Self> {
-        let converted = foreign.to_peft(target)?;
+        let converted = foreign.to_peft(target).map_err(explain)?;
         let mut notes = foreign.notes;
-        notes.push("softserve convert makes a PEFT directory of it".to_owned());
+        notes.push("softserve convert can write it as a PEFT directory".to_owned());
         let format = foreign.format.name().to_owned();
         Ok(Self { format, files: converted.files, tensors: converted.tensors, notes })
     }

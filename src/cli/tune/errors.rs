@@ -37,18 +37,18 @@ fn option(setting: Setting) -> &'static str {
 /// What can be typed against an error.
 fn advice(error: &TuneError) -> Option<&'static str> {
     Some(match error {
-        TuneError::DeeperDecoder { .. } => "take --type prompt or --type p-tuning",
-        TuneError::Managed { .. } => "give another --output, then `softserve push` it",
-        TuneError::Diverged { .. } => "give a lower --lr",
-        TuneError::NoRate { .. } => "look at the data, or give --lr",
-        TuneError::NoGain { .. } => "look at the data, or give another --lr or more --steps",
-        TuneError::Interrupted { .. } => "go on with the same options and --resume",
+        TuneError::DeeperDecoder { .. } => "use --type prompt or --type p-tuning",
+        TuneError::Managed { .. } => "choose another --output, then upload it with `softserve push`",
+        TuneError::Diverged { .. } => "choose a lower --lr",
+        TuneError::NoRate { .. } => "check the data, or set --lr",
+        TuneError::NoGain { .. } => "check the data, or try another --lr or more --steps",
+        TuneError::Interrupted { .. } => "to continue, add --resume to the same options",
         TuneError::Checkpoint(CheckpointError::Missing(_) | CheckpointError::Damaged { .. }) => {
             "start without --resume"
         }
-        TuneError::Checkpoint(CheckpointError::OtherRun { .. }) => "give the same values, or start without --resume",
+        TuneError::Checkpoint(CheckpointError::OtherRun { .. }) => "use the same values, or start without --resume",
         TuneError::Init(InitError::OtherKind { .. }) => {
-            "begin with a task of the same kind, or give another --type or --init"
+            "start from a task of the same kind, or choose another --type or --init"
         }
         _ => return None,
     })
@@ -76,7 +76,7 @@ mod tests {
         let missing = explain(CheckpointError::Missing(PathBuf::from("x")).into()).to_string();
         assert_eq!(missing, "there is no checkpoint at x; start without --resume");
         let diverged = explain(TuneError::Diverged { rate: 3.0, step: 7 }).to_string();
-        assert!(diverged.contains("step 7") && diverged.ends_with("give a lower --lr"), "{diverged}");
+        assert!(diverged.contains("step 7") && diverged.ends_with("choose a lower --lr"), "{diverged}");
         assert_eq!(explain(TuneError::EngineFailed).to_string(), TuneError::EngineFailed.to_string());
     }
 }

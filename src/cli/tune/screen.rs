@@ -103,7 +103,7 @@ impl Observer for Screen {
         self.bar.set_length(settings.schedule.steps as u64);
         self.bar.set_position(step as u64);
         if step > 0 {
-            self.say(&format!("going on from step {step}"));
+            self.say(&format!("continuing from step {step}"));
         }
     }
 

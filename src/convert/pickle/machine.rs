@@ -301,7 +301,7 @@ impl<'a> Machine<'a> {
         match self.memo.get(&id) {
             Some(at) if self.stack.len() < MAX_NODES => self.stack.push(*at),
             Some(_) => return damaged(format!("it stacks more than {MAX_NODES} values")),
-            None => return damaged(format!("it recalls the value {id}, which it never remembered")),
+            None => return damaged(format!("it reads the memo entry {id}, which it never wrote")),
         }
         Ok(())
     }

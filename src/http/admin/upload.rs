@@ -27,7 +27,7 @@ pub(super) async fn store(app: &AppState, task: &str, activate: bool, request: R
         let limit = app.limits.max_concurrent_uploads;
         Problem::new(
             Code::Overloaded,
-            format!("{limit} uploads are being read and checked, the most at one time; retry later"),
+            format!("{limit} uploads are being processed, which is the maximum; retry later"),
         )
     })?;
     let package = Package::of(request.headers())?;
@@ -96,7 +96,7 @@ async fn form(parts: Parts, body: Bytes) -> Result<PromptFiles, Problem> {
             }
         };
         if place.is_some() {
-            return Err(Problem::new(Code::InvalidUpload, format!("the part {:?} is there twice", names[0])));
+            return Err(Problem::new(Code::InvalidUpload, format!("the part {:?} appears twice", names[0])));
         }
         *place = Some(part.bytes().await.map_err(|e| damaged(e.body_text()))?);
     }

@@ -45,7 +45,7 @@ codes! {
     InvalidUpload "invalid_upload" BAD_REQUEST "The upload cannot be unpacked"
         "The archive is damaged, has an unsafe entry, or holds no learned prompt.";
     Unauthorized "unauthorized" UNAUTHORIZED "A key is needed"
-        "The server has keys, and the request shows none or one that is not known.";
+        "The server requires a key, and the request has none or an unknown one.";
     Forbidden "forbidden" FORBIDDEN "Not allowed"
         "The key is not an admin key, or the admin routes are closed because no admin key is set.";
     NotFound "not_found" NOT_FOUND "No such path"
@@ -55,29 +55,29 @@ codes! {
     VersionNotFound "version_not_found" NOT_FOUND "No such version"
         "The task has no version of this id.";
     MethodNotAllowed "method_not_allowed" METHOD_NOT_ALLOWED "The path has other methods"
-        "The path exists, but not with this method; the Allow header lists those it has.";
-    RequestTimeout "request_timeout" REQUEST_TIMEOUT "The body came too slowly"
-        "No piece of the body arrived for too long.";
+        "The path exists, but not with this method; the Allow header lists its methods.";
+    RequestTimeout "request_timeout" REQUEST_TIMEOUT "The body arrived too slowly"
+        "No data of the body arrived for too long.";
     NoActiveVersion "no_active_version" CONFLICT "The task has no active version"
         "The task has stored versions, but none is active and the request names none.";
     VersionActive "version_active" CONFLICT "The version is active"
         "The active version cannot be deleted while the task has others.";
     RegistryFull "registry_full" CONFLICT "No room for another"
-        "The server keeps as many tasks or versions as it may.";
+        "The number of tasks or versions is at the server's limit.";
     PreconditionFailed "precondition_failed" PRECONDITION_FAILED "The task has changed"
         "If-Match names another state of the task than the present one.";
     BodyTooLarge "body_too_large" PAYLOAD_TOO_LARGE "The body is too large"
         "The body, or what it unpacks to, is over the server's limit.";
     UnsupportedMediaType "unsupported_media_type" UNSUPPORTED_MEDIA_TYPE "Another content type is needed"
-        "The content type is missing or not one that the path takes.";
+        "The content type is missing, or the path does not accept it.";
     PromptMalformed "prompt_malformed" UNPROCESSABLE_ENTITY "The learned prompt's files are damaged"
         "A file is missing, damaged or not of its format.";
     PromptShapeMismatch "prompt_shape_mismatch" UNPROCESSABLE_ENTITY "The learned prompt does not fit the model"
         "The tensor's rank, rows or columns fit neither the model nor adapter_config.json.";
-    PromptNotFinite "prompt_not_finite" UNPROCESSABLE_ENTITY "The learned prompt has values that are no numbers"
+    PromptNotFinite "prompt_not_finite" UNPROCESSABLE_ENTITY "The learned prompt has values that are not finite"
         "A value is NaN or infinite in the number format that the model runs in.";
-    UnsupportedPromptType "unsupported_prompt_type" UNPROCESSABLE_ENTITY "This type of prompt is not served"
-        "adapter_config.json names a type of adapter that is not served.";
+    UnsupportedPromptType "unsupported_prompt_type" UNPROCESSABLE_ENTITY "This type of prompt is not supported"
+        "adapter_config.json names a type of adapter that is not supported.";
     BaseModelMismatch "base_model_mismatch" UNPROCESSABLE_ENTITY "The prompt was tuned on another model"
         "task.json names the fingerprint of another model than the one that runs.";
     InvalidTaskFile "invalid_task_file" UNPROCESSABLE_ENTITY "task.json is not valid"
@@ -86,7 +86,7 @@ codes! {
         "The queue is full; try again after Retry-After seconds.";
     Internal "internal" INTERNAL_SERVER_ERROR "The server failed"
         "A fault of the server; its log has the cause under the request id.";
-    Unavailable "unavailable" SERVICE_UNAVAILABLE "The server takes no requests now"
+    Unavailable "unavailable" SERVICE_UNAVAILABLE "The server accepts no requests now"
         "The server is starting or stopping; try again after Retry-After seconds.";
 }
 

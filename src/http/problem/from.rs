@@ -17,14 +17,16 @@ impl From<SubmitError> for Problem {
         match error {
             SubmitError::Full { limit } => Self::new(
                 Code::Overloaded,
-                format!("the queue is full ({limit} requests waiting); retry after the seconds that Retry-After says"),
+                format!(
+                    "the queue is full ({limit} requests waiting); retry after the number of seconds in the Retry-After header"
+                ),
             ),
             SubmitError::Closed => Self::stopping(),
             SubmitError::Empty => Self::field("input", "found no token, expected at least one"),
             SubmitError::NoText => Self::field(
                 "input",
-                "found no token, and the task's prompt is of keys and values, after which the model has nothing to go \
-                 on from: give at least one token of text",
+                "the input has no token, and the task's prompt consists of keys and values, which need at least one \
+                 token after them: give a longer input",
             ),
             SubmitError::TooLong { found, limit } => Self::new(
                 Code::InputTooLong,
@@ -114,7 +116,7 @@ impl From<RegistryError> for Problem {
             RegistryError::Full { what } => {
                 Self::new(Code::RegistryFull, format!("no room: {what}, or raise the server's limit"))
             }
-            RegistryError::Store(error) => Self::internal(format!("the prompt store: {error}")),
+            RegistryError::Store(error) => Self::internal(format!("the prompt store failed: {error}")),
         }
     }
 }

@@ -140,7 +140,7 @@ fn input<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Input, D::Error> 
             let mut fields = BTreeMap::new();
             while let Some((name, text)) = map.next_entry::<String, String>()? {
                 if let Some(_twice) = fields.insert(name.clone(), text) {
-                    return Err(de::Error::custom(format!("the field {name:?} is there twice")));
+                    return Err(de::Error::custom(format!("the field {name:?} appears twice")));
                 }
             }
             Ok(Input::Fields(fields))

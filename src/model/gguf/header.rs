@@ -71,7 +71,7 @@ impl Header {
             let name = bytes.name("a tensor's name")?;
             let info = bytes.tensor(&name, alignment)?;
             if tensors.insert(name.clone(), info).is_some() {
-                return Err(format!("the tensor {name} is there twice"));
+                return Err(format!("the tensor {name} appears twice"));
             }
         }
         let data_start = bytes.at.next_multiple_of(alignment);
@@ -346,7 +346,7 @@ mod tests {
             (array(12, u64::MAX), "claims"),
             (array(9, 1), "array of arrays"),
             (array(77, 1), "type 77"),
-            (file(&[&start(0, 2), &key, &key]), "k is there twice"),
+            (file(&[&start(0, 2), &key, &key]), "k appears twice"),
             (one(tensor("t", &[1 << 40, 1 << 40], 0, 0)), "more than there can be"),
             (one(tensor("t", &[1 << 62], 0, 0)), "a dimension of 4611686018427387904"),
             (one(tensor("t", &[0, huge, huge], 0, 0)), "a dimension of 0"),
@@ -356,7 +356,7 @@ mod tests {
             (one(tensor("t", &[4], 0, u64::MAX - 31)), "past the end"),
             (one(tensor("t", &[32], 20, 0)), "IQ4_NL"),
             (one(tensor("t", &[], 0, 0)), "0 dimensions"),
-            (file(&[&start(2, 0), &tensor("t", &[4], 0, 0), &tensor("t", &[4], 0, 0), &[0; 64]]), "t is there twice"),
+            (file(&[&start(2, 0), &tensor("t", &[4], 0, 0), &tensor("t", &[4], 0, 0), &[0; 64]]), "t appears twice"),
         ] {
             let error = read(&bytes).unwrap_err();
             assert!(error.contains(named), "{named}: {error}");

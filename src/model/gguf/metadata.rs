@@ -169,7 +169,7 @@ impl Metadata {
     /// Adds a key that is not there yet.
     pub fn insert(&mut self, key: String, value: Value) -> Result<(), String> {
         if self.0.contains_key(&key) {
-            return Err(format!("the key {key} is there twice"));
+            return Err(format!("the key {key} appears twice"));
         }
         self.0.insert(key, value);
         Ok(())

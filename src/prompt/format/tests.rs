@@ -125,15 +125,15 @@ fn a_value_that_overflows_in_the_cast_is_told_from_one_that_is_not_finite() {
 fn a_damaged_file_is_refused_whatever_its_header_claims() {
     let good = weights(5, 0.5);
     refused(&with_weights(Bytes::new()), FaultKind::Malformed, "0 bytes");
-    refused(&with_weights(good.slice(..good.len() - 7)), FaultKind::Malformed, "not a whole safetensors file");
+    refused(&with_weights(good.slice(..good.len() - 7)), FaultKind::Malformed, "not a complete safetensors file");
     let huge = [&(1u64 << 60).to_le_bytes()[..], b"{}"].concat();
     refused(&with_weights(huge.into()), FaultKind::Malformed, "1152921504606846976");
     let past_end = r#"{"prompt_embeddings":{"dtype":"F32","shape":[5,8],"data_offsets":[0,1073741824]}}"#;
-    refused(&with_weights(raw_header(past_end, &[0; 160])), FaultKind::Malformed, "not a whole safetensors file");
+    refused(&with_weights(raw_header(past_end, &[0; 160])), FaultKind::Malformed, "not a complete safetensors file");
     let overflow = r#"{"prompt_embeddings":{"dtype":"F32","shape":[18446744073709551615,8],"data_offsets":[0,160]}}"#;
-    refused(&with_weights(raw_header(overflow, &[0; 160])), FaultKind::Malformed, "not a whole safetensors file");
+    refused(&with_weights(raw_header(overflow, &[0; 160])), FaultKind::Malformed, "not a complete safetensors file");
     let long = format!(r#"{{"__metadata__":{{"x":"{}"}}}}"#, "x".repeat(2 << 20));
-    refused(&with_weights(raw_header(&long, &[])), FaultKind::Malformed, "the most is");
+    refused(&with_weights(raw_header(&long, &[])), FaultKind::Malformed, "the maximum is");
 }
 
 #[test]
