@@ -62,7 +62,12 @@ pub struct ConvertArgs {
 pub fn run(args: &ConvertArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     peft::check_free(&args.out).map_err(explain)?;
     let foreign = convert::open(&args.input, convert::MAX_BYTES).map_err(explain)?;
-    let target = Target { tensor: args.tensor.clone(), base_model: args.base_model.clone(), task_type: args.task_type };
+    let target = Target {
+        tensor: args.tensor.clone(),
+        base_model: args.base_model.clone(),
+        task_type: args.task_type,
+        default_task_type: Some(TaskType::default()),
+    };
     let converted = foreign.to_peft(&target).map_err(explain)?;
     peft::write(&converted.files, &args.out).map_err(explain)?;
     report(out, args, &foreign, &converted)?;
@@ -89,7 +94,7 @@ fn report(out: &mut dyn Write, args: &ConvertArgs, foreign: &Foreign, converted:
     if let Some(norms) = norms(&converted.tensors) {
         writeln!(out, "  norms        mean {:.3}, from {:.3} to {:.3}", norms.mean, norms.min, norms.max)?;
     }
-    for note in foreign.notes.iter().chain(&converted.warnings) {
+    for note in foreign.notes.iter().chain(&converted.notes).chain(&converted.warnings) {
         writeln!(out, "  note         {note}")?;
     }
     let files: Vec<&str> = converted.files.present().map(|(name, _)| name).collect();

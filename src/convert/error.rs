@@ -14,7 +14,7 @@ pub enum ConvertError {
     /// None of the formats.
     #[error(
         "the format of the file is not known ({found}); expected safetensors, NumPy .npy or .npz, a KoboldAI \
-         zip, a torch file (.pt, .bin) or a .nemo archive"
+         zip, mkultra JSON, a torch file (.pt, .bin) or a .nemo archive"
     )]
     Unknown { found: String },
     /// A known format that is broken or holds what is not read.
@@ -33,12 +33,6 @@ pub enum ConvertError {
     )]
     AlreadyPeft { path: PathBuf },
     #[error(
-        "there is no adapter_config.json beside {}, so its type is unknown; put the one that PEFT wrote there, or \
-         rename the file to prompt.pt if it holds nothing but the rows of a soft prompt",
-        path.display()
-    )]
-    NoConfig { path: PathBuf },
-    #[error(
         "{} is a folder with {} adapter_model.bin, decoder.pt and encoder.pt; give the file itself",
         path.display(), if *several { "more than one of" } else { "none of" }
     )]
@@ -49,6 +43,12 @@ pub enum ConvertError {
     /// More than one tensor could be the prompt.
     #[error("more than one tensor could be the prompt; the file has {found}")]
     Ambiguous { found: String },
+    /// TGIS' prompt for the decoder of an encoder-decoder model.
+    #[error(
+        "decoder.pt of an encoder-decoder model goes before the decoder's input, and neither PEFT nor softserve has a \
+         place for it; encoder.pt, which goes before the encoder's input, can be converted"
+    )]
+    DecoderOfTwo,
     /// A target was given for a file whose `adapter_config.json` has one.
     #[error("adapter_config.json already states the tensor, the model and the task type")]
     Described,

@@ -1,14 +1,18 @@
-//! Prompts that other programs wrote, as PEFT directories: a reader a format gives tensors by name,
-//! and [`peft`] makes the files that `serve` takes of one of them.
+//! Prompts that other programs wrote, as PEFT directories: a reader for each format gives tensors by name,
+//! [`recognise`] says what they are, and [`peft`] makes the files that `serve` takes.
 //!
 //! No reader runs code, follows a path that a file names, or allocates more than it is allowed to.
 
 pub mod archive;
 mod error;
+mod key_values;
+mod mkultra;
 pub mod nemo;
+mod network;
 pub mod npy;
 pub mod peft;
 pub mod pickle;
+pub mod recognise;
 pub mod safetensors;
 pub mod tensor;
 pub mod torch;
@@ -30,8 +34,12 @@ use crate::prompt::files::{ADAPTER_CONFIG, MAX_JSON_BYTES, MAX_WEIGHTS_BYTES, PI
 /// The most bytes of a file, and of what is unpacked from it.
 pub const MAX_BYTES: u64 = MAX_WEIGHTS_BYTES;
 
+/// TGIS' files: what goes before the input of a decoder, and of an encoder.
+const DECODER: &str = "decoder.pt";
+const ENCODER: &str = "encoder.pt";
+
 /// The files of a folder that are known by their names: PEFT's older form, and TGIS.
-pub const PICKLES: [&str; 3] = [PICKLE, "decoder.pt", "encoder.pt"];
+pub const PICKLES: [&str; 3] = [PICKLE, DECODER, ENCODER];
 
 /// What a file turned out to be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,6 +52,8 @@ pub enum Format {
     TorchLegacy,
     PeftPickle,
     Nemo,
+    Mkultra,
+    Pickle,
 }
 
 impl Format {
@@ -58,6 +68,8 @@ impl Format {
             Self::TorchLegacy => "torch file (the form before torch 1.6)",
             Self::PeftPickle => "PEFT directory with adapter_model.bin",
             Self::Nemo => "NeMo p-tuning archive",
+            Self::Mkultra => "mkultra JSON file",
+            Self::Pickle => "Python pickle",
         }
     }
 }
@@ -73,13 +85,25 @@ pub struct Foreign {
     /// `adapter_config.json` beside it, and `task.json`.
     pub adapter_config: Option<Bytes>,
     pub task: Option<Bytes>,
+    /// The part of a model that the file is for, where its name says so.
+    pub part: Option<ModelPart>,
     /// What a person should know of it.
     pub notes: Vec<String>,
 }
 
+/// The part of a model whose input a prompt of TGIS goes before.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ModelPart {
+    Encoder,
+    /// Of a decoder-only model or, where an encoder's prompt lies beside it, of an encoder-decoder model.
+    Decoder {
+        has_encoder: bool,
+    },
+}
+
 impl Foreign {
     fn new(format: Format, tensors: Vec<RawTensor>) -> Self {
-        Self { format, tensors, description: None, adapter_config: None, task: None, notes: Vec::new() }
+        Self { format, tensors, description: None, adapter_config: None, task: None, part: None, notes: Vec::new() }
     }
 }
 
@@ -96,13 +120,28 @@ pub fn open(path: &Path, limit: u64) -> Result<Foreign, ConvertError> {
         return Err(ConvertError::AlreadyPeft { path: path.to_owned() });
     }
     let mut foreign = parse(read_file(&file, limit)?, limit)?;
-    if name == PICKLE {
-        foreign.format = Format::PeftPickle;
-        foreign.adapter_config = beside(ADAPTER_CONFIG)?;
-        foreign.task = beside(TASK)?;
-        if foreign.adapter_config.is_none() {
-            return Err(ConvertError::NoConfig { path: file });
+    match name.as_str() {
+        PICKLE => {
+            foreign.adapter_config = beside(ADAPTER_CONFIG)?;
+            foreign.task = beside(TASK)?;
+            // TGIS keeps it alone; then it is a torch file like any other.
+            if foreign.adapter_config.is_some() {
+                foreign.format = Format::PeftPickle;
+            }
         }
+        ENCODER => {
+            foreign.part = Some(ModelPart::Encoder);
+            if file.with_file_name(DECODER).exists() {
+                foreign.notes.push(format!(
+                    "{DECODER} beside it goes before the decoder's input, for which neither PEFT nor softserve has a \
+                     place: without it answers may differ from TGIS'"
+                ));
+            }
+        }
+        DECODER => {
+            foreign.part = Some(ModelPart::Decoder { has_encoder: file.with_file_name(ENCODER).exists() });
+        }
+        _ => {}
     }
     Ok(foreign)
 }
@@ -126,6 +165,12 @@ pub fn parse(bytes: Bytes, limit: u64) -> Result<Foreign, ConvertError> {
     if start.get(8) == Some(&b'{') && header.is_some_and(|n| n <= bytes.len() as u64) {
         return Ok(Foreign::new(Format::Safetensors, safetensors::read(&bytes)?));
     }
+    if matches!(start, [b'\x80', 2..=5, ..]) {
+        return Ok(Foreign::new(Format::Pickle, torch::read_bare(&bytes, Format::Pickle, limit)?));
+    }
+    if matches!(start.trim_ascii_start(), [b'{', ..]) {
+        return mkultra::read(&bytes, limit);
+    }
     Err(ConvertError::Unknown { found: describe(start) })
 }
 
@@ -133,12 +178,6 @@ pub fn parse(bytes: Bytes, limit: u64) -> Result<Foreign, ConvertError> {
 fn describe(start: &[u8]) -> String {
     match start {
         [] => "it is empty".to_owned(),
-        [b'\x80', 2..=5, ..] => {
-            "a bare Python pickle; load it in Python and save its tensor with safetensors".to_owned()
-        }
-        [b'{' | b'[', ..] => "JSON; an mkultra JSON file holds a pickle: load it in Python and save its tensor with \
-                              numpy.save or safetensors"
-            .to_owned(),
         [b'G', b'G', b'U', b'F', ..] => "GGUF, which holds models".to_owned(),
         _ => format!("it begins with the bytes {}", hex::encode(&start[..start.len().min(8)])),
     }

@@ -8,10 +8,15 @@ use clap::ValueEnum;
 use safetensors::tensor::TensorView;
 use serde_json::{Map, Value, json};
 
-use super::{ConvertError, Foreign, RawTensor, safetensors as raw};
+use super::{
+    ConvertError, Foreign, ModelPart, RawTensor,
+    recognise::{Recognised, recognise},
+    safetensors as raw,
+};
 use crate::prompt::{
     files::PromptFiles,
     format::{self, FaultKind, Faults, Fit},
+    peft_type::PeftType,
     spec::TaskSpec,
 };
 
@@ -23,9 +28,6 @@ const PEFT_VERSION: &str = "0.21.2";
 
 /// The most layers, heads and dimensions that are believed, so that products of them have a place.
 const MAX_COUNT: usize = 1 << 16;
-
-/// Names that are taken for the prompt where a file has several tensors, the likeliest first.
-const LIKELY: [&str; 6] = [TENSOR, "soft_prompt", "prompt", "soft_prompt.weight", "embedding.weight", "weight"];
 
 /// The kind of model that a prompt is for, as PEFT spells it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
@@ -57,6 +59,15 @@ pub struct Target {
     /// `base_model_name_or_path`
     pub base_model: Option<String>,
     pub task_type: Option<TaskType>,
+    /// What to state where neither the user nor the file says it; `None` states nothing.
+    pub default_task_type: Option<TaskType>,
+}
+
+impl Target {
+    /// Whether the user said anything.
+    fn is_given(&self) -> bool {
+        self.tensor.is_some() || self.base_model.is_some() || self.task_type.is_some()
+    }
 }
 
 /// A prompt in PEFT's form.
@@ -65,6 +76,8 @@ pub struct Converted {
     pub files: PromptFiles,
     /// The tensors in it.
     pub tensors: Vec<RawTensor>,
+    /// How the tensors were read.
+    pub notes: Vec<String>,
     /// What `serve` would warn of or not take.
     pub warnings: Vec<String>,
 }
@@ -73,12 +86,15 @@ impl Foreign {
     /// Makes the PEFT directory's files, and reads them back as `serve` does, as far as that needs
     /// no model. Values stay in their number format.
     pub fn to_peft(&self, target: &Target) -> Result<Converted, ConvertError> {
+        let mut notes = Vec::new();
         let (adapter_config, tensors) = match &self.adapter_config {
-            Some(config) if *target == Target::default() => (config.clone(), self.tensors.clone()),
+            Some(config) if !target.is_given() => (config.clone(), self.tensors.clone()),
             Some(_) => return Err(ConvertError::Described),
             None => {
-                let rows = self.choose(target.tensor.as_deref())?;
-                (config(&rows, target).map_err(unfit)?, vec![rows])
+                let task_type = self.task_type(target)?;
+                let found = recognise(&self.tensors, target.tensor.as_deref())?;
+                notes.clone_from(&found.notes);
+                (config(&found, task_type, target).map_err(unfit)?, vec![found.rows])
             }
         };
         let task = match (&self.task, &self.description) {
@@ -93,47 +109,18 @@ impl Foreign {
         let weights = serialise(&tensors).map_err(unfit)?;
         let files = PromptFiles { adapter_config: Some(adapter_config), weights: Some(weights), task };
         let warnings = check(&files)?;
-        Ok(Converted { files, tensors, warnings })
+        Ok(Converted { files, tensors, notes, warnings })
     }
 
-    /// The one tensor that is the prompt, as a matrix.
-    fn choose(&self, asked: Option<&str>) -> Result<RawTensor, ConvertError> {
-        let found = || {
-            let shown: Vec<String> = self.tensors.iter().take(12).map(RawTensor::describe).collect();
-            let more = self.tensors.len().saturating_sub(12);
-            let more = if more > 0 { format!(" and {more} more") } else { String::new() };
-            if shown.is_empty() { "no tensor".to_owned() } else { shown.join(", ") + &more }
-        };
-        let none = |reason: String| ConvertError::NoTensor { reason, found: found() };
-        let fits = |tensor: &&RawTensor| tensor.is_float() && tensor.matrix().is_some();
-        let tensor = match asked {
-            Some(name) => self
-                .tensors
-                .iter()
-                .find(|tensor| tensor.name == name)
-                .ok_or_else(|| none(format!("there is no tensor {name:?}")))?,
-            None => {
-                if self.tensors.iter().any(|tensor| tensor.name.starts_with("prefix_task_")) {
-                    let reason = "this is PEFT's multitask prompt, which needs its adapter_config.json; give the \
-                                  folder that has both files";
-                    return Err(ConvertError::Unfit(reason.to_owned()));
-                }
-                let likely = LIKELY.iter().find_map(|name| self.tensors.iter().find(|t| t.name == *name));
-                let mut matrices = self.tensors.iter().filter(fits);
-                match (likely.filter(fits), matrices.next(), matrices.next()) {
-                    (Some(tensor), _, _) | (None, Some(tensor), None) => tensor,
-                    (None, None, _) => return Err(none("the file has no matrix of floats".to_owned())),
-                    (None, Some(_), Some(_)) => return Err(ConvertError::Ambiguous { found: found() }),
-                }
-            }
-        };
-        let Some((rows, columns)) = tensor.matrix().filter(|_| fits(&tensor)) else {
-            return Err(ConvertError::Unfit(format!(
-                "{} is not a soft prompt; expected F32, F16, BF16 or F64 with the shape [virtual tokens, hidden size]",
-                tensor.describe()
-            )));
-        };
-        Ok(RawTensor { name: TENSOR.to_owned(), shape: vec![rows, columns], ..tensor.clone() })
+    /// The kind of model: what the user said, else what the file's name says.
+    fn task_type(&self, target: &Target) -> Result<Option<TaskType>, ConvertError> {
+        match (self.part, target.task_type) {
+            (Some(ModelPart::Decoder { .. }), Some(TaskType::Seq2SeqLm))
+            | (Some(ModelPart::Decoder { has_encoder: true }), None) => Err(ConvertError::DecoderOfTwo),
+            (_, Some(asked)) => Ok(Some(asked)),
+            (Some(ModelPart::Encoder), None) => Ok(Some(TaskType::Seq2SeqLm)),
+            (_, None) => Ok(target.default_task_type),
+        }
     }
 }
 
@@ -145,34 +132,41 @@ fn json_bytes(value: &impl serde::Serialize) -> serde_json::Result<Bytes> {
     Ok(serde_json::to_vec_pretty(value)?.into())
 }
 
-/// `adapter_config.json` as PEFT writes it for prompt tuning; it fills in what is null when it loads
-/// the prompt.
-fn config(rows: &RawTensor, target: &Target) -> serde_json::Result<Bytes> {
-    let task_type = target.task_type.unwrap_or_default();
-    let (num_virtual_tokens, token_dim) = rows.matrix().unwrap_or_default();
+/// `adapter_config.json` as PEFT writes it. PEFT fills in what is null when it loads the prompt.
+fn config(prompt: &Recognised, task_type: Option<TaskType>, target: &Target) -> serde_json::Result<Bytes> {
+    let mut config = Map::new();
+    let mut set = |key: &str, value: Value| drop(config.insert(key.to_owned(), value));
+    set("auto_mapping", Value::Null);
+    set("base_model_name_or_path", json!(target.base_model));
+    set("inference_mode", json!(true));
+    set("modules_to_save", Value::Null);
+    set("num_attention_heads", json!(prompt.num_heads));
+    set("num_layers", json!(prompt.num_layers));
+    // The rows in front of the encoder are all that an encoder-decoder ever uses; PEFT divides keys and values by two.
+    let submodules = if prompt.peft_type.is_key_values() && task_type == Some(TaskType::Seq2SeqLm) { 2 } else { 1 };
+    set("num_transformer_submodules", json!(submodules));
+    set("num_virtual_tokens", json!(prompt.rows.shape.first()));
+    set("peft_type", json!(prompt.peft_type.as_str()));
+    set("peft_version", json!(PEFT_VERSION));
+    set("revision", Value::Null);
+    set("task_type", json!(task_type.map(TaskType::as_str)));
+    set("token_dim", json!(prompt.token_dim));
+    match prompt.peft_type {
+        PeftType::PrefixTuning => {
+            set("encoder_hidden_size", Value::Null);
+            set("prefix_projection", json!(false));
+        }
+        PeftType::Cartridge => set("num_frozen_tokens", json!(prompt.num_frozen_tokens)),
+        _ => {
+            set("prompt_tuning_init", json!("RANDOM"));
+            set("prompt_tuning_init_text", Value::Null);
+            set("tokenizer_kwargs", Value::Null);
+            set("tokenizer_name_or_path", Value::Null);
+        }
+    }
     // PEFT sorts the keys.
-    let config: BTreeMap<&str, Value> = [
-        ("auto_mapping", Value::Null),
-        ("base_model_name_or_path", json!(target.base_model)),
-        ("inference_mode", json!(true)),
-        ("modules_to_save", Value::Null),
-        ("num_attention_heads", Value::Null),
-        ("num_layers", Value::Null),
-        // The rows in front of the encoder are all that an encoder-decoder ever uses.
-        ("num_transformer_submodules", json!(1)),
-        ("num_virtual_tokens", json!(num_virtual_tokens)),
-        ("peft_type", json!("PROMPT_TUNING")),
-        ("peft_version", json!(PEFT_VERSION)),
-        ("prompt_tuning_init", json!("RANDOM")),
-        ("prompt_tuning_init_text", Value::Null),
-        ("revision", Value::Null),
-        ("task_type", json!(task_type.as_str())),
-        ("token_dim", json!(token_dim)),
-        ("tokenizer_kwargs", Value::Null),
-        ("tokenizer_name_or_path", Value::Null),
-    ]
-    .into();
-    json_bytes(&config)
+    let sorted: BTreeMap<String, Value> = config.into_iter().collect();
+    json_bytes(&sorted)
 }
 
 fn serialise(tensors: &[RawTensor]) -> Result<Bytes, ::safetensors::SafeTensorError> {
@@ -207,12 +201,13 @@ fn check(files: &PromptFiles) -> Result<Vec<String>, ConvertError> {
 pub fn own_fit(files: &PromptFiles) -> Fit {
     let tensors = files.weights.as_ref().and_then(|bytes| raw::read(bytes).ok()).unwrap_or_default();
     let rows = tensors.iter().find(|tensor| tensor.name == TENSOR).and_then(RawTensor::matrix);
-    let columns = rows.map_or(0, |(_, columns)| columns);
     let fingerprint = files.task.as_ref().and_then(|bytes| TaskSpec::from_json(bytes).ok());
     let fingerprint = fingerprint.and_then(|spec| spec.base_model?.fingerprint);
     let config: Value =
         files.adapter_config.as_ref().and_then(|bytes| serde_json::from_slice(bytes).ok()).unwrap_or_default();
     let count = |key: &str| config.get(key).and_then(Value::as_u64).map(|n| n as usize).filter(|n| *n > 0);
+    // Where the rows cannot be read, the configuration is believed.
+    let columns = rows.map(|(_, columns)| columns).or_else(|| count("token_dim")).unwrap_or(1);
     // For prompts of keys and values these are those of the cache.
     let num_layers = count("num_layers").unwrap_or(1);
     let num_kv_heads = count("num_attention_heads").unwrap_or(1);

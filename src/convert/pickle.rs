@@ -14,6 +14,9 @@ use super::tensor::View;
 /// The most bytes of one pickle. The values of tensors lie beside it, not in it.
 pub const MAX_BYTES: usize = 1024 * 1024;
 
+/// The most bytes of a pickle that has the values of its tensors in it.
+pub const MAX_BARE_BYTES: usize = 64 * 1024 * 1024;
+
 /// Why a pickle is not read.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum PickleError {
@@ -36,11 +39,14 @@ pub enum Node<'a> {
     Int(i64),
     Float,
     Text(&'a str),
+    Bytes(&'a [u8]),
     Tuple(Vec<Ref>),
     List(Vec<Ref>),
     Dict(Vec<(Ref, Ref)>),
     Global(Global),
     Storage(Storage<'a>),
+    /// A storage as a file of `torch.save` within the pickle.
+    SavedStorage(&'a [u8]),
     Tensor(Ref, View),
 }
 
@@ -50,6 +56,8 @@ pub enum Global {
     OrderedDict,
     RebuildTensor,
     RebuildParameter,
+    /// In a bare pickle only: where `torch.save` wrote the pickle, storages lie beside it.
+    LoadFromBytes,
     Storage(Dtype),
 }
 
@@ -68,6 +76,7 @@ impl Global {
             ("collections", "OrderedDict") => Self::OrderedDict,
             ("torch._utils", "_rebuild_tensor_v2") => Self::RebuildTensor,
             ("torch._utils", "_rebuild_parameter") => Self::RebuildParameter,
+            ("torch.storage", "_load_from_bytes") => Self::LoadFromBytes,
             ("torch", "FloatStorage") => Self::Storage(Dtype::F32),
             ("torch", "DoubleStorage") => Self::Storage(Dtype::F64),
             ("torch", "HalfStorage") => Self::Storage(Dtype::F16),
@@ -93,9 +102,14 @@ pub struct Pickle<'a> {
 }
 
 impl<'a> Pickle<'a> {
-    /// Runs the pickle that `bytes` begin with.
+    /// Runs the pickle that `bytes` begin with, as `torch.save` writes it: the values of tensors lie elsewhere.
     pub fn read(bytes: &'a [u8]) -> Result<Self, PickleError> {
-        machine::run(bytes)
+        machine::run(bytes, false)
+    }
+
+    /// Runs a pickle that Python's `pickle` made of tensors: their values lie in it.
+    pub fn read_bare(bytes: &'a [u8]) -> Result<Self, PickleError> {
+        machine::run(bytes, true)
     }
 
     /// The value that the pickle is.

@@ -6,6 +6,7 @@ mod bench;
 mod bounds;
 mod candle_models;
 mod convert;
+mod convert_computed;
 mod demo;
 mod encoder_decoder;
 mod engine;

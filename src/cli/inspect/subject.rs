@@ -88,7 +88,7 @@ impl Subject {
 
     fn foreign(foreign: convert::Foreign, target: &Target) -> anyhow::Result<Self> {
         let converted = foreign.to_peft(target).map_err(explain)?;
-        let mut notes = foreign.notes;
+        let mut notes = [foreign.notes, converted.notes].concat();
         notes.push("softserve convert can write it as a PEFT directory".to_owned());
         let format = foreign.format.name().to_owned();
         Ok(Self { format, files: converted.files, tensors: converted.tensors, notes })

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use super::{Global, MAX_BYTES, Node, Pickle, PickleError, Ref, Storage};
+use super::{Global, MAX_BARE_BYTES, MAX_BYTES, Node, Pickle, PickleError, Ref, Storage};
 use crate::convert::tensor::View;
 
 /// The most values that one pickle builds.
@@ -11,10 +11,11 @@ const MAX_NODES: usize = 16 * 1024;
 /// The most arguments of a call, and dimensions of a tensor.
 const MAX_SHORT: usize = 8;
 
-/// Runs the pickle that `bytes` begin with.
-pub(super) fn run(bytes: &[u8]) -> Result<Pickle<'_>, PickleError> {
-    let bytes = &bytes[..bytes.len().min(MAX_BYTES)];
-    let mut machine = Machine { bytes, ..Machine::default() };
+/// Runs the pickle that `bytes` begin with; a bare one may have the values of tensors in it.
+pub(super) fn run(bytes: &[u8], is_bare: bool) -> Result<Pickle<'_>, PickleError> {
+    let limit = if is_bare { MAX_BARE_BYTES } else { MAX_BYTES };
+    let bytes = &bytes[..bytes.len().min(limit)];
+    let mut machine = Machine { bytes, limit, is_bare, ..Machine::default() };
     let root = machine.run().map_err(|stop| match stop {
         Stop::Global(name) => PickleError::Global(name),
         Stop::Damaged(reason) => PickleError::Damaged { reason, at: machine.at },
@@ -38,6 +39,9 @@ fn damaged<T>(reason: impl Into<String>) -> Step<T> {
 #[derive(Debug, Default)]
 struct Machine<'a> {
     bytes: &'a [u8],
+    /// The most bytes.
+    limit: usize,
+    is_bare: bool,
     at: usize,
     nodes: Vec<Node<'a>>,
     stack: Vec<Ref>,
@@ -94,6 +98,20 @@ impl<'a> Machine<'a> {
             0x8c | b'U' => {
                 let len = self.byte()?;
                 self.text(len.into())?;
+            }
+
+            // BINBYTES, SHORT_BINBYTES, BINBYTES8.
+            b'B' => {
+                let len = u32::from_le_bytes(self.array()?);
+                self.binary(len.into())?;
+            }
+            b'C' => {
+                let len = self.byte()?;
+                self.binary(len.into())?;
+            }
+            0x8e => {
+                let len = u64::from_le_bytes(self.array()?);
+                self.binary(len)?;
             }
 
             b')' => self.push(Node::Tuple(Vec::new()))?,
@@ -184,7 +202,7 @@ impl<'a> Machine<'a> {
                 self.at += n;
                 Ok(bytes)
             }
-            None if self.bytes.len() >= MAX_BYTES => damaged(format!("it is longer than {MAX_BYTES} bytes")),
+            None if self.bytes.len() >= self.limit => damaged(format!("it is longer than {} bytes", self.limit)),
             None => damaged("it ends too early"),
         }
     }
@@ -212,6 +230,11 @@ impl<'a> Machine<'a> {
             Ok(text) => self.push(Node::Text(text)),
             Err(_) => damaged("a text is not UTF-8"),
         }
+    }
+
+    fn binary(&mut self, len: u64) -> Step<()> {
+        let bytes = self.take(usize::try_from(len).unwrap_or(usize::MAX))?;
+        self.push(Node::Bytes(bytes))
     }
 
     /// LONG1: little-endian, two's complement, of any length; longer than eight bytes is no size.
@@ -308,8 +331,8 @@ impl<'a> Machine<'a> {
 
     fn global(&mut self, module: &str, name: &str) -> Step<()> {
         match Global::named(module, name) {
-            Some(global) => self.push(Node::Global(global)),
-            None => Err(Stop::Global(full_name(module, name))),
+            Some(global) if global != Global::LoadFromBytes || self.is_bare => self.push(Node::Global(global)),
+            _ => Err(Stop::Global(full_name(module, name))),
         }
     }
 
@@ -341,7 +364,7 @@ impl<'a> Machine<'a> {
         self.push(Node::Storage(storage))
     }
 
-    /// REDUCE: one of the three calls that are known.
+    /// REDUCE: one of the calls that are known.
     fn call(&mut self) -> Step<()> {
         let (args, function) = (self.pop()?, self.pop()?);
         let args = match self.node(args) {
@@ -351,12 +374,18 @@ impl<'a> Machine<'a> {
         match (self.node(function), &args[..]) {
             (Node::Global(Global::OrderedDict), []) => self.push(Node::Dict(Vec::new())),
             (Node::Global(Global::RebuildTensor), [storage, offset, shape, strides, ..]) => {
-                let Node::Storage(_) = self.node(*storage) else { return damaged("a tensor has no storage") };
+                let (Node::Storage(_) | Node::SavedStorage(_)) = self.node(*storage) else {
+                    return damaged("a tensor has no storage");
+                };
                 let view =
                     View { offset: self.count(*offset)?, shape: self.counts(*shape)?, strides: self.counts(*strides)? };
                 let storage = *storage;
                 self.push(Node::Tensor(storage, view))
             }
+            (Node::Global(Global::LoadFromBytes), [saved]) => match self.node(*saved) {
+                Node::Bytes(saved) => self.push(Node::SavedStorage(saved)),
+                _ => damaged("a storage is not stored as bytes"),
+            },
             (Node::Global(Global::RebuildParameter), [tensor, ..]) => {
                 let Node::Tensor(..) = self.node(*tensor) else { return damaged("a parameter has no tensor") };
                 self.stack.push(*tensor);
