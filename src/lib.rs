@@ -12,12 +12,14 @@
 //! - [`kernels`]: norm, rope and attention, differentiable or fast
 //! - [`tune`]: learns a prompt by differentiating the forward that serves
 //! - [`convert`]: prompts that other programs wrote, read without running anything
+//! - [`content`]: what a file is that is not what it should be
 //! - [`cli`], [`config`], [`telemetry`]: what the user typed and sees
 #![deny(unsafe_code)]
 
 pub mod bench;
 pub mod cli;
 pub mod config;
+pub mod content;
 pub mod convert;
 pub mod demo;
 pub mod engine;

@@ -90,6 +90,9 @@ pub fn run(args: &EvalArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     };
     let labels = if version.spec.labels.is_empty() { None } else { Some(Verbalizer::new(&version.spec.labels)?) };
     let data = Dataset::read(&args.data, labels.as_ref())?;
+    if data.has_one_label() {
+        writeln!(std::io::stderr(), "warning: every example has the same label, so the scores tell little")?;
+    }
     if labels.is_none() && data.labels.is_some() {
         bail!("{} has labels and the task has none in its task.json; use \"output\" instead", args.data.display());
     }

@@ -1,6 +1,6 @@
 //! `softserve health`: whether a server answers; for container health checks.
 
-use std::time::Duration;
+use std::{io::Write, time::Duration};
 
 use anyhow::{Result, bail};
 use clap::Args;
@@ -17,13 +17,12 @@ pub struct HealthArgs {
 }
 
 /// Asks `/health/ready`.
-#[expect(clippy::print_stdout, reason = "it is this command's output")]
-pub fn run(args: &HealthArgs) -> Result<()> {
+pub fn run(args: &HealthArgs, out: &mut dyn Write) -> Result<()> {
     let agent = args.server.agent(Duration::from_secs(3));
     let answer = args.server.answer(agent.get(args.server.at("/health/ready")).call())?;
     if answer.status != 200 {
         bail!("the server at {} is not ready ({}): {}", args.server.url, answer.status, answer.body);
     }
-    println!("ready");
+    writeln!(out, "ready")?;
     Ok(())
 }

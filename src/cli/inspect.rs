@@ -4,13 +4,18 @@ mod report;
 mod subject;
 mod vocabulary;
 
-use std::{io::Write, path::PathBuf};
+use std::{io::Write, path::PathBuf, sync::Arc};
 
 use anyhow::bail;
 use clap::Args;
 
 use super::model::ModelArgs;
-use crate::{demo, model::Model, prompt::format, tune::job};
+use crate::{
+    demo,
+    model::Model,
+    prompt::format,
+    tune::{TuneError, inference::Inference, job},
+};
 use report::{ModelReport, Report};
 use subject::Subject;
 use vocabulary::Vocabulary;
@@ -64,7 +69,8 @@ pub fn run(args: &InspectArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     let named_demo = report.base_models().any(|name| name.ends_with(demo::MODEL_NAME));
     if args.model.model.is_some() || args.model.random_weights.is_some() || named_demo {
         let (model, tokenizer) = args.model.load()?;
-        report.model = Some(judge(&subject, &model));
+        let model = Arc::new(model);
+        report.model = Some(judge(&subject, &model)?);
         if let Some(rows) = subject.rows().filter(|rows| rows.columns == model.info().hidden_size) {
             let vocabulary = Vocabulary::of(&model, &tokenizer, &rows, args.nearest)?;
             report.compare(&vocabulary, &tokenizer);
@@ -86,15 +92,25 @@ pub fn run(args: &InspectArgs, out: &mut dyn Write) -> anyhow::Result<()> {
 }
 
 /// What `serve` would say with this model.
-fn judge(subject: &Subject, model: &Model) -> ModelReport {
+fn judge(subject: &Subject, model: &Arc<Model>) -> anyhow::Result<ModelReport> {
     let info = model.info();
     let read = subject.task_name().map(|task| format::read(task, &subject.files, &job::fit(model)));
-    let (faults, warnings) = match read {
-        Some(Ok(version)) => (Vec::new(), version.warnings),
-        Some(Err(faults)) => (faults.0.into_iter().map(|fault| fault.detail).collect(), Vec::new()),
+    let (mut faults, warnings) = match &read {
+        Some(Ok(version)) => (Vec::new(), version.warnings.clone()),
+        Some(Err(faults)) => (faults.0.iter().map(|fault| fault.detail.clone()).collect(), Vec::new()),
         None => (Vec::new(), Vec::new()),
     };
-    ModelReport {
+    if let Some(Ok(version)) = &read {
+        // Values that are finite can still overflow on their way through the model.
+        let tried = Inference::start(model, Some(&version.prompt), 1, 1)
+            .and_then(|inference| inference.greedy(&[vec![0]], 1, &mut |_| ()));
+        match tried {
+            Ok(_) => {}
+            Err(error @ TuneError::NotFinite) => faults.push(error.to_string()),
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(ModelReport {
         name: info.name.clone(),
         fingerprint: info.fingerprint.clone(),
         hidden_size: info.hidden_size,
@@ -102,5 +118,5 @@ fn judge(subject: &Subject, model: &Model) -> ModelReport {
         faults,
         warnings,
         vocabulary: None,
-    }
+    })
 }

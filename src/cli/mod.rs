@@ -62,9 +62,9 @@ pub fn run() -> ExitCode {
         Cli { command: Some(Command::Eval(args)), .. } => eval::run(&args, &mut io::stdout()),
         Cli { command: Some(Command::Convert(args)), .. } => convert::run(&args, &mut io::stdout()),
         Cli { command: Some(Command::Inspect(args)), .. } => inspect::run(&args, &mut io::stdout()),
-        Cli { command: Some(Command::Push(args)), .. } => push::run(&args),
+        Cli { command: Some(Command::Push(args)), .. } => push::run(&args, &mut io::stdout()),
         Cli { command: Some(Command::Bench(args)), .. } => bench::run(&args),
-        Cli { command: Some(Command::Health(args)), .. } => health::run(&args),
+        Cli { command: Some(Command::Health(args)), .. } => health::run(&args, &mut io::stdout()),
         Cli { command: Some(Command::Openapi), .. } => openapi::run(),
     };
     match done {

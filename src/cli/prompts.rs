@@ -39,7 +39,7 @@ pub fn by_task(root: &Path, task: &TaskName, model: &Model) -> anyhow::Result<Ve
 
 /// Reads a plain PEFT directory.
 pub fn by_folder(folder: &Path, task: &TaskName, model: &Model) -> anyhow::Result<Version> {
-    let read = PromptFiles::read_dir(folder).and_then(|files| {
+    let read = PromptFiles::read_users_dir(folder).and_then(|files| {
         files.check_complete()?;
         format::read(task.clone(), &files, &job::fit(model))
     });

@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    io::Write,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -41,8 +42,7 @@ pub struct PushArgs {
 }
 
 /// Uploads, and prints the version and how to call it.
-#[expect(clippy::print_stdout, reason = "it is this command's output")]
-pub fn run(args: &PushArgs) -> Result<()> {
+pub fn run(args: &PushArgs, out: &mut dyn Write) -> Result<()> {
     let (content_type, body) = package(&args.path)?;
     let path = format!("/v1/admin/tasks/{}/versions?activate={}", args.task, !args.no_activate);
     let mut request =
@@ -57,11 +57,12 @@ pub fn run(args: &PushArgs) -> Result<()> {
     let active = body.get("active").and_then(Value::as_bool).unwrap_or(false);
     let stored = if created { "stored" } else { "was there already" };
     let state = if active { "active" } else { "not active" };
-    println!("task {} version {version}: {stored}, {state}", args.task);
-    println!(
+    writeln!(out, "task {} version {version}: {stored}, {state}", args.task)?;
+    writeln!(
+        out,
         "try: curl {} -H 'content-type: application/json' -d '{{\"input\": \"…\", \"version\": \"{version}\"}}'",
         args.server.at(&format!("/v1/tasks/{}/generate", args.task))
-    );
+    )?;
     Ok(())
 }
 
@@ -76,14 +77,20 @@ fn package(path: &Path) -> Result<(&'static str, Vec<u8>)> {
         Some("zip") => "application/zip",
         Some("tar") => "application/x-tar",
         Some("gz" | "tgz") => "application/gzip",
-        _ => bail!("{} is not a folder, .safetensors, .zip, .tar or .tar.gz", path.display()),
+        _ => {
+            let expected = "expected a folder, or a file .safetensors, .zip, .tar or .tar.gz";
+            bail!(
+                "{} cannot be uploaded: {expected}; unpack other archives first, and convert other formats with `softserve convert`",
+                path.display()
+            )
+        }
     };
     Ok((content_type, fs::read(path).with_context(|| format!("cannot read {}", path.display()))?))
 }
 
 /// The files of a version; anything else in a folder stays where it is.
 fn tar(folder: &Path) -> Result<Vec<u8>> {
-    let files = PromptFiles::read_dir(folder)?;
+    let files = PromptFiles::read_users_dir(folder)?;
     if files.num_bytes() == 0 {
         bail!("{} holds none of {ADAPTER_CONFIG}, {WEIGHTS}, {TASK}", folder.display());
     }

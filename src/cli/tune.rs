@@ -55,8 +55,9 @@ pub struct TuneArgs {
     pub task: TaskName,
 
     /// The training examples, one JSON object per line: {"input": …, "output": "…"} or
-    /// {"input": …, "label": "…"}. The input is a text, or an object with a text for each field. 8 examples
-    /// can be enough for a simple task; 100 or more are better
+    /// {"input": …, "label": "…"}. The input is a text, or an object with a text for each field. A JSON array,
+    /// CSV (.csv, .tsv) with these column names, {"prompt", "completion"} and {"messages"} are read too. 8
+    /// examples can be enough for a simple task; 100 or more are better
     #[arg(long, value_name = "FILE")]
     pub data: PathBuf,
 
@@ -230,7 +231,7 @@ pub fn run(args: &TuneArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     ));
     for warning in &plan.warnings {
         screen.say(&match warning {
-            Warning::SharedInputs { .. } => format!("warning: {warning}"),
+            Warning::SharedInputs { .. } | Warning::OneLabel => format!("warning: {warning}"),
             Warning::NothingHeldOut { .. } => format!("warning: {warning}; give --eval-data"),
         });
     }

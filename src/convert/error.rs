@@ -11,6 +11,9 @@ pub enum ConvertError {
     Write { path: PathBuf, source: std::io::Error },
     #[error("{what} has more than {limit} bytes; a learned prompt is far smaller")]
     TooLarge { what: String, limit: u64 },
+    /// Something else in place of the file.
+    #[error("the file cannot be converted: {reason}")]
+    StandIn { reason: String },
     /// None of the formats.
     #[error(
         "the format of the file is not known ({found}); expected safetensors, NumPy .npy or .npz, a KoboldAI \

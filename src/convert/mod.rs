@@ -29,7 +29,10 @@ pub use error::ConvertError;
 pub use peft::{Converted, Target, TaskType};
 pub use tensor::RawTensor;
 
-use crate::prompt::files::{ADAPTER_CONFIG, MAX_JSON_BYTES, MAX_WEIGHTS_BYTES, PICKLE, TASK, WEIGHTS};
+use crate::{
+    content,
+    prompt::files::{ADAPTER_CONFIG, MAX_JSON_BYTES, MAX_WEIGHTS_BYTES, PICKLE, TASK, WEIGHTS},
+};
 
 /// The most bytes of a file, and of what is unpacked from it.
 pub const MAX_BYTES: u64 = MAX_WEIGHTS_BYTES;
@@ -148,6 +151,9 @@ pub fn open(path: &Path, limit: u64) -> Result<Foreign, ConvertError> {
 
 /// Reads a file's bytes, whatever it is called. At most `limit` bytes are unpacked.
 pub fn parse(bytes: Bytes, limit: u64) -> Result<Foreign, ConvertError> {
+    if let Some(reason) = content::stand_in(&bytes) {
+        return Err(ConvertError::StandIn { reason });
+    }
     let start = &bytes[..bytes.len().min(16)];
     if start.starts_with(npy::MAGIC) {
         return Ok(Foreign::new(Format::Npy, vec![npy::read("", bytes, limit)?]));

@@ -90,6 +90,13 @@ impl Request {
         }
     }
 
+    /// One token after one token, which tells whether the model's output is finite with this prompt. Nothing of it is
+    /// shared with other requests.
+    pub fn probe(prompt: Arc<LearnedPrompt>) -> Self {
+        let sampling = SamplingParams { max_tokens: 1, ..SamplingParams::default() };
+        Self { namespace: None, ..Self::new(Some(prompt), &[0], sampling) }
+    }
+
     /// As [`new`](Self::new), to score continuations of the input.
     pub fn score(prompt: Option<Arc<LearnedPrompt>>, ids: &[u32], continuations: Vec<Vec<u32>>) -> Self {
         Self { goal: Goal::Score(continuations), ..Self::new(prompt, ids, SamplingParams::default()) }
@@ -196,6 +203,8 @@ pub enum Event {
         /// Positions of the input whose keys and values were found in the cache.
         cached_tokens: usize,
     },
+    /// The sequence ended because its logits are not finite: values overflowed in its forward pass.
+    NotFinite,
     /// The forward pass that the sequence was part of failed; the log has the cause.
     Failed,
 }

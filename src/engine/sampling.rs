@@ -9,7 +9,6 @@ mod select;
 #[cfg(test)]
 mod tests;
 
-use candle_core::Result;
 use rand::{SeedableRng as _, rngs::StdRng};
 
 use super::request::{GeneratedToken, SamplingParams};
@@ -20,6 +19,17 @@ pub use scratch::Scratch;
 
 /// Below this a temperature is greedy: its reciprocal would overflow, and the likeliest token has all of the weight.
 pub const GREEDY_BELOW: f32 = 1e-5;
+
+/// Why no token was chosen, or no log-probability computed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum NoToken {
+    /// A logit is NaN or infinite: values overflowed in the forward pass.
+    #[error("the logits are not finite")]
+    NotFinite,
+    /// The token mask allows no token.
+    #[error("the token mask allows no token")]
+    Masked,
+}
 
 /// Chooses the tokens of one sequence.
 pub struct Sampler {
@@ -52,8 +62,16 @@ impl Sampler {
     /// The next token for `logits` `[vocab]`.
     ///
     /// # Errors
-    /// No token can be drawn: no logit is finite, or the mask allows none.
-    pub fn next(&mut self, logits: &[f32], rows: &dyn RowKernels, scratch: &mut Scratch) -> Result<GeneratedToken> {
+    /// The logits are not finite, or the mask allows no token.
+    pub fn next(
+        &mut self,
+        logits: &[f32],
+        rows: &dyn RowKernels,
+        scratch: &mut Scratch,
+    ) -> Result<GeneratedToken, NoToken> {
+        if !rows.is_usable(logits) {
+            return Err(NoToken::NotFinite);
+        }
         let id = match self.penalties.is_some() || self.mask.is_some() {
             false => self.choose(logits, rows, scratch)?,
             true => {
@@ -89,15 +107,14 @@ impl Sampler {
         }
     }
 
-    fn choose(&mut self, logits: &[f32], rows: &dyn RowKernels, scratch: &mut Scratch) -> Result<u32> {
+    fn choose(&mut self, logits: &[f32], rows: &dyn RowKernels, scratch: &mut Scratch) -> Result<u32, NoToken> {
+        let none = if self.mask.is_some() { NoToken::Masked } else { NoToken::NotFinite };
         match &mut self.rng {
-            Some(rng) => select::draw(&self.params, logits, rows, scratch, rng),
+            Some(rng) => select::draw(&self.params, logits, rows, scratch, rng).ok_or(none),
             None => {
                 let id = rows.argmax(logits);
-                if self.mask.is_some() && logits.get(id).is_none_or(|x| *x == f32::NEG_INFINITY) {
-                    candle_core::bail!("no token can be chosen: the token mask allows none");
-                }
-                Ok(id as u32)
+                let is_chosen = logits.get(id).is_some_and(|x| *x > f32::NEG_INFINITY);
+                is_chosen.then_some(id as u32).ok_or(none)
             }
         }
     }

@@ -21,7 +21,7 @@ use super::{
     mail::{Job, Mail, Shared, WarmUp, Work},
     request::{Event, FinishReason, GeneratedToken, InputToken, Request, SequenceId},
     runner::{Logits, Part, Runner},
-    sampling::Sampler,
+    sampling::{NoToken, Sampler},
     scheduler::{Limits, Scheduler, Step},
     sequence::Sequence,
 };
@@ -261,18 +261,21 @@ impl Worker {
     }
 
     /// Sends the chosen tokens out.
-    fn deliver(&mut self, step: &Step, tokens: Vec<(SequenceId, Option<GeneratedToken>)>) {
+    fn deliver(&mut self, step: &Step, tokens: Vec<(SequenceId, Result<GeneratedToken, NoToken>)>) {
         let mut chosen = Vec::with_capacity(tokens.len());
         let mut ended = Vec::new();
         for (id, token) in tokens {
+            let token = match token {
+                Ok(token) => token,
+                Err(reason) => {
+                    ended.push((id, Err(reason)));
+                    continue;
+                }
+            };
             let Some(job) = self.jobs.get_mut(&id) else { continue };
             let Task::Generate { stop_tokens, remaining, .. } = &mut job.task else { continue };
-            let Some(token) = token else {
-                ended.push((id, None));
-                continue;
-            };
             if stop_tokens.contains(&token.id) {
-                ended.push((id, Some(FinishReason::Stop)));
+                ended.push((id, Ok(FinishReason::Stop)));
                 continue;
             }
             chosen.push((id, token.id));
@@ -280,7 +283,7 @@ impl Worker {
             let _ = job.events.try_send(Event::Token(token));
             *remaining -= 1;
             if *remaining == 0 {
-                ended.push((id, Some(FinishReason::Length)));
+                ended.push((id, Ok(FinishReason::Length)));
             }
         }
         let input = |id| self.scheduler.get(id).map_or(0, |s| s.num_input);
@@ -292,7 +295,14 @@ impl Worker {
         self.shared.counters.prompt_tokens.fetch_add((computed + encoded) as u64, Relaxed);
         self.shared.counters.generated_tokens.fetch_add(chosen.len() as u64, Relaxed);
         for (id, reason) in ended {
-            let event = reason.map_or(Event::Failed, |reason| self.finished(id, reason));
+            let event = match reason {
+                Ok(reason) => self.finished(id, reason),
+                Err(NoToken::NotFinite) => Event::NotFinite,
+                Err(reason @ NoToken::Masked) => {
+                    tracing::error!(%reason, "no token could be chosen");
+                    Event::Failed
+                }
+            };
             self.end(id, event);
         }
         let scored: Vec<_> = step.chunks.iter().filter(|chunk| chunk.wanted > 0).map(|chunk| chunk.id).collect();

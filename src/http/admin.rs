@@ -53,7 +53,7 @@ pub(super) fn routes() -> OpenApiRouter<AppState> {
         (status = 200, body = Uploaded, description = "It was there already")),
     extensions(("x-problems" = json!(["invalid_request", "invalid_upload", "incomplete_body", "request_timeout",
         "registry_full", "body_too_large", "unsupported_media_type", "prompt_malformed", "prompt_shape_mismatch",
-        "prompt_not_finite", "unsupported_prompt_type", "base_model_mismatch", "invalid_task_file", "overloaded"]))))]
+        "prompt_not_finite", "logits_not_finite", "unsupported_prompt_type", "base_model_mismatch", "invalid_task_file", "overloaded", "unavailable"]))))]
 pub(super) async fn upload(
     State(app): State<AppState>,
     TaskParam(task): TaskParam,

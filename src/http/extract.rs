@@ -16,7 +16,7 @@ use super::{
     AppState,
     problem::{Code, Problem, ProblemError},
 };
-use crate::prompt::Version;
+use crate::{content, prompt::Version};
 
 /// A JSON body of at most `--max-body` bytes.
 #[derive(Debug)]
@@ -63,21 +63,25 @@ impl<T: DeserializeOwned> FromRequest<AppState> for Json<T> {
 
 /// Parses JSON; the problem names the line of a syntax error, or the field that is wrong.
 pub fn parse_json<T: DeserializeOwned>(body: &[u8]) -> Result<T, Problem> {
+    let body = content::without_byte_order_mark(body);
     let mut deserializer = serde_json::Deserializer::from_slice(body);
-    let value = serde_path_to_error::deserialize(&mut deserializer).map_err(|e| json_problem(&e))?;
+    let value = serde_path_to_error::deserialize(&mut deserializer).map_err(|e| json_problem(&e, body))?;
     deserializer.end().map_err(|e| Problem::new(Code::InvalidRequest, format!("the body is not JSON: {e}")))?;
     Ok(value)
 }
 
 /// Turns parsed JSON into a type, with the same problems.
 pub fn from_value<T: DeserializeOwned>(value: serde_json::Value) -> Result<T, Problem> {
-    serde_path_to_error::deserialize(value).map_err(|e| json_problem(&e))
+    serde_path_to_error::deserialize(value).map_err(|e| json_problem(&e, b""))
 }
 
-fn json_problem(error: &serde_path_to_error::Error<serde_json::Error>) -> Problem {
+fn json_problem(error: &serde_path_to_error::Error<serde_json::Error>, body: &[u8]) -> Problem {
     let inner = error.inner();
     if matches!(inner.classify(), serde_json::error::Category::Syntax | serde_json::error::Category::Eof) {
-        return Problem::new(Code::InvalidRequest, format!("the body is not JSON: {inner}"));
+        return Problem::new(
+            Code::InvalidRequest,
+            format!("the body is not JSON: {}", content::json_fault(body, inner)),
+        );
     }
     let path = error.path().to_string();
     let message = inner.to_string();

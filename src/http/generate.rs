@@ -43,7 +43,7 @@ const MAX_BATCH_REQUESTS: usize = 256;
         content((GenerateResponse = "application/json"), (StreamEvent = "text/event-stream")))),
     extensions(("x-problems" = json!(["invalid_request", "input_too_long", "incomplete_body", "task_not_found",
         "version_not_found", "no_active_version", "request_timeout", "body_too_large", "unsupported_media_type",
-        "overloaded", "unavailable"]))))]
+        "logits_not_finite", "overloaded", "unavailable"]))))]
 pub async fn generate(
     State(app): State<AppState>,
     TaskParam(task): TaskParam,
@@ -51,7 +51,7 @@ pub async fn generate(
     caller: Caller,
     Json(request): Json<GenerateRequest>,
 ) -> Result<Response, Problem> {
-    let stream = request.stream;
+    let stream = request.stream.unwrap_or(false);
     let mut prepared = prepare(&app, caller, &task, request).await?;
     let running = running::start(&app, &mut prepared)?;
     if stream {
@@ -167,7 +167,7 @@ async fn start_item(
         return Err(Problem::field("task", format!("found {task}, expected the name of a task")));
     };
     let request: GenerateRequest = from_value(item.into())?;
-    if request.stream {
+    if request.stream.unwrap_or(false) {
         return Err(Problem::field("stream", "found true, expected false: a batch is answered as a whole"));
     }
     let mut prepared = prepare(app, caller, &task, request).await?;

@@ -225,7 +225,7 @@ impl Settings {
             frequency_penalty,
             presence_penalty,
             logprobs: request.logprobs,
-            stop_tokens: if request.ignore_eos { Vec::new() } else { app.model.eos_token_ids.clone() },
+            stop_tokens: if request.ignore_eos.unwrap_or(false) { Vec::new() } else { app.model.eos_token_ids.clone() },
             constraint: None,
         };
         Ok(Self { sampling, stop, choices, timeout, priority })

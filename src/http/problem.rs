@@ -102,6 +102,15 @@ impl Problem {
         Self { cause: Some(cause.to_string()), ..Self::new(Code::Internal, detail) }
     }
 
+    /// Values overflow in the forward pass, after this many new tokens.
+    pub fn not_finite(new_tokens: usize) -> Self {
+        let detail = format!(
+            "after {new_tokens} new tokens the model's output is not finite: with this learned prompt values overflow in the \
+             forward pass; tune the prompt again with a lower learning rate, or use another version"
+        );
+        Self::new(Code::LogitsNotFinite, detail)
+    }
+
     /// The engine takes nothing any more.
     pub fn stopping() -> Self {
         Self::new(Code::Unavailable, "the server is stopping: try again, or ask another replica")

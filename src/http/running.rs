@@ -85,6 +85,7 @@ impl Running {
                 Some(Event::Scored { .. }) => {
                     return Err(Problem::internal("a request for new tokens was answered with scores"));
                 }
+                Some(Event::NotFinite) => return Err(Problem::not_finite(self.completion_tokens)),
                 Some(Event::Failed) => return Err(Problem::internal("the forward pass failed")),
                 None => return Err(Problem::internal("the engine ended before the answer")),
             }

@@ -21,6 +21,13 @@ pub trait RowKernels: fmt::Debug + Sync {
         if best.1 == f32::NEG_INFINITY { row.iter().position(|x| *x == best.1).unwrap_or(0) } else { best.0 }
     }
 
+    /// Whether a token can be chosen from the row: no value is NaN or positive infinity. A model may give tokens that
+    /// it never writes negative infinity.
+    fn is_usable(&self, row: &[f32]) -> bool {
+        // Without branches within a chunk, so that it is compiled to vector instructions.
+        row.chunks(CHUNK).all(|chunk| chunk.iter().fold(true, |usable, x| usable & (*x < f32::INFINITY)))
+    }
+
     /// The largest value of each chunk. NaN is never the largest.
     fn chunk_maxima(&self, row: &[f32], maxima: &mut Vec<f32>) {
         maxima.clear();

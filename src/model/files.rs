@@ -17,6 +17,7 @@ use super::{
     gguf::{self, Gguf},
     random::RandomModel,
 };
+use crate::content;
 
 /// The files of one model. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -108,9 +109,14 @@ impl ModelFiles {
     /// The whole content of a file.
     pub fn read(&self, file: &str) -> Result<Cow<'static, [u8]>, ModelError> {
         match &self.source {
-            Source::Dir(dir) => std::fs::read(dir.join(file))
-                .map(Cow::Owned)
-                .map_err(|e| self.file_error(file, format!("{}: {e}", dir.join(file).display()))),
+            Source::Dir(dir) => {
+                let bytes = std::fs::read(dir.join(file))
+                    .map_err(|e| self.file_error(file, format!("{}: {e}", dir.join(file).display())))?;
+                match content::stand_in(&bytes).filter(|_| !file.ends_with(".jinja")) {
+                    Some(reason) => Err(self.file_error(file, reason)),
+                    None => Ok(Cow::Owned(bytes)),
+                }
+            }
             Source::Gguf(gguf) => match file {
                 CONFIG => Ok(Cow::Owned(gguf.config_json())),
                 TOKENIZER => Ok(Cow::Owned(gguf.tokenizer_json()?)),

@@ -88,6 +88,16 @@ impl PromptFiles {
     /// adapter may lie one folder down, where PEFT puts one that has a name. A symbolic link is
     /// followed only to a file within the directory.
     pub fn read_dir(dir: &Path) -> Result<Self, Faults> {
+        Self::read_with(dir, Links::Within)
+    }
+
+    /// As [`read_dir`](Self::read_dir), and follows every link: for a directory that the user named, who may link to
+    /// what they like, as Hugging Face's cache, Nix and DVC do.
+    pub fn read_users_dir(dir: &Path) -> Result<Self, Faults> {
+        Self::read_with(dir, Links::Anywhere)
+    }
+
+    fn read_with(dir: &Path, links: Links) -> Result<Self, Faults> {
         let mut faults = Vec::new();
         let root = match dir.canonicalize() {
             Ok(root) if root.is_dir() => root,
@@ -100,7 +110,7 @@ impl PromptFiles {
             several => return Err(Faults(vec![several_fault(dir, several)])),
         };
         let mut read = |folder: &Path, name, limit| {
-            read_file(&root, &folder.join(name), limit).unwrap_or_else(|e| {
+            read_file(&root, &folder.join(name), limit, links).unwrap_or_else(|e| {
                 let name = folder.join(name);
                 faults.push(malformed(format!("cannot read {} of {}: {e}", name.display(), dir.display())));
                 None
@@ -192,7 +202,15 @@ fn malformed(detail: String) -> Fault {
     Fault { kind: FaultKind::Malformed, detail }
 }
 
-fn read_file(root: &Path, name: &Path, limit: u64) -> io::Result<Option<Bytes>> {
+/// Where a symbolic link may lead.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Links {
+    /// To a file within the directory.
+    Within,
+    Anywhere,
+}
+
+fn read_file(root: &Path, name: &Path, limit: u64, links: Links) -> io::Result<Option<Bytes>> {
     let path = match root.join(name).canonicalize() {
         Ok(path) => path,
         Err(e) if e.kind() == io::ErrorKind::NotFound && root.join(name).symlink_metadata().is_err() => {
@@ -200,7 +218,7 @@ fn read_file(root: &Path, name: &Path, limit: u64) -> io::Result<Option<Bytes>> 
         }
         Err(e) => return Err(e),
     };
-    if !path.starts_with(root) {
+    if links == Links::Within && !path.starts_with(root) {
         return Err(io::Error::other("it is a link that leads out of the folder; copy the file here"));
     }
     let meta = fs::metadata(&path)?;

@@ -39,7 +39,14 @@ impl Verbalizer {
             return Err(LabelError::TooManyLabels { found: labels.len() });
         }
         let mut lookup: HashMap<String, String> = HashMap::new();
+        let mut trimmed = BTreeMap::new();
         for (label, words) in labels {
+            // Spaces around a label are not part of it; those of a word may be, for the tokens that are taught.
+            let label = &label.trim().to_owned();
+            if let Some(first) = lookup.get(&fold(label)) {
+                let (word, first) = (label.clone(), first.clone());
+                return Err(LabelError::Shared { word, first, second: label.clone() });
+            }
             if label.trim().is_empty() {
                 return Err(LabelError::EmptyLabel);
             }
@@ -57,8 +64,9 @@ impl Verbalizer {
                     return Err(LabelError::Shared { word: word.clone(), first, second: label.clone() });
                 }
             }
+            trimmed.insert(label.clone(), words.clone());
         }
-        Ok(Self { labels: labels.clone(), lookup })
+        Ok(Self { labels: trimmed, lookup })
     }
 
     /// The labels, sorted.

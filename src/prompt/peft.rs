@@ -6,6 +6,7 @@ use super::{
     format::{Fault, FaultKind, Fit},
     peft_type::PeftType,
 };
+use crate::content;
 
 /// Of a file with as many keys as queries on a model that has fewer.
 pub(super) const UNADJUSTED: &str = "that is the hidden size, which PEFT before 0.12 wrote for models with \
@@ -48,7 +49,13 @@ pub(super) fn check_config(bytes: &[u8], fit: &Fit) -> Declared {
     let config: Map<String, Value> = match serde_json::from_slice(bytes) {
         Ok(config) => config,
         Err(e) => {
-            let detail = format!("adapter_config.json is not a JSON object ({e}); use the file that PEFT wrote");
+            let detail = match content::stand_in(bytes) {
+                Some(reason) => format!("adapter_config.json: {reason}"),
+                None => format!(
+                    "adapter_config.json is not a JSON object ({}); use the file that PEFT wrote",
+                    content::json_fault(bytes, &e)
+                ),
+            };
             return Declared { faults: vec![fault(FaultKind::Malformed, detail)], ..Declared::default() };
         }
     };

@@ -2,10 +2,13 @@
 
 use std::collections::BTreeMap;
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use utoipa::ToSchema;
 
-use crate::sampling::{Fault, SamplingOptions};
+use crate::{
+    content,
+    sampling::{Fault, SamplingOptions},
+};
 
 /// The content of `task.json`.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, ToSchema)]
@@ -18,27 +21,32 @@ pub struct TaskSpec {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub template: Option<String>,
     /// Each label with the words that stand for it in the model's output.
-    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    #[serde(deserialize_with = "null_is_default", skip_serializing_if = "BTreeMap::is_empty")]
     pub labels: BTreeMap<String, Vec<String>>,
     /// Generation parameters for requests that do not name them.
-    #[serde(skip_serializing_if = "SamplingOptions::is_empty")]
+    #[serde(deserialize_with = "null_is_default", skip_serializing_if = "SamplingOptions::is_empty")]
     pub defaults: SamplingOptions,
     /// What a request may ask for.
-    #[serde(skip_serializing_if = "Limits::is_empty")]
+    #[serde(deserialize_with = "null_is_default", skip_serializing_if = "Limits::is_empty")]
     pub limits: Limits,
     /// The row of a multitask prompt.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub task_id: Option<usize>,
     /// Whether the embeddings are multiplied by the root of the hidden size: for prompts tuned on Gemma
     /// 1 or 2 with transformers before 5.4.
-    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    #[serde(deserialize_with = "null_is_default", skip_serializing_if = "std::ops::Not::not")]
     pub scale_by_sqrt_hidden: bool,
     /// The frozen model that the prompt was tuned on.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub base_model: Option<BaseModel>,
     /// What the tuner measured, by metric.
-    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    #[serde(deserialize_with = "null_is_default", skip_serializing_if = "BTreeMap::is_empty")]
     pub metrics: BTreeMap<String, f64>,
+}
+
+/// `null` means what a field that is left out means.
+fn null_is_default<'de, D: Deserializer<'de>, T: Deserialize<'de> + Default>(deserializer: D) -> Result<T, D::Error> {
+    Ok(Option::deserialize(deserializer)?.unwrap_or_default())
 }
 
 /// Limits of a task, in addition to the server's.
@@ -77,8 +85,8 @@ impl TaskSpec {
         let mut json = serde_json::Deserializer::from_slice(bytes);
         let spec: Self =
             serde_path_to_error::deserialize(&mut json).map_err(|e| match e.path().to_string().as_str() {
-                "." => e.inner().to_string(),
-                path => format!("{path}: {}", e.inner()),
+                "." => content::json_fault(bytes, e.inner()),
+                path => format!("{path}: {}", content::json_fault(bytes, e.inner())),
             })?;
         json.end().map_err(|e| e.to_string())?;
         Ok(spec)

@@ -8,6 +8,7 @@ use half::{bf16, f16};
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 
 use super::format::{Fault, FaultKind};
+use crate::content;
 
 /// The tensor that every prompt has.
 pub const TENSOR: &str = "prompt_embeddings";
@@ -130,6 +131,9 @@ fn open(bytes: &[u8]) -> Result<SafeTensors<'_>, Fault> {
         );
         fault(FaultKind::Malformed, detail)
     };
+    if let Some(reason) = content::stand_in(bytes) {
+        return Err(fault(FaultKind::Malformed, format!("adapter_model.safetensors: {reason}")));
+    }
     let Some(header) = bytes.first_chunk::<8>().map(|n| u64::from_le_bytes(*n)) else {
         return Err(damaged(format!("it has {} bytes, its header alone takes 8 or more", bytes.len())));
     };

@@ -143,8 +143,23 @@ impl Registry {
 
     /// Checks, stores and then shows a version. Blocks on the disk: call it off the async threads.
     pub fn publish(&self, task: TaskName, files: PromptFiles, activate: bool) -> Result<Published, RegistryError> {
-        // The long part, before anyone has to wait for it.
-        let version = Arc::new(format::read(task.clone(), &files, &self.config.fit)?);
+        let version = self.read_version(task, &files)?;
+        self.publish_checked(version, files, activate)
+    }
+
+    /// Reads a version and checks it against the model. Nothing is stored.
+    pub fn read_version(&self, task: TaskName, files: &PromptFiles) -> Result<Arc<Version>, RegistryError> {
+        Ok(Arc::new(format::read(task, files, &self.config.fit)?))
+    }
+
+    /// Stores and then shows a version that [`read_version`](Self::read_version) has read of these files. Blocks on the disk.
+    pub fn publish_checked(
+        &self,
+        version: Arc<Version>,
+        files: PromptFiles,
+        activate: bool,
+    ) -> Result<Published, RegistryError> {
+        let task = version.task.clone();
         let mut scan = self.writer();
         let _lock = self.store.lock();
         self.scan_task(&mut scan, &task);

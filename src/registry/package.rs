@@ -8,6 +8,7 @@ use std::{
 
 use bytes::Bytes;
 
+use crate::content;
 use crate::prompt::{
     files::{ADAPTER_CONFIG, PICKLE, TASK, WEIGHTS},
     format::PromptFiles,
@@ -69,6 +70,10 @@ pub enum PackageError {
 pub fn unpack(packing: Packing, body: Bytes, limit: u64) -> Result<PromptFiles, PackageError> {
     if let Some(found) = sniff(&body).filter(|found| *found != packing) {
         return Err(PackageError::Mismatch { declared: packing.name(), found: found.name() });
+    }
+    // A safetensors file is looked at where it is read.
+    if let Some(reason) = content::stand_in(&body).filter(|_| packing != Packing::Safetensors) {
+        return Err(PackageError::Damaged { format: packing.name(), reason });
     }
     match packing {
         Packing::Safetensors if body.len() as u64 > limit => Err(PackageError::TooLarge { limit }),
@@ -242,7 +247,9 @@ fn untar(stream: impl Read, packing: Packing, limit: u64) -> Result<Unpacked, Pa
 }
 
 fn read_tar(stream: impl Read, format: &'static str, limit: u64) -> Result<Unpacked, PackageError> {
-    let damaged = |e: io::Error| PackageError::Damaged { format, reason: e.to_string() };
+    // The reader's messages end with bytes of the file.
+    let said = |e: io::Error| e.to_string().split(':').next().unwrap_or_default().to_owned();
+    let damaged = |e: io::Error| PackageError::Damaged { format, reason: short(&said(e)) };
     let mut unpacked = Unpacked::new(limit);
     let mut archive = tar::Archive::new(stream);
     for entry in archive.entries().map_err(damaged)? {

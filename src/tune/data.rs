@@ -1,5 +1,8 @@
-//! Training data: JSON Lines to examples, examples to token ids. Every fault is found before
-//! anything is trained, and listed by line.
+//! Training data: records to examples, examples to token ids. Every fault is found before anything is trained, and
+//! listed by line.
+
+mod messages;
+mod records;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -92,26 +95,28 @@ enum Answer {
 }
 
 impl Dataset {
-    /// Reads a JSON Lines file of `{"input": …, "output": "…"}` or `{"input": …, "label": "…"}`,
-    /// where `input` is a text or an object of texts. Blank lines do not count. Without `labels`
-    /// the labels are those of the data, each its own word.
+    /// Reads JSON Lines, a JSON array or CSV. A record has `input`, a text or an object of texts, and `output` or
+    /// `label`; or, as other programs write it, `prompt` and `completion`, or `messages`. Without `labels` the labels are
+    /// those of the data, each its own word.
     pub fn read(path: &Path, labels: Option<&Verbalizer>) -> Result<Self, DataError> {
         let bytes = fs::read(path).map_err(|source| DataError::Read { path: path.to_owned(), source })?;
         Self::parse(path, &bytes, labels)
+    }
+
+    /// Whether all examples have one label.
+    pub fn has_one_label(&self) -> bool {
+        let mut labels = self.examples.iter().map(|example| &example.label);
+        labels.next().is_some_and(|first| first.is_some() && labels.all(|label| label == first))
     }
 
     /// Like [`read`](Self::read), of a file's content; `path` is for messages.
     pub fn parse(path: &Path, bytes: &[u8], labels: Option<&Verbalizer>) -> Result<Self, DataError> {
         let mut faults = Vec::new();
         let mut lines: Vec<(usize, Input, Answer)> = Vec::new();
-        let bytes_without_mark = bytes.strip_prefix(b"\xEF\xBB\xBF").unwrap_or(bytes);
-        for (i, line) in bytes_without_mark.split(|&b| b == b'\n').enumerate() {
-            if line.iter().all(u8::is_ascii_whitespace) {
-                continue;
-            }
-            match parse_line(line) {
-                Ok((input, answer)) => lines.push((i + 1, input, answer)),
-                Err(fault) => faults.push((i + 1, fault)),
+        for (line, record) in records::split(path, bytes) {
+            match record.and_then(parse_record) {
+                Ok((input, answer)) => lines.push((line, input, answer)),
+                Err(fault) => faults.push((line, fault)),
             }
         }
         if lines.is_empty() && faults.is_empty() {
@@ -139,27 +144,45 @@ impl Dataset {
     }
 }
 
-fn parse_line(line: &[u8]) -> Result<(Input, Answer), String> {
-    let text = std::str::from_utf8(line).map_err(|_| "it is not UTF-8".to_owned())?;
-    let mut object: Map<String, Value> = match serde_json::from_str(text) {
-        Ok(Value::Object(object)) => object,
-        Ok(other) => return Err(format!("expected a JSON object, found {}", kind(&other))),
-        Err(e) => return Err(format!("it is not JSON: {}", json_fault(&e))),
-    };
-    let input = match object.remove("input") {
-        Some(Value::String(text)) if text.trim().is_empty() => return Err("\"input\" is empty".to_owned()),
-        Some(Value::String(text)) => Input::Text(text),
-        Some(Value::Object(fields)) => Input::Fields(text_fields(fields)?),
-        Some(other) => return Err(format!("\"input\" is {}, expected a text or an object of texts", kind(&other))),
+/// The names of an input, and of an answer, the first as `tune` writes it.
+const INPUTS: [&str; 2] = ["input", "prompt"];
+const OUTPUTS: [&str; 2] = ["output", "completion"];
+
+fn parse_record(mut object: Map<String, Value>) -> Result<(Input, Answer), String> {
+    if let Some(conversation) = object.remove("messages") {
+        if !object.is_empty() {
+            return Err(format!("unknown key{}; expected messages alone", found_keys(&object)));
+        }
+        let (input, output) = messages::one_turn(conversation)?;
+        return Ok((Input::Text(input), Answer::Output(output)));
+    }
+    let input = match INPUTS.iter().find_map(|name| Some((*name, object.remove(*name)?))) {
+        Some((name, Value::String(text))) if text.trim().is_empty() => return Err(format!("{name:?} is empty")),
+        Some((_, Value::String(text))) => Input::Text(text),
+        Some((_, Value::Object(fields))) => Input::Fields(text_fields(fields)?),
+        Some(("prompt", list @ Value::Array(_))) => Input::Text(messages::input(list)?),
+        Some((name, other)) => {
+            return Err(format!("{name:?} is {}, expected a text or an object of texts", kind(&other)));
+        }
         None => return Err(format!("\"input\" is missing{}", found_keys(&object))),
     };
-    let mut text_of = |key: &str| match object.remove(key) {
-        None => Ok(None),
-        Some(Value::String(text)) if text.trim().is_empty() => Err(format!("{key:?} is empty")),
-        Some(Value::String(text)) => Ok(Some(text)),
-        Some(other) => Err(format!("{key:?} is {}, expected a text", kind(&other))),
+    let output = match OUTPUTS.iter().find_map(|name| Some((*name, object.remove(*name)?))) {
+        None => None,
+        Some((name, Value::String(text))) if text.trim().is_empty() => return Err(format!("{name:?} is empty")),
+        Some((_, Value::String(text))) => Some(text),
+        Some(("completion", list @ Value::Array(_))) => Some(messages::answer(list)?),
+        Some((name, other)) => return Err(format!("{name:?} is {}, expected a text", kind(&other))),
     };
-    let answer = match (text_of("output")?, text_of("label")?) {
+    let label = match object.remove("label") {
+        None => None,
+        // Spaces around a label are not part of it.
+        Some(Value::String(text)) if text.trim().is_empty() => return Err("\"label\" is empty".to_owned()),
+        Some(Value::String(text)) => Some(text.trim().to_owned()),
+        // Class numbers, as data sets have them.
+        Some(Value::Number(number)) if number.is_i64() || number.is_u64() => Some(number.to_string()),
+        Some(other) => return Err(format!("\"label\" is {}, expected a text or a whole number", kind(&other))),
+    };
+    let answer = match (output, label) {
         (Some(output), None) => Answer::Output(output),
         (None, Some(label)) => Answer::Label(label),
         (Some(_), Some(_)) => return Err("it has \"output\" and \"label\"; expected one of them".to_owned()),
@@ -190,13 +213,6 @@ fn kind(value: &Value) -> &'static str {
         Value::Array(_) => "a list",
         Value::Object(_) => "an object",
     }
-}
-
-/// serde_json's message without its "line 1", which is not the file's line.
-fn json_fault(e: &serde_json::Error) -> String {
-    let message = e.to_string();
-    let what = message.split(" at line ").next().unwrap_or(&message);
-    format!("{what} at column {}", e.column())
 }
 
 fn found_keys(object: &Map<String, Value>) -> String {
@@ -344,6 +360,50 @@ mod tests {
         ] {
             assert!(message.contains(part), "{part} in {message}");
         }
+    }
+
+    #[test]
+    fn records_of_other_programs_are_the_same_examples() {
+        let wanted = |text: &str, output: &str, label: Option<&str>| {
+            let found = parse(text).unwrap_or_else(|e| panic!("{text}: {e}"));
+            let example = found.examples.last().expect("an example").clone();
+            assert_eq!((example.output.as_str(), example.label.as_deref()), (output, label), "{text}");
+            example.input
+        };
+        let text = |text: &str| Input::Text(text.to_owned());
+        assert_eq!(wanted(r#"{"prompt": "cat", "completion": " chat"}"#, " chat", None), text("cat"));
+        assert_eq!(wanted(r#"{"input": "a", "label": 1}"#, "1", Some("1")), text("a"));
+        assert_eq!(wanted(r#"{"input": "a", "label": " fine "}"#, "fine", Some("fine")), text("a"));
+        let turn = r#"{"messages": [{"role": "system", "content": "Translate."},
+            {"role": "user", "content": [{"type": "text", "text": "cat"}]}, {"role": "assistant", "content": "chat"}]}"#;
+        assert_eq!(wanted(&turn.replace('\n', " "), "chat", None), text("Translate.\ncat"));
+        let lists =
+            r#"{"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]}"#;
+        assert_eq!(wanted(lists, "b", None), text("a"));
+        for (bad, words) in [
+            (r#"{"messages": [{"role": "user", "content": "a"}]}"#, "the last message is the user's"),
+            (
+                r#"{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "n": 1}"#,
+                "\"n\"",
+            ),
+            (
+                r#"{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
+                    {"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]}"#,
+                "user, assistant, user",
+            ),
+            (r#"{"messages": [{"role": "assistant", "content": "b", "tool_calls": [1]}]}"#, "tool_calls"),
+            (r#"{"input": "a", "label": 1.5}"#, "expected a text or a whole number"),
+            (r#"{"input": "a", "prompt": "b", "output": "c"}"#, "unknown key; found \"prompt\""),
+        ] {
+            let error = parse(&bad.replace('\n', " ")).expect_err(bad).to_string();
+            assert!(error.contains(words), "{error}");
+        }
+        assert!(
+            parse("{\"input\": \"a\", \"label\": \"x\"}\n{\"input\": \"b\", \"label\": \" x\"}")
+                .expect("valid")
+                .has_one_label()
+        );
+        assert!(!parse("{\"input\": \"a\", \"output\": \"x\"}").expect("valid").has_one_label());
     }
 
     #[test]

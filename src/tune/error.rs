@@ -61,6 +61,10 @@ pub enum TuneError {
     /// The engine that answers an evaluation's inputs does not take one.
     #[error("an input cannot be answered: {0}")]
     Submit(#[from] SubmitError),
+    #[error(
+        "the model's output is not finite: with this prompt values overflow in the forward pass; tune it again with a lower learning rate"
+    )]
+    NotFinite,
     #[error("the engine failed while it answered the inputs; its log has the cause")]
     EngineFailed,
 }

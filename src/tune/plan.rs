@@ -72,6 +72,9 @@ pub enum Warning {
          training examples, and what is reported says nothing of others"
     )]
     NothingHeldOut { examples: usize },
+    /// There is nothing to tell apart.
+    #[error("every example has the same label: what is learned is to answer with it, whatever the input is")]
+    OneLabel,
 }
 
 /// Everything that a run needs, checked.
@@ -108,6 +111,9 @@ impl Plan {
         let mut warnings: Vec<Warning> = Vec::new();
         let template = PromptTemplate::parse(options.template.as_deref().unwrap_or(default_template(model)))?;
         let data = Dataset::read(&options.data, options.labels.as_ref())?;
+        if data.has_one_label() {
+            warnings.push(Warning::OneLabel);
+        }
         let eval = match &options.eval_data {
             Some(path) => Some((path, Dataset::read(path, data.labels.as_ref())?)),
             None => None,

@@ -169,7 +169,7 @@ fn what_is_no_prompt_is_refused_in_one_line() {
     for (path, words) in [
         (foreign().join("hostile/command.pt"), "posix.system"),
         (foreign().join("two.safetensors"), "--tensor"),
-        (home.path().join("mine.txt"), "format of the file is not known"),
+        (home.path().join("mine.txt"), "the text \"hello\""),
         (home.path().join("empty"), "is not a PEFT directory"),
         (home.path().join("nothing"), "cannot read"),
     ] {

@@ -10,6 +10,7 @@ use futures::stream;
 use serde_json::{Value, json};
 use softserve::http::problem::Code;
 
+use crate::diverged;
 use crate::support::{Answer, Options, Server, TASK, form, post, prompt_files, weights};
 
 /// What was provoked, as one line each, and the codes among it.
@@ -141,6 +142,10 @@ async fn uploading(server: &Server, provoked: &mut Provoked) {
         let content_type = content_type.to_owned();
         provoked.add(VERSIONS, "post", &server.upload("bad", &content_type, body).await);
     }
+    let overflows = diverged::files(3e38);
+    let parts: Vec<(&str, &[u8])> = overflows.present().map(|(name, bytes)| (name, &bytes[..])).collect();
+    let (content_type, body) = form(&parts);
+    provoked.add(VERSIONS, "post", &server.upload("bad", content_type, body).await);
     provoked.add(VERSIONS, "post", &server.upload("Bad.Name", octets, good.clone()).await);
     let query = post("/v1/admin/tasks/bad/versions?activate=perhaps", octets, good.clone());
     provoked.add(VERSIONS, "post", &server.call(query).await);
@@ -213,6 +218,7 @@ async fn limits(provoked: &mut Provoked) {
     provoked.add(GENERATE, "post", &server.generate(&input).await);
     provoked.add("/health/ready", "get", &server.get("/health/ready").await);
     // A disk that cannot be written to: where the folder was, there is a file.
+    let server = Server::start();
     std::fs::remove_dir_all(server.prompts.path()).unwrap();
     std::fs::write(server.prompts.path(), "").unwrap();
     let failed = server.upload("disk", octets, prompt_files("prompt7").1).await;

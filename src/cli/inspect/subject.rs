@@ -55,7 +55,7 @@ impl Subject {
     }
 
     fn folder(path: &Path, format: String) -> anyhow::Result<Self> {
-        let files = PromptFiles::read_dir(path)?;
+        let files = PromptFiles::read_users_dir(path)?;
         files.check_complete().with_context(|| format!("{} is not a PEFT directory", path.display()))?;
         Ok(Self::peft(format, files))
     }

@@ -1,6 +1,6 @@
 //! Log-probabilities under the model's own distribution, before temperature and penalties.
 
-use super::{scratch::Scratch, select};
+use super::{NoToken, scratch::Scratch, select};
 use crate::kernels::rows::{RowKernels, WeightParams};
 
 /// The natural logarithm of the sum of the exponentials of a row of logits.
@@ -13,9 +13,15 @@ pub fn log_sum_exp(logits: &[f32], rows: &dyn RowKernels, scratch: &mut Scratch)
 }
 
 /// The log-probabilities of given ids; negative infinity for one that is not in the vocabulary.
-pub fn of_ids(logits: &[f32], ids: &[u32], rows: &dyn RowKernels, scratch: &mut Scratch) -> Vec<f32> {
+///
+/// # Errors
+/// The logits are not finite.
+pub fn of_ids(logits: &[f32], ids: &[u32], rows: &dyn RowKernels, scratch: &mut Scratch) -> Result<Vec<f32>, NoToken> {
     let log_sum = log_sum_exp(logits, rows, scratch);
-    ids.iter().map(|&id| logits.get(id as usize).map_or(f32::NEG_INFINITY, |x| x - log_sum)).collect()
+    if !rows.is_usable(logits) || !log_sum.is_finite() {
+        return Err(NoToken::NotFinite);
+    }
+    Ok(ids.iter().map(|&id| logits.get(id as usize).map_or(f32::NEG_INFINITY, |x| x - log_sum)).collect())
 }
 
 /// The log-probability of one id, and the `n` likeliest with theirs, likeliest first.

@@ -37,6 +37,8 @@ impl Penalties {
             if generated > 0 {
                 *logit -= self.frequency * generated as f32 + self.presence;
             }
+            // A tiny penalty divides to infinity, which nothing could be drawn from.
+            *logit = logit.clamp(f32::MIN, f32::MAX);
         }
     }
 

@@ -6,7 +6,6 @@
 //! stands has exactly the distribution of the nucleus, after few rounds (the method of FlashInfer's sorting-free
 //! sampling, Ye et al. 2025).
 
-use candle_core::{Result, bail};
 use rand::{Rng, rngs::StdRng};
 
 use super::scratch::Scratch;
@@ -15,25 +14,23 @@ use crate::{
     kernels::rows::{CHUNK, RowKernels, WeightParams, ranks_before},
 };
 
-/// Draws a token by temperature, min-p, top-k and top-p, in vLLM's order: top-p counts what the others keep.
-///
-/// # Errors
-/// No logit is finite.
+/// Draws a token by temperature, min-p, top-k and top-p, in vLLM's order: top-p counts what the others keep. `None` if no
+/// logit is finite.
 pub fn draw(
     params: &SamplingParams,
     logits: &[f32],
     rows: &dyn RowKernels,
     scratch: &mut Scratch,
     rng: &mut StdRng,
-) -> Result<u32> {
+) -> Option<u32> {
     rows.chunk_maxima(logits, &mut scratch.maxima);
     let max = scratch.maxima.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     if !max.is_finite() {
-        bail!("no token can be drawn: the largest of {} logits is {max}", logits.len());
+        return None;
     }
     let least = if params.min_p > 0.0 { max + params.temperature * params.min_p.ln() } else { f32::NEG_INFINITY };
     if (1..logits.len()).contains(&params.top_k) {
-        return Ok(draw_of_few(params, &largest(logits, params.top_k, scratch), max, least, rng));
+        return Some(draw_of_few(params, &largest(logits, params.top_k, scratch), max, least, rng));
     }
     let weights = WeightParams { max, inverse_temperature: params.temperature.recip(), least };
     rows.weights(logits, weights, &mut scratch.weights, &mut scratch.sums);
@@ -42,13 +39,13 @@ pub fn draw(
     loop {
         let id = find(&scratch.weights, &scratch.sums, rng, |weight, i| ranks_before(weight, i, pivot, tie));
         if params.top_p >= 1.0 {
-            return Ok(id as u32);
+            return Some(id as u32);
         }
         (pivot, tie) = (scratch.weights[id], id);
         rows.sums_before(&scratch.weights, pivot, tie, &mut scratch.sums);
         let before = self::total(&scratch.sums);
         if before <= 0.0 || before < f64::from(params.top_p) * total {
-            return Ok(id as u32);
+            return Some(id as u32);
         }
     }
 }

@@ -205,20 +205,23 @@ fn a_mask_allows_what_it_says_and_an_answer_that_nothing_may_continue_is_an_erro
             // The log-probabilities are the model's own.
             assert_eq!((token.id, token.top[0].0), (expected, 1));
         }
-        assert!(next().unwrap_err().to_string().contains("no token can be"));
+        assert_eq!(next().unwrap_err(), NoToken::Masked);
     }
 }
 
 #[test]
 fn logits_that_are_no_numbers_are_an_error_and_a_tiny_temperature_is_greedy() {
-    for logits in [vec![f32::NAN; 4], vec![f32::INFINITY, 0.0], vec![f32::NEG_INFINITY; 3]] {
-        let mut sampler = Sampler::new(SamplingParams { temperature: 1.0, ..Default::default() }, std::iter::empty());
+    let rows = [vec![f32::NAN; 4], vec![f32::INFINITY, 0.0], vec![f32::NEG_INFINITY; 3], vec![1.0, f32::NAN, 2.0]];
+    for (logits, temperature) in rows.iter().flat_map(|row| [(row, 0.0), (row, 1.0)]) {
+        let mut sampler = Sampler::new(SamplingParams { temperature, ..Default::default() }, std::iter::empty());
         let next = sampler.next(&logits, &PortableRows, &mut Scratch::default());
-        assert!(next.is_err(), "{logits:?}");
+        assert_eq!(next.unwrap_err(), NoToken::NotFinite, "{logits:?}");
     }
-    let nan = [1.0, f32::NAN, 2.0];
-    let drawn = choose(SamplingParams { temperature: 5.0, ..Default::default() }, &[], &nan, 200);
-    assert!(drawn.iter().all(|id| *id != 1), "what is no number is not drawn");
+    let never = [1.0, f32::NEG_INFINITY, 2.0];
+    let drawn = choose(SamplingParams { temperature: 5.0, ..Default::default() }, &[], &never, 200);
+    assert!(drawn.iter().all(|id| *id != 1), "a token that the model never writes is not drawn");
+    let tiny = SamplingParams { temperature: 1.0, repetition_penalty: 1e-38, ..Default::default() };
+    assert_eq!(choose(tiny, &[2], &[1.0, 2.0, 3.0], 2), [2, 2], "a penalty that divides to infinity");
     for temperature in [1e-45, 3e-38, 9e-6] {
         assert_eq!(choose(SamplingParams { temperature, ..Default::default() }, &[], &LOGITS, 2), [1, 1]);
     }

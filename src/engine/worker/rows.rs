@@ -11,7 +11,7 @@ use crate::{
     engine::{
         request::{GeneratedToken, SequenceId},
         runner::Logits,
-        sampling::{Sampler, Scratch, log_probs},
+        sampling::{NoToken, Sampler, Scratch, log_probs},
         scheduler::Step,
     },
     kernels::rows::RowKernels,
@@ -24,6 +24,7 @@ enum Row<'a> {
         sampler: &'a mut Sampler,
     },
     Score {
+        id: SequenceId,
         group: u64,
         branch: usize,
         row: usize,
@@ -35,8 +36,8 @@ enum Row<'a> {
 
 /// What was made of it.
 enum Made {
-    Token(candle_core::Result<GeneratedToken>),
-    LogProbs(Vec<f32>),
+    Token(Result<GeneratedToken, NoToken>),
+    LogProbs(Result<Vec<f32>, NoToken>),
 }
 
 impl Row<'_> {
@@ -50,13 +51,13 @@ impl Row<'_> {
 }
 
 impl Worker {
-    /// Chooses the next token of each sequence that waits for one, `None` where none could be drawn, and records the
-    /// log-probabilities of continuations.
+    /// Chooses the next token of each sequence that waits for one, and records the log-probabilities of continuations.
+    /// Returns the tokens, and why a sequence has to end without one.
     pub(super) fn use_rows(
         &mut self,
         step: &Step,
         logits: &Logits,
-    ) -> candle_core::Result<Vec<(SequenceId, Option<GeneratedToken>)>> {
+    ) -> candle_core::Result<Vec<(SequenceId, Result<GeneratedToken, NoToken>)>> {
         let mut jobs: HashMap<SequenceId, &mut Running> = self.jobs.iter_mut().map(|(id, job)| (*id, job)).collect();
         let mut rows = Vec::new();
         for chunk in step.chunks.iter().filter(|chunk| chunk.wanted > 0) {
@@ -68,7 +69,7 @@ impl Worker {
                     let plan = self.groups.get(&group).map(|group| &group.plan);
                     rows.extend((first..first + chunk.wanted).map(|row| {
                         let ids = plan.map_or_else(Vec::new, |plan| plan.wanted(branch, row));
-                        Row::Score { group, branch, row, ids }
+                        Row::Score { id: chunk.id, group, branch, row, ids }
                     }));
                 }
                 None => rows.extend((0..chunk.wanted).map(|_| Row::Nobodys)),
@@ -90,17 +91,13 @@ impl Worker {
         let mut tokens = Vec::with_capacity(rows.len());
         for row in rows {
             match row.into_inner().unwrap_or_else(PoisonError::into_inner) {
-                (Row::Choose { id, .. }, Some(Made::Token(token))) => {
-                    if let Err(error) = &token {
-                        tracing::error!(%error, "a token could not be drawn");
-                    }
-                    tokens.push((id, token.ok()));
-                }
-                (Row::Score { group, branch, row, .. }, Some(Made::LogProbs(log_probs))) => {
+                (Row::Choose { id, .. }, Some(Made::Token(token))) => tokens.push((id, token)),
+                (Row::Score { group, branch, row, .. }, Some(Made::LogProbs(Ok(log_probs)))) => {
                     if let Some(group) = self.groups.get_mut(&group) {
                         group.record(branch, row, &log_probs);
                     }
                 }
+                (Row::Score { id, .. }, Some(Made::LogProbs(Err(reason)))) => tokens.push((id, Err(reason))),
                 _ => {}
             }
         }

@@ -1,27 +1,36 @@
 //! An upload's body, however it is packed, to a version in the registry.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Instant};
 
 use axum::{
     body::Body,
-    extract::{FromRequest as _, Multipart, Request},
+    extract::{self, FromRequest as _, Multipart},
     http::{HeaderMap, request::Parts},
 };
 use bytes::Bytes;
 
 use super::types::Uploaded;
 use crate::{
+    engine::{
+        SubmitError,
+        request::{Event, FinishReason, Request},
+    },
     http::{
         AppState, blocking,
         extract::{media_type, read_body},
         problem::{Code, Problem},
     },
-    prompt::{TaskName, format::PromptFiles},
+    prompt::{LearnedPrompt, TaskName, format::PromptFiles},
     registry::package::{Packing, unpack},
 };
 
 /// Reads, checks and publishes what a request carries.
-pub(super) async fn store(app: &AppState, task: &str, activate: bool, request: Request) -> Result<Uploaded, Problem> {
+pub(super) async fn store(
+    app: &AppState,
+    task: &str,
+    activate: bool,
+    request: extract::Request,
+) -> Result<Uploaded, Problem> {
     let task: TaskName = task.parse()?;
     let _permit = app.uploads.try_acquire().map_err(|_| {
         let limit = app.limits.max_concurrent_uploads;
@@ -32,7 +41,7 @@ pub(super) async fn store(app: &AppState, task: &str, activate: bool, request: R
     })?;
     let package = Package::of(request.headers())?;
     let (parts, body) = request.into_parts();
-    let head = Request::from_parts(parts.clone(), body);
+    let head = extract::Request::from_parts(parts.clone(), body);
     let body = read_body(head, app.limits.max_upload, app).await?;
     let limit = app.limits.max_upload;
     let files = match package {
@@ -40,7 +49,11 @@ pub(super) async fn store(app: &AppState, task: &str, activate: bool, request: R
         Package::Form => form(parts, body).await?,
     };
     let registry = Arc::clone(&app.registry);
-    let published = blocking(move || registry.publish(task, files, activate)).await?;
+    let (version, files) =
+        blocking(move || registry.read_version(task, &files).map(|version| (version, files))).await?;
+    try_prompt(app, Arc::clone(&version.prompt)).await?;
+    let registry = Arc::clone(&app.registry);
+    let published = blocking(move || registry.publish_checked(version, files, activate)).await?;
     Ok(Uploaded {
         task: published.version.task.clone(),
         created: published.created,
@@ -48,6 +61,32 @@ pub(super) async fn store(app: &AppState, task: &str, activate: bool, request: R
         generation: published.generation,
         meta: (&*published.version).into(),
     })
+}
+
+/// Runs one forward pass with the prompt: values that are finite can still overflow on their way through the model.
+async fn try_prompt(app: &AppState, prompt: Arc<LearnedPrompt>) -> Result<(), Problem> {
+    let deadline = Some(Instant::now() + app.limits.request_timeout);
+    let mut events = match app.engine.submit(Request { deadline, ..Request::probe(prompt) }) {
+        Ok(events) => events,
+        // No request can use it, and each says so.
+        Err(SubmitError::TooLong { .. } | SubmitError::EncoderTooLong { .. }) => return Ok(()),
+        Err(error) => return Err(error.into()),
+    };
+    loop {
+        match events.next().await {
+            Some(Event::Token(_)) => {}
+            Some(Event::Finished { reason: FinishReason::Stop | FinishReason::Length, .. }) => return Ok(()),
+            Some(Event::Finished { reason: FinishReason::Timeout, .. }) => {
+                let detail = "the model was too busy to try the learned prompt; retry later";
+                return Err(Problem::new(Code::Overloaded, detail));
+            }
+            Some(Event::Finished { reason: FinishReason::Cancelled, .. }) | None => return Err(Problem::stopping()),
+            Some(Event::NotFinite) => return Err(Problem::not_finite(0)),
+            Some(Event::Failed | Event::Scored { .. }) => {
+                return Err(Problem::internal("the forward pass that tries a prompt failed"));
+            }
+        }
+    }
 }
 
 /// How an upload is packed.
@@ -80,7 +119,7 @@ impl Package {
 /// A form's parts, by their names or else by their files' names.
 async fn form(parts: Parts, body: Bytes) -> Result<PromptFiles, Problem> {
     let damaged = |e: String| Problem::new(Code::InvalidUpload, format!("the upload is not a readable form: {e}"));
-    let request = Request::from_parts(parts, Body::from(body));
+    let request = extract::Request::from_parts(parts, Body::from(body));
     let mut form = Multipart::from_request(request, &()).await.map_err(|e| damaged(e.body_text()))?;
     let mut files = PromptFiles::default();
     while let Some(part) = form.next_field().await.map_err(|e| damaged(e.body_text()))? {

@@ -76,6 +76,8 @@ codes! {
         "The tensor's rank, rows or columns fit neither the model nor adapter_config.json.";
     PromptNotFinite "prompt_not_finite" UNPROCESSABLE_ENTITY "The learned prompt has values that are not finite"
         "A value is NaN or infinite in the number format that the model runs in.";
+    LogitsNotFinite "logits_not_finite" UNPROCESSABLE_ENTITY "The model's output is not finite"
+        "With this learned prompt or input values overflow in the forward pass, so that no token can be chosen.";
     UnsupportedPromptType "unsupported_prompt_type" UNPROCESSABLE_ENTITY "This type of prompt is not supported"
         "adapter_config.json names a type of adapter that is not supported.";
     BaseModelMismatch "base_model_mismatch" UNPROCESSABLE_ENTITY "The prompt was tuned on another model"

@@ -43,11 +43,9 @@ pub struct GenerateRequest {
     #[schema(minimum = 1, maximum = 16)]
     pub n: Option<usize>,
     /// Send the answer as server-sent events while it is made.
-    #[serde(default)]
-    pub stream: bool,
+    pub stream: Option<bool>,
     /// Go on after the model's end-of-text token.
-    #[serde(default)]
-    pub ignore_eos: bool,
+    pub ignore_eos: Option<bool>,
     /// A version of the task other than the active one.
     pub version: Option<String>,
     /// Lower is sooner: requests of a lower number go before all others, whatever their task has had

@@ -6,6 +6,7 @@
 use std::{collections::BTreeMap, io::Read};
 
 use super::metadata::{Array, Kind, Metadata, Value};
+use crate::content;
 use crate::kernels::quantized::BlockFormat;
 
 /// Keys of one file; real ones have about 40.
@@ -45,7 +46,11 @@ impl Header {
         let mut bytes = Bytes { source, at: 0, len };
         let magic = bytes.take(4, "the magic number")?;
         if magic != b"GGUF" {
-            return Err(format!("it begins with {:?}, not with GGUF", String::from_utf8_lossy(&magic)));
+            let mut start = magic.to_vec();
+            // What it is instead is a better answer, where it can be read.
+            let _ = bytes.source.take(1020).read_to_end(&mut start);
+            return Err(content::stand_in(&start)
+                .unwrap_or_else(|| format!("it begins with {:?}, not with GGUF", String::from_utf8_lossy(&magic))));
         }
         match bytes.u32("the version")? {
             2 | 3 => {}
