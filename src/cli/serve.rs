@@ -9,7 +9,6 @@ use std::{
 };
 
 use anyhow::{Context as _, bail};
-use axum::serve::ListenerExt as _;
 use tokio::{net::TcpListener, sync::oneshot};
 
 use super::model_source;
@@ -17,7 +16,7 @@ use crate::{
     config::{Config, LogFormat, ModelSource, ServeArgs},
     demo,
     engine::{Engine, EngineThread, StartError},
-    http::{App, AppState, router},
+    http::{self, App, AppState, router},
     kernels,
     model::{Model, ModelInfo},
     prompt::format::Fit,
@@ -154,17 +153,7 @@ fn announce(config: &Config, app: &App, root: &Path, address: SocketAddr) {
 async fn serve(config: &Config, listener: TcpListener, app: AppState, thread: EngineThread) -> anyhow::Result<()> {
     let mut signals = Signals::new()?;
     let mut engine = joined(thread)?;
-    let (stop, stopped) = oneshot::channel::<()>();
-    let listener = listener.tap_io(|stream| {
-        if let Err(error) = stream.set_nodelay(true) {
-            tracing::debug!(%error, "cannot switch off Nagle's algorithm");
-        }
-    });
-    let server = axum::serve(listener, router(Arc::clone(&app))).with_graceful_shutdown(async {
-        // Dropped without a word is as good as said.
-        let _ = stopped.await;
-    });
-    let mut server = tokio::spawn(async move { server.await });
+    let mut server = tokio::spawn(http::serve(listener, router(Arc::clone(&app)), app.stopping()));
 
     let failed = tokio::select! {
         signal = signals.next() => {
@@ -175,7 +164,6 @@ async fn serve(config: &Config, listener: TcpListener, app: AppState, thread: En
     };
     app.stop();
     app.engine.drain(Instant::now() + config.drain_timeout);
-    let _ = stop.send(());
     if failed {
         // Waiting handlers see the engine's end and answer; they need no time.
         let _ = tokio::time::timeout(LAST_BYTES, server).await;
@@ -183,7 +171,7 @@ async fn serve(config: &Config, listener: TcpListener, app: AppState, thread: En
     }
     tokio::select! {
         done = tokio::time::timeout(config.drain_timeout + LAST_BYTES, &mut server) => match done {
-            Ok(done) => done??,
+            Ok(done) => done?,
             Err(_) => tracing::warn!("some connections were still open when the drain timeout expired"),
         },
         signal = signals.next() => {

@@ -126,7 +126,7 @@ pub(super) async fn get_version(
     responses((status = 200, body = AdminTask, description = "The task as it is now",
         headers(("etag" = String, description = "The task's generation")))),
     extensions(("x-problems" = json!(["invalid_request", "incomplete_body", "task_not_found", "version_not_found",
-        "request_timeout", "precondition_failed", "body_too_large", "unsupported_media_type"]))))]
+        "request_timeout", "precondition_failed", "body_too_large", "unsupported_media_type", "unavailable"]))))]
 pub(super) async fn activate(
     State(app): State<AppState>,
     TaskParam(task): TaskParam,

@@ -120,10 +120,16 @@ pub async fn read_body(request: Request, limit: u64, app: &AppState) -> Result<B
     let mut pieces = Body::into_data_stream(request.into_body());
     loop {
         let idle = app.limits.body_idle_timeout;
-        let piece = tokio::time::timeout(idle, pieces.next()).await.map_err(|_| {
-            let detail = format!("the body stalled: no data arrived for {idle:?} after {} bytes", body.len());
-            Problem::new(Code::RequestTimeout, detail)
-        })?;
+        let piece = tokio::select! {
+            // What has arrived is read, also when the server stops.
+            biased;
+            piece = pieces.next() => piece,
+            () = app.stopped() => return Err(Problem::stopping()),
+            () = tokio::time::sleep(idle) => {
+                let detail = format!("the body stalled: no data arrived for {idle:?} after {} bytes", body.len());
+                return Err(Problem::new(Code::RequestTimeout, detail));
+            }
+        };
         match piece {
             None => return Ok(body.freeze()),
             Some(Ok(piece)) if (body.len() + piece.len()) as u64 > limit => {

@@ -77,7 +77,7 @@ pub async fn generate(
              "detail": "there is no task \"topik\"; the tasks are: sentiment, topic", "code": "task_not_found",
              "request_id": "0199d4c8-7b1e-7d3a-a8f0-5b8a4c1d2e40"}]}))),
     extensions(("x-problems" = json!(["invalid_request", "incomplete_body", "request_timeout", "body_too_large",
-        "unsupported_media_type"]))))]
+        "unsupported_media_type", "unavailable"]))))]
 pub async fn generate_batch(
     State(app): State<AppState>,
     RequestId(request_id): RequestId,

@@ -6,6 +6,7 @@
 
 mod access;
 pub mod admin;
+mod connections;
 pub mod extract;
 pub mod generate;
 pub mod health;
@@ -16,10 +17,9 @@ pub mod problem;
 pub mod running;
 pub mod types;
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicBool, Ordering::Relaxed},
-};
+pub use connections::serve;
+
+use std::sync::Arc;
 
 use axum::{
     Router,
@@ -27,7 +27,7 @@ use axum::{
     middleware,
     response::{IntoResponse, Response},
 };
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, watch};
 use tower_http::catch_panic::CatchPanicLayer;
 use utoipa_axum::{router::OpenApiRouter, routes};
 use utoipa_swagger_ui::SwaggerUi;
@@ -52,7 +52,8 @@ pub struct App {
     pub access: Access,
     /// One permit for each upload that may be read or checked now.
     uploads: Semaphore,
-    stopping: AtomicBool,
+    /// Becomes true when the server stops.
+    stopping: watch::Sender<bool>,
 }
 
 /// Shared by all handlers.
@@ -71,17 +72,38 @@ impl App {
         let uploads = Semaphore::new(limits.max_concurrent_uploads);
         let warm = engine.clone();
         registry.on_active(move |version| warm.warm_up(Arc::clone(&version.prompt), CacheNamespace(version.digest.0)));
-        Arc::new(Self { engine, registry, tokenizer, model, limits, access, uploads, stopping: AtomicBool::new(false) })
+        Arc::new(Self {
+            engine,
+            registry,
+            tokenizer,
+            model,
+            limits,
+            access,
+            uploads,
+            stopping: watch::Sender::new(false),
+        })
     }
 
-    /// Readiness drops, so that load balancers send nothing more; what is running goes on.
+    /// Readiness drops, so that load balancers send nothing more. Running requests go on; those whose body has not
+    /// arrived yet are answered that the server is stopping.
     pub fn stop(&self) {
-        self.stopping.store(true, Relaxed);
+        self.stopping.send_replace(true);
+    }
+
+    /// Whether the server stops, for whoever waits for it.
+    pub fn stopping(&self) -> watch::Receiver<bool> {
+        self.stopping.subscribe()
+    }
+
+    /// Waits until the server stops.
+    async fn stopped(&self) {
+        // The sender is a part of the app, so it is there.
+        let _ = self.stopping().wait_for(|stopping| *stopping).await;
     }
 
     /// Whether requests are answered: a forward pass has run, the engine lives, nobody said stop.
     pub fn is_ready(&self) -> bool {
-        !self.stopping.load(Relaxed) && self.engine.stats().ready
+        !*self.stopping.borrow() && self.engine.stats().ready
     }
 }
 

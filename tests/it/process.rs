@@ -171,23 +171,57 @@ fn what_the_drain_time_does_not_allow_is_cancelled_and_said_so() {
     assert_eq!(process.wait().0, Some(0));
 }
 
+/// Opens a connection and sends a request whose last `missing` bytes do not come.
+fn connect(address: &str, body: &str, missing: usize) -> std::net::TcpStream {
+    let mut open = std::net::TcpStream::connect(address).unwrap();
+    let head = format!(
+        "POST /v1/tasks/{TASK}/generate HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n\
+         content-length: {}\r\n\r\n",
+        body.len()
+    );
+    let sent = [head.as_bytes(), body.as_bytes()].concat();
+    std::io::Write::write_all(&mut open, &sent[..sent.len() - missing]).unwrap();
+    open
+}
+
+#[test]
+fn a_request_that_has_not_arrived_does_not_keep_the_server_from_stopping() {
+    let home = tempfile::tempdir().unwrap();
+    let mut command = with_fixture(home.path());
+    // Were one of them waited for, this test would take an hour.
+    command.args(["--prompts=prompts", "--drain-timeout=1h"]);
+    let process = Process::start(command);
+    let address = process.url.trim_start_matches("http://").to_owned();
+    let body = json!({"input": "the dog"}).to_string();
+    // In the body, before it, in the head, and a connection without a request.
+    let mut open: Vec<_> =
+        [5, body.len(), body.len() + 20].map(|missing| connect(&address, &body, missing)).into_iter().collect();
+    open.push(std::net::TcpStream::connect(&address).unwrap());
+    // Answered on a connection that came later: the others have been accepted.
+    assert_eq!(process.get("/health/ready").0, 200);
+    process.signal("TERM");
+    let mut answer = String::new();
+    open[0].read_to_string(&mut answer).unwrap();
+    assert!(answer.starts_with("HTTP/1.1 503") && answer.contains("the server is stopping"), "{answer}");
+    let (code, log) = process.wait();
+    assert_eq!(code, Some(0), "{log}");
+    assert!(!log.contains("still open"), "{log}");
+}
+
 #[test]
 fn a_second_signal_stops_at_once() {
     let home = tempfile::tempdir().unwrap();
     let mut command = with_fixture(home.path());
     command.args(["--prompts=prompts", "--drain-timeout=1h"]);
     let process = Process::start(command);
-    // A body that never ends keeps its connection open for as long as the server lets it.
+    // A client that does not read its answer keeps its connection open for as long as the server lets it.
     let address = process.url.trim_start_matches("http://").to_owned();
     let address = address.as_str();
-    let mut open = std::net::TcpStream::connect(address).unwrap();
-    let head = "POST /v1/generate HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n\
-                content-length: 10\r\nexpect: 100-continue\r\n\r\n";
-    std::io::Write::write_all(&mut open, head.as_bytes()).unwrap();
-    // It is asked to go on: the handler is waiting for the body.
+    let request = json!({"input": "a", "max_tokens": 480, "ignore_eos": true, "stream": true, "n": 16, "logprobs": 20});
+    let mut open = connect(address, &request.to_string(), 0);
     let mut answer = [0; 12];
     open.read_exact(&mut answer).unwrap();
-    assert_eq!(&answer, b"HTTP/1.1 100");
+    assert_eq!(&answer, b"HTTP/1.1 200");
     process.signal("TERM");
     // The first has been heard when nobody accepts connections any more.
     while std::net::TcpStream::connect(address).is_ok() {}
