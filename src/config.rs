@@ -29,6 +29,8 @@ use crate::engine::EngineConfig;
 #[derive(Debug, Clone)]
 pub struct Config {
     pub model: ModelSource,
+    /// The context length; `None` is the model's own.
+    pub context: Option<usize>,
     /// `None` is the model's own folder in the user's data directory.
     pub prompts: Option<PathBuf>,
     pub listen: SocketAddr,

@@ -1,6 +1,8 @@
 //! What the first bytes of a file say that it is, where it is not what was asked for: a stand-in for the real file (a Git
 //! LFS pointer, a web page, an error message), or a compression that is not read.
 
+use serde::de::IgnoredAny;
+
 /// Bytes that are looked at.
 const LOOK: usize = 1024;
 
@@ -46,7 +48,10 @@ pub fn stand_in(bytes: &[u8]) -> Option<String> {
     }
     let is_message = (1..=MESSAGE).contains(&bytes.len()) && text.len() > 1;
     let printable = |byte: &u8| byte.is_ascii_graphic() || byte.is_ascii_whitespace();
-    if is_message && bytes.iter().all(printable) && !matches!(text[0], b'{' | b'[' | b'"') {
+    // What is JSON may be what was asked for, and damaged.
+    let is_json =
+        || matches!(text.first(), Some(b'{' | b'[' | b'"')) || serde_json::from_slice::<IgnoredAny>(text).is_ok();
+    if is_message && bytes.iter().all(printable) && !is_json() {
         let message = String::from_utf8_lossy(text.trim_ascii_end());
         return Some(format!("it is the text {message:?}, not the file itself: download it again"));
     }
@@ -140,6 +145,8 @@ mod tests {
             b"\x93NUMPY\x01\x00",
             b"PK\x03\x04",
             b"GGUF\x03\x00\x00\x00",
+            b"null",
+            b" 12 ",
             b"\x10\x00\x00\x00\x00\x00\x00\x00{}",
             &[b'a'; 500],
         ] {

@@ -1,8 +1,11 @@
 //! Text to token ids and back, with the model's own tokenizer.
 
-use std::{fmt, sync::Arc};
+use std::{
+    fmt,
+    sync::{Arc, OnceLock},
+};
 
-use tokenizers::step_decode_stream;
+use tokenizers::{Encoding, step_decode_stream};
 
 use crate::model::{ModelError, ModelFiles};
 
@@ -10,7 +13,18 @@ use crate::model::{ModelError, ModelFiles};
 #[derive(Clone)]
 pub struct Tokenizer {
     inner: Arc<tokenizers::Tokenizer>,
+    literal: Arc<OnceLock<Literal>>,
 }
+
+/// The same tokenizer, which takes special tokens in a text as the characters they are written with.
+struct Literal {
+    tokenizer: tokenizers::Tokenizer,
+    /// Every special token as it is written, the longest first.
+    special_tokens: Vec<String>,
+}
+
+/// Stands before and after the number of a special token in an escaped text. It is no character, so no text has it.
+const ESCAPE: char = '\u{10fffe}';
 
 /// Why a tokenizer cannot be read or a text cannot be tokenized.
 #[derive(Debug, thiserror::Error)]
@@ -33,7 +47,7 @@ impl Tokenizer {
             tokenizers::Tokenizer::from_bytes(files.read("tokenizer.json")?).map_err(TokenizerError::Parse)?;
         tokenizer.with_padding(None);
         tokenizer.with_truncation(None).map_err(TokenizerError::Parse)?;
-        Ok(Self { inner: Arc::new(tokenizer) })
+        Ok(Self { inner: Arc::new(tokenizer), literal: Arc::default() })
     }
 
     /// Ids with the special tokens that the tokenizer's own post-processor adds (BOS).
@@ -49,6 +63,56 @@ impl Tokenizer {
     fn tokenize_as(&self, text: &str, special: bool) -> Result<Vec<u32>, TokenizerError> {
         let encoding = self.inner.encode_fast(text, special).map_err(TokenizerError::Tokenize)?;
         Ok(encoding.get_ids().to_vec())
+    }
+
+    /// The text with its special tokens replaced, so that [`tokenize_escaped`](Self::tokenize_escaped) takes them as text.
+    pub fn escape(&self, text: &str) -> String {
+        let mut escaped = text.replace(ESCAPE, "\u{fffd}");
+        for (i, token) in self.literal().special_tokens.iter().enumerate() {
+            if escaped.contains(token) {
+                escaped = escaped.replace(token, &format!("{ESCAPE}{i}{ESCAPE}"));
+            }
+        }
+        escaped
+    }
+
+    /// Ids of a text of which some parts are [escaped](Self::escape): special tokens in those are text, all others are
+    /// special. Otherwise as [`tokenize`](Self::tokenize).
+    pub fn tokenize_escaped(&self, text: &str) -> Result<Vec<u32>, TokenizerError> {
+        if !text.contains(ESCAPE) {
+            return self.tokenize(text);
+        }
+        let literal = self.literal();
+        let mut pieces = Vec::new();
+        let mut rest = text;
+        while !rest.is_empty() {
+            // Up to the next special token that is not escaped, and that token.
+            let next = literal.special_tokens.iter().filter_map(|token| Some((rest.find(token.as_str())?, token)));
+            let (end, token) =
+                next.min_by_key(|(at, _)| *at).map_or((rest.len(), ""), |(at, token)| (at, token.as_str()));
+            if end > 0 {
+                let piece = literal.unescape(&rest[..end]);
+                pieces.push(literal.tokenizer.encode(piece, false).map_err(TokenizerError::Tokenize)?);
+            }
+            if !token.is_empty() {
+                pieces.push(self.inner.encode(token, false).map_err(TokenizerError::Tokenize)?);
+            }
+            rest = &rest[end + token.len()..];
+        }
+        let whole = self.inner.post_process(Encoding::merge(pieces, false), None, true);
+        Ok(whole.map_err(TokenizerError::Tokenize)?.get_ids().to_vec())
+    }
+
+    fn literal(&self) -> &Literal {
+        self.literal.get_or_init(|| {
+            let mut tokenizer = tokenizers::Tokenizer::clone(&self.inner);
+            tokenizer.set_encode_special_tokens(true);
+            let added = self.inner.get_added_tokens_decoder();
+            let special = added.values().filter(|token| token.special && !token.content.is_empty());
+            let mut special_tokens: Vec<String> = special.map(|token| token.content.clone()).collect();
+            special_tokens.sort_by(|a, b| b.len().cmp(&a.len()).then(a.cmp(b)));
+            Literal { tokenizer, special_tokens }
+        })
     }
 
     /// The text of ids, special tokens left out.
@@ -83,6 +147,21 @@ impl Tokenizer {
             prefix_index: 0,
             stop: StopStrings::new(stop),
         }
+    }
+}
+
+impl Literal {
+    /// The text before it was escaped.
+    fn unescape(&self, text: &str) -> String {
+        let mut parts = text.split(ESCAPE);
+        let mut whole = parts.next().unwrap_or_default().to_owned();
+        // Numbers and what follows each of them take turns.
+        while let Some(number) = parts.next() {
+            let token = number.parse::<usize>().ok().and_then(|i| self.special_tokens.get(i));
+            whole.push_str(token.map_or(number, String::as_str));
+            whole.push_str(parts.next().unwrap_or_default());
+        }
+        whole
     }
 }
 

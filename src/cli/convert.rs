@@ -24,13 +24,18 @@ Examples:
   softserve convert weights.safetensors --tensor soft_prompt --out prompts/story
   softserve convert tasks.nemo --tensor sentiment --out prompts/sentiment
 
-The formats are: safetensors with a matrix of any name; NumPy .npy and .npz (f2, f4, f8, and V2
-for bf16); KoboldAI and mkultra zips; files of torch.save (.pt, .bin); NeMo p-tuning archives. A
-torch file is a Python pickle. softserve reads it with an interpreter that can build tensors and
-nothing else: no code in the file runs, and a file that needs anything else is refused.
+The formats are: safetensors; NumPy .npy and .npz (f2, f4, f8, and V2 for bf16); KoboldAI zips and
+mkultra JSON; files of torch.save (.pt, .bin) and pickles of tensors; NeMo p-tuning archives. A torch
+file is a Python pickle. softserve reads it with an interpreter that can build tensors and nothing
+else: no code in the file runs, and a file that needs anything else is refused.
 
-Values keep their number format. Without --base-model the result does not name the model that it
-was tuned on, and only the hidden size can tell whether a model fits.";
+The tensors are: one matrix of any name, or a list of rows; a P-tuning or prefix network with its
+weights (MLP, LSTM, projection), of which the rows are computed; a prefix table of P-tuning v2 or
+ChatGLM; a cartridge of HazyResearch or torchtitan. A file with tensors that are not understood is
+refused, unless --tensor names the one that is the prompt.
+
+Values keep their number format; computed ones are F32. Without --base-model the result does not
+name the model that it was tuned on, and only the shapes can tell whether a model fits.";
 
 /// Convert a prompt of another program into a PEFT directory, which serve, push and PEFT read.
 #[derive(Debug, Clone, Args)]

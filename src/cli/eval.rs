@@ -101,6 +101,7 @@ pub fn run(args: &EvalArgs, out: &mut dyn Write) -> anyhow::Result<()> {
         model: &model,
         tokenizer: &tokenizer,
         template: &version.template,
+        special_tokens: version.spec.special_tokens.unwrap_or_default(),
         labels: labels.as_ref(),
         data: &data,
         max_tokens,

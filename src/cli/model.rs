@@ -22,6 +22,11 @@ pub struct ModelArgs {
     #[arg(long, value_name = "CONFIG", env = "SOFTSERVE_RANDOM_WEIGHTS")]
     pub random_weights: Option<String>,
 
+    /// The most positions of one sequence, where the model's positions have no bound (rotary, ALiBi and
+    /// relative ones) or fewer are wanted [default: as the model's configuration says]
+    #[arg(long, value_name = "N", env = "SOFTSERVE_CONTEXT")]
+    pub context: Option<usize>,
+
     /// Where the model runs: auto, cpu, cuda or cuda:N [default: auto]
     #[arg(long, env = "SOFTSERVE_DEVICE")]
     pub device: Option<DeviceChoice>,
@@ -45,7 +50,7 @@ impl ModelArgs {
 
     /// Reads the model and its tokenizer.
     pub fn load(&self) -> anyhow::Result<(Model, Tokenizer)> {
-        let files = model_source::files(&self.source()?)?;
+        let files = model_source::files(&self.source()?)?.with_context_length(self.context);
         let backend = model_source::backend(self.device.unwrap_or_default(), self.backend.unwrap_or_default())?;
         let tokenizer = Tokenizer::load(&files)?;
         let model = Model::load(&files, backend, model_source::dtype(self.dtype.unwrap_or_default()))?;

@@ -57,7 +57,7 @@ struct Loaded {
 }
 
 fn load(config: &Config) -> anyhow::Result<Loaded> {
-    let files = model_source::files(&config.model)?;
+    let files = model_source::files(&config.model)?.with_context_length(config.context);
     let backend = model_source::backend(config.device, config.backend)?;
     tracing::info!(model = files.name(), from = files.location(), "loading the model");
     let started = Instant::now();

@@ -28,6 +28,11 @@ pub struct ServeArgs {
     #[arg(long, value_name = "CONFIG", env = "SOFTSERVE_RANDOM_WEIGHTS")]
     pub random_weights: Option<String>,
 
+    /// The most positions of one sequence, where the model's positions have no bound (rotary, ALiBi and
+    /// relative ones) or fewer are wanted [default: as the model's configuration says]
+    #[arg(long, value_name = "N", env = "SOFTSERVE_CONTEXT")]
+    pub context: Option<usize>,
+
     /// The folder that stores the learned prompts. It is created if it does not exist [default: a
     /// folder for this model in your data directory]
     #[arg(long, value_name = "DIR", env = "SOFTSERVE_PROMPTS")]

@@ -60,6 +60,7 @@ impl ServeArgs {
         let kv_cache = args.kv_cache.unwrap_or_else(|| ByteSize(default_kv_cache()));
         Ok(Config {
             model: ModelSource::chosen(args.model.as_deref(), args.random_weights.as_deref())?,
+            context: args.context.map(|n| within("context", n, 1..=MAX_COUNT)).transpose()?,
             prompts: args.prompts,
             listen,
             device: args.device.unwrap_or_default(),

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use super::{
     ConvertError, RawTensor,
-    recognise::{Recognised, prompt_embeddings, shown},
+    recognised::{Recognised, prompt_embeddings, shown},
     tensor::item_size,
 };
 use crate::prompt::peft_type::PeftType;

@@ -5,7 +5,7 @@ use std::io::Read;
 
 use bytes::Bytes;
 
-use super::{ConvertError, Foreign, Format, RawTensor, archive::Zip, torch};
+use super::{ConvertError, Foreign, Format, RawTensor, torch, zip::Zip};
 use crate::prompt::files::{ADAPTER_CONFIG, MAX_JSON_BYTES};
 
 const CONFIG: &str = "model_config.yaml";

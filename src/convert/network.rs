@@ -7,7 +7,7 @@ use safetensors::Dtype;
 
 use super::{
     ConvertError, RawTensor, key_values,
-    recognise::{Recognised, ends_with, prompt_embeddings, shown},
+    recognised::{Recognised, ends_with, prompt_embeddings, shown},
 };
 use crate::prompt::{files::MAX_WEIGHTS_BYTES, peft_type::PeftType};
 

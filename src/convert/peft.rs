@@ -8,10 +8,9 @@ use clap::ValueEnum;
 use safetensors::tensor::TensorView;
 use serde_json::{Map, Value, json};
 
+pub use super::recognised::TENSOR;
 use super::{
-    ConvertError, Foreign, ModelPart, RawTensor,
-    recognise::{Recognised, recognise},
-    safetensors as raw,
+    ConvertError, Foreign, ModelPart, RawTensor, recognise::recognise, recognised::Recognised, safetensors as raw,
 };
 use crate::prompt::{
     files::PromptFiles,
@@ -19,9 +18,6 @@ use crate::prompt::{
     peft_type::PeftType,
     spec::TaskSpec,
 };
-
-/// The name of the rows in PEFT's file.
-pub const TENSOR: &str = "prompt_embeddings";
 
 /// The release of PEFT whose files these are like.
 const PEFT_VERSION: &str = "0.21.2";

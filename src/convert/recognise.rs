@@ -2,24 +2,11 @@
 //! computes one of them. Every tensor has to be accounted for. A file with tensors that are not understood is refused
 //! unless the user names the one that is the prompt.
 
-use super::{ConvertError, RawTensor, key_values, network, peft::TENSOR};
+use super::{
+    ConvertError, RawTensor, key_values, network,
+    recognised::{Recognised, ends_with, prompt_embeddings, shown},
+};
 use crate::prompt::peft_type::PeftType;
-
-/// The prompt that a file's tensors describe.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Recognised {
-    pub peft_type: PeftType,
-    /// PEFT's `prompt_embeddings`: one row for each virtual token.
-    pub rows: RawTensor,
-    /// `num_layers`, `num_attention_heads` and `token_dim` of a prompt of keys and values, where the tensors tell.
-    pub num_layers: Option<usize>,
-    pub num_heads: Option<usize>,
-    pub token_dim: Option<usize>,
-    /// Rows at the beginning of a cartridge that were not trained.
-    pub num_frozen_tokens: usize,
-    /// What a person should know.
-    pub notes: Vec<String>,
-}
 
 /// The last parts of a name that says that the tensor is a table of keys and values (P-tuning v2, ChatGLM).
 const PREFIX_TABLE: &str = "prefix_encoder.embedding.weight";
@@ -107,19 +94,6 @@ fn soft_prompt(tensor: &RawTensor) -> Result<Recognised, ConvertError> {
     })
 }
 
-/// The tensor under PEFT's name, as a matrix.
-pub(super) fn prompt_embeddings(tensor: &RawTensor) -> Result<RawTensor, ConvertError> {
-    match tensor.matrix().filter(|_| tensor.is_float()) {
-        Some((rows, columns)) => {
-            Ok(RawTensor { name: TENSOR.to_owned(), shape: vec![rows, columns], ..tensor.clone() })
-        }
-        None => Err(ConvertError::Unfit(format!(
-            "{} is not a soft prompt; expected F32, F16, BF16 or F64 with the shape [virtual tokens, hidden size]",
-            tensor.describe()
-        ))),
-    }
-}
-
 /// The rows of a list of vectors, which are numbered from 0; `None` if the tensors are anything else.
 fn list_of_rows(floats: &[&RawTensor]) -> Option<Result<RawTensor, String>> {
     let vector = |tensor: &RawTensor| match tensor.shape[..] {
@@ -154,11 +128,6 @@ fn list_of_rows(floats: &[&RawTensor]) -> Option<Result<RawTensor, String>> {
     Some(Ok(RawTensor { name: list, dtype: first.dtype, shape: vec![rows.len(), columns], data }))
 }
 
-/// Whether a dotted name ends with these parts.
-pub(super) fn ends_with(name: &str, parts: &str) -> bool {
-    name.strip_suffix(parts).is_some_and(|front| front.is_empty() || front.ends_with('.'))
-}
-
 fn none(reason: String, tensors: &[RawTensor]) -> ConvertError {
     ConvertError::NoTensor { reason, found: list(tensors) }
 }
@@ -169,9 +138,4 @@ fn list(tensors: &[RawTensor]) -> String {
     let more = tensors.len().saturating_sub(12);
     let more = if more > 0 { format!(" and {more} more") } else { String::new() };
     if found.is_empty() { "no tensor".to_owned() } else { found.join(", ") + &more }
-}
-
-/// A tensor's name, for a message.
-pub(super) fn shown(name: &str) -> String {
-    name.chars().take(120).flat_map(char::escape_debug).collect()
 }

@@ -7,9 +7,9 @@ use bytes::Bytes;
 
 use super::{
     ConvertError, Format, RawTensor,
-    archive::Zip,
     pickle::{Node, Pickle, PickleError, Ref, Storage},
     tensor::item_size,
+    zip::Zip,
 };
 
 /// What the older form begins with: a pickle of torch's magic number.

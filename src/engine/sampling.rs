@@ -1,6 +1,7 @@
 //! From a row of logits to a token: penalties, a token mask, then a draw by temperature, top-k, top-p and min-p, or the
 //! largest; and log-probabilities. Nothing sorts the vocabulary.
 
+mod error;
 pub mod log_probs;
 pub mod mask;
 mod penalties;
@@ -13,23 +14,13 @@ use rand::{SeedableRng as _, rngs::StdRng};
 
 use super::request::{GeneratedToken, SamplingParams};
 use crate::kernels::rows::RowKernels;
+pub use error::NoToken;
 use mask::TokenMask;
 use penalties::Penalties;
 pub use scratch::Scratch;
 
 /// Below this a temperature is greedy: its reciprocal would overflow, and the likeliest token has all of the weight.
 pub const GREEDY_BELOW: f32 = 1e-5;
-
-/// Why no token was chosen, or no log-probability computed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum NoToken {
-    /// A logit is NaN or infinite: values overflowed in the forward pass.
-    #[error("the logits are not finite")]
-    NotFinite,
-    /// The token mask allows no token.
-    #[error("the token mask allows no token")]
-    Masked,
-}
 
 /// Chooses the tokens of one sequence.
 pub struct Sampler {

@@ -16,7 +16,7 @@ use super::{
 use crate::{
     engine::request::{CacheNamespace, Request, SamplingParams, Tenant},
     packing::TokenBudget,
-    prompt::{TaskName, Version, template::Input},
+    prompt::{TaskName, Version, spec::SpecialTokens, template::Input},
     sampling::{Fault, SamplingOptions, SamplingValues},
     tokenizer::Tokenizer,
 };
@@ -105,8 +105,13 @@ pub async fn tokenize(app: &App, version: &Arc<Version>, input: Input) -> Result
     let tokenizer = app.tokenizer.clone();
     let version = Arc::clone(version);
     let work = move || -> Result<Tokenized, Problem> {
-        let text = version.template.render(&input)?;
-        let ids = tokenizer.tokenize(&text)?;
+        let ids = match version.spec.special_tokens.unwrap_or_default() {
+            SpecialTokens::Special => tokenizer.tokenize(&version.template.render(&input)?)?,
+            SpecialTokens::Text => {
+                let escaped = input.map(|text| tokenizer.escape(text));
+                tokenizer.tokenize_escaped(&version.template.render(&escaped)?)?
+            }
+        };
         let fixed = match version.fixed_ids.get() {
             Some(fixed) => fixed,
             None => {

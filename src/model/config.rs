@@ -31,6 +31,8 @@ pub struct ModelConfig {
     pub head_dim: usize,
     /// The most positions of one sequence.
     pub context_length: usize,
+    /// The most positions that there can be: a table of positions ends, or rotary embeddings change. `None` is no bound.
+    pub most_positions: Option<usize>,
     pub norm: NormKind,
     pub norm_eps: f64,
     pub attention_norms: NormPlaces,

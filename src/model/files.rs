@@ -24,6 +24,8 @@ use crate::content;
 pub struct ModelFiles {
     name: String,
     source: Source,
+    /// Instead of the configuration's.
+    context_length: Option<usize>,
 }
 
 #[derive(Debug, Clone)]
@@ -59,7 +61,7 @@ impl ModelFiles {
     /// A GGUF file; of a model in parts the first, with the others beside it.
     pub fn gguf(path: &Path) -> Result<Self, ModelError> {
         let gguf = Gguf::open(path)?;
-        Ok(Self { name: gguf.name().to_owned(), source: Source::Gguf(Arc::new(gguf)) })
+        Ok(Self { name: gguf.name().to_owned(), source: Source::Gguf(Arc::new(gguf)), context_length: None })
     }
 
     /// A Hugging Face directory: `config.json`, `tokenizer.json`, `model.safetensors` or its
@@ -68,7 +70,7 @@ impl ModelFiles {
         let canonical = path.canonicalize().unwrap_or_else(|_| path.to_owned());
         let name =
             canonical.file_name().map_or_else(|| path.display().to_string(), |n| n.to_string_lossy().into_owned());
-        let files = Self { name, source: Source::Dir(path.to_owned()) };
+        let files = Self { name, source: Source::Dir(path.to_owned()), context_length: None };
         if !path.is_dir() {
             return Err(files.file_error("the folder", format!("{} is not a folder", path.display())));
         }
@@ -77,17 +79,23 @@ impl ModelFiles {
 
     /// Files that are part of the binary.
     pub fn embedded(name: &str, dir: &'static include_dir::Dir<'static>) -> Self {
-        Self { name: name.to_owned(), source: Source::Embedded(dir) }
+        Self { name: name.to_owned(), source: Source::Embedded(dir), context_length: None }
     }
 
     /// A model whose weights are made when they are read.
     pub fn random(model: RandomModel) -> Self {
-        Self { name: model.name().to_owned(), source: Source::Random(Arc::new(model)) }
+        Self { name: model.name().to_owned(), source: Source::Random(Arc::new(model)), context_length: None }
     }
 
     /// The same files under another name, such as the hub id they were fetched by.
     pub fn named(mut self, name: &str) -> Self {
         name.clone_into(&mut self.name);
+        self
+    }
+
+    /// The same files with another context length, if one is given.
+    pub fn with_context_length(mut self, positions: Option<usize>) -> Self {
+        self.context_length = positions.or(self.context_length);
         self
     }
 
@@ -146,6 +154,10 @@ impl ModelFiles {
     /// The checked `config.json`.
     pub fn config(&self) -> Result<ModelConfig, ModelError> {
         ModelConfig::from_json(&self.read(CONFIG)?)
+            .and_then(|config| match self.context_length {
+                Some(positions) => config.with_context_length(positions),
+                None => Ok(config),
+            })
             .map_err(|reason| ModelError::Config { model: self.name.clone(), reason })
     }
 

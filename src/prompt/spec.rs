@@ -36,12 +36,27 @@ pub struct TaskSpec {
     /// 1 or 2 with transformers before 5.4.
     #[serde(deserialize_with = "null_is_default", skip_serializing_if = "std::ops::Not::not")]
     pub scale_by_sqrt_hidden: bool,
+    /// What special tokens in an input's texts are, such as `<|im_end|>`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub special_tokens: Option<SpecialTokens>,
     /// The frozen model that the prompt was tuned on.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub base_model: Option<BaseModel>,
     /// What the tuner measured, by metric.
     #[serde(deserialize_with = "null_is_default", skip_serializing_if = "BTreeMap::is_empty")]
     pub metrics: BTreeMap<String, f64>,
+}
+
+/// What the tokenizer's special tokens (BOS, EOS, `<|im_end|>` …) are in the texts of an input. Those of the template are
+/// special either way.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum SpecialTokens {
+    /// Special tokens, as transformers takes them.
+    #[default]
+    Special,
+    /// Text like any other: who writes an input cannot end it, or write another role's turn.
+    Text,
 }
 
 /// `null` means what a field that is left out means.

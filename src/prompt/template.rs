@@ -36,6 +36,18 @@ pub enum Input {
     Fields(BTreeMap<String, String>),
 }
 
+impl Input {
+    /// The input with each of its texts changed.
+    pub fn map(&self, change: impl Fn(&str) -> String) -> Self {
+        match self {
+            Self::Text(text) => Self::Text(change(text)),
+            Self::Fields(fields) => {
+                Self::Fields(fields.iter().map(|(name, text)| (name.clone(), change(text))).collect())
+            }
+        }
+    }
+}
+
 /// Why a template cannot be parsed or an input cannot be rendered.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum TemplateError {

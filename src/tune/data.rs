@@ -1,6 +1,7 @@
 //! Training data: records to examples, examples to token ids. Every fault is found before anything is trained, and
 //! listed by line.
 
+mod json;
 mod messages;
 mod records;
 
@@ -12,6 +13,8 @@ use std::{
 
 use serde_json::{Map, Value};
 use sha2::{Digest as _, Sha256};
+
+use json::kind;
 
 use crate::{
     packing::TokenBudget,
@@ -202,17 +205,6 @@ fn text_fields(fields: Map<String, Value>) -> Result<BTreeMap<String, String>, S
             other => Err(format!("the field {name:?} of \"input\" is {}, expected a text", kind(&other))),
         })
         .collect()
-}
-
-fn kind(value: &Value) -> &'static str {
-    match value {
-        Value::Null => "null",
-        Value::Bool(_) => "a boolean",
-        Value::Number(_) => "a number",
-        Value::String(_) => "a text",
-        Value::Array(_) => "a list",
-        Value::Object(_) => "an object",
-    }
 }
 
 fn found_keys(object: &Map<String, Value>) -> String {

@@ -13,7 +13,7 @@ use super::{
 use crate::{
     model::Model,
     packing::{Packing, PromptShape},
-    prompt::{LearnedPrompt, Version, labels::Verbalizer, template::PromptTemplate},
+    prompt::{LearnedPrompt, Version, labels::Verbalizer, spec::SpecialTokens, template::PromptTemplate},
     tokenizer::Tokenizer,
 };
 
@@ -70,6 +70,7 @@ pub struct Evaluation<'a> {
     pub model: &'a Arc<Model>,
     pub tokenizer: &'a Tokenizer,
     pub template: &'a PromptTemplate,
+    pub special_tokens: SpecialTokens,
     pub labels: Option<&'a Verbalizer>,
     pub data: &'a Dataset,
     /// The most new tokens of an answer.
@@ -114,12 +115,16 @@ impl Evaluation<'_> {
         let mut faults = Vec::new();
         let mut inputs = Vec::new();
         for example in &self.data.examples {
-            let ids = self.template.render(&example.input).map_err(|e| e.to_string()).and_then(|rendered| {
+            let input = match self.special_tokens {
+                SpecialTokens::Special => example.input.clone(),
+                SpecialTokens::Text => example.input.map(|text| self.tokenizer.escape(text)),
+            };
+            let ids = self.template.render(&input).map_err(|e| e.to_string()).and_then(|rendered| {
                 let text = match variant {
                     PromptVariant::Instruction(instruction) => format!("{instruction}\n{rendered}"),
                     PromptVariant::Learned(_) | PromptVariant::NoPrompt => rendered,
                 };
-                let ids = self.tokenizer.tokenize(&text).map_err(|e| e.to_string())?;
+                let ids = self.tokenizer.tokenize_escaped(&text).map_err(|e| e.to_string())?;
                 budget.check(ids.len(), 1).map_err(|fault| format!("{fault}; shorten it"))?;
                 Ok(ids)
             });

@@ -152,7 +152,7 @@ fn inspect_reads_the_same_files_and_does_not_judge_what_they_do_not_say() {
     }
     let broken = home.path().join("broken");
     fs::create_dir(&broken).unwrap();
-    fs::write(broken.join("adapter_model.safetensors"), &[8; 300]).unwrap();
+    fs::write(broken.join("adapter_model.safetensors"), [8; 300]).unwrap();
     let peft =
         json!({"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 5, "token_dim": 192});
     fs::write(broken.join("adapter_config.json"), peft.to_string()).unwrap();

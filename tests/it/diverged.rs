@@ -39,12 +39,23 @@ async fn a_prompt_that_overflows_is_refused_at_upload_and_nothing_of_it_is_store
     let answer = upload(&server, "fine", &files(0.5)).await;
     assert_eq!(answer.status, 201, "{}", answer.json());
     for task in ["new", TASK] {
-        let before = server.get("/v1/admin/tasks").await.json();
+        let stored = async || {
+            let mut all = server.get("/v1/admin/tasks").await.json();
+            // Whether its keys and values are cached by now is no matter here.
+            let versions = all["tasks"]
+                .as_array_mut()
+                .unwrap()
+                .iter_mut()
+                .flat_map(|task| task["versions"].as_array_mut().unwrap());
+            versions.for_each(|version| drop(version.as_object_mut().unwrap().remove("residency")));
+            all
+        };
+        let before = stored().await;
         let answer = upload(&server, task, &files(3e38)).await;
         let problem = answer.json();
         assert_eq!((answer.status.as_u16(), problem["code"].as_str()), (422, Some("logits_not_finite")), "{problem}");
         assert!(problem["detail"].as_str().unwrap().contains("lower learning rate"), "{problem}");
-        assert_eq!(server.get("/v1/admin/tasks").await.json(), before);
+        assert_eq!(stored().await, before);
     }
 }
 

@@ -235,3 +235,86 @@ fn tune_and_eval_read_data_as_other_programs_write_it() {
         fs::remove_dir_all(home.path().join("out")).unwrap();
     }
 }
+
+#[tokio::test]
+async fn special_tokens_in_an_input_are_text_where_the_task_says_so() {
+    let tokenizer = fixtures::tokenizer(MODEL);
+    let special = tokenizer.token_text(fixtures::load(MODEL, candle_core::DType::F32).info().eos_token_ids[0]);
+    let count = |ids: &[u32]| ids.iter().filter(|id| tokenizer.is_special(**id)).count();
+    let own = count(&tokenizer.tokenize("the dog").unwrap());
+    let with = format!("the {special} dog {special}");
+    assert_eq!(count(&tokenizer.tokenize(&with).unwrap()), own + 2);
+    // Of a template's text and an escaped input, the template's alone are special.
+    let rendered = format!("{special}{}{special}", tokenizer.escape(&with));
+    let ids = tokenizer.tokenize_escaped(&rendered).unwrap();
+    assert_eq!(count(&ids), own + 2);
+    assert_eq!(tokenizer.decode(&ids).unwrap().trim(), with.trim());
+    // What has no special token is tokenized as ever.
+    for text in ["the dog ran", "", "1 \u{e9}t\u{e9}"] {
+        let (escaped, plain) = (tokenizer.tokenize_escaped(&tokenizer.escape(text)), tokenizer.tokenize(text));
+        assert_eq!(escaped.unwrap(), plain.unwrap());
+    }
+    let server = Server::start();
+    let (config, weights) = prompt_files("prompt7");
+    let used = async |task: &str, spec: serde_json::Value, input: &str| {
+        let spec = spec.to_string();
+        let (content_type, body) = form(&[
+            ("adapter_config.json", &config),
+            ("adapter_model.safetensors", &weights),
+            ("task.json", spec.as_bytes()),
+        ]);
+        assert_eq!(server.upload(task, content_type, body).await.status, 201);
+        let path = format!("/v1/tasks/{task}/generate");
+        let answer = server.post(&path, &json!({"input": input, "max_tokens": 1})).await.ok();
+        answer["usage"]["prompt_tokens"].as_u64().unwrap() as usize
+    };
+    let template = format!("{{{{ input }}}}{special}");
+    let as_special = used("special", json!({"template": template}), &with).await;
+    let as_text = used("text", json!({"template": template, "special_tokens": "text"}), &with).await;
+    assert_eq!(as_special, tokenizer.tokenize(&format!("{with}{special}")).unwrap().len());
+    assert!(as_text > as_special, "{as_text} {as_special}");
+    let refused = json!({"special_tokens": "maybe"}).to_string();
+    let (content_type, body) = form(&[
+        ("adapter_config.json", &config),
+        ("adapter_model.safetensors", &weights),
+        ("task.json", refused.as_bytes()),
+    ]);
+    let problem = server.upload("maybe", content_type, body).await.json();
+    assert!(problem["detail"].as_str().unwrap().contains("special_tokens"), "{problem}");
+}
+
+#[test]
+fn a_context_is_as_long_as_asked_where_positions_have_no_bound() {
+    let home = tempfile::tempdir().unwrap();
+    let bloom = json!({"model_type": "bloom", "architectures": ["BloomForCausalLM"], "vocab_size": 320, "hidden_size": 32,
+        "n_layer": 2, "n_head": 4, "seq_length": 7, "eos_token_id": 2, "bos_token_id": 1});
+    fs::write(home.path().join("bloom.json"), bloom.to_string()).unwrap();
+    let start = |arguments: &[&str]| {
+        let mut command = softserve(home.path());
+        command.arg("serve").args(["--listen=127.0.0.1:0", "--prompts=prompts"]).args(arguments);
+        Process::start(command)
+    };
+    let server = start(&["--random-weights=bloom.json"]);
+    let mut push = softserve(home.path());
+    fs::create_dir(home.path().join("prompt")).unwrap();
+    let (config, weights) = prompt_files("prompt7");
+    fs::write(home.path().join("prompt/adapter_config.json"), config).unwrap();
+    fs::write(home.path().join("prompt/adapter_model.safetensors"), weights).unwrap();
+    push.args(["push", "prompt", "--task", "t", "--url", &server.at("")]);
+    assert_eq!(output(push).0, Some(0));
+    let long = |words: usize| json!({"input": vec!["w9"; words].join(" "), "max_tokens": 4, "ignore_eos": true});
+    // Training's seq_length is no bound.
+    assert_eq!(server.generate("t", long(12)).0, 200);
+    assert_eq!(server.generate("t", long(2041)).1["code"], "input_too_long");
+    drop(server);
+    for (model, context, words) in [("bloom.json", "3000", 2040), ("bloom.json", "40", 12)] {
+        let server = start(&[&format!("--random-weights={model}"), "--context", context]);
+        assert_eq!(server.generate("t", long(words)).0, 200, "{context}");
+        assert_eq!(server.generate("t", long(context.parse().unwrap())).1["code"], "input_too_long");
+    }
+    // A table of positions ends.
+    let mut serve = softserve(home.path());
+    serve.args(["serve", "--listen=127.0.0.1:0", "--context=4000", "--model"]).arg(fixtures::dir("families/gpt2"));
+    let (code, _, log) = output(serve);
+    assert!(code == Some(1) && log.contains("4000") && log.contains("its positions end there"), "{log}");
+}

@@ -8,27 +8,43 @@ use std::collections::BTreeSet;
 use modules::{Modules, room};
 
 /// Each room (a folder or file of `src`), and the rooms that it may name.
-const ARROWS: [(&str, &[&str]); 16] = [
+const ARROWS: [(&str, &[&str]); 17] = [
     // One table, plain data, for all who name its parameters.
     ("sampling", &[]),
     // Only for the facts of the model that a prompt must fit.
-    ("prompt", &["model", "sampling"]),
+    ("prompt", &["content", "model", "sampling"]),
     ("kernels", &[]),
-    ("model", &["kernels"]),
+    ("model", &["content", "kernels"]),
     ("tokenizer", &["model"]),
     // What the model and a prompt are together, as positions; no kernels.
     ("packing", &["model", "prompt"]),
     ("engine", &["model", "kernels", "packing", "prompt"]),
-    ("registry", &["prompt"]),
+    ("registry", &["content", "prompt"]),
     ("demo", &["model"]),
-    ("tune", &["engine", "kernels", "model", "packing", "prompt", "sampling", "tokenizer"]),
-    ("convert", &["prompt"]),
+    ("tune", &["content", "engine", "kernels", "model", "packing", "prompt", "sampling", "tokenizer"]),
+    ("convert", &["content", "prompt"]),
+    // It knows nothing but bytes.
+    ("content", &[]),
     // It measures from outside.
     ("bench", &["sampling"]),
     ("telemetry", &["config"]),
     // The engine's configuration is one struct from the options to the scheduler.
     ("config", &["engine", "model"]),
-    ("http", &["config", "engine", "model", "packing", "prompt", "registry", "sampling", "telemetry", "tokenizer"]),
+    (
+        "http",
+        &[
+            "config",
+            "content",
+            "engine",
+            "model",
+            "packing",
+            "prompt",
+            "registry",
+            "sampling",
+            "telemetry",
+            "tokenizer",
+        ],
+    ),
     // The command line puts everything together.
     (
         "cli",
@@ -57,7 +73,6 @@ const NAMES_THE_CPU: &[&str] = &["kernels::open"];
 /// Modules of one room that name each other, perhaps through others.
 const CIRCLES: &[&[&str]] = &[
     &["cli::bench", "cli::bench::tasks"],
-    &["convert", "convert::archive", "convert::nemo", "convert::npy", "convert::safetensors", "convert::torch"],
     &["convert::pickle", "convert::pickle::machine"],
     &[
         "http",

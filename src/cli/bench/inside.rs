@@ -126,6 +126,7 @@ fn arguments(args: &BenchArgs, loads: &[Load]) -> Vec<String> {
     let model = &args.model;
     add("--model", model.model.clone());
     add("--random-weights", model.random_weights.clone());
+    add("--context", model.context.map(|n| n.to_string()));
     add("--device", model.device.map(String::from));
     add("--backend", model.backend.and_then(|b| b.to_possible_value()).map(|b| b.get_name().to_owned()));
     add("--dtype", model.dtype.and_then(|d| d.to_possible_value()).map(|d| d.get_name().to_owned()));

@@ -193,7 +193,7 @@ impl BenchArgs {
 
     /// The shape of the model that the server inside is given.
     pub fn model_config(&self) -> Result<ModelConfig> {
-        Ok(model_source::files(&self.model.source()?)?.config()?)
+        Ok(model_source::files(&self.model.source()?)?.with_context_length(self.model.context).config()?)
     }
 
     pub fn api_key(&self) -> Option<&str> {

@@ -1,6 +1,6 @@
 //! Log-probabilities under the model's own distribution, before temperature and penalties.
 
-use super::{NoToken, scratch::Scratch, select};
+use super::{error::NoToken, scratch::Scratch, select};
 use crate::kernels::rows::{RowKernels, WeightParams};
 
 /// The natural logarithm of the sum of the exponentials of a row of logits.

@@ -214,7 +214,7 @@ fn logits_that_are_no_numbers_are_an_error_and_a_tiny_temperature_is_greedy() {
     let rows = [vec![f32::NAN; 4], vec![f32::INFINITY, 0.0], vec![f32::NEG_INFINITY; 3], vec![1.0, f32::NAN, 2.0]];
     for (logits, temperature) in rows.iter().flat_map(|row| [(row, 0.0), (row, 1.0)]) {
         let mut sampler = Sampler::new(SamplingParams { temperature, ..Default::default() }, std::iter::empty());
-        let next = sampler.next(&logits, &PortableRows, &mut Scratch::default());
+        let next = sampler.next(logits, &PortableRows, &mut Scratch::default());
         assert_eq!(next.unwrap_err(), NoToken::NotFinite, "{logits:?}");
     }
     let never = [1.0, f32::NEG_INFINITY, 2.0];

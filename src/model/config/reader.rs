@@ -50,6 +50,29 @@ impl ModelConfig {
     }
 }
 
+/// The longest context that can be asked for.
+const MAX_CONTEXT: usize = 1 << 20;
+
+impl ModelConfig {
+    /// The same model with another context length. Models whose positions have no bound are computed as far as they are
+    /// asked to; transformers does not end them either.
+    ///
+    /// # Errors
+    /// It has no such positions.
+    pub fn with_context_length(mut self, positions: usize) -> Result<Self, String> {
+        let most = self.most_positions.unwrap_or(MAX_CONTEXT);
+        if !(1..=most).contains(&positions) {
+            let reason = match self.most_positions {
+                Some(_) => "its positions end there",
+                None => "the most that is supported",
+            };
+            return Err(format!("the context length {positions} was asked for, expected 1 to {most}: {reason}"));
+        }
+        self.context_length = positions;
+        Ok(self)
+    }
+}
+
 /// Reads the keys as one family means them.
 pub(super) struct Reader<'a> {
     pub(super) keys: Keys<'a>,
@@ -98,7 +121,11 @@ impl Reader<'_> {
         let context_length = self.needed(spec.context_length)?;
         let ropes = match spec.positions {
             Positions::Rope(rope) => rope::read(keys, self.family.model_type, rope, head_dim, context_length)?,
-            _ => rope::Ropes { ropes: Vec::new(), context_length },
+            _ => rope::Ropes {
+                ropes: Vec::new(),
+                context_length,
+                is_bounded: matches!(spec.positions, Positions::Learned { .. }),
+            },
         };
         let [attention_softcap, final_softcap] = self.softcaps()?;
         let mut config = ModelConfig {
@@ -111,6 +138,7 @@ impl Reader<'_> {
             num_kv_heads,
             head_dim,
             context_length: ropes.context_length,
+            most_positions: ropes.is_bounded.then_some(ropes.context_length),
             norm: spec.norm,
             norm_eps,
             attention_norms: spec.attention_norms,

@@ -76,8 +76,10 @@ impl Rope {
 pub struct Ropes {
     /// All there are. A second one is that of layers with a sliding window.
     pub ropes: Vec<Rope>,
-    /// The most positions for which they are what transformers computes.
+    /// The context length for which they are what transformers computes.
     pub context_length: usize,
+    /// Whether they change where a sequence is longer than that.
+    pub is_bounded: bool,
 }
 
 /// Reads the rotary embeddings of heads of `head_dim` from `config.json`.
@@ -90,7 +92,8 @@ pub fn read(
 ) -> Result<Ropes, String> {
     let v4 = keys.object("rope_scaling", "rope ")?;
     let v5 = keys.object("rope_parameters", "rope ")?;
-    let mut reader = Reader { keys, model_type, spec, head_dim, context_length, limit: context_length };
+    let mut reader =
+        Reader { keys, model_type, spec, head_dim, context_length, limit: context_length, is_bounded: false };
     let by_layer = |of: &str| v5.map_or(Ok(None), |v5| v5.object(of, "rope "));
     let (full, sliding) = (by_layer("full_attention")?, by_layer("sliding_attention")?);
     if let Some(local) = spec.local_theta {
@@ -100,7 +103,7 @@ pub fn read(
         let global = reader.rope(full, theta)?;
         let theta = reader.theta(local, sliding)?;
         let local = reader.rope(sliding, theta)?;
-        return Ok(Ropes { ropes: vec![global, local], context_length: reader.limit });
+        return Ok(Ropes { ropes: vec![global, local], context_length: reader.limit, is_bounded: reader.is_bounded });
     }
     if full.is_some() || sliding.is_some() {
         return Err(format!("rope_parameters by the type of a layer are not supported for {model_type}"));
@@ -108,7 +111,7 @@ pub fn read(
     let parameters = v4.or(v5);
     let theta = reader.theta(spec.theta, parameters)?;
     let rope = reader.rope(parameters, theta)?;
-    Ok(Ropes { ropes: vec![rope], context_length: reader.limit })
+    Ok(Ropes { ropes: vec![rope], context_length: reader.limit, is_bounded: reader.is_bounded })
 }
 
 struct Reader<'a> {
@@ -119,6 +122,7 @@ struct Reader<'a> {
     context_length: usize,
     /// The most positions for which what was read is exact.
     limit: usize,
+    is_bounded: bool,
 }
 
 impl Reader<'_> {
@@ -167,8 +171,12 @@ impl Reader<'_> {
         };
         let needed = |key: &str| parameters.positive(key)?.ok_or_else(|| parameters.missing(key));
         match of_type {
+            None | Some("default") => Ok(plain),
             // Dynamic scaling begins past the context length, which nothing here goes beyond.
-            None | Some("default" | "dynamic") => Ok(plain),
+            Some("dynamic") => {
+                self.is_bounded = true;
+                Ok(plain)
+            }
             Some("linear") => Ok(Rope { scaling: RopeScaling::Linear { factor: needed("factor")? }, ..plain }),
             Some("llama3") => {
                 let low_freq_factor = needed("low_freq_factor")?;
@@ -258,6 +266,7 @@ impl Reader<'_> {
             return Err(format!("rope original_max_position_embeddings {original} is too small for longrope"));
         }
         if short != long {
+            self.is_bounded = true;
             self.limit = self.limit.min(original as usize).max(1);
         }
         Ok(Rope { scaling: RopeScaling::Long { factors: short }, attention_factor, ..plain })

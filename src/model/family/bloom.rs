@@ -21,7 +21,8 @@ pub const BLOOM: Family = Family {
     config: ConfigSpec {
         activation_key: None,
         positions: Positions::Alibi,
-        context_length: &["seq_length", "max_position_embeddings"],
+        // Not `seq_length`, which is left over from training; transformers does not read it.
+        context_length: &["max_position_embeddings"],
         intermediate_size: IntermediateSize { keys: &[], multiple: Some(4) },
         embedding_norm: true,
         // It has no bound; what the published ones were trained with.
@@ -75,7 +76,7 @@ fn gguf_config(source: &Source, shape: &Shape) -> Result<Value, String> {
     Ok(json!({
         "n_layer": shape.layers,
         "n_head": shape.heads,
-        "seq_length": shape.context_length,
+        "max_position_embeddings": shape.context_length,
         "layer_norm_epsilon": source.layer_norm_eps()?,
         "apply_residual_connection_post_layernorm": false,
     }))

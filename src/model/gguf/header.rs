@@ -338,7 +338,8 @@ mod tests {
         let key = file(&[&text("k"), &0u32.to_le_bytes(), &[1]]);
         for (bytes, named) in [
             (b"GGU".to_vec(), "3 are left"),
-            (b"ABCD0000".to_vec(), "\"ABCD\""),
+            (b"ABCD\x00\x00\x00\x00".to_vec(), "\"ABCD\""),
+            (b"version https://git-lfs.github.com/spec/v1\noid".to_vec(), "git lfs pull"),
             (file(&[b"GGUF", &1u32.to_le_bytes()]), "version 1"),
             (file(&[b"GGUF", &3u32.to_be_bytes()]), "big-endian"),
             (start(huge, 0), "1152921504606846976 tensors"),

@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use super::kind;
+use super::json::kind;
 
 /// A message.
 struct Message {

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use serde_json::{Map, Value, value::RawValue};
 
+use super::json::kind;
 use crate::content;
 
 /// A record with its line, counted from 1, or what is wrong with it.
@@ -54,7 +55,7 @@ fn object(bytes: &[u8]) -> Result<Map<String, Value>, String> {
     let text = std::str::from_utf8(bytes).map_err(|_| "it is not UTF-8".to_owned())?;
     match serde_json::from_str(text) {
         Ok(Value::Object(object)) => Ok(object),
-        Ok(other) => Err(format!("expected a JSON object, found {}", super::kind(&other))),
+        Ok(other) => Err(format!("expected a JSON object, found {}", kind(&other))),
         Err(e) => Err(format!("it is not JSON: {}", json_fault(bytes, &e))),
     }
 }

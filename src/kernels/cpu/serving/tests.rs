@@ -161,7 +161,7 @@ fn paged_attention_equals_dense_attention_on_odd_shapes_and_any_chunks_are_equal
             let mut plainly = plain(&case.lengths);
             let expected = plainly.attention(1, &case.q, &case.k, &case.v, &case.params).unwrap();
             for isa in Isa::available() {
-                for (dtype, tolerance) in [(DType::F32, 2e-5), (DType::BF16, 5e-2)] {
+                for (dtype, tolerance) in [(DType::F32, 2e-5), (DType::BF16, 1e-1)] {
                     let what = format!("{isa:?} {dtype:?} {dim} {:?}", case.params);
                     let whole = case.in_blocks(isa, dtype, 100);
                     let difference = largest_difference(&whole, &expected);
