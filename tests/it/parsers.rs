@@ -16,6 +16,7 @@ use softserve::{
         spec::TaskSpec,
     },
     registry::package::{self, Packing},
+    tune::data::Dataset,
 };
 
 use crate::{
@@ -97,6 +98,24 @@ fn parsers() -> Vec<Parser> {
         },
         Parser { name: "pickle", parse: |bytes| drop(Pickle::read(bytes)), seeds: pickles() },
         Parser {
+            name: "bare pickle",
+            parse: |bytes| drop(Pickle::read_bare(bytes)),
+            seeds: files(&["computed/rows.pkl"]),
+        },
+        Parser {
+            name: "training data",
+            parse: |bytes| {
+                for name in ["d.jsonl", "d.csv", "d.tsv"] {
+                    drop(Dataset::parse(Path::new(name), bytes, None));
+                }
+            },
+            seeds: vec![
+                br#"[{"input": "a", "label": 1}, {"prompt": "b", "completion": "c"}]"#.to_vec(),
+                br#"{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "\ud83d\ude00"}]}"#.to_vec(),
+                b"input,label\n\"a, b\",x\nc,y\n".to_vec(),
+            ],
+        },
+        Parser {
             name: "torch with a damaged pickle",
             parse: |bytes| {
                 let stored = zip(&[("archive/data.pkl", bytes), ("archive/data/0", &[0; 896])]);
@@ -122,6 +141,14 @@ fn parsers() -> Vec<Parser> {
                 "soft_prompt.safetensors",
                 "hostile/bomb.zip",
                 "hostile/expanded.pt",
+                "computed/mlp.pt",
+                "computed/lstm.pt",
+                "computed/projection.pt",
+                "computed/cartridge.pt",
+                "computed/titan.safetensors",
+                "computed/list.pt",
+                "computed/mkultra.json",
+                "computed/rows.pkl",
             ]),
         },
         Parser {

@@ -139,7 +139,7 @@ impl Report {
             bytes: subject.files.num_bytes(),
             peft_type: text("peft_type"),
             task_type: text("task_type"),
-            peft_version: text("peft_version"),
+            peft_version: text("peft_version").filter(|_| !subject.is_foreign),
             base_model: text("base_model_name_or_path"),
             tensors: subject
                 .tensors

@@ -25,6 +25,8 @@ pub struct Subject {
     pub tensors: Vec<RawTensor>,
     /// What the file says and a PEFT directory has no place for.
     pub notes: Vec<String>,
+    /// Whether its configuration is one that the file does not have.
+    pub is_foreign: bool,
 }
 
 /// Virtual tokens' embeddings.
@@ -83,7 +85,7 @@ impl Subject {
 
     fn peft(format: String, files: PromptFiles) -> Self {
         let tensors = files.weights.as_ref().and_then(|bytes| convert::safetensors::read(bytes).ok());
-        Self { format, files, tensors: tensors.unwrap_or_default(), notes: Vec::new() }
+        Self { format, files, tensors: tensors.unwrap_or_default(), notes: Vec::new(), is_foreign: false }
     }
 
     fn foreign(foreign: convert::Foreign, target: &Target) -> anyhow::Result<Self> {
@@ -91,7 +93,8 @@ impl Subject {
         let mut notes = [foreign.notes, converted.notes].concat();
         notes.push("softserve convert can write it as a PEFT directory".to_owned());
         let format = foreign.format.name().to_owned();
-        Ok(Self { format, files: converted.files, tensors: converted.tensors, notes })
+        let is_foreign = foreign.adapter_config.is_none();
+        Ok(Self { format, files: converted.files, tensors: converted.tensors, notes, is_foreign })
     }
 
     /// A name to read it under; any will do.
