@@ -19,8 +19,14 @@ const COMPRESSIONS: [(&[u8], &str); 6] = [
     (b"Rar!\x1a\x07", "RAR"),
 ];
 
-/// Says what a file is that cannot be what was asked for, and what to do; `None` if its beginning does not tell.
+/// Says what a file is that cannot be what was asked for, and what to do; `None` if its beginning does not tell. A short text
+/// is taken for a message in place of the file, so what may be text is asked with [`marked_stand_in`].
 pub fn stand_in(bytes: &[u8]) -> Option<String> {
+    marked_stand_in(bytes).or_else(|| message(bytes))
+}
+
+/// As [`stand_in`], of what begins with a mark of its own alone: a pointer, a page, a compression.
+pub fn marked_stand_in(bytes: &[u8]) -> Option<String> {
     let start = &bytes[..bytes.len().min(LOOK)];
     if let Some((_, name)) = COMPRESSIONS.iter().find(|(magic, _)| start.starts_with(magic)) {
         return Some(format!("it is compressed with {name}, which is not read: unpack it first"));
@@ -46,6 +52,12 @@ pub fn stand_in(bytes: &[u8]) -> Option<String> {
             "it is XML, such as a storage service's error message, not the file itself: download it again".to_owned(),
         );
     }
+    None
+}
+
+/// A text in place of the file.
+fn message(bytes: &[u8]) -> Option<String> {
+    let text = without_byte_order_mark(bytes).trim_ascii_start();
     let is_message = (1..=MESSAGE).contains(&bytes.len()) && text.len() > 1;
     let printable = |byte: &u8| byte.is_ascii_graphic() || byte.is_ascii_whitespace();
     // What is JSON may be what was asked for, and damaged.

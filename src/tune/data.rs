@@ -17,6 +17,7 @@ use sha2::{Digest as _, Sha256};
 use json::kind;
 
 use crate::{
+    content,
     packing::TokenBudget,
     prompt::{
         labels::{LabelError, Verbalizer},
@@ -62,6 +63,9 @@ pub enum DataError {
     Read { path: PathBuf, source: io::Error },
     #[error("{} has no examples; expected one JSON object a line, such as {{\"input\": \"…\", \"output\": \"…\"}}", path.display())]
     Empty { path: PathBuf },
+    /// Something else in place of the file.
+    #[error("{} is not training data: {reason}", path.display())]
+    StandIn { path: PathBuf, reason: String },
     #[error("{0}")]
     Faults(Faults),
     #[error("the labels cannot be used: {0}")]
@@ -114,6 +118,9 @@ impl Dataset {
 
     /// Like [`read`](Self::read), of a file's content; `path` is for messages.
     pub fn parse(path: &Path, bytes: &[u8], labels: Option<&Verbalizer>) -> Result<Self, DataError> {
+        if let Some(reason) = content::marked_stand_in(bytes) {
+            return Err(DataError::StandIn { path: path.to_owned(), reason });
+        }
         let mut faults = Vec::new();
         let mut lines: Vec<(usize, Input, Answer)> = Vec::new();
         for (line, record) in records::split(path, bytes) {
@@ -396,6 +403,8 @@ mod tests {
                 .has_one_label()
         );
         assert!(!parse("{\"input\": \"a\", \"output\": \"x\"}").expect("valid").has_one_label());
+        let pointer = parse("version https://git-lfs.github.com/spec/v1\noid sha256:00\n").expect_err("no data");
+        assert!(pointer.to_string().contains("git lfs pull"), "{pointer}");
     }
 
     #[test]
