@@ -16,7 +16,7 @@ use super::{
 };
 use crate::kernels::{
     Activation,
-    host::with_values,
+    host::{with_array_of_values, with_values},
     weight::{FrozenWeight, Linear},
 };
 
@@ -77,26 +77,31 @@ impl FrozenMatrix {
 /// A shape does not fit, or a layer is of another backend.
 pub fn linear(x: &Tensor, layers: &[&Linear], residual: Option<&Tensor>) -> Result<Vec<Tensor>> {
     let (rows, k) = x.dims2()?;
-    let matrices = layers.iter().map(|layer| FrozenMatrix::of(layer)).collect::<Result<Vec<_>>>()?;
-    let mut biases = Vec::with_capacity(layers.len());
-    for (matrix, layer) in matrices.iter().zip(layers) {
-        fits(matrix.matrix(), k)?;
-        biases.push(layer.bias.as_ref().map(|b| with_values(b, |b| Ok(b.to_vec()))).transpose()?);
+    let mut matrices = Vec::with_capacity(layers.len());
+    // Of each layer that has one; most models have none.
+    let mut biases = Vec::new();
+    for layer in layers {
+        let matrix = FrozenMatrix::of(layer)?.matrix();
+        fits(matrix, k)?;
+        matrices.push(matrix);
+        if let Some(bias) = &layer.bias {
+            biases.push(with_values(bias, |bias| Ok(bias.to_vec()))?);
+        }
     }
-    let run = |residual: Option<&[f32]>| {
-        let products: Vec<_> = matrices
-            .iter()
-            .zip(&biases)
-            .map(|(matrix, bias)| Product { weight: matrix.matrix(), bias: bias.as_deref(), residual })
-            .collect();
-        with_values(x, |x| Ok(multiply(Isa::best(), pool::global(), x, rows, &products)))
+    let run = |x: &[f32], residual: Option<&[f32]>| {
+        let mut biases = biases.iter();
+        let mut products = Vec::with_capacity(layers.len());
+        for (&weight, layer) in matrices.iter().zip(layers) {
+            let bias = layer.bias.as_ref().and_then(|_| biases.next()).map(Vec::as_slice);
+            products.push(Product { weight, bias, residual });
+        }
+        Ok(multiply(Isa::best(), pool::global(), x, rows, &products))
     };
     let results = match residual {
-        Some(residual) => with_values(residual, |residual| run(Some(residual)))?,
-        None => run(None)?,
+        Some(residual) => with_array_of_values([x, residual], |[x, residual]| run(x, Some(residual)))?,
+        None => with_values(x, |x| run(x, None))?,
     };
-    let tensor = |(matrix, y): (&&FrozenMatrix, Vec<f32>)| Tensor::from_vec(y, (rows, matrix.matrix().n()), x.device());
-    matrices.iter().zip(results).map(tensor).collect()
+    matrices.iter().zip(results).map(|(matrix, y)| Tensor::from_vec(y, (rows, matrix.n()), x.device())).collect()
 }
 
 /// `activation(x gateᵀ) * (x upᵀ)` of layers without a bias. Not differentiable.

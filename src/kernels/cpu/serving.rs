@@ -14,7 +14,7 @@ use super::{
 use crate::kernels::{
     Activation, AttentionParams, Kernels,
     cross::CrossKeyValues,
-    host::{with_all_values, with_values},
+    host::{with_all_values, with_array_of_values, with_values},
     layout::Segment,
     weight::Linear,
 };
@@ -81,24 +81,24 @@ impl Kernels for CpuServing<'_> {
     }
 
     fn rms_norm(&mut self, x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
-        let y = with_values(weight, |weight| {
-            with_values(x, |x| Ok(rows::rms_norm(self.isa, pool::global(), x, weight, eps as f32)))
+        let y = with_array_of_values([x, weight], |[x, weight]| {
+            Ok(rows::rms_norm(self.isa, pool::global(), x, weight, eps as f32))
         })?;
         Tensor::from_vec(y, x.shape(), &Device::Cpu)
     }
 
     fn layer_norm(&mut self, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, eps: f64) -> Result<Tensor> {
         let bias = bias.map(|b| with_values(b, |b| Ok(b.to_vec()))).transpose()?;
-        let y = with_values(weight, |weight| {
-            with_values(x, |x| Ok(rows::layer_norm(self.isa, pool::global(), x, weight, bias.as_deref(), eps as f32)))
+        let y = with_array_of_values([x, weight], |[x, weight]| {
+            Ok(rows::layer_norm(self.isa, pool::global(), x, weight, bias.as_deref(), eps as f32))
         })?;
         Tensor::from_vec(y, x.shape(), &Device::Cpu)
     }
 
     fn rope(&mut self, x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
         let (t, _, dim) = x.dims3()?;
-        let y = with_values(cos, |cos| {
-            with_values(sin, |sin| with_values(x, |x| Ok(rows::rope(self.isa, pool::global(), x, t, dim, cos, sin))))
+        let y = with_array_of_values([x, cos, sin], |[x, cos, sin]| {
+            Ok(rows::rope(self.isa, pool::global(), x, t, dim, cos, sin))
         })?;
         Tensor::from_vec(y, x.shape(), &Device::Cpu)
     }
@@ -130,8 +130,8 @@ impl Kernels for CpuServing<'_> {
                 k.dims()
             );
         }
-        let y = with_all_values(&[q, k, v], |values| {
-            let rows = attention::Rows { q: values[0], k: values[1], v: values[2], heads, params };
+        let y = with_array_of_values([q, k, v], |[q, k, v]| {
+            let rows = attention::Rows { q, k, v, heads, params };
             Ok(attention::attend(self.isa, pool::global(), self.cache, layer, self.segments, rows))
         })?;
         Tensor::from_vec(y, (t, heads * head_dim), &Device::Cpu)
