@@ -38,6 +38,10 @@ pub struct Config {
     pub dtype: DtypeChoice,
     pub backend: BackendChoice,
     pub engine: EngineConfig,
+    /// Whether the size of the KV cache was asked for. Otherwise a GPU's follows from its memory.
+    pub kv_cache_is_given: bool,
+    /// The fraction of a GPU's memory that may be used.
+    pub gpu_memory: f64,
     /// `None` is one for each core.
     pub threads: Option<usize>,
     pub limits: Limits,

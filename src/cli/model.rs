@@ -53,7 +53,8 @@ impl ModelArgs {
         let files = model_source::files(&self.source()?)?.with_context_length(self.context);
         let backend = model_source::backend(self.device.unwrap_or_default(), self.backend.unwrap_or_default())?;
         let tokenizer = Tokenizer::load(&files)?;
-        let model = Model::load(&files, backend, model_source::dtype(self.dtype.unwrap_or_default()))?;
+        let dtype = model_source::dtype(self.dtype.unwrap_or_default(), &*backend);
+        let model = Model::load(&files, backend, dtype)?;
         Ok((model, tokenizer))
     }
 }

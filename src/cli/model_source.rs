@@ -25,8 +25,16 @@ pub enum SourceError {
          run `hf download {id}{revision} --local-dir FOLDER`, then use --model FOLDER"
     )]
     NoHub { id: String, revision: String },
-    #[error("--device cuda:{0}: this build runs on the CPU only; use --device cpu or leave it out")]
-    NoCuda(usize),
+    #[error(
+        "--device cuda:{0}: this program was built for CPUs only; build it with `cargo build --release --features cuda`, \
+         or use --device cpu"
+    )]
+    NotBuiltForGpus(usize),
+    #[error(
+        "--device cuda:{ordinal}: there is no such GPU or no driver for it ({reason}); `nvidia-smi` lists the GPUs that \
+         the driver knows; use --device cpu to run without one"
+    )]
+    NoGpu { ordinal: usize, reason: String },
     #[error("cannot open the backend: {0}")]
     Backend(#[from] candle_core::Error),
 }
@@ -58,21 +66,40 @@ fn hub(id: &str, revision: Option<&str>) -> Result<ModelFiles, SourceError> {
 
 /// What the model runs on: the one place that chooses.
 pub fn backend(device: DeviceChoice, choice: BackendChoice) -> Result<Arc<dyn Backend>, SourceError> {
-    let device = match device {
-        DeviceChoice::Auto | DeviceChoice::Cpu => Device::Cpu,
-        DeviceChoice::Cuda(n) => return Err(SourceError::NoCuda(n)),
-    };
     let kind = match choice {
-        BackendChoice::Auto => BackendKind::Cpu,
+        BackendChoice::Auto => BackendKind::Own,
         BackendChoice::Reference => BackendKind::Reference,
+    };
+    let device = match device {
+        DeviceChoice::Cpu => Device::Cpu,
+        DeviceChoice::Cuda(ordinal) if !kernels::HAS_CUDA => return Err(SourceError::NotBuiltForGpus(ordinal)),
+        DeviceChoice::Cuda(ordinal) => gpu(ordinal)?,
+        DeviceChoice::Auto if !kernels::HAS_CUDA => Device::Cpu,
+        DeviceChoice::Auto => {
+            let opened = gpu(0).and_then(|device| Ok(kernels::open(kind, &device)?));
+            match opened {
+                Ok(backend) => return Ok(backend),
+                Err(error) => {
+                    tracing::warn!(%error, "no GPU can be used; the model runs on the CPU");
+                    Device::Cpu
+                }
+            }
+        }
     };
     Ok(kernels::open(kind, &device)?)
 }
 
-/// The number format of its weights: f32 unless asked otherwise, which answers as PEFT does in f32;
-/// bf16 is several times as fast where the processor has instructions for it.
-pub fn dtype(choice: DtypeChoice) -> DType {
+fn gpu(ordinal: usize) -> Result<Device, SourceError> {
+    // A backtrace may follow the first line.
+    let reason = |error: candle_core::Error| error.to_string().lines().next().unwrap_or_default().to_owned();
+    kernels::gpu(ordinal).map_err(|error| SourceError::NoGpu { ordinal, reason: reason(error) })
+}
+
+/// The number format of its weights. Unless asked otherwise, f32 on a CPU, which answers as PEFT does in f32 (bf16 is
+/// several times as fast where the processor has instructions for it), and bf16 on a GPU, all of which have.
+pub fn dtype(choice: DtypeChoice, backend: &dyn Backend) -> DType {
     match choice {
+        DtypeChoice::Auto if backend.device().is_cuda() => DType::BF16,
         DtypeChoice::Auto | DtypeChoice::F32 => DType::F32,
         DtypeChoice::Bf16 => DType::BF16,
         DtypeChoice::F16 => DType::F16,

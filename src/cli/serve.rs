@@ -13,11 +13,11 @@ use tokio::{net::TcpListener, sync::oneshot};
 
 use super::model_source;
 use crate::{
-    config::{Config, LogFormat, ModelSource, ServeArgs},
+    config::{ByteSize, Config, LogFormat, ModelSource, ServeArgs},
     demo,
     engine::{Engine, EngineThread, StartError},
     http::{self, App, AppState, router},
-    kernels,
+    kernels::{self, DeviceMemory},
     model::{Model, ModelInfo},
     prompt::format::Fit,
     registry::{Registry, RegistryConfig},
@@ -63,9 +63,14 @@ fn load(config: &Config) -> anyhow::Result<Loaded> {
     let started = Instant::now();
     let tokenizer = Tokenizer::load(&files)?;
     let kernels = backend.name();
-    let model = Model::load(&files, backend, model_source::dtype(config.dtype))?;
+    let dtype = model_source::dtype(config.dtype, &*backend);
+    let model = Model::load(&files, backend, dtype)?;
     let info = model.info().clone();
-    let started_engine = Engine::start(model, config.engine).map_err(|error| match error {
+    let mut engine = config.engine;
+    if let Some(memory) = model.backend().memory()?.filter(|_| !config.kv_cache_is_given) {
+        engine.kv_cache_bytes = kv_cache_bytes(memory, config.gpu_memory)?;
+    }
+    let started_engine = Engine::start(model, engine).map_err(|error| match error {
         StartError::KvCacheTooSmall { .. } => anyhow::anyhow!("{error}; increase --kv-cache"),
         StartError::Tensor(error) => error.into(),
     });
@@ -81,6 +86,30 @@ fn load(config: &Config) -> anyhow::Result<Loaded> {
     let watcher = registry.watch().context("cannot watch the prompts folder")?;
     let app = App::new(engine, registry, tokenizer, info, config.limits.clone(), config.access.clone());
     Ok(Loaded { app, thread, root, _watcher: watcher })
+}
+
+/// What the weights leave for the KV cache of the part of a GPU's memory that may be used.
+fn kv_cache_bytes(memory: DeviceMemory, fraction: f64) -> anyhow::Result<usize> {
+    let unused = (memory.total as f64 * (1.0 - fraction)) as usize;
+    let bytes = memory.free.saturating_sub(unused);
+    if bytes == 0 {
+        let size = |bytes: usize| ByteSize(bytes as u64);
+        anyhow::bail!(
+            "the GPU has {} of memory, of which {} are free after the weights; --gpu-memory {fraction} leaves {} unused, so \
+             there is nothing for the KV cache. Free memory of other programs (nvidia-smi lists them), increase \
+             --gpu-memory, or set --kv-cache",
+            size(memory.total),
+            size(memory.free),
+            size(unused)
+        );
+    }
+    tracing::info!(
+        gpu_memory = %ByteSize(memory.total as u64),
+        free_after_weights = %ByteSize(memory.free as u64),
+        kv_cache = %ByteSize(bytes as u64),
+        "the KV cache gets what the weights leave of the GPU's memory"
+    );
+    Ok(bytes)
 }
 
 /// The folder of the prompts; the demo's own are put there on the first start.

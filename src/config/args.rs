@@ -44,12 +44,14 @@ pub struct ServeArgs {
     #[arg(long, value_name = "ADDRESS:PORT", env = "SOFTSERVE_LISTEN")]
     pub listen: Option<String>,
 
-    /// Where the model runs: auto, cpu, cuda or cuda:N [default: auto]
+    /// Where the model runs: cpu, cuda or cuda:N (the GPU of that number), or auto: the first GPU if the
+    /// program was built for GPUs and there is one, and otherwise the CPU [default: auto]
     #[arg(long, env = "SOFTSERVE_DEVICE")]
     pub device: Option<DeviceChoice>,
 
-    /// The number format of the weights in memory. auto means f32; bf16 takes half the memory and is
-    /// several times as fast on a processor with AVX512-BF16 or AMX [default: auto]
+    /// The number format of the weights in memory. auto means f32 on a CPU and bf16 on a GPU; bf16 takes
+    /// half the memory and is several times as fast on a processor with AVX512-BF16 or AMX
+    /// [default: auto]
     #[arg(long, env = "SOFTSERVE_DTYPE")]
     pub dtype: Option<DtypeChoice>,
 
@@ -78,10 +80,15 @@ pub struct ServeArgs {
     pub max_prefill_tokens: Option<usize>,
 
     /// Memory for the KV cache, such as 512MiB: the keys and values of running requests and of shared
-    /// prefixes. An encoder-decoder model uses half of it for the encoded inputs [default: a quarter of
-    /// the free memory, at most 4GiB]
+    /// prefixes. An encoder-decoder model uses half of it for the encoded inputs [default: on a CPU a
+    /// quarter of the free memory, at most 4GiB; on a GPU what --gpu-memory leaves]
     #[arg(long, value_name = "SIZE", env = "SOFTSERVE_KV_CACHE")]
     pub kv_cache: Option<ByteSize>,
+
+    /// The fraction of the GPU's memory that the program may use, from 0.1 to 1. What the weights leave
+    /// of it is for the KV cache, unless --kv-cache says how much that gets [default: 0.9]
+    #[arg(long, value_name = "FRACTION", env = "SOFTSERVE_GPU_MEMORY")]
+    pub gpu_memory: Option<f64>,
 
     /// Prefix caching: on computes the keys and values of a learned prompt, and of the beginning that
     /// several inputs of one tenant have in common, once and shares them. The answers are the same

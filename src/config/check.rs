@@ -58,6 +58,11 @@ impl ServeArgs {
         };
         let engine = EngineConfig::default();
         let kv_cache = args.kv_cache.unwrap_or_else(|| ByteSize(default_kv_cache()));
+        let gpu_memory = args.gpu_memory.unwrap_or(0.9);
+        if !(0.1..=1.0).contains(&gpu_memory) {
+            let reason = format!("found {gpu_memory}, expected a number from 0.1 to 1");
+            return Err(ConfigError::Option { option: "gpu-memory", reason });
+        }
         Ok(Config {
             model: ModelSource::chosen(args.model.as_deref(), args.random_weights.as_deref())?,
             context: args.context.map(|n| within("context", n, 1..=MAX_COUNT)).transpose()?,
@@ -66,6 +71,8 @@ impl ServeArgs {
             device: args.device.unwrap_or_default(),
             dtype: args.dtype.unwrap_or_default(),
             backend: args.backend.unwrap_or_default(),
+            gpu_memory,
+            kv_cache_is_given: args.kv_cache.is_some(),
             engine: EngineConfig {
                 max_waiting: within("max-waiting", args.max_waiting.unwrap_or(engine.max_waiting), 1..=MAX_COUNT)?,
                 max_batch: within("max-batch", args.max_batch.unwrap_or(engine.max_batch), 1..=MAX_COUNT)?,
@@ -234,6 +241,9 @@ mod tests {
             (ServeArgs { max_step_tokens: Some(usize::MAX), ..Default::default() }, "--max-step-tokens"),
             (ServeArgs { max_prefill_tokens: Some(usize::MAX), ..Default::default() }, "--max-prefill-tokens"),
             (ServeArgs { fair_step_tokens: Some(usize::MAX), ..Default::default() }, "--fair-step-tokens"),
+            (ServeArgs { gpu_memory: Some(0.0), ..Default::default() }, "--gpu-memory: found 0, expected a number"),
+            (ServeArgs { gpu_memory: Some(f64::NAN), ..Default::default() }, "--gpu-memory"),
+            (ServeArgs { gpu_memory: Some(1.5), ..Default::default() }, "--gpu-memory"),
             (ServeArgs { listen: Some("8080".to_owned()), ..Default::default() }, "--listen"),
             (ServeArgs { api_key: Some(vec!["x".to_owned()]), ..Default::default() }, "--api-key"),
             (ServeArgs { kv_cache: Some(ByteSize(1024)), ..Default::default() }, "--kv-cache: found 1.0 KiB"),

@@ -8,7 +8,7 @@ use candle_core::{Device, Result, Tensor, bail};
 use super::{cache::BlockCopy, request::InputToken};
 use crate::{
     kernels::{
-        KvCache,
+        Backend, KvCache, Largest,
         cross::CrossKeyValues,
         host::with_values,
         layout::{BatchLayout, BlockId, Segment},
@@ -42,20 +42,45 @@ pub struct Part<'a> {
     pub wanted: usize,
 }
 
-/// What the next tokens are chosen from: a row `[vocab]` of f32 for each position of each part that is wanted.
+/// What the next tokens are chosen from: a row `[vocab]` of f32 for each position of each part that is wanted, on the
+/// model's device.
 #[derive(Debug)]
 pub struct Logits(Option<Tensor>);
 
 impl Logits {
-    /// Calls `f` with the rows, in order.
-    pub fn with_rows<R>(&self, f: impl FnOnce(std::slice::ChunksExact<'_, f32>) -> Result<R>) -> Result<R> {
-        match &self.0 {
-            None => f([].chunks_exact(1)),
-            Some(logits) => {
-                let vocab = logits.dim(1)?;
-                with_values(logits, |values| f(values.chunks_exact(vocab)))
-            }
+    /// How many rows there are.
+    pub fn num_rows(&self) -> usize {
+        self.0.as_ref().map_or(0, |logits| logits.dims()[0])
+    }
+
+    /// The largest value of each row, if `backend` finds it on the device.
+    ///
+    /// # Errors
+    /// The device fails.
+    pub fn largest(&self, backend: &dyn Backend) -> Result<Option<Vec<Largest>>> {
+        self.0.as_ref().map_or(Ok(None), |logits| backend.largest(logits))
+    }
+
+    /// Calls `f` with some rows, in the order of `rows`, on the host.
+    ///
+    /// # Errors
+    /// There is no such row, or `f` fails.
+    pub fn with_rows<R>(&self, rows: &[usize], f: impl FnOnce(&[&[f32]]) -> Result<R>) -> Result<R> {
+        let Some(logits) = self.0.as_ref().filter(|_| !rows.is_empty()) else { return f(&[]) };
+        let all = self.num_rows();
+        if rows.iter().any(|&row| row >= all) {
+            bail!("rows {rows:?} of {all} rows of logits were asked for");
         }
+        // Of a device with memory of its own, only what is asked for is copied.
+        let (copied, taken): (_, Vec<usize>) = match logits.device().is_cpu() || rows.len() == all {
+            true => (logits.to_device(&Device::Cpu)?, rows.to_vec()),
+            false => {
+                let index = Tensor::new(rows.iter().map(|&row| row as u32).collect::<Vec<_>>(), logits.device())?;
+                (logits.index_select(&index, 0)?.to_device(&Device::Cpu)?, (0..rows.len()).collect())
+            }
+        };
+        let vocab = copied.dim(1)?;
+        with_values(&copied, |values| f(&taken.iter().map(|row| &values[row * vocab..][..vocab]).collect::<Vec<_>>()))
     }
 }
 
@@ -155,7 +180,7 @@ impl Runner {
         if !wants_logits {
             return Ok(Logits(None));
         }
-        Ok(Logits(Some(self.model.logits(&hidden, kernels.as_mut())?.to_device(&Device::Cpu)?)))
+        Ok(Logits(Some(self.model.logits(&hidden, kernels.as_mut())?)))
     }
 
     /// The packed embeddings of all parts, `[t, hidden]`.

@@ -13,7 +13,7 @@ mod tests;
 use rand::{SeedableRng as _, rngs::StdRng};
 
 use super::request::{GeneratedToken, SamplingParams};
-use crate::kernels::rows::RowKernels;
+use crate::kernels::{Largest, rows::RowKernels};
 pub use error::NoToken;
 use mask::TokenMask;
 use penalties::Penalties;
@@ -84,6 +84,24 @@ impl Sampler {
             None => (None, Vec::new()),
         };
         Ok(GeneratedToken { id, logprob, top })
+    }
+
+    /// Whether it takes the largest logit as it is, and tells of no other token.
+    pub fn is_greedy(&self) -> bool {
+        let tells_of_others = self.params.logprobs.is_some_and(|top| top > 0);
+        self.rng.is_none() && self.penalties.is_none() && self.mask.is_none() && !tells_of_others
+    }
+
+    /// The next token where [`is_greedy`](Self::is_greedy) holds, from the largest logit.
+    ///
+    /// # Errors
+    /// The logits are not finite.
+    pub fn take_largest(&mut self, largest: Largest) -> Result<GeneratedToken, NoToken> {
+        if largest.log_probability.is_nan() {
+            return Err(NoToken::NotFinite);
+        }
+        let logprob = self.params.logprobs.map(|_| largest.log_probability);
+        Ok(GeneratedToken { id: largest.index, logprob, top: Vec::new() })
     }
 
     /// The logits after penalties and mask.

@@ -15,7 +15,7 @@ pub(super) fn first_pass(runner: &mut Runner) -> candle_core::Result<()> {
     let tokens = [InputToken::Vocab(0)];
     let part = Part { tokens: &tokens, start: 0, blocks: &[0], prompt: None, encoded: encoded.as_ref(), wanted: 1 };
     let logits = runner.run(&[part])?;
-    let finite = logits.with_rows(|mut rows| Ok(rows.all(|row| row.iter().all(|x| x.is_finite()))))?;
+    let finite = logits.with_rows(&[0], |rows| Ok(rows.iter().all(|row| row.iter().all(|x| x.is_finite()))))?;
     match finite {
         true => Ok(()),
         false => candle_core::bail!("the model's first logits are not finite; the weights or the dtype are wrong"),

@@ -3,6 +3,8 @@
 
 pub mod cpu;
 pub mod cross;
+#[cfg(feature = "cuda")]
+mod cuda;
 pub mod host;
 pub mod layout;
 mod open;
@@ -23,7 +25,7 @@ use candle_core::{D, DType, Device, Result, Tensor};
 
 use cross::{CrossKeyValues, EncodedBatch};
 use layout::{BatchLayout, BlockId, KvShape};
-pub use open::{BackendKind, cpu, open, reference, set_threads};
+pub use open::{BackendKind, HAS_CUDA, cpu, gpu, open, reference, set_threads};
 pub use params::{Activation, AttentionParams};
 use past::PastKeyValues;
 use rows::{PortableRows, RowKernels};
@@ -47,8 +49,25 @@ pub trait Backend: fmt::Debug + Send + Sync {
     /// The backend does not compute with that type, or there is no memory.
     fn weight(&self, matrix: Matrix, dtype: DType) -> Result<Weight>;
 
+    /// Matrices that are multiplied with the same input, so that the backend may keep them one after another and multiply
+    /// all at once. They come back in their order.
+    ///
+    /// # Errors
+    /// There is no memory.
+    fn side_by_side(&self, weights: Vec<Weight>) -> Result<Vec<Weight>> {
+        Ok(weights)
+    }
+
     /// Bytes of one block of a cache of this shape, over all layers.
     fn block_bytes(&self, shape: &KvShape) -> usize;
+
+    /// The memory of a device that has its own, in bytes; `None` where it is the system's.
+    ///
+    /// # Errors
+    /// The device does not answer.
+    fn memory(&self) -> Result<Option<DeviceMemory>> {
+        Ok(None)
+    }
 
     /// An empty key-value cache of `num_blocks` blocks.
     ///
@@ -73,6 +92,15 @@ pub trait Backend: fmt::Debug + Send + Sync {
     /// belongs to the job and goes with it.
     fn tuning(&self) -> Arc<dyn Tuning>;
 
+    /// The largest value of each row of logits `[t, vocab]`, where the backend finds it without copying the rows to the
+    /// host; `None` where they are there already.
+    ///
+    /// # Errors
+    /// The device fails.
+    fn largest(&self, _logits: &Tensor) -> Result<Option<Vec<Largest>>> {
+        Ok(None)
+    }
+
     /// What tokens are chosen with on the host.
     fn row_kernels(&self) -> &dyn RowKernels {
         &PortableRows
@@ -82,6 +110,23 @@ pub trait Backend: fmt::Debug + Send + Sync {
     fn parallel(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
         (0..tasks).for_each(task);
     }
+}
+
+/// The largest value of a row of logits.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Largest {
+    /// Its index, the first of equals.
+    pub index: u32,
+    /// The natural logarithm of its probability; NaN if no token can be chosen from the row, since a value is NaN or
+    /// positive infinity or all are negative infinity.
+    pub log_probability: f32,
+}
+
+/// Memory of a device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DeviceMemory {
+    pub free: usize,
+    pub total: usize,
 }
 
 /// Keys and values of all sequences in blocks of [`BLOCK_SIZE`](layout::BLOCK_SIZE) positions.
@@ -173,6 +218,25 @@ pub trait Kernels {
         v: &Tensor,
         params: &AttentionParams,
     ) -> Result<Tensor>;
+
+    /// [`rope`](Self::rope) of queries and keys, where there is a rotation (cos and sin), and then
+    /// [`attention`](Self::attention). `q` has `t` rows of all heads' values, `k` and `v` of all kv heads' values, in two
+    /// dimensions or three; `head_dim` says how many are a head's.
+    fn rotary_attention(
+        &mut self,
+        layer: usize,
+        [q, k, v]: [&Tensor; 3],
+        head_dim: usize,
+        rotation: Option<(&Tensor, &Tensor)>,
+        params: &AttentionParams,
+    ) -> Result<Tensor> {
+        let heads = |x: &Tensor| x.reshape((x.dims()[0], x.elem_count() / (x.dims()[0] * head_dim).max(1), head_dim));
+        let (mut q, mut k) = (heads(q)?, heads(k)?);
+        if let Some((cos, sin)) = rotation {
+            (q, k) = (self.rope(&q, cos, sin)?, self.rope(&k, cos, sin)?);
+        }
+        self.attention(layer, &q, &k, &heads(v)?, params)
+    }
 
     /// Attention of a decoder's layer `layer` to what its encoder made of each sequence's input, all of
     /// it: `q` `[t, heads, head_dim]` to `[t, heads * head_dim]`.

@@ -9,8 +9,8 @@ use super::{Backend, cpu::CpuBackend, reference::ReferenceBackend};
 /// Which backend to run on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum BackendKind {
-    /// Kernels of our own for CPUs.
-    Cpu,
+    /// Kernels of our own for the device: a CPU, or an NVIDIA GPU.
+    Own,
     /// Plain candle operations, on any device of candle's: slow, and what other backends are held to.
     Reference,
 }
@@ -20,12 +20,28 @@ pub enum BackendKind {
 /// # Errors
 /// The backend does not run on that device.
 pub fn open(kind: BackendKind, device: &Device) -> Result<Arc<dyn Backend>> {
-    match kind {
-        BackendKind::Cpu if device.is_cpu() => Ok(Arc::new(CpuBackend::new())),
-        BackendKind::Cpu => bail!("the CPU backend does not run on {:?}", device.location()),
-        BackendKind::Reference => Ok(Arc::new(ReferenceBackend::new(device))),
+    match (kind, device) {
+        (BackendKind::Reference, _) => Ok(Arc::new(ReferenceBackend::new(device))),
+        (BackendKind::Own, Device::Cpu) => Ok(Arc::new(CpuBackend::new())),
+        #[cfg(feature = "cuda")]
+        (BackendKind::Own, Device::Cuda(_)) => Ok(Arc::new(super::cuda::CudaBackend::new(device)?)),
+        (BackendKind::Own, other) => bail!("there are no kernels for {:?}", other.location()),
     }
 }
+
+/// The NVIDIA GPU of a number, counted from 0.
+///
+/// # Errors
+/// There is no such GPU, no driver, or the program was built without the feature `cuda`.
+pub fn gpu(ordinal: usize) -> Result<Device> {
+    #[cfg(feature = "cuda")]
+    return super::cuda::device(ordinal);
+    #[cfg(not(feature = "cuda"))]
+    bail!("GPU {ordinal} cannot be used: the program was built without the feature `cuda`")
+}
+
+/// Whether the program was built for GPUs.
+pub const HAS_CUDA: bool = cfg!(feature = "cuda");
 
 /// The CPU backend, with the best instructions that the processor has.
 pub fn cpu() -> Arc<dyn Backend> {

@@ -22,6 +22,16 @@ impl RelativePositionBias {
         self.values.len() / (2 * self.farthest + 1)
     }
 
+    /// Distances from which on the farthest one's number is taken.
+    pub fn farthest(&self) -> usize {
+        self.farthest
+    }
+
+    /// All numbers, `[heads, 2 * farthest + 1]`.
+    pub fn values(&self) -> &[f32] {
+        &self.values
+    }
+
     /// What a head adds for a key at position `key` and a query at `query`.
     ///
     /// # Panics

@@ -1,11 +1,11 @@
 //! One suite for every backend: each operation against the reference in f32, on odd shapes, in f32 and bf16.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
-use candle_core::{D, DType, Device, Tensor, Var};
+use candle_core::{D, DType, Device, Result, Tensor, Var};
 
 use super::{
-    Activation, AttentionParams, Backend, Kernels, KvCache,
+    Activation, AttentionParams, Backend, BackendKind, Kernels, KvCache,
     cross::{CrossKeyValues, EncodedBatch},
     layout::{BLOCK_SIZE, BatchLayout, BlockId, KvShape, Segment},
     past::PastKeyValues,
@@ -15,8 +15,128 @@ use super::{
 
 /// The backends, the types their weights are in, and how far from the reference in f32 they may be.
 fn subjects() -> Vec<(Arc<dyn Backend>, DType, f32)> {
-    let backends = [super::cpu(), super::reference()];
+    let backends = [super::cpu(), super::reference()].into_iter().chain(on_gpu());
     backends.into_iter().flat_map(|b| [(Arc::clone(&b), DType::F32, 1e-4), (b, DType::BF16, 6e-2)]).collect()
+}
+
+/// Our own and the reference backend on the first GPU. Without one there are none, unless `SOFTSERVE_TEST_GPU` says that
+/// there has to be one.
+fn on_gpu() -> Vec<Arc<dyn Backend>> {
+    static OPENED: OnceLock<Vec<Arc<dyn Backend>>> = OnceLock::new();
+    let open = || match super::gpu(0) {
+        Ok(device) => [BackendKind::Own, BackendKind::Reference].map(|kind| super::open(kind, &device).unwrap()).into(),
+        Err(error) if std::env::var_os("SOFTSERVE_TEST_GPU").is_some() => panic!("there is no GPU to test: {error}"),
+        Err(_) => Vec::new(),
+    };
+    OPENED.get_or_init(open).clone()
+}
+
+/// Kernels of any device that take and give tensors of the CPU.
+struct OnHost<'a>(Box<dyn Kernels + 'a>, Device);
+
+impl OnHost<'_> {
+    fn to(&self, x: &Tensor) -> Tensor {
+        x.to_device(&self.1).unwrap()
+    }
+
+    fn from(&self, y: Result<Tensor>) -> Result<Tensor> {
+        y?.to_device(&Device::Cpu)?.to_dtype(DType::F32)
+    }
+}
+
+impl Kernels for OnHost<'_> {
+    fn linear(&mut self, x: &Tensor, layers: &[&Linear], residual: Option<&Tensor>) -> Result<Vec<Tensor>> {
+        let (x, residual) = (self.to(x), residual.map(|x| self.to(x)));
+        self.0.linear(&x, layers, residual.as_ref())?.into_iter().map(|y| self.from(Ok(y))).collect()
+    }
+
+    fn gated_linear(&mut self, activation: Activation, gate: &Linear, up: &Linear, x: &Tensor) -> Result<Tensor> {
+        let y = self.0.gated_linear(activation, gate, up, &self.to(x));
+        self.from(y)
+    }
+
+    fn rms_norm(&mut self, x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
+        let y = self.0.rms_norm(&self.to(x), &self.to(weight), eps);
+        self.from(y)
+    }
+
+    fn layer_norm(&mut self, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, eps: f64) -> Result<Tensor> {
+        let bias = bias.map(|x| self.to(x));
+        let y = self.0.layer_norm(&self.to(x), &self.to(weight), bias.as_ref(), eps);
+        self.from(y)
+    }
+
+    fn rope(&mut self, x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
+        let y = self.0.rope(&self.to(x), &self.to(cos), &self.to(sin));
+        self.from(y)
+    }
+
+    fn attention(
+        &mut self,
+        layer: usize,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        params: &AttentionParams,
+    ) -> Result<Tensor> {
+        let y = self.0.attention(layer, &self.to(q), &self.to(k), &self.to(v), params);
+        self.from(y)
+    }
+
+    fn rotary_attention(
+        &mut self,
+        layer: usize,
+        [q, k, v]: [&Tensor; 3],
+        head_dim: usize,
+        rotation: Option<(&Tensor, &Tensor)>,
+        params: &AttentionParams,
+    ) -> Result<Tensor> {
+        let rotation = rotation.map(|(cos, sin)| (self.to(cos), self.to(sin)));
+        let rotation = rotation.as_ref().map(|(cos, sin)| (cos, sin));
+        let (q, k, v) = (self.to(q), self.to(k), self.to(v));
+        let y = self.0.rotary_attention(layer, [&q, &k, &v], head_dim, rotation, params);
+        self.from(y)
+    }
+
+    fn cross_attention(&mut self, layer: usize, q: &Tensor, params: &AttentionParams) -> Result<Tensor> {
+        let y = self.0.cross_attention(layer, &self.to(q), params);
+        self.from(y)
+    }
+
+    fn activate(&mut self, activation: Activation, x: &Tensor) -> Result<Tensor> {
+        let y = self.0.activate(activation, &self.to(x));
+        self.from(y)
+    }
+
+    fn log_probabilities(&mut self, logits: &Tensor, targets: &[u32]) -> Result<Tensor> {
+        let y = self.0.log_probabilities(&self.to(logits), targets);
+        self.from(y)
+    }
+}
+
+/// A backend's serving kernels, for tensors of the CPU.
+fn serving<'a>(
+    backend: &'a dyn Backend,
+    cache: &'a mut dyn KvCache,
+    batch: &'a BatchLayout,
+    encoded: &'a [&'a CrossKeyValues],
+) -> OnHost<'a> {
+    OnHost(backend.serving(cache, batch, encoded).unwrap(), backend.device().clone())
+}
+
+/// A backend's tuning kernels, for tensors of the CPU.
+fn tuning(
+    backend: &dyn Backend,
+    batch: &BatchLayout,
+    past: Option<PastKeyValues>,
+    encoded: Option<EncodedBatch>,
+) -> OnHost<'static> {
+    let to =
+        |(k, v): (Tensor, Tensor)| (k.to_device(backend.device()).unwrap(), v.to_device(backend.device()).unwrap());
+    let past = past.map(|past| PastKeyValues { layers: past.layers.into_iter().map(to).collect() });
+    let encoded = encoded
+        .map(|encoded| EncodedBatch { layers: encoded.layers.into_iter().map(to).collect(), inputs: encoded.inputs });
+    OnHost(backend.tuning().kernels(batch, past, encoded).unwrap(), backend.device().clone())
 }
 
 fn random(shape: impl Into<candle_core::Shape>) -> Tensor {
@@ -38,21 +158,22 @@ fn layer(backend: &dyn Backend, dtype: DType, n: usize, k: usize, bias: bool) ->
     let on = |backend: &dyn Backend, dtype| Linear {
         name: "layer".to_owned(),
         weight: backend.weight(Matrix::Values(weight.clone()), dtype).unwrap(),
-        bias: bias.clone(),
+        bias: bias.as_ref().map(|bias| bias.to_device(backend.device()).unwrap()),
     };
     [on(backend, dtype), on(&*super::reference(), DType::F32)]
 }
 
 /// Kernels for one sequence in which only products and norms are asked for.
-fn kernels(backend: &dyn Backend, rows: usize) -> Box<dyn Kernels> {
-    backend.tuning().kernels(&BatchLayout::of_lengths(0, &[rows]), None, None).unwrap()
+fn kernels(backend: &dyn Backend, rows: usize) -> OnHost<'static> {
+    tuning(backend, &BatchLayout::of_lengths(0, &[rows]), None, None)
 }
 
 #[test]
 fn linear_layers_with_bias_and_residual_alone_and_together() {
     let reference = super::reference();
     for (backend, dtype, tolerance) in subjects() {
-        for (rows, k, n) in [(1, 32, 16), (3, 33, 17), (37, 96, 5), (64, 64, 130)] {
+        for (rows, k, n) in [(1, 32, 16), (2, 64, 7), (3, 33, 17), (3, 48, 6), (4, 1032, 9), (37, 96, 5), (64, 64, 130)]
+        {
             let what = format!("{} {dtype:?} {rows} {k} {n}", backend.name());
             let x = random((rows, k));
             let layers: Vec<[Linear; 2]> =
@@ -63,7 +184,7 @@ fn linear_layers_with_bias_and_residual_alone_and_together() {
             let shape = KvShape { num_layers: 1, num_kv_heads: 1, head_dim: 16, dtype };
             let mut cache = backend.kv_cache(shape, 1).unwrap();
             let batch = BatchLayout::default();
-            let serving = backend.serving(&mut *cache, &batch, &[]).unwrap();
+            let serving = serving(&*backend, &mut *cache, &batch, &[]);
             for mut own in [serving, kernels(&*backend, rows)] {
                 let ours: Vec<&Linear> = layers.iter().map(|l| &l[0]).collect();
                 let theirs: Vec<&Linear> = layers.iter().map(|l| &l[1]).collect();
@@ -94,8 +215,9 @@ fn rows_of_a_weight_and_the_whole_of_it_come_back() {
         let values = random((21, 40));
         let weight = backend.weight(Matrix::Values(values.clone()), dtype).unwrap();
         let ids = Tensor::new(&[20u32, 0, 7, 7], &Device::Cpu).unwrap();
-        assert_close(&weight.rows(&ids).unwrap(), &values.index_select(&ids, 0).unwrap(), tolerance, "rows");
-        assert_close(&weight.to_tensor().unwrap().to_dtype(DType::F32).unwrap(), &values, tolerance, "all");
+        let host = |x: Tensor| x.to_device(&Device::Cpu).unwrap().to_dtype(DType::F32).unwrap();
+        assert_close(&host(weight.rows(&ids).unwrap()), &values.index_select(&ids, 0).unwrap(), tolerance, "rows");
+        assert_close(&host(weight.to_tensor().unwrap()), &values, tolerance, "all");
         assert!(weight.rows(&Tensor::new(&[21u32], &Device::Cpu).unwrap()).is_err(), "there is no such row");
     }
 }
@@ -183,7 +305,7 @@ fn served(
         }
         let index = Tensor::new(index, &Device::Cpu).unwrap();
         let [q, k, v] = [q, k, v].map(|x| x.index_select(&index, 0).unwrap());
-        let out = backend.serving(&mut *cache, &batch, &[]).unwrap().attention(1, &q, &k, &v, params).unwrap();
+        let out = serving(backend, &mut *cache, &batch, &[]).attention(1, &q, &k, &v, params).unwrap();
         for (i, rows) in owners.into_iter().zip(batch.rows()) {
             outputs[i].push(out.narrow(0, rows.start, rows.len()).unwrap());
         }
@@ -196,16 +318,61 @@ fn attention_over_the_cache_in_any_chunks_is_that_of_whole_sequences() {
     let lengths = [1, 31, 32, 33, 70];
     let batch = BatchLayout::of_lengths(0, &lengths);
     let rows = batch.num_rows();
-    for (heads, kv_heads, dim) in [(6, 2, 20), (7, 1, 96), (4, 4, 16)] {
+    for (heads, kv_heads, dim) in [(6, 2, 20), (7, 1, 96), (4, 4, 16), (6, 2, 64), (3, 3, 64), (5, 1, 128), (2, 1, 256)]
+    {
         let (q, k, v) = (random((rows, heads, dim)), random((rows, kv_heads, dim)), random((rows, kv_heads, dim)));
         for params in options(heads, dim) {
-            let mut plain = super::reference().tuning().kernels(&batch, None, None).unwrap();
+            let mut plain = tuning(&*super::reference(), &batch, None, None);
             let expected = plain.attention(1, &q, &k, &v, &params).unwrap();
             for (backend, dtype, tolerance) in subjects() {
                 for chunk in [100, 7] {
                     let found = served(&*backend, dtype, &lengths, [&q, &k, &v], &params, chunk);
                     assert_close(&found, &expected, tolerance, &format!("{} {dtype:?} {params:?}", backend.name()));
                 }
+            }
+        }
+    }
+}
+
+#[test]
+fn projections_side_by_side_with_a_rotation_attend_as_each_by_itself() {
+    let (heads, kv_heads, dim, width) = (4, 2, 16, 24);
+    for rows in [3, 40] {
+        let (x, cos, sin) = (random((rows, width)), random((rows, dim / 2)), random((rows, dim / 2)));
+        for (backend, dtype, tolerance) in subjects() {
+            for bias in [false, true] {
+                let layers = [heads, kv_heads, kv_heads].map(|heads| layer(&*backend, dtype, heads * dim, width, bias));
+                let weights = layers.iter().map(|l| l[0].weight.clone()).collect();
+                let joined = backend.side_by_side(weights).unwrap();
+                let own: Vec<Linear> =
+                    layers.iter().zip(joined).map(|([own, _], weight)| Linear { weight, ..own.clone() }).collect();
+                let shape = KvShape { num_layers: 1, num_kv_heads: kv_heads, head_dim: dim, dtype };
+                let mut cache = backend.kv_cache(shape, 3).unwrap();
+                let segments = vec![Segment { rows, start: 0, blocks: vec![2, 0] }];
+                let batch = BatchLayout { segments, ..Default::default() };
+                // On the device from the products to attention, as in a model: results may be parts of one tensor.
+                let to = |x: &Tensor| x.to_device(backend.device()).unwrap();
+                let mut kernels = backend.serving(&mut *cache, &batch, &[]).unwrap();
+                let products = kernels.linear(&to(&x), &own.iter().collect::<Vec<_>>(), None).unwrap();
+                let [q, k, v] = [0, 1, 2].map(|i| &products[i]);
+                let params = AttentionParams::scaled(0.25);
+                let (c, s) = (to(&cos), to(&sin));
+                let found = kernels.rotary_attention(0, [q, k, v], dim, Some((&c, &s)), &params).unwrap();
+                let found = found.to_device(&Device::Cpu).unwrap().to_dtype(DType::F32).unwrap();
+
+                let mut plain = self::kernels(&*super::reference(), rows);
+                let theirs: Vec<&Linear> = layers.iter().map(|l| &l[1]).collect();
+                let products = plain.linear(&x, &theirs, None).unwrap();
+                let [q, k, v] = [(0, heads), (1, kv_heads), (2, kv_heads)]
+                    .map(|(i, heads)| products[i].reshape((rows, heads, dim)).unwrap());
+                let (q, k) = (plain.rope(&q, &cos, &sin).unwrap(), plain.rope(&k, &cos, &sin).unwrap());
+                let expected = plain.attention(0, &q, &k, &v, &params).unwrap();
+                assert_close(
+                    &found,
+                    &expected,
+                    2.0 * tolerance,
+                    &format!("{} {dtype:?} {rows} {bias}", backend.name()),
+                );
             }
         }
     }
@@ -229,7 +396,7 @@ fn keys_and_values_that_are_written_or_copied_are_attended_to_as_computed_ones()
         let segments = vec![Segment { rows, start: prefix, blocks: vec![4, 3] }];
         let batch = BatchLayout { segments, ..Default::default() };
         let rest = |x: &Tensor| x.narrow(0, prefix, rows).unwrap();
-        let mut own = backend.serving(&mut *cache, &batch, &[]).unwrap();
+        let mut own = serving(&*backend, &mut *cache, &batch, &[]);
         let found = own.attention(1, &rest(&q), &rest(&k), &rest(&v), &params).unwrap();
         assert_close(&found, &expected, tolerance, &backend.name());
         drop(own);
@@ -255,24 +422,24 @@ fn attention_of_an_encoder_and_to_its_output() {
         let encoded = EncodedBatch { layers: vec![(k.clone(), v.clone())], inputs: vec![6..18, 0..5, 5..6] };
         let params = AttentionParams { causal: false, ..options(heads, dim)[3].clone() };
         let cross = AttentionParams { causal: false, ..AttentionParams::scaled(0.3) };
-        let reference = super::reference().tuning();
-        let mut plain = reference.kernels(&batch, None, Some(encoded.clone())).unwrap();
+        let mut plain = tuning(&*super::reference(), &batch, None, Some(encoded.clone()));
         let expected =
             [plain.attention(0, &q, &k, &v, &params).unwrap(), plain.cross_attention(0, &q, &cross).unwrap()];
         for (backend, dtype, _) in subjects() {
             let shape = KvShape { num_layers: 1, num_kv_heads: kv_heads, head_dim: dim, dtype };
             let mut cache = backend.kv_cache(shape, 0).unwrap();
-            let of = |input: &std::ops::Range<usize>| {
-                CrossKeyValues::of_rows(&encoded.layers, input.start, input.len()).unwrap()
-            };
+            let to = |x: &Tensor| x.to_device(backend.device()).unwrap();
+            let layers: Vec<_> = encoded.layers.iter().map(|(k, v)| (to(k), to(v))).collect();
+            let of =
+                |input: &std::ops::Range<usize>| CrossKeyValues::of_rows(&layers, input.start, input.len()).unwrap();
             let kept: Vec<_> = encoded.inputs.iter().map(of).collect();
             let kept: Vec<_> = kept.iter().collect();
-            let mut own = backend.serving(&mut *cache, &batch, &kept).unwrap();
+            let mut own = serving(&*backend, &mut *cache, &batch, &kept);
             assert_close(&own.attention(0, &q, &k, &v, &params).unwrap(), &expected[0], 1e-4, &backend.name());
             assert_close(&own.cross_attention(0, &q, &cross).unwrap(), &expected[1], 1e-4, &backend.name());
             assert!(own.cross_attention(1, &q, &cross).is_err(), "there is one layer");
             drop(own);
-            let mut none = backend.serving(&mut *cache, &batch, &[]).unwrap();
+            let mut none = serving(&*backend, &mut *cache, &batch, &[]);
             assert!(none.cross_attention(0, &q, &cross).is_err(), "there is no encoder's output");
         }
     }
@@ -290,7 +457,7 @@ fn gradients_through_products_attention_and_past_key_values() {
         let projections = [heads, kv_heads, kv_heads].map(|heads| layer(&*backend, dtype, heads * dim, 24, true));
         let run = |backend: &dyn Backend, which: usize| {
             let past = PastKeyValues { layers: vec![(past_k.as_tensor().clone(), past_v.as_tensor().clone())] };
-            let mut kernels = backend.tuning().kernels(&batch, Some(past), None).unwrap();
+            let mut kernels = tuning(backend, &batch, Some(past), None);
             let layers: Vec<&Linear> = projections.iter().map(|l| &l[which]).collect();
             let [q, k, v] = kernels.linear(x.as_tensor(), &layers, None).unwrap().try_into().unwrap();
             let split = |y: &Tensor, heads: usize| y.reshape((rows, heads, dim)).unwrap();

@@ -88,7 +88,8 @@ pub trait FrozenWeight: fmt::Debug + Send + Sync {
     /// Rows `n` and columns `k`.
     fn dims(&self) -> (usize, usize);
 
-    /// Rows `ids` `[t]` of the matrix, `[t, k]`, in the type of activations: an embedding, where it is the table.
+    /// Rows `ids` `[t]` of the matrix, `[t, k]`, in the type of activations: an embedding, where it is the table. The ids
+    /// are best on the host.
     ///
     /// # Errors
     /// There is no such row.

@@ -1,5 +1,7 @@
 //! What goes wrong when a model is loaded.
 
+use bytesize::ByteSize;
+
 use super::gguf::GgufError;
 
 /// Why a model cannot be loaded.
@@ -17,6 +19,12 @@ pub enum ModelError {
     /// Tensors are missing or have other shapes than `config.json` says; lists them all.
     #[error("the weights do not fit config.json: {0}")]
     Weights(String),
+    /// The device's memory is too small.
+    #[error(
+        "the model does not fit into the device's memory: {parameters} parameters in {dtype} are {needed}, and {free} of {total} \
+         are free; use a number format of fewer bytes, a smaller model or a larger device, or end what else uses it"
+    )]
+    DoesNotFit { parameters: usize, dtype: &'static str, needed: ByteSize, free: ByteSize, total: ByteSize },
     #[error("cannot put the weights on the device: {0}")]
     Device(#[from] candle_core::Error),
 }

@@ -165,8 +165,6 @@ struct Attention {
     whole_norms: bool,
     rope: Option<usize>,
     params: AttentionParams,
-    num_heads: usize,
-    num_kv_heads: usize,
     head_dim: usize,
 }
 
@@ -213,38 +211,25 @@ impl Attention {
             causal: config.causal,
         };
         let whole_norms = config.qk_norm == Some(QkNorm::Projection);
-        Ok(Self { q, k, v, qk_norms, whole_norms, rope: layer.rope, params, num_heads, num_kv_heads, head_dim })
+        let [q, k, v] = source.side_by_side([q, k, v])?;
+        Ok(Self { q, k, v, qk_norms, whole_norms, rope: layer.rope, params, head_dim })
     }
 
     fn forward(&self, index: usize, x: &Tensor, rotations: &[Rotation], kernels: &mut dyn Kernels) -> Result<Tensor> {
-        let [q, k, v] = Linear::forward_all([&self.q, &self.k, &self.v], x, kernels)?;
-        let q = self.prepared(q, self.num_heads, 0, rotations, kernels)?;
-        let k = self.prepared(k, self.num_kv_heads, 1, rotations, kernels)?;
-        kernels.attention(index, &q, &k, &self.heads(v, self.num_kv_heads)?, &self.params)
+        let [mut q, mut k, v] = Linear::forward_all([&self.q, &self.k, &self.v], x, kernels)?;
+        if let Some([of_queries, of_keys]) = &self.qk_norms {
+            q = self.normed(q, of_queries, kernels)?;
+            k = self.normed(k, of_keys, kernels)?;
+        }
+        let rotation = self.rope.map(|rope| &rotations[rope]).map(|(cos, sin)| (cos, sin));
+        kernels.rotary_attention(index, [&q, &k, &v], self.head_dim, rotation, &self.params)
     }
 
-    /// `[t, heads * head_dim]` to `[t, heads, head_dim]`.
-    fn heads(&self, y: Tensor, heads: usize) -> Result<Tensor> {
-        y.reshape((y.dims()[0], heads, self.head_dim))
-    }
-
-    /// Queries or keys, by norm `which`: normed and rotated, as far as they are.
-    fn prepared(
-        &self,
-        y: Tensor,
-        heads: usize,
-        which: usize,
-        rotations: &[Rotation],
-        kernels: &mut dyn Kernels,
-    ) -> Result<Tensor> {
-        let y = match self.qk_norms.as_ref().map(|norms| &norms[which]) {
-            None => self.heads(y, heads)?,
-            Some(norm) if self.whole_norms => self.heads(norm.forward(&y, kernels)?, heads)?,
-            Some(norm) => norm.forward(&self.heads(y, heads)?, kernels)?,
-        };
-        match self.rope.map(|rope| &rotations[rope]) {
-            Some((cos, sin)) => kernels.rope(&y, cos, sin),
-            None => Ok(y),
+    /// Queries or keys `[t, heads * head_dim]`, normed as a whole or head by head.
+    fn normed(&self, y: Tensor, norm: &Norm, kernels: &mut dyn Kernels) -> Result<Tensor> {
+        match self.whole_norms {
+            true => norm.forward(&y, kernels),
+            false => norm.forward(&y.reshape((y.dims()[0], y.dims()[1] / self.head_dim, self.head_dim))?, kernels),
         }
     }
 
@@ -316,11 +301,14 @@ impl Mlp {
         Ok(match source.names().mlp {
             MlpNames::Gated([gate, up]) | MlpNames::Either { gated: [gate, up], .. } if config.gated_mlp => {
                 let mut linear = |name| source.linear(index, name, inner, hidden, bias)?.whole();
-                Self::Gated(linear(gate)?, linear(up)?, activation)
+                let (gate, up) = (linear(gate)?, linear(up)?);
+                let [gate, up] = source.side_by_side([gate, up])?;
+                Self::Gated(gate, up, activation)
             }
             MlpNames::GatedStacked(name) => {
                 let both = source.linear(index, name, 2 * inner, hidden, bias)?;
-                Self::Gated(both.rows(0, inner)?, both.rows(inner, inner)?, activation)
+                let [gate, up] = source.side_by_side([both.rows(0, inner)?, both.rows(inner, inner)?])?;
+                Self::Gated(gate, up, activation)
             }
             MlpNames::Gated([_, name]) | MlpNames::Plain(name) | MlpNames::Either { plain: name, .. } => {
                 Self::Plain(source.linear(index, name, inner, hidden, bias)?.whole()?, activation)

@@ -18,6 +18,7 @@ pub mod weights;
 
 use std::sync::Arc;
 
+use bytesize::ByteSize;
 use candle_core::{DType, Device, Result, Tensor, bail};
 use sha2::{Digest as _, Sha256};
 
@@ -26,7 +27,7 @@ pub use error::ModelError;
 pub use files::ModelFiles;
 
 use crate::kernels::{
-    Backend, Kernels,
+    Backend, DeviceMemory, Kernels,
     layout::{BatchLayout, KvShape},
 };
 use decoder::Decoder;
@@ -72,12 +73,26 @@ pub struct ModelInfo {
     pub dtype: DType,
 }
 
+/// Whether so many values fit into a device's free memory.
+fn check_fits(parameters: usize, dtype: DType, memory: DeviceMemory) -> std::result::Result<(), ModelError> {
+    let needed = parameters.saturating_mul(dtype.size_in_bytes());
+    if needed <= memory.free {
+        return Ok(());
+    }
+    let size = |bytes: usize| ByteSize(bytes as u64);
+    let (free, total) = (size(memory.free), size(memory.total));
+    Err(ModelError::DoesNotFit { parameters, dtype: dtype.as_str(), needed: size(needed), free, total })
+}
+
 impl Model {
     /// Reads the weights for `backend` in `dtype`.
     pub fn load(files: &ModelFiles, backend: Arc<dyn Backend>, dtype: DType) -> std::result::Result<Self, ModelError> {
         let config = files.config()?;
         let mut weights = weights::Weights::read(files, dtype)?;
         let num_parameters = weights.num_parameters();
+        if let Some(memory) = backend.memory()? {
+            check_fits(num_parameters, dtype, memory)?;
+        }
         let encoder = Encoder::load(&config, &mut weights, &*backend)?;
         let decoder = Decoder::load(&config, &mut weights, &*backend)?;
         weights.finish()?;
@@ -190,5 +205,21 @@ impl Model {
             values.iter().for_each(|x| hash.update(x.to_bits().to_le_bytes()));
         }
         Ok(hash.finalize().into())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn weights_that_do_not_fit_a_device_are_refused_with_the_arithmetic() {
+        let memory = DeviceMemory { free: 10 << 30, total: 12 << 30 };
+        assert!(check_fits(5 << 30, DType::BF16, memory).is_ok());
+        let error = check_fits(8_000_000_000, DType::BF16, memory).unwrap_err().to_string();
+        for words in ["8000000000 parameters in bf16 are 14.9 GiB", "10.0 GiB of 12.0 GiB are free"] {
+            assert!(error.contains(words), "{error}");
+        }
+        assert!(check_fits(usize::MAX, DType::F32, memory).is_err());
     }
 }

@@ -128,6 +128,15 @@ impl<'a> Source<'a> {
         Ok(Stored { backend: self.backend, dtype: self.weights.dtype(), path, weight, bias })
     }
 
+    /// Linear layers of the same input, as the backend keeps such.
+    pub fn side_by_side<const N: usize>(&self, mut layers: [Linear; N]) -> Result<[Linear; N]> {
+        let weights = self.backend.side_by_side(layers.iter().map(|layer| layer.weight.clone()).collect())?;
+        for (layer, weight) in layers.iter_mut().zip(weights) {
+            layer.weight = weight;
+        }
+        Ok(layers)
+    }
+
     /// A tensor in the type of activations, on the device.
     pub fn activations(&self, x: Tensor) -> Result<Tensor> {
         x.to_dtype(self.backend.activation_dtype(x.dtype()))?.to_device(self.backend.device())

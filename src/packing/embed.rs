@@ -1,6 +1,6 @@
 //! Packed positions to the rows that a forward pass begins with.
 
-use candle_core::{Result, Tensor, bail};
+use candle_core::{Device, Result, Tensor, bail};
 
 use super::InputToken;
 use crate::model::Model;
@@ -29,7 +29,7 @@ pub fn embed(model: &Model, sources: &[EmbeddingSource<'_>]) -> Result<Tensor> {
             InputToken::Virtual(_) => None,
         })
         .collect();
-    let words = if ids.is_empty() { None } else { Some(model.embed(&Tensor::new(ids, device)?)?) };
+    let words = if ids.is_empty() { None } else { Some(model.embed(&Tensor::new(ids, &Device::Cpu)?)?) };
     let mut rows = Vec::new();
     let mut taken = 0;
     for source in sources {

@@ -59,7 +59,7 @@ fn served(model: Model, cases: &[(Case, Option<Version>)]) -> Vec<(HashMap<u32, 
 }
 
 #[test]
-fn every_family_and_every_type_of_prompt_answers_on_the_reference_backend_as_on_the_cpu() {
+fn every_family_and_every_type_of_prompt_answers_on_every_backend_as_on_the_cpu() {
     let mut names = fixtures::families();
     names.extend(ENCODER_DECODERS.map(str::to_owned));
     for name in names {
@@ -72,16 +72,20 @@ fn every_family_and_every_type_of_prompt_answers_on_the_reference_backend_as_on_
                 (case, version)
             };
             let cases: Vec<_> = fixtures::cases(&name).into_iter().map(with_version).collect();
-            let (cpu, reference) = (served(load(kernels::cpu()), &cases), served(load(kernels::reference()), &cases));
-            for (((case, _), cpu), reference) in cases.iter().zip(&cpu).zip(&reference) {
-                let what = format!("{name}/{} {dtype:?}", case.prompt);
-                if dtype == DType::F32 {
-                    assert_eq!((&cpu.1, &reference.1), (&case.greedy_ids, &case.greedy_ids), "{what}");
-                }
-                let both: Vec<_> = cpu.0.iter().filter_map(|(id, a)| Some((id, *a, *reference.0.get(id)?))).collect();
-                assert!(both.len() >= 10, "{what}: {} of the likeliest 20 are the same", both.len());
-                for (id, a, b) in both {
-                    assert!((a - b).abs() < tolerance, "{what}: token {id} has {a} and {b}");
+            let cpu = served(load(kernels::cpu()), &cases);
+            for backend in fixtures::backends_beside_the_cpus() {
+                let on = backend.name();
+                let other = served(load(backend), &cases);
+                for (((case, _), cpu), other) in cases.iter().zip(&cpu).zip(&other) {
+                    let what = format!("{name}/{} {dtype:?} on {on}", case.prompt);
+                    if dtype == DType::F32 {
+                        assert_eq!((&cpu.1, &other.1), (&case.greedy_ids, &case.greedy_ids), "{what}");
+                    }
+                    let both: Vec<_> = cpu.0.iter().filter_map(|(id, a)| Some((id, *a, *other.0.get(id)?))).collect();
+                    assert!(both.len() >= 10, "{what}: {} of the likeliest 20 are the same", both.len());
+                    for (id, a, b) in both {
+                        assert!((a - b).abs() < tolerance, "{what}: token {id} has {a} and {b}");
+                    }
                 }
             }
         }
@@ -95,17 +99,21 @@ fn gradients_in_bf16_are_those_of_the_reference() {
     names.extend(ENCODER_DECODERS.map(str::to_owned));
     for name in names {
         let load = |backend: Arc<dyn Backend>| Forward::new(fixtures::load_on(&name, DType::BF16, backend));
-        let (cpu, reference) = (load(kernels::cpu()), load(kernels::reference()));
-        for method in [Method::PromptTuning, Method::PrefixTuning] {
-            let parameters = Parameters::new(method, 2, cpu.model());
-            let values: Vec<f32> = (0..parameters.len()).map(|i| (i as f32 * 0.7).sin() * 0.5).collect();
-            let of = |forward: &Forward| loss::gradient(forward, &parameters, &values, &[&example]).unwrap();
-            let ((loss_a, a), (loss_b, b)) = (of(&cpu), of(&reference));
-            assert!((loss_a - loss_b).abs() < 0.05 * loss_b.abs(), "{name} {method:?}: {loss_a} and {loss_b}");
-            let norm = |x: &mut dyn Iterator<Item = f32>| x.map(|x| f64::from(x).powi(2)).sum::<f64>().sqrt();
-            let size = norm(&mut b.iter().copied());
-            let error = norm(&mut a.iter().zip(&b).map(|(a, b)| a - b));
-            assert!(size > 0.0 && error < 0.15 * size, "{name} {method:?}: error {error} of {size}");
+        let reference = load(kernels::reference());
+        let others = [kernels::cpu()].into_iter().chain(fixtures::gpu()).map(|backend| (backend.name(), load(backend)));
+        for (on, other) in others {
+            for method in [Method::PromptTuning, Method::PrefixTuning] {
+                let parameters = Parameters::new(method, 2, reference.model());
+                let values: Vec<f32> = (0..parameters.len()).map(|i| (i as f32 * 0.7).sin() * 0.5).collect();
+                let of = |forward: &Forward| loss::gradient(forward, &parameters, &values, &[&example]).unwrap();
+                let ((loss_a, a), (loss_b, b)) = (of(&other), of(&reference));
+                let what = format!("{name} {method:?} on {on}");
+                assert!((loss_a - loss_b).abs() < 0.05 * loss_b.abs(), "{what}: {loss_a} and {loss_b}");
+                let norm = |x: &mut dyn Iterator<Item = f32>| x.map(|x| f64::from(x).powi(2)).sum::<f64>().sqrt();
+                let size = norm(&mut b.iter().copied());
+                let error = norm(&mut a.iter().zip(&b).map(|(a, b)| a - b));
+                assert!(size > 0.0 && error < 0.15 * size, "{what}: error {error} of {size}");
+            }
         }
     }
 }

@@ -98,7 +98,7 @@ fn logits(
         let part = Part { tokens: part, start: i * chunk, blocks: &blocks, prompt, encoded, wanted };
         last = Some(runner.run(&[part]).unwrap());
     }
-    last.unwrap().with_rows(|mut rows| Ok(rows.next().unwrap().to_vec())).unwrap()
+    last.unwrap().with_rows(&[0], |rows| Ok(rows[0].to_vec())).unwrap()
 }
 
 /// The same by the plain kernels, for a prompt of rows or none.

@@ -104,6 +104,23 @@ pub fn load_on(model: &str, dtype: DType, backend: Arc<dyn Backend>) -> Model {
     Model::load(&files(model), backend, dtype).unwrap()
 }
 
+/// Our kernels on the first GPU, if the tests were built for GPUs and there is one. `SOFTSERVE_TEST_GPU` says that there has
+/// to be.
+pub fn gpu() -> Option<Arc<dyn Backend>> {
+    static OPENED: std::sync::OnceLock<Option<Arc<dyn Backend>>> = std::sync::OnceLock::new();
+    let open = || match kernels::gpu(0) {
+        Ok(device) => Some(kernels::open(kernels::BackendKind::Own, &device).unwrap()),
+        Err(error) if std::env::var_os("SOFTSERVE_TEST_GPU").is_some() => panic!("there is no GPU to test: {error}"),
+        Err(_) => None,
+    };
+    OPENED.get_or_init(open).clone()
+}
+
+/// What is held to the CPU backend.
+pub fn backends_beside_the_cpus() -> Vec<Arc<dyn Backend>> {
+    [kernels::reference()].into_iter().chain(gpu()).collect()
+}
+
 /// The CPU backend where it computes with that type.
 pub fn backend_for(dtype: DType) -> Arc<dyn Backend> {
     if dtype == DType::F64 { kernels::reference() } else { kernels::cpu() }

@@ -64,7 +64,7 @@ fn logits(runner: &mut Runner, prompt: &Arc<LearnedPrompt>, case: &Case, chunk: 
         let part = Part { tokens, start: i * chunk, blocks: &blocks, prompt: Some(prompt), encoded: None, wanted };
         last = Some(runner.run(&[part]).unwrap());
     }
-    last.unwrap().with_rows(|mut rows| Ok(rows.next().unwrap().to_vec())).unwrap()
+    last.unwrap().with_rows(&[0], |rows| Ok(rows[0].to_vec())).unwrap()
 }
 
 #[test]

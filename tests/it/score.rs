@@ -47,7 +47,8 @@ fn expected(runner: &mut Runner, case: &Case, version: Option<&Version>, continu
         f64::from(row[id as usize]) - max - row.iter().map(|&x| (f64::from(x) - max).exp()).sum::<f64>().ln()
     };
     let logits = runner.run(&[part]).unwrap();
-    logits.with_rows(|rows| Ok(rows.zip(continuation).map(log_prob).collect())).unwrap()
+    let all: Vec<usize> = (0..logits.num_rows()).collect();
+    logits.with_rows(&all, |rows| Ok(rows.iter().copied().zip(continuation).map(log_prob).collect())).unwrap()
 }
 
 fn scores(mut stream: EventStream) -> Vec<Vec<f32>> {

@@ -67,8 +67,8 @@ const ARROWS: [(&str, &[&str]); 17] = [
     ),
 ];
 
-/// Modules outside `kernels::cpu` that name it: the choice of a backend, and who should not.
-const NAMES_THE_CPU: &[&str] = &["kernels::open"];
+/// Modules outside `kernels::cpu` that name it: the choice of a backend, and the backend that chooses tokens on the host.
+const NAMES_THE_CPU: &[&str] = &["kernels::cuda", "kernels::open"];
 
 /// Modules of one room that name each other, perhaps through others.
 const CIRCLES: &[&[&str]] = &[
@@ -148,6 +148,10 @@ fn only_those_that_are_listed_name_the_cpu() {
     let fewer: Vec<_> = listed.difference(&names).map(|path| (*path).to_owned()).collect();
     assert!(fewer.is_empty(), "these no longer name kernels::cpu; take them off NAMES_THE_CPU:{}", list(fewer));
     eprintln!("{} modules outside kernels::cpu name it", names.len());
+    let is_cuda = |path: &str| path == "kernels::cuda" || path.starts_with("kernels::cuda::");
+    let names = modules.edges.iter().filter(|(from, to)| !is_cuda(from) && to.iter().any(|to| is_cuda(to)));
+    let names: Vec<_> = names.map(|(from, _)| from.as_str()).collect();
+    assert_eq!(names, ["kernels::open"], "only the choice of a backend names kernels::cuda");
 }
 
 #[test]

@@ -14,7 +14,7 @@ use crate::{
         sampling::{NoToken, Sampler, Scratch, log_probs},
         scheduler::Step,
     },
-    kernels::rows::RowKernels,
+    kernels::{Largest, rows::RowKernels},
 };
 
 /// What is to be made of one row.
@@ -41,6 +41,18 @@ enum Made {
 }
 
 impl Row<'_> {
+    /// Whether the largest logit and its log-probability are all that is made use of.
+    fn needs_largest_only(&self) -> bool {
+        matches!(self, Row::Choose { sampler, .. } if sampler.is_greedy())
+    }
+
+    fn make_of_largest(&mut self, largest: Largest) -> Option<Made> {
+        match self {
+            Row::Choose { sampler, .. } if sampler.is_greedy() => Some(Made::Token(sampler.take_largest(largest))),
+            _ => None,
+        }
+    }
+
     fn make(&mut self, logits: &[f32], kernels: &dyn RowKernels) -> Option<Made> {
         Scratch::with(|scratch| match self {
             Row::Choose { sampler, .. } => Some(Made::Token(sampler.next(logits, kernels, scratch))),
@@ -76,14 +88,24 @@ impl Worker {
             }
         }
         let backend = self.runner.model().backend();
-        let rows: Vec<Mutex<(Row, Option<Made>)>> = rows.into_iter().map(|row| Mutex::new((row, None))).collect();
-        logits.with_rows(|logits| {
-            let logits: Vec<&[f32]> = logits.collect();
-            if logits.len() != rows.len() {
-                candle_core::bail!("{} rows of logits were computed and {} are wanted", logits.len(), rows.len());
+        if logits.num_rows() != rows.len() {
+            candle_core::bail!("{} rows of logits were computed and {} are wanted", logits.num_rows(), rows.len());
+        }
+        let mut rows: Vec<Mutex<(Row, Option<Made>)>> = rows.into_iter().map(|row| Mutex::new((row, None))).collect();
+        // Where the largest logits are found on the device, what needs nothing else is not copied to the host.
+        let mut left: Vec<usize> = (0..rows.len()).collect();
+        if rows.iter_mut().any(|row| row.get_mut().is_ok_and(|(row, _)| row.needs_largest_only()))
+            && let Some(largest) = logits.largest(&**backend)?
+        {
+            for (row, largest) in rows.iter_mut().zip(largest) {
+                let (row, made) = row.get_mut().unwrap_or_else(PoisonError::into_inner);
+                *made = row.make_of_largest(largest);
             }
-            backend.parallel(rows.len(), &|i| {
-                let mut row = rows[i].lock().unwrap_or_else(PoisonError::into_inner);
+            left.retain(|&i| rows[i].get_mut().is_ok_and(|(row, made)| made.is_none() && !matches!(row, Row::Nobodys)));
+        }
+        logits.with_rows(&left, |logits| {
+            backend.parallel(left.len(), &|i| {
+                let mut row = rows[left[i]].lock().unwrap_or_else(PoisonError::into_inner);
                 row.1 = row.0.make(logits[i], backend.row_kernels());
             });
             Ok(())

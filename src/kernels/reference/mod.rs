@@ -17,6 +17,8 @@ use super::{
     layout::{BLOCK_SIZE, BatchLayout, KvShape},
     weight::{Matrix, Weight},
 };
+#[cfg(feature = "cuda")]
+pub(super) use attention::attend;
 use kv_cache::ReferenceKvCache;
 use products::ReferenceWeight;
 use serving::ReferenceServing;

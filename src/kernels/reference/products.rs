@@ -29,7 +29,12 @@ impl FrozenWeight for ReferenceWeight {
     }
 
     fn rows(&self, ids: &Tensor) -> Result<Tensor> {
-        self.0.index_select(ids, 0)?.to_dtype(widened(self.0.dtype()))
+        // Devices other than the CPU do not check.
+        let n = self.dims().0;
+        if let Some(id) = ids.to_vec1::<u32>()?.iter().find(|&&id| id as usize >= n) {
+            bail!("token {id} is not in a vocabulary of {n}");
+        }
+        self.0.index_select(&ids.to_device(self.0.device())?, 0)?.to_dtype(widened(self.0.dtype()))
     }
 
     fn to_tensor(&self) -> Result<Tensor> {

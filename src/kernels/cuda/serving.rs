@@ -1,0 +1,339 @@
+//! Serving kernels for a GPU, over the blocks of a [`CudaKvCache`]. Activations are f32; where the weights are bf16, what
+//! a product reads is rounded to bf16 by the kernel that makes it.
+
+use candle_core::{DType, Result, Tensor, TensorId, bail};
+use cudarc::driver::CudaFunction;
+use half::bf16;
+
+use super::{
+    kv_cache::CudaKvCache,
+    module::{Cuda, ELEMENT_THREADS, element_grid, plain, threads_for},
+    products,
+    scores::{BiasTables, ScoresParam},
+    step::{StepIndices, TILE_QUERIES},
+};
+use crate::kernels::{
+    Activation, AttentionParams, Kernels,
+    cross::CrossKeyValues,
+    layout::{BLOCK_SIZE, BatchLayout},
+    reference::attend,
+    weight::Linear,
+};
+
+/// Warps of a block of `attend_rows`; see `cu/attention.cu`.
+const ROW_WARPS: usize = 8;
+
+/// Heads that share a tile of queries: a kv head's group, if as many fit a tile evenly.
+fn pack(group: usize) -> usize {
+    if TILE_QUERIES.is_multiple_of(group) { group } else { 1 }
+}
+
+/// The kernels of one step.
+#[derive(Debug)]
+pub struct CudaServing<'a> {
+    cuda: &'a Cuda,
+    tables: &'a BiasTables,
+    cache: &'a mut CudaKvCache,
+    batch: &'a BatchLayout,
+    encoded: &'a [&'a CrossKeyValues],
+    /// Of a causal step, with the heads of a group that they were made for.
+    indices: Option<(usize, StepIndices)>,
+    /// The last norm's result in bf16, by the f32 tensor that it is a copy of.
+    rounded: Option<(TensorId, Tensor)>,
+}
+
+impl<'a> CudaServing<'a> {
+    pub fn new(
+        cuda: &'a Cuda,
+        tables: &'a BiasTables,
+        cache: &'a mut CudaKvCache,
+        batch: &'a BatchLayout,
+        encoded: &'a [&'a CrossKeyValues],
+    ) -> Self {
+        Self { cuda, tables, cache, batch, encoded, indices: None, rounded: None }
+    }
+
+    fn check(&self, q: &Tensor) -> Result<()> {
+        match (q.dim(0)?, self.batch.num_rows()) {
+            (found, expected) if found != expected => bail!("{found} rows were given for a batch of {expected}"),
+            _ => Ok(()),
+        }
+    }
+
+    /// A norm's result in bf16, if `x` is that result.
+    fn rounded(&self, x: &Tensor) -> Option<&Tensor> {
+        self.rounded.as_ref().filter(|(id, _)| *id == x.id()).map(|(_, rounded)| rounded)
+    }
+
+    /// A norm of every row of `x`: `run` launches the kernel with the addresses of x, the result and its copy in bf16.
+    fn norm(&mut self, x: &Tensor, run: impl FnOnce(&Cuda, [u64; 3], [usize; 2]) -> Result<()>) -> Result<Tensor> {
+        let x = plain(x)?;
+        let count = x.elem_count();
+        let width = x.dims().last().copied().unwrap_or(1);
+        let out = self.cuda.uninitialised::<f32>(count)?;
+        let rounded = if self.cache.is_bf16() { Some(self.cuda.uninitialised::<bf16>(count)?) } else { None };
+        let copy = rounded.as_ref().map_or(0, |rounded| self.cuda.address_of(rounded));
+        let addresses = [self.cuda.address::<f32>(&x)?, self.cuda.address_of(&out), copy];
+        run(self.cuda, addresses, [count / width.max(1), width])?;
+        let out = self.cuda.tensor(out, x.shape());
+        self.rounded = rounded.map(|rounded| (out.id(), self.cuda.tensor(rounded, x.shape())));
+        Ok(out)
+    }
+
+    /// The kernel that computes tiles of queries of heads of this size, if there is one.
+    fn tiles(&self, dim: usize) -> Option<&CudaFunction> {
+        let f = &self.cuda.functions;
+        match dim {
+            16 => Some(&f.attend_tiles_1),
+            32 => Some(&f.attend_tiles_2),
+            64 => Some(&f.attend_tiles_4),
+            80 => Some(&f.attend_tiles_5),
+            96 => Some(&f.attend_tiles_6),
+            128 => Some(&f.attend_tiles_8),
+            256 => Some(&f.attend_tiles_16),
+            _ => None,
+        }
+    }
+
+    /// Bytes of shared memory of `attend_tiles`; see `cu/prefill.cu`.
+    fn tile_bytes(dim: usize) -> usize {
+        let floats = TILE_QUERIES * (dim + 8) + 4 * 16 * 40;
+        let halves = (TILE_QUERIES + 2 * BLOCK_SIZE) * (dim + 8) + 4 * 16 * 48;
+        4 * floats + 2 * halves
+    }
+
+    /// Attention of one sequence after another among their own rows (an encoder's).
+    fn unmasked(&self, q: &Tensor, k: &Tensor, v: &Tensor, params: &AttentionParams) -> Result<Tensor> {
+        let (q, k, v) = (plain(q)?, plain(k)?, plain(v)?);
+        let of = |x: &Tensor, rows: &std::ops::Range<usize>| x.narrow(0, rows.start, rows.len());
+        let out = self.batch.rows().map(|rows| attend(&of(&q, &rows)?, &of(&k, &rows)?, &of(&v, &rows)?, 0, params));
+        Tensor::cat(&out.collect::<Result<Vec<_>>>()?, 0)
+    }
+
+    /// Rows one by one; see the kernel `attend_rows`.
+    fn attend_rows(
+        &self,
+        indices: &StepIndices,
+        q: u64,
+        [keys, values]: [u64; 2],
+        out: u64,
+        [heads, kv_heads, dim]: [usize; 3],
+        scores: &ScoresParam,
+    ) -> Result<()> {
+        let (cuda, f) = (self.cuda, &self.cuda.functions);
+        let group = heads / kv_heads;
+        let queries = if group > 1 { 4 } else { 1 };
+        let by_vectors = match (self.cache.is_bf16(), dim, queries) {
+            (true, 64, 1) => Some(&f.attend_vectors_64_1),
+            (true, 64, _) => Some(&f.attend_vectors_64_4),
+            (true, 128, 1) => Some(&f.attend_vectors_128_1),
+            (true, 128, _) => Some(&f.attend_vectors_128_4),
+            (true, 256, 1) => Some(&f.attend_vectors_256_1),
+            (true, 256, _) => Some(&f.attend_vectors_256_4),
+            _ => None,
+        };
+        let function = by_vectors.unwrap_or(match (self.cache.is_bf16(), dim.div_ceil(64), queries) {
+            (true, 1, 1) => &f.attend_rows_bf16_1_1,
+            (true, 2, 1) => &f.attend_rows_bf16_2_1,
+            (true, _, 1) => &f.attend_rows_bf16_4_1,
+            (true, 1, _) => &f.attend_rows_bf16_1_4,
+            (true, 2, _) => &f.attend_rows_bf16_2_4,
+            (true, ..) => &f.attend_rows_bf16_4_4,
+            (false, 1, 1) => &f.attend_rows_f32_1_1,
+            (false, 2, 1) => &f.attend_rows_f32_2_1,
+            (false, _, 1) => &f.attend_rows_f32_4_1,
+            (false, 1, _) => &f.attend_rows_f32_1_4,
+            (false, 2, _) => &f.attend_rows_f32_2_4,
+            (false, ..) => &f.attend_rows_f32_4_4,
+        });
+        // Queries or scores, maxima and sums, and results of each warp.
+        let own = if by_vectors.is_some() { ROW_WARPS * queries * 32 } else { queries * dim.next_multiple_of(8) };
+        let shared = size_of::<f32>() * (own + ROW_WARPS * queries * (2 + dim));
+        let splits = indices.splits;
+        let num_partial = if splits > 1 { indices.num_rows * heads * splits } else { 0 };
+        let partial = cuda.uninitialised::<f32>(num_partial * 2)?;
+        let partial_out = cuda.uninitialised::<f32>(num_partial * dim)?;
+        let (partial, partial_out) = (cuda.address_of(&partial), cuda.address_of(&partial_out));
+        let (rows, positions) = (indices.rows(cuda), indices.positions(cuda));
+        let (of_rows, tables) = (indices.tables_of_rows(cuda), indices.tables(cuda));
+        let (num_heads, num_kv_heads, width) = (heads as i32, kv_heads as i32, dim as i32);
+        let launch = cuda.launch(function).arg(&q).arg(&keys).arg(&values).arg(&rows).arg(&positions).arg(&of_rows);
+        let launch = launch.arg(&tables).arg(&out).arg(&partial).arg(&partial_out);
+        let launch = launch.arg(&num_heads).arg(&num_kv_heads).arg(&width).arg(scores);
+        let parts = group.div_ceil(queries);
+        // SAFETY: the indices were checked against the cache and are those of q's rows; the partial results are as large
+        // as the grid and the heads ask for; the shared memory is what the kernel lays out.
+        unsafe { launch.run([indices.num_rows, kv_heads * parts, splits], ROW_WARPS * 32, shared)? };
+        if splits > 1 {
+            let function = if self.cache.is_bf16() { &f.join_splits_bf16 } else { &f.join_splits_f32 };
+            let (splits, window) = (splits as i32, scores.window);
+            let launch = cuda.launch(function).arg(&partial).arg(&partial_out).arg(&rows).arg(&positions).arg(&out);
+            let launch = launch.arg(&splits).arg(&width).arg(&window);
+            // SAFETY: the same rows, heads and splits as before.
+            unsafe { launch.run([indices.num_rows, heads, 1], threads_for(dim), 0)? };
+        }
+        Ok(())
+    }
+}
+
+impl Kernels for CudaServing<'_> {
+    fn linear(&mut self, x: &Tensor, layers: &[&Linear], residual: Option<&Tensor>) -> Result<Vec<Tensor>> {
+        products::linear(self.cuda, x, self.rounded(x), layers, residual)
+    }
+
+    fn gated_linear(&mut self, activation: Activation, gate: &Linear, up: &Linear, x: &Tensor) -> Result<Tensor> {
+        products::gated_linear(self.cuda, activation, gate, up, x, self.rounded(x))
+    }
+
+    fn rms_norm(&mut self, x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
+        let weight = plain(weight)?;
+        self.norm(x, |cuda, [x, out, copy], [rows, width]| {
+            let (weight, n, eps) = (cuda.address::<f32>(&weight)?, width as i32, eps as f32);
+            let launch = cuda.launch(&cuda.functions.rms_norm).arg(&x).arg(&weight).arg(&out).arg(&copy);
+            // SAFETY: x, the result and its copy have `rows` rows of `width`, the weight is as wide: `norm` makes them so
+            // and the caller's shapes are those of a norm.
+            unsafe { launch.arg(&n).arg(&eps).run([rows, 1, 1], threads_for(width), 128) }
+        })
+    }
+
+    fn layer_norm(&mut self, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, eps: f64) -> Result<Tensor> {
+        let (weight, bias) = (plain(weight)?, bias.map(plain).transpose()?);
+        self.norm(x, |cuda, [x, out, copy], [rows, width]| {
+            let (n, eps) = (width as i32, eps as f32);
+            let (weight, bias) = (cuda.address::<f32>(&weight)?, cuda.address_or_null::<f32>(bias.as_ref())?);
+            let launch = cuda.launch(&cuda.functions.layer_norm).arg(&x).arg(&weight).arg(&bias).arg(&out).arg(&copy);
+            // SAFETY: as in rms_norm; the bias is as wide or null.
+            unsafe { launch.arg(&n).arg(&eps).run([rows, 1, 1], threads_for(width), 128) }
+        })
+    }
+
+    fn rope(&mut self, x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
+        let (t, heads, dim) = x.dims3()?;
+        let half = cos.dim(1)?;
+        if 2 * half > dim || cos.dims() != [t, half] || sin.dims() != cos.dims() {
+            bail!("a rotary embedding of {:?} does not fit {:?}", cos.dims(), x.dims());
+        }
+        let (x, cos, sin) = (plain(x)?, plain(cos)?, plain(sin)?);
+        let (cuda, count) = (self.cuda, x.elem_count());
+        let out = cuda.uninitialised::<f32>(count)?;
+        let (from, to) = (cuda.address::<f32>(&x)?, cuda.address_of(&out));
+        let (c, s) = (cuda.address::<f32>(&cos)?, cuda.address::<f32>(&sin)?);
+        let (heads, width, half) = (heads as i32, dim as i32, half as i32);
+        let launch = cuda.launch(&cuda.functions.rope).arg(&from).arg(&c).arg(&s).arg(&to).arg(&heads).arg(&width);
+        // SAFETY: the shapes were checked.
+        unsafe { launch.arg(&half).arg(&count).run(element_grid(count), ELEMENT_THREADS, 0)? };
+        Ok(cuda.tensor(out, x.shape()))
+    }
+
+    fn activate(&mut self, activation: Activation, x: &Tensor) -> Result<Tensor> {
+        let x = plain(x)?;
+        let (cuda, count) = (self.cuda, x.elem_count());
+        let out = cuda.uninitialised::<f32>(count)?;
+        let (from, to, activation) =
+            (cuda.address::<f32>(&x)?, cuda.address_of(&out), products::activation_number(activation));
+        let launch = cuda.launch(&cuda.functions.activate_rows).arg(&from).arg(&to).arg(&count).arg(&activation);
+        // SAFETY: both have `count` values.
+        unsafe { launch.run(element_grid(count), ELEMENT_THREADS, 0)? };
+        Ok(cuda.tensor(out, x.shape()))
+    }
+
+    fn attention(
+        &mut self,
+        layer: usize,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        params: &AttentionParams,
+    ) -> Result<Tensor> {
+        let (_, _, head_dim) = q.dims3()?;
+        self.rotary_attention(layer, [q, k, v], head_dim, None, params)
+    }
+
+    fn rotary_attention(
+        &mut self,
+        layer: usize,
+        [q, k, v]: [&Tensor; 3],
+        dim: usize,
+        rotation: Option<(&Tensor, &Tensor)>,
+        params: &AttentionParams,
+    ) -> Result<Tensor> {
+        self.check(q)?;
+        let t = q.dims()[0];
+        let shape = *crate::kernels::KvCache::shape(self.cache);
+        let heads_of = |x: &Tensor| x.elem_count() / (t * dim).max(1);
+        let (heads, kv_heads) = (heads_of(q), heads_of(k));
+        if !params.causal {
+            let split = |x: &Tensor, heads: usize| plain(x)?.reshape((t, heads, dim));
+            let (mut q, mut k, v) = (split(q, heads)?, split(k, kv_heads)?, split(v, kv_heads)?);
+            if let Some((cos, sin)) = rotation {
+                (q, k) = (self.rope(&q, cos, sin)?, self.rope(&k, cos, sin)?);
+            }
+            return self.unmasked(&q, &k, &v, params);
+        }
+        if kv_heads != shape.num_kv_heads || dim != shape.head_dim || heads % kv_heads.max(1) != 0 {
+            bail!("attention was given {:?} and {:?} for a step of {t} rows and {shape:?}", q.dims(), k.dims());
+        }
+        let (cuda, group) = (self.cuda, heads / kv_heads);
+        if self.indices.as_ref().is_none_or(|(of, _)| *of != group) {
+            let tiled = self.cache.is_bf16() && self.tiles(dim).is_some() && Self::tile_bytes(dim) <= cuda.shared_bytes;
+            let num_blocks = crate::kernels::KvCache::num_blocks(self.cache);
+            let indices = StepIndices::new(cuda, self.batch, num_blocks, tiled.then(|| pack(group)))?;
+            self.indices = Some((group, indices));
+        }
+        let Some((_, indices)) = &self.indices else { bail!("a step without indices") };
+        let in_order = |x: &Tensor| x.dtype() == DType::F32 && x.narrow(0, 0, 1).is_ok_and(|row| row.is_contiguous());
+        let rows = |x: &Tensor| if t > 0 && in_order(x) { Ok(x.clone()) } else { plain(x) };
+        let (q, k, v) = (rows(q)?, rows(k)?, rows(v)?);
+        // Without a rotation queries are read where they are, if they lie in order.
+        let queries = match rotation {
+            Some(_) => cuda.tensor(cuda.uninitialised::<f32>(t * heads * dim)?, t * heads * dim),
+            None => plain(&q)?,
+        };
+        let of_queries = cuda.address::<f32>(&queries)?;
+        // SAFETY: the slots were made for this batch and checked against this cache, and there is room for all queries.
+        unsafe {
+            self.cache.rotate_and_write(layer, [&q, &k, &v], rotation, heads, indices.slots(cuda), of_queries)?;
+        };
+        let (scores, _kept) = ScoresParam::new(cuda, self.tables, params, heads)?;
+        let (q, cache) = (of_queries, self.cache.layer(layer)?);
+        let run = |out: u64| -> Result<()> {
+            if indices.num_rows > 0 {
+                self.attend_rows(indices, q, cache, out, [heads, kv_heads, dim], &scores)?;
+            }
+            if let Some(function) = self.tiles(dim).filter(|_| indices.num_tiles > 0) {
+                let ([keys, values], tiles, tables) = (cache, indices.tiles(cuda), indices.tables(cuda));
+                let (pack, num_heads, num_kv_heads) = (pack(group) as i32, heads as i32, kv_heads as i32);
+                let launch = cuda.launch(function).arg(&q).arg(&keys).arg(&values).arg(&tiles).arg(&tables).arg(&out);
+                let launch = launch.arg(&num_heads).arg(&num_kv_heads).arg(&pack).arg(&scores);
+                let grid = [indices.num_tiles, heads / pack as usize, 1];
+                // SAFETY: the tiles were made for this batch and checked against this cache, which is in bf16; the shared
+                // memory is what the kernel lays out.
+                unsafe { launch.run(grid, 128, Self::tile_bytes(dim))? };
+            }
+            Ok(())
+        };
+        if self.cache.is_bf16() {
+            let out = cuda.uninitialised::<bf16>(t * heads * dim)?;
+            run(cuda.address_of(&out))?;
+            Ok(cuda.tensor(out, (t, heads * dim)))
+        } else {
+            let out = cuda.uninitialised::<f32>(t * heads * dim)?;
+            run(cuda.address_of(&out))?;
+            Ok(cuda.tensor(out, (t, heads * dim)))
+        }
+    }
+
+    fn cross_attention(&mut self, layer: usize, q: &Tensor, params: &AttentionParams) -> Result<Tensor> {
+        self.check(q)?;
+        if self.encoded.len() != self.batch.segments.len() {
+            bail!("{} sequences attend to {} encoder inputs", self.batch.segments.len(), self.encoded.len());
+        }
+        let q = plain(q)?;
+        let one = |(rows, encoded): (std::ops::Range<usize>, &&CrossKeyValues)| {
+            let (keys, values) = encoded.layer(layer)?;
+            attend(&q.narrow(0, rows.start, rows.len())?, &plain(keys)?, &plain(values)?, 0, params)
+        };
+        let out = self.batch.rows().zip(self.encoded).map(one).collect::<Result<Vec<_>>>()?;
+        Tensor::cat(&out, 0)
+    }
+}

@@ -1,0 +1,125 @@
+//! The indices of one step on the device: where each row's keys and values lie. Uploaded once, read by every layer.
+
+use candle_core::{Result, bail};
+use cudarc::driver::CudaSlice;
+
+use super::module::Cuda;
+use crate::kernels::layout::{BLOCK_SIZE, BatchLayout};
+
+/// Rows of a segment from which on attention runs by tiles of queries on tensor cores.
+const TILED_ROWS: usize = 16;
+/// Queries in a tile; see `cu/prefill.cu`.
+pub const TILE_QUERIES: usize = 64;
+
+/// Keys that one CUDA block goes through for a row that attends to `keys`, as `cu/attention.cu` has it.
+fn split_length(keys: usize) -> usize {
+    match keys {
+        0..=8192 => 512,
+        8193..=32768 => 1024,
+        _ => 4096,
+    }
+}
+
+/// Offsets into one array of u32 on the device.
+#[derive(Debug)]
+pub struct StepIndices {
+    values: CudaSlice<u32>,
+    slots: usize,
+    tables_of_rows: usize,
+    rows: usize,
+    tiles: usize,
+    tables: usize,
+    /// Rows that attention computes one by one, and the most splits that one of them has.
+    pub num_rows: usize,
+    pub splits: usize,
+    /// Tiles of queries.
+    pub num_tiles: usize,
+}
+
+impl StepIndices {
+    /// The indices of a batch whose segments all have block tables. `pack` heads share a tile of queries; with none,
+    /// attention runs by rows only.
+    ///
+    /// # Errors
+    /// A block table is too short or names a block that there is not, or there is no memory.
+    pub fn new(cuda: &Cuda, batch: &BatchLayout, num_blocks: usize, pack: Option<usize>) -> Result<Self> {
+        let t = batch.num_rows();
+        let (mut slots, mut of_rows) = (Vec::with_capacity(t), Vec::with_capacity(t));
+        let (mut list, mut tiles, mut tables) = (Vec::new(), Vec::new(), Vec::new());
+        let mut splits = 1;
+        for (segment, rows) in batch.segments.iter().zip(batch.rows()) {
+            let (end, blocks) = (segment.start + segment.rows, &segment.blocks);
+            if end > blocks.len() * BLOCK_SIZE || blocks.iter().any(|&block| block as usize >= num_blocks) {
+                bail!("{end} positions do not lie in the blocks {blocks:?} of {num_blocks}");
+            }
+            let begins = tables.len() as u32;
+            tables.extend_from_slice(&blocks[..end.div_ceil(BLOCK_SIZE)]);
+            let slot = |p: usize| blocks[p / BLOCK_SIZE] * BLOCK_SIZE as u32 + (p % BLOCK_SIZE) as u32;
+            slots.extend((segment.start..end).map(slot));
+            of_rows.extend(std::iter::repeat_n(begins, segment.rows));
+            match pack.filter(|_| segment.rows >= TILED_ROWS) {
+                Some(pack) => {
+                    let positions = TILE_QUERIES / pack;
+                    for first in (0..segment.rows).step_by(positions) {
+                        let n = positions.min(segment.rows - first);
+                        tiles.extend([rows.start + first, n, segment.start + first].map(|x| x as u32));
+                        tiles.push(begins);
+                    }
+                }
+                None => {
+                    list.extend(rows.map(|row| row as u32));
+                    splits = (segment.start + 1..=end)
+                        .map(|keys| keys.div_ceil(split_length(keys)))
+                        .fold(splits, usize::max);
+                }
+            }
+        }
+        let (num_rows, num_tiles) = (list.len(), tiles.len() / 4);
+        let mut all = batch.positions();
+        let mut append = |values: Vec<u32>| {
+            let at = all.len();
+            all.extend(values);
+            at
+        };
+        let (slots, tables_of_rows, rows) = (append(slots), append(of_rows), append(list));
+        let (tiles, tables) = (append(tiles), append(tables));
+        // An empty upload is refused.
+        all.push(0);
+        let values = cuda.device.clone_htod(&all)?;
+        Ok(Self { values, slots, tables_of_rows, rows, tiles, tables, num_rows, splits, num_tiles })
+    }
+
+    fn at(&self, cuda: &Cuda, offset: usize) -> u64 {
+        cuda.address_of(&self.values) + (offset * size_of::<u32>()) as u64
+    }
+
+    /// `[t]`: the position of each packed row.
+    pub fn positions(&self, cuda: &Cuda) -> u64 {
+        self.at(cuda, 0)
+    }
+
+    /// `[t]`: the slot in the cache that a row's keys and values go to.
+    pub fn slots(&self, cuda: &Cuda) -> u64 {
+        self.at(cuda, self.slots)
+    }
+
+    /// `[t]`: where a row's block table begins in [`tables`](Self::tables).
+    pub fn tables_of_rows(&self, cuda: &Cuda) -> u64 {
+        self.at(cuda, self.tables_of_rows)
+    }
+
+    /// `[num_rows]`: the packed rows that attention computes one by one.
+    pub fn rows(&self, cuda: &Cuda) -> u64 {
+        self.at(cuda, self.rows)
+    }
+
+    /// `[num_tiles, 4]`: first packed row, rows, position of the first, and beginning of the block table.
+    pub fn tiles(&self, cuda: &Cuda) -> u64 {
+        self.at(cuda, self.tiles)
+    }
+
+    /// The block tables of all segments, one after another.
+    pub fn tables(&self, cuda: &Cuda) -> u64 {
+        self.at(cuda, self.tables)
+    }
+}
