@@ -17,7 +17,7 @@ pub const HTTP_REQUESTS: &str = "softserve_http_requests_total";
 pub const HTTP_SECONDS: &str = "softserve_http_request_duration_seconds";
 /// Requests that are being answered.
 pub const HTTP_ACTIVE: &str = "softserve_http_requests_active";
-/// Seconds from the hand-over of a request to its first token.
+/// Seconds from the hand-over of a request to its first token, by task.
 pub const FIRST_TOKEN_SECONDS: &str = "softserve_time_to_first_token_seconds";
 /// Uploads of learned prompts, by outcome.
 pub const UPLOADS: &str = "softserve_uploads_total";

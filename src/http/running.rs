@@ -29,6 +29,8 @@ pub struct Running {
     logprobs: bool,
     submitted: Instant,
     completion_tokens: usize,
+    /// For metrics.
+    task: String,
 }
 
 /// What happens to a choice: any number of deltas, then one end.
@@ -62,6 +64,7 @@ pub fn start(app: &App, prepared: &mut Prepared) -> Result<Vec<Running>, Problem
                 logprobs: prepared.logprobs,
                 submitted: Instant::now(),
                 completion_tokens: 0,
+                task: prepared.version.task.to_string(),
             })
         })
         .collect()
@@ -129,7 +132,8 @@ impl Running {
     /// `None` while the token's text is held back and nothing has to be reported.
     fn token(&mut self, token: GeneratedToken) -> Result<Option<Piece>, Problem> {
         if self.completion_tokens == 0 {
-            histogram!(telemetry::FIRST_TOKEN_SECONDS).record(self.submitted.elapsed());
+            let labels = [("task", self.task.clone())];
+            histogram!(telemetry::FIRST_TOKEN_SECONDS, &labels).record(self.submitted.elapsed());
         }
         self.completion_tokens += 1;
         let delta = self.detokenizer.push(token.id)?;
