@@ -27,7 +27,8 @@ pub struct ModelArgs {
     #[arg(long, value_name = "N", env = "SOFTSERVE_CONTEXT")]
     pub context: Option<usize>,
 
-    /// Where the model runs: auto, cpu, cuda or cuda:N [default: auto]
+    /// Where the model runs: cpu, cuda or cuda:N (the GPU of that number), or auto: the first GPU if the
+    /// program was built for GPUs and there is one, and otherwise the CPU [default: auto]
     #[arg(long, env = "SOFTSERVE_DEVICE")]
     pub device: Option<DeviceChoice>,
 
@@ -36,8 +37,9 @@ pub struct ModelArgs {
     #[arg(long, env = "SOFTSERVE_BACKEND", hide_short_help = true)]
     pub backend: Option<BackendChoice>,
 
-    /// The number format of the weights in memory. auto means f32; bf16 takes half the memory and is
-    /// several times as fast on a processor with AVX512-BF16 or AMX [default: auto]
+    /// The number format of the weights in memory. auto means f32 on a CPU and bf16 on a GPU; bf16 takes
+    /// half the memory and is several times as fast on a processor with AVX512-BF16 or AMX
+    /// [default: auto]
     #[arg(long, env = "SOFTSERVE_DTYPE")]
     pub dtype: Option<DtypeChoice>,
 }
