@@ -1,8 +1,10 @@
 // CUDA C++ on the CPU, as much of it as our kernels use, so that they are tested without a GPU.
 //
 // The threads of a block are fibers that run one after another until each waits at a barrier, so a block's result does
-// not depend on luck, and the address sanitizer sees every access. Blocks run one after another. Shared memory is filled
-// with NaN before each block: what a kernel reads there before it writes shows in its result.
+// not depend on luck, and the address sanitizer sees every access. They run from the first to the last or, with
+// `backwards`, from the last to the first: where a barrier is missing, one of the two reads what is not there yet. Blocks run
+// one after another. Shared memory is filled with NaN before each block: what a kernel reads there before it writes shows
+// in its result.
 #pragma once
 #include <sanitizer/common_interface_defs.h>
 #include <ucontext.h>
@@ -81,6 +83,7 @@ struct Block {
 };
 
 inline Block block;
+inline bool backwards = false;
 
 inline Fiber& current() { return *block.running; }
 
@@ -167,7 +170,8 @@ inline void launch(dim3 grid, dim3 size, size_t shared_bytes, std::function<void
                 }
                 while (left) {
                     bool any = false;
-                    for (Fiber& fiber : block.fibers) {
+                    for (unsigned i = 0; i < threads; i++) {
+                        Fiber& fiber = block.fibers[backwards ? threads - 1 - i : i];
                         if (fiber.done || (fiber.waits_at && fiber.waits_at->generation == fiber.generation)) continue;
                         any = true;
                         fiber.waits_at = nullptr;

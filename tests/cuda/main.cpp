@@ -481,7 +481,8 @@ void attentions() {
 
 }  // namespace
 
-int main() {
+int main(int count, char** arguments) {
+    emulation::backwards = count > 1 && std::string(arguments[1]) == "backwards";
     norms();
     rotary();
     elementwise();
