@@ -91,7 +91,7 @@ fn attention(bencher: Bencher, precision: Precision, [sequences, prompts]: [usiz
     let mut cache = CpuKvCache::new(shape, sequences * blocks).expect("memory for a cache");
     let segment = |i: usize, start: usize, rows: usize| {
         let block = |b: usize| if b + 1 < blocks && start > 0 { i % prompts * blocks + b } else { i * blocks + b };
-        Segment { rows, start, blocks: (0..blocks).map(|b| block(b) as u32).collect() }
+        Segment::new(rows, start, (0..blocks).map(|b| block(b) as u32).collect())
     };
     let params = AttentionParams::scaled(0.125);
     let mut run = |start: usize, rows: usize| {

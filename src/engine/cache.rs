@@ -149,7 +149,7 @@ impl Cache {
 
     /// Where what a sequence computes becomes known to others.
     fn committed_to(&self, sequence: &Sequence) -> Option<CacheNamespace> {
-        sequence.namespace.filter(|_| self.index.is_some() && sequence.commits)
+        sequence.namespace.filter(|_| self.index.is_some())
     }
 
     /// Takes a sequence's blocks back and keeps what others may want.
@@ -270,7 +270,7 @@ impl Cache {
     }
 
     fn commit_whole_blocks(&mut self, sequence: &mut Sequence, namespace: CacheNamespace) {
-        while (sequence.chain.len() + 1) * BLOCK_SIZE <= sequence.num_computed {
+        while (sequence.chain.len() + 1) * BLOCK_SIZE <= sequence.num_shareable() {
             let i = sequence.chain.len();
             let before = sequence.chain.last().copied().unwrap_or(ChainHash::namespace(namespace));
             let is_public = (i + 1) * BLOCK_SIZE <= sequence.public_prefix;
@@ -312,13 +312,13 @@ impl Cache {
         if start < sequence.public_prefix {
             self.commit_public_part(sequence, before);
         }
-        if sequence.num_computed <= sequence.public_prefix.max(start) {
+        if sequence.num_shareable() <= sequence.public_prefix.max(start) {
             return;
         }
         let Some(indexes) = self.index.as_mut() else { return };
         let Some(&block) = sequence.blocks.get(num_blocks) else { return };
         let parent = parent_of_private(sequence, before, num_blocks);
-        let tokens = &sequence.tokens[start..sequence.num_computed];
+        let tokens = &sequence.tokens[start..sequence.num_shareable()];
         let is_known = indexes.private.find(parent, tokens).is_some_and(|found| found.common == tokens.len());
         if !is_known && indexes.private.insert(parent, tokens, block).is_ok() {
             self.blocks.keep(block, true);
@@ -330,7 +330,7 @@ impl Cache {
     fn commit_public_part(&mut self, sequence: &Sequence, before: ChainHash) -> Option<BlockId> {
         let index = &mut self.index.as_mut()?.public;
         let start = sequence.chain.len() * BLOCK_SIZE;
-        let end = sequence.num_computed.min(sequence.public_prefix).min(start + BLOCK_SIZE);
+        let end = sequence.num_shareable().min(sequence.public_prefix).min(start + BLOCK_SIZE);
         let tokens = sequence.tokens.get(start..end).filter(|tokens| !tokens.is_empty())?;
         if let Some(found) = index.find(before, tokens).filter(|found| found.common == tokens.len()) {
             return Some(found.block);

@@ -11,7 +11,7 @@ use crate::{
         Backend, KvCache, Largest,
         cross::CrossKeyValues,
         host::with_values,
-        layout::{BatchLayout, BlockId, Segment},
+        layout::{BatchLayout, BlockId, Segment, TokenTree},
     },
     model::Model,
     packing::{
@@ -29,22 +29,36 @@ pub struct Runner {
 }
 
 /// Positions of one sequence to compute.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Default)]
 pub struct Part<'a> {
     pub tokens: &'a [InputToken],
-    /// The position of the first of them.
+    /// How many rows of the sequence come before them.
     pub start: usize,
     pub blocks: &'a [BlockId],
+    /// The tree that the sequence ends with, if it does.
+    pub tree: Option<&'a Arc<TokenTree>>,
     pub prompt: Option<&'a Arc<LearnedPrompt>>,
     /// What the encoder made of the sequence's input, if the model has an encoder.
     pub encoded: Option<&'a CrossKeyValues>,
     /// How many of the last ones have logits that are wanted.
     pub wanted: usize,
+    /// Of which ids the log-probabilities are wanted, for each of these rows, in place of all logits; empty where the
+    /// logits are wanted.
+    pub scored: &'a [Vec<u32>],
 }
 
-/// What the next tokens are chosen from: a row `[vocab]` of f32 for each position of each part that is wanted, on the
-/// model's device.
+/// What a forward pass gives.
 #[derive(Debug)]
+pub struct Output {
+    /// The logits of the rows of all parts that are not scored, in order.
+    pub logits: Logits,
+    /// The log-probabilities that the rows of the others are scored with, in order; all NaN of a row whose logits are not
+    /// finite.
+    pub scores: Vec<Vec<f32>>,
+}
+
+/// What the next tokens are chosen from: rows `[vocab]` of f32 on the model's device.
+#[derive(Debug, Default)]
 pub struct Logits(Option<Tensor>);
 
 impl Logits {
@@ -106,14 +120,14 @@ impl Runner {
     }
 
     /// Computes all parts in one forward pass; what a prompt of keys and values says of its positions
-    /// is only copied. Returns the logits of those that sample, in order.
-    pub fn run(&mut self, parts: &[Part]) -> Result<Logits> {
+    /// is only copied. Returns what is wanted of them.
+    pub fn run(&mut self, parts: &[Part]) -> Result<Output> {
         let mut computed = Vec::with_capacity(parts.len());
         for &part in parts {
             computed.extend(self.place(part)?);
         }
         if computed.is_empty() {
-            return Ok(Logits(None));
+            return Ok(Output { logits: Logits(None), scores: Vec::new() });
         }
         self.forward(&computed)
     }
@@ -125,7 +139,7 @@ impl Runner {
             return Ok(Vec::new());
         }
         let x = self.embed(inputs)?;
-        let segment = |input: &Part| Segment { rows: input.tokens.len(), start: 0, blocks: Vec::new() };
+        let segment = |input: &Part| Segment::new(input.tokens.len(), 0, Vec::new());
         let batch = BatchLayout { segments: inputs.iter().map(segment).collect(), ..Default::default() };
         let mut kernels = self.model.backend().serving(&mut *self.cache, &batch, &[])?;
         let hidden = self.model.run_encoder(&x, kernels.as_mut())?;
@@ -162,25 +176,41 @@ impl Runner {
         Ok(())
     }
 
-    fn forward(&mut self, parts: &[Part]) -> Result<Logits> {
+    fn forward(&mut self, parts: &[Part]) -> Result<Output> {
         let x = self.embed(parts)?;
-        let segment = |p: &Part| Segment { rows: p.tokens.len(), start: p.start, blocks: p.blocks.to_vec() };
+        let segment =
+            |p: &Part| Segment { tree: p.tree.cloned(), ..Segment::new(p.tokens.len(), p.start, p.blocks.to_vec()) };
         let mut batch = BatchLayout { segments: parts.iter().map(segment).collect(), ..Default::default() };
         let wanted =
             |(rows, p): (std::ops::Range<usize>, &Part)| rows.end.saturating_sub(p.wanted) as u32..rows.end as u32;
-        batch.wanted = batch.rows().zip(parts).flat_map(wanted).collect();
-        let wants_logits = !batch.wanted.is_empty();
-        if !wants_logits {
+        // First the rows whose logits are wanted, then those that are scored.
+        let of = |scored: bool| {
+            let those = batch.rows().zip(parts).filter(move |(_, p)| p.scored.is_empty() != scored);
+            those.flat_map(wanted).collect::<Vec<u32>>()
+        };
+        let (mut rows, scored) = (of(false), of(true));
+        let (num_logits, num_scored) = (rows.len(), scored.len());
+        rows.extend(scored);
+        batch.wanted = rows;
+        if batch.wanted.is_empty() {
             // Keys and values are all that is wanted; a pass gives at least one row.
             batch.wanted.push(0);
         }
         let encoded: Vec<&CrossKeyValues> = parts.iter().filter_map(|p| p.encoded).collect();
         let mut kernels = self.model.backend().serving(&mut *self.cache, &batch, &encoded)?;
         let hidden = self.model.forward(&x, &batch, kernels.as_mut())?;
-        if !wants_logits {
-            return Ok(Logits(None));
-        }
-        Ok(Logits(Some(self.model.logits(&hidden, kernels.as_mut())?)))
+        let logits = match num_logits {
+            0 => None,
+            rows => Some(self.model.logits(&hidden.narrow(0, 0, rows)?, kernels.as_mut())?),
+        };
+        let scores = match num_scored {
+            0 => Vec::new(),
+            rows => {
+                let ids: Vec<Vec<u32>> = parts.iter().flat_map(|p| p.scored).cloned().collect();
+                self.model.score(&hidden.narrow(0, num_logits, rows)?, &ids, kernels.as_mut())?
+            }
+        };
+        Ok(Output { logits: Logits(logits), scores })
     }
 
     /// The packed embeddings of all parts, `[t, hidden]`.

@@ -1,11 +1,16 @@
 //! One request as the scheduler sees it: its tokens, and how many of them are computed.
 
+use std::sync::Arc;
+
 use super::{
     encoder::{EncoderInput, InputKey},
     prefix::ChainHash,
     request::{CacheNamespace, InputToken, Tenant},
 };
-use crate::{kernels::layout::BlockId, packing::leading_virtual_tokens};
+use crate::{
+    kernels::layout::{BlockId, TokenTree},
+    packing::leading_virtual_tokens,
+};
 
 /// The tokens of a request and where their keys and values are.
 #[derive(Debug, Clone)]
@@ -25,8 +30,8 @@ pub struct Sequence {
     pub encoded: bool,
     /// The first position whose logits are wanted, of a sequence that is scored; of others it is the last.
     pub scored_from: Option<usize>,
-    /// Whether what it computes is left to those who come after.
-    pub commits: bool,
+    /// The tree of continuations that it ends with, of a sequence that is scored.
+    pub tree: Option<Arc<TokenTree>>,
     /// Positions whose keys and values are in `blocks`; it catches up with `tokens`.
     pub num_computed: usize,
     /// The block table: position p is in block p / BLOCK_SIZE.
@@ -60,7 +65,7 @@ impl Sequence {
             encoder: None,
             encoded: false,
             scored_from: None,
-            commits: true,
+            tree: None,
             num_computed: 0,
             blocks: Vec::new(),
             namespace: None,
@@ -72,6 +77,11 @@ impl Sequence {
             joined: 0,
             last_turn: 0,
         }
+    }
+
+    /// Computed positions that other sequences may find in the cache: those before a tree.
+    pub fn num_shareable(&self) -> usize {
+        self.tree.as_ref().map_or(self.num_computed, |tree| self.num_computed.min(tree.start()))
     }
 
     /// Positions still to compute before a token can be chosen, without those of an encoder.

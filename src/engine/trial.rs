@@ -13,8 +13,8 @@ use crate::kernels::{cross::CrossKeyValues, layout::BlockId};
 pub(super) fn first_pass(runner: &mut Runner) -> candle_core::Result<()> {
     let encoded = one_token_encoded(runner)?;
     let tokens = [InputToken::Vocab(0)];
-    let part = Part { tokens: &tokens, start: 0, blocks: &[0], prompt: None, encoded: encoded.as_ref(), wanted: 1 };
-    let logits = runner.run(&[part])?;
+    let part = Part { tokens: &tokens, blocks: &[0], encoded: encoded.as_ref(), wanted: 1, ..Part::default() };
+    let logits = runner.run(&[part])?.logits;
     let finite = logits.with_rows(&[0], |rows| Ok(rows.iter().all(|row| row.iter().all(|x| x.is_finite()))))?;
     match finite {
         true => Ok(()),
@@ -28,7 +28,7 @@ fn one_token_encoded(runner: &mut Runner) -> candle_core::Result<Option<CrossKey
         return Ok(None);
     }
     let tokens = [InputToken::Vocab(0)];
-    let input = Part { tokens: &tokens, start: 0, blocks: &[], prompt: None, encoded: None, wanted: 0 };
+    let input = Part { tokens: &tokens, ..Part::default() };
     Ok(runner.run_encoder(&[input])?.pop())
 }
 
@@ -44,7 +44,7 @@ pub(super) fn cheap_rows(runner: &mut Runner, most: usize) -> candle_core::Resul
     // The best of three, or the first that is good enough.
     let mut time = |rows: usize, enough: Duration| -> candle_core::Result<Duration> {
         let tokens = [InputToken::Vocab(0)];
-        let part = |blocks| Part { tokens: &tokens, start: 0, blocks, prompt: None, encoded, wanted: 1 };
+        let part = |blocks| Part { tokens: &tokens, blocks, encoded, wanted: 1, ..Part::default() };
         let parts: Vec<Part> = blocks.chunks(1).take(rows).map(part).collect();
         let mut best = Duration::MAX;
         for _ in 0..3 {

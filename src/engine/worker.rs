@@ -20,7 +20,7 @@ use super::{
     encoder::{EncoderInput, InputKey},
     mail::{Job, Mail, Shared, WarmUp, Work},
     request::{Event, FinishReason, GeneratedToken, InputToken, Request, SequenceId},
-    runner::{Logits, Part, Runner},
+    runner::{Output, Part, Runner},
     sampling::{NoToken, Sampler},
     scheduler::{Limits, Scheduler, Step},
     sequence::Sequence,
@@ -63,10 +63,10 @@ enum Task {
         stop_tokens: Vec<u32>,
         remaining: usize,
     },
-    /// A branch of a request's continuations.
+    /// A part of the tree of a request's continuations.
     Score {
         group: GroupId,
-        branch: usize,
+        part: usize,
     },
 }
 
@@ -154,7 +154,7 @@ impl Worker {
                 self.scheduler.add(id, sequence);
             }
             Work::Score(plan) => {
-                self.accept_score(id, plan, sequence, running(Task::Score { group: id.0, branch: 0 }));
+                self.accept_score(id, plan, sequence, running(Task::Score { group: id.0, part: 0 }));
             }
         }
     }
@@ -194,7 +194,7 @@ impl Worker {
         if !step.chunks.is_empty() {
             let result = copied.and_then(|()| self.compute(&step));
             self.shared.counters.steps.fetch_add(1, Relaxed);
-            match result.and_then(|logits| self.use_rows(&step, &logits)) {
+            match result.and_then(|output| self.use_rows(&step, output)) {
                 Ok(tokens) => self.deliver(&step, tokens),
                 Err(error) => self.fail(&step, &error),
             }
@@ -203,10 +203,11 @@ impl Worker {
         self.publish();
     }
 
-    fn compute(&mut self, step: &Step) -> candle_core::Result<Logits> {
+    fn compute(&mut self, step: &Step) -> candle_core::Result<Output> {
         self.run_encoder(step)?;
+        let scored: Vec<Vec<Vec<u32>>> = step.chunks.iter().map(|chunk| self.scored_ids(chunk)).collect();
         let mut parts = Vec::with_capacity(step.chunks.len());
-        for chunk in &step.chunks {
+        for (chunk, scored) in step.chunks.iter().zip(&scored) {
             let prompt = match (self.jobs.get(&chunk.id), self.warm_ups.get(&chunk.id)) {
                 (Some(job), _) => job.prompt.as_ref(),
                 (None, warm_up) => warm_up.map(|warm_up| &warm_up.prompt),
@@ -218,9 +219,11 @@ impl Worker {
                 tokens: &sequence.tokens[chunk.start..chunk.start + chunk.len],
                 start: chunk.start,
                 blocks: &sequence.blocks,
+                tree: sequence.tree.as_ref(),
                 prompt,
                 encoded: sequence.encoder_key().and_then(|key| self.encoded.get(&key)),
                 wanted: chunk.wanted,
+                scored,
             });
         }
         self.runner.run(&parts)
@@ -237,7 +240,7 @@ impl Worker {
                 candle_core::bail!("sequence {:?} was scheduled for an encoder and has no input for it", chunk.id)
             };
             let (tokens, prompt) = (&input.tokens[..], job.prompt.as_ref());
-            inputs.push(Part { tokens, start: 0, blocks: &[], prompt, encoded: None, wanted: 0 });
+            inputs.push(Part { tokens, prompt, ..Part::default() });
             keys.push(input.key);
         }
         let made = self.runner.run_encoder(&inputs)?;
@@ -306,7 +309,7 @@ impl Worker {
             self.end(id, event);
         }
         let scored: Vec<_> = step.chunks.iter().filter(|chunk| chunk.wanted > 0).map(|chunk| chunk.id).collect();
-        self.end_branches(&scored);
+        self.end_parts(&scored);
     }
 
     fn finished(&self, id: SequenceId, reason: FinishReason) -> Event {

@@ -181,6 +181,31 @@ pub trait Kernels {
     /// The inner layers of a gated MLP: `activation(gate(x)) * up(x)`, `[t, in]` to `[t, intermediate]`.
     fn gated_linear(&mut self, activation: Activation, gate: &Linear, up: &Linear, x: &Tensor) -> Result<Tensor>;
 
+    /// Of each row of `x` `[t, in]`, the natural log-probabilities of its ids under the softmax of the logits that `head`
+    /// makes of it and `softcap` limits to `cap * tanh(logit / cap)`. All of a row are NaN if no token can be chosen from
+    /// it: a logit is NaN or positive infinity, or all are negative infinity. That of an id outside of the vocabulary is
+    /// negative infinity.
+    ///
+    /// The logits of many rows are large, so they are never all kept.
+    ///
+    /// # Errors
+    /// A shape does not fit, or a device fails.
+    fn score(&mut self, x: &Tensor, head: &Linear, softcap: Option<f64>, ids: &[Vec<u32>]) -> Result<Vec<Vec<f32>>> {
+        const ROWS: usize = 32;
+        let mut all = Vec::with_capacity(ids.len());
+        for (i, ids) in ids.chunks(ROWS).enumerate() {
+            let x = x.narrow(0, i * ROWS, ids.len())?;
+            let logits = self.linear(&x, &[head], None)?.pop().map(|logits| capped(&logits, softcap));
+            let Some(logits) = logits.transpose()? else { candle_core::bail!("a layer gave no result") };
+            let vocab = logits.dim(1)?;
+            host::with_values(&logits.to_dtype(DType::F32)?.to_device(&Device::Cpu)?, |logits| {
+                all.extend(ids.iter().zip(logits.chunks(vocab)).map(|(ids, row)| rows::log_probabilities(row, ids)));
+                Ok(())
+            })?;
+        }
+        Ok(all)
+    }
+
     /// Root-mean-square norm (Zhang & Sennrich 2019) over the last dimension of `x`, by `weight`,
     /// which is as long.
     fn rms_norm(&mut self, x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
@@ -251,6 +276,17 @@ pub trait Kernels {
     fn log_probabilities(&mut self, logits: &Tensor, targets: &[u32]) -> Result<Tensor> {
         let targets = Tensor::new(targets, logits.device())?.unsqueeze(1)?;
         candle_nn::ops::log_softmax(logits, D::Minus1)?.gather(&targets, 1)?.squeeze(1)
+    }
+}
+
+/// `cap * tanh(x / cap)`, if there is a cap.
+///
+/// # Errors
+/// The device fails.
+pub fn capped(x: &Tensor, softcap: Option<f64>) -> Result<Tensor> {
+    match softcap {
+        Some(cap) => (x / cap)?.tanh()? * cap,
+        None => Ok(x.clone()),
     }
 }
 

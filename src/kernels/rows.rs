@@ -24,8 +24,7 @@ pub trait RowKernels: fmt::Debug + Sync {
     /// Whether a token can be chosen from the row: no value is NaN or positive infinity. A model may give tokens that
     /// it never writes negative infinity.
     fn is_usable(&self, row: &[f32]) -> bool {
-        // Without branches within a chunk, so that it is compiled to vector instructions.
-        row.chunks(CHUNK).all(|chunk| chunk.iter().fold(true, |usable, x| usable & (*x < f32::INFINITY)))
+        is_usable(row)
     }
 
     /// The largest value of each chunk. NaN is never the largest.
@@ -55,6 +54,23 @@ pub trait RowKernels: fmt::Debug + Sync {
             chunk.iter().enumerate().map(before).sum::<f32>()
         }));
     }
+}
+
+/// See [`RowKernels::is_usable`].
+#[inline(always)]
+pub fn is_usable(row: &[f32]) -> bool {
+    // Without branches within a chunk, so that it is compiled to vector instructions.
+    row.chunks(CHUNK).all(|chunk| chunk.iter().fold(true, |usable, x| usable & (*x < f32::INFINITY)))
+}
+
+/// The natural log-probabilities of ids under the softmax of a row of logits, as
+/// [`Kernels::score`](super::Kernels::score) has them.
+pub fn log_probabilities(row: &[f32], ids: &[u32]) -> Vec<f32> {
+    let max = f64::from(row.iter().copied().fold(f32::NEG_INFINITY, f32::max));
+    let log_sum = max + row.iter().map(|&x| (f64::from(x) - max).exp()).sum::<f64>().ln();
+    let log_sum = if is_usable(row) && log_sum.is_finite() { log_sum } else { f64::NAN };
+    let logit = |id: &u32| row.get(*id as usize).map_or(f64::NEG_INFINITY, |x| f64::from(*x));
+    ids.iter().map(|id| (logit(id) - log_sum) as f32).collect()
 }
 
 /// What [`RowKernels::weights`] computes with.

@@ -7,7 +7,7 @@ use candle_core::{D, DType, Device, Result, Tensor, Var};
 use super::{
     Activation, AttentionParams, Backend, BackendKind, Kernels, KvCache,
     cross::{CrossKeyValues, EncodedBatch},
-    layout::{BLOCK_SIZE, BatchLayout, BlockId, KvShape, Segment},
+    layout::{BLOCK_SIZE, BatchLayout, BlockId, KvShape, Segment, TokenTree},
     past::PastKeyValues,
     relative_position_bias::RelativePositionBias,
     weight::{Linear, Matrix},
@@ -53,6 +53,11 @@ impl Kernels for OnHost<'_> {
     fn gated_linear(&mut self, activation: Activation, gate: &Linear, up: &Linear, x: &Tensor) -> Result<Tensor> {
         let y = self.0.gated_linear(activation, gate, up, &self.to(x));
         self.from(y)
+    }
+
+    fn score(&mut self, x: &Tensor, head: &Linear, softcap: Option<f64>, ids: &[Vec<u32>]) -> Result<Vec<Vec<f32>>> {
+        let x = self.to(x);
+        self.0.score(&x, head, softcap, ids)
     }
 
     fn rms_norm(&mut self, x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
@@ -210,6 +215,39 @@ fn linear_layers_with_bias_and_residual_alone_and_together() {
 }
 
 #[test]
+fn scores_are_the_log_probabilities_of_whole_rows_of_logits() {
+    let reference = super::reference();
+    for (backend, dtype, tolerance) in subjects() {
+        for (rows, k, n) in [(1, 32, 16), (3, 40, 700), (70, 64, 1033)] {
+            let x = random((rows, k));
+            let [own, plain] = layer(&*backend, dtype, n, k, rows == 3);
+            let ids: Vec<Vec<u32>> =
+                (0..rows as u32).map(|i| (0..i % 5).map(|j| (i * 31 + j * 257) % n as u32).collect()).collect();
+            for softcap in [None, Some(3.0)] {
+                let shape = KvShape { num_layers: 1, num_kv_heads: 1, head_dim: 16, dtype };
+                let mut cache = backend.kv_cache(shape, 1).unwrap();
+                let batch = BatchLayout::default();
+                let mut serving = serving(&*backend, &mut *cache, &batch, &[]);
+                let found = serving.score(&x, &own, softcap, &ids).unwrap();
+                let logits = plain.forward(&x, &mut kernels(&*reference, rows)).unwrap();
+                let logits = super::capped(&logits, softcap).unwrap();
+                let log_probs = candle_nn::ops::log_softmax(&logits, D::Minus1).unwrap().to_vec2::<f32>().unwrap();
+                for (row, (ids, found)) in log_probs.iter().zip(ids.iter().zip(&found)) {
+                    assert_eq!(ids.len(), found.len());
+                    for (id, found) in ids.iter().zip(found) {
+                        let difference = (found - row[*id as usize]).abs();
+                        assert!(difference <= tolerance * 4.0, "{} {dtype:?} {rows}: {difference}", backend.name());
+                    }
+                }
+                let beyond = vec![vec![n as u32]; rows];
+                let beyond = serving.score(&x, &own, softcap, &beyond).unwrap();
+                assert!(beyond.iter().flatten().all(|x| *x == f32::NEG_INFINITY));
+            }
+        }
+    }
+}
+
+#[test]
 fn rows_of_a_weight_and_the_whole_of_it_come_back() {
     for (backend, dtype, tolerance) in subjects() {
         let values = random((21, 40));
@@ -299,7 +337,7 @@ fn served(
         let (mut batch, mut index, mut owners) = (BatchLayout::default(), Vec::new(), Vec::new());
         for (i, length) in lengths.iter().enumerate().filter(|(_, length)| **length > done) {
             let rows = chunk.min(length - done);
-            batch.segments.push(Segment { rows, start: done, blocks: tables[i].clone() });
+            batch.segments.push(Segment::new(rows, done, tables[i].clone()));
             index.extend((0..rows).map(|j| (starts[i] + done + j) as u32));
             owners.push(i);
         }
@@ -334,6 +372,68 @@ fn attention_over_the_cache_in_any_chunks_is_that_of_whole_sequences() {
     }
 }
 
+/// Attention of a sequence of `start` rows and a tree, `chunk` rows at a time, beside a sequence of one row.
+fn served_tree(
+    backend: &dyn Backend,
+    dtype: DType,
+    (start, depths): (usize, &[u32]),
+    [q, k, v]: [&Tensor; 3],
+    params: &AttentionParams,
+    chunk: usize,
+) -> Tensor {
+    let (rows, num_kv_heads, head_dim) = k.dims3().unwrap();
+    let mut cache = backend.kv_cache(KvShape { num_layers: 1, num_kv_heads, head_dim, dtype }, 32).unwrap();
+    let blocks: Vec<BlockId> = (0..rows.div_ceil(BLOCK_SIZE) as u32).map(|b| 1 + (b * 13) % 31).collect();
+    let tree = Some(Arc::new(TokenTree::new(start, depths.to_vec())));
+    let mut outputs = Vec::new();
+    for done in (0..rows).step_by(chunk) {
+        let rows = chunk.min(rows - done);
+        let segment = Segment { tree: tree.clone(), ..Segment::new(rows, done, blocks.clone()) };
+        let batch = BatchLayout { segments: vec![Segment::new(1, 0, vec![0]), segment], ..Default::default() };
+        let index: Vec<u32> = std::iter::once(0).chain((done..done + rows).map(|row| row as u32)).collect();
+        let index = Tensor::new(index, &Device::Cpu).unwrap();
+        let [q, k, v] = [q, k, v].map(|x| x.index_select(&index, 0).unwrap());
+        let out = serving(backend, &mut *cache, &batch, &[]).attention(0, &q, &k, &v, params).unwrap();
+        outputs.push(out.narrow(0, 1, rows).unwrap());
+    }
+    Tensor::cat(&outputs, 0).unwrap()
+}
+
+#[test]
+fn each_path_of_a_tree_attends_as_a_sequence_of_its_own() {
+    let depths: Vec<u32> = [0, 1, 2, 2, 1, 2, 3, 0, 0, 1].into_iter().cycle().take(70).collect();
+    for start in [0usize, 3, 45] {
+        let rows = start + depths.len();
+        let tree = Arc::new(TokenTree::new(start, depths.clone()));
+        let segment = Segment { tree: Some(tree), ..Segment::new(rows, 0, Vec::new()) };
+        for (heads, kv_heads, dim) in [(6, 2, 20), (4, 4, 16), (6, 2, 64), (5, 1, 128)] {
+            let (q, k, v) = (random((rows, heads, dim)), random((rows, kv_heads, dim)), random((rows, kv_heads, dim)));
+            let small = AttentionParams { window: Some(2), ..AttentionParams::scaled(0.2) };
+            for params in options(heads, dim).into_iter().chain([small]) {
+                let seen = |row| (0..=row as u32).filter(|&key| segment.sees(row, key as usize)).collect::<Vec<_>>();
+                let expected: Vec<Tensor> = (0..rows)
+                    .map(|row| {
+                        let path = Tensor::new(seen(row), &Device::Cpu).unwrap();
+                        let [q, k, v] = [&q, &k, &v].map(|x| x.index_select(&path, 0).unwrap());
+                        let last = q.dims()[0] - 1;
+                        let mut plain = kernels(&*super::reference(), last + 1);
+                        plain.attention(0, &q, &k, &v, &params).unwrap().narrow(0, last, 1).unwrap()
+                    })
+                    .collect();
+                let expected = Tensor::cat(&expected, 0).unwrap();
+                for (backend, dtype, tolerance) in subjects() {
+                    for chunk in [200, 20, 7] {
+                        let tree = (start, &depths[..]);
+                        let found = served_tree(&*backend, dtype, tree, [&q, &k, &v], &params, chunk);
+                        let what = format!("{} {dtype:?} {start} {chunk} {params:?}", backend.name());
+                        assert_close(&found, &expected, tolerance, &what);
+                    }
+                }
+            }
+        }
+    }
+}
+
 #[test]
 fn projections_side_by_side_with_a_rotation_attend_as_each_by_itself() {
     let (heads, kv_heads, dim, width) = (4, 2, 16, 24);
@@ -348,7 +448,7 @@ fn projections_side_by_side_with_a_rotation_attend_as_each_by_itself() {
                     layers.iter().zip(joined).map(|([own, _], weight)| Linear { weight, ..own.clone() }).collect();
                 let shape = KvShape { num_layers: 1, num_kv_heads: kv_heads, head_dim: dim, dtype };
                 let mut cache = backend.kv_cache(shape, 3).unwrap();
-                let segments = vec![Segment { rows, start: 0, blocks: vec![2, 0] }];
+                let segments = vec![Segment::new(rows, 0, vec![2, 0])];
                 let batch = BatchLayout { segments, ..Default::default() };
                 // On the device from the products to attention, as in a model: results may be parts of one tensor.
                 let to = |x: &Tensor| x.to_device(backend.device()).unwrap();
@@ -393,7 +493,7 @@ fn keys_and_values_that_are_written_or_copied_are_attended_to_as_computed_ones()
         let first = |x: &Tensor| x.narrow(0, 0, prefix).unwrap().transpose(0, 1).unwrap();
         cache.write(1, &[4, 1], 0, &first(&k), &first(&v)).unwrap();
         cache.copy(1, 3, prefix - BLOCK_SIZE).unwrap();
-        let segments = vec![Segment { rows, start: prefix, blocks: vec![4, 3] }];
+        let segments = vec![Segment::new(rows, prefix, vec![4, 3])];
         let batch = BatchLayout { segments, ..Default::default() };
         let rest = |x: &Tensor| x.narrow(0, prefix, rows).unwrap();
         let mut own = serving(&*backend, &mut *cache, &batch, &[]);

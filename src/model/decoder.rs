@@ -12,7 +12,7 @@ use super::{
     weights::Weights,
 };
 use crate::kernels::{
-    Backend, Kernels,
+    Backend, Kernels, capped,
     layout::BatchLayout,
     weight::{Linear, Weight},
 };
@@ -135,17 +135,23 @@ impl Decoder {
 
     /// `[t, hidden]` to `[t, vocab]`, in f32; in f64 for a model in f64.
     pub fn logits(&self, hidden: &Tensor, kernels: &mut dyn Kernels) -> Result<Tensor> {
-        let logits = match self.output_scale {
-            Some(scale) => self.head.forward(&(hidden * scale)?, kernels)?,
-            None => self.head.forward(hidden, kernels)?,
-        };
+        let logits = self.head.forward(&self.head_input(hidden)?, kernels)?;
         let logits = match logits.dtype() {
             DType::F64 => logits,
             _ => logits.to_dtype(DType::F32)?,
         };
-        match self.softcap {
-            Some(cap) => (logits / cap)?.tanh()? * cap,
-            None => Ok(logits),
+        capped(&logits, self.softcap)
+    }
+
+    /// See [`Model::score`](super::Model::score).
+    pub fn score(&self, hidden: &Tensor, ids: &[Vec<u32>], kernels: &mut dyn Kernels) -> Result<Vec<Vec<f32>>> {
+        kernels.score(&self.head_input(hidden)?, &self.head, self.softcap, ids)
+    }
+
+    fn head_input(&self, hidden: &Tensor) -> Result<Tensor> {
+        match self.output_scale {
+            Some(scale) => hidden * scale,
+            None => Ok(hidden.clone()),
         }
     }
 

@@ -194,6 +194,11 @@ impl Model {
         self.decoder.logits(hidden, kernels)
     }
 
+    /// Of each row of hidden states `[t, hidden]`, the natural log-probabilities of some ids; see [`Kernels::score`].
+    pub fn score(&self, hidden: &Tensor, ids: &[Vec<u32>], kernels: &mut dyn Kernels) -> Result<Vec<Vec<f32>>> {
+        self.decoder.score(hidden, ids, kernels)
+    }
+
     /// The SHA-256 of every weight as it lies in memory: equal before and after anything that
     /// must not change the model.
     pub fn weights_digest(&self) -> Result<[u8; 32]> {

@@ -147,7 +147,7 @@ impl Forward {
             // Position n of this example is this row of the batch.
             let first = tokens.len();
             tokens.extend(text);
-            layout.segments.push(Segment { rows: text.len(), start: n, blocks: Vec::new() });
+            layout.segments.push(Segment::new(text.len(), n, Vec::new()));
             let row = |position: usize| if position < n { position } else { first + position - n };
             layout.wanted.extend(predicting.clone().map(|position| row(position) as u32));
         }

@@ -230,6 +230,23 @@ void largest() {
                 failures++;
             }
         }
+        Values<unsigned> asked = {0, 0, 2, 0, 1, unsigned(vocab - 1), 3, 0, 0, unsigned(vocab)};
+        auto scores = unwritten<float>(5);
+        launch({2}, {3}, 0, [&] {
+            pick_log_probabilities(logits.data(), best.data(), chance.data(), asked.data(), scores.data(), vocab, 5);
+        });
+        for (int i = 0; i < 5; i++) {
+            const float* row = logits.data() + asked[2 * i] * vocab;
+            double sum = 0;
+            for (int j = 0; j < vocab; j++) sum += std::exp(double(row[j]) - 50);
+            double plain = int(asked[2 * i + 1]) == vocab ? -INFINITY : row[asked[2 * i + 1]] - 50 - std::log(sum);
+            bool is_right = i == 3 ? std::isnan(scores[i]) : scores[i] == plain || std::fabs(scores[i] - plain) < 1e-4;
+            checks++;
+            if (!is_right) {
+                std::printf("FAILED pick_log_probabilities: %g, expected %g\n", scores[i], plain);
+                failures++;
+            }
+        }
         checks++;
         if (!std::isnan(chance[3])) {
             std::printf("FAILED choose_largest: a row with NaN has the log-probability %g\n", chance[3]);
@@ -238,18 +255,27 @@ void largest() {
     }
 }
 
+// The last rows of a part may form a tree, of rows with so many ancestors; it may begin before the part.
 struct Part {
     int start, rows;
+    Values<unsigned> depths = {};
 };
+
+// The row after the last descendant of a row of a tree.
+unsigned end_of(const Values<unsigned>& depths, unsigned node) {
+    unsigned end = node + 1;
+    while (end < depths.size() && depths[end] > depths[node]) end++;
+    return end;
+}
 
 template <class T>
 void attend_by_rows(int parts, int splits, int rows, size_t shared, const float* q, const T* keys, const T* values,
-                    const unsigned* list, const unsigned* position, const unsigned* table, const unsigned* tables, T* out,
+                    const unsigned* list, const unsigned* place, const unsigned* table, const unsigned* tables, T* out,
                     float* partial, float* partial_out, int heads, int kv_heads, int dim, Scores scores, int pairs,
                     int queries) {
     launch({unsigned(rows), unsigned(kv_heads * parts), unsigned(splits)}, {ROW_WARPS * 32}, shared, [&] {
         auto call = [&](auto kernel) {
-            kernel(q, keys, values, list, position, table, tables, out, partial, partial_out, heads, kv_heads, dim, scores);
+            kernel(q, keys, values, list, place, table, tables, out, partial, partial_out, heads, kv_heads, dim, scores);
         };
         if constexpr (std::is_same_v<T, bf16>) {
             if (queries == 1) call(pairs == 1 ? attend_rows_bf16_1_1 : pairs == 2 ? attend_rows_bf16_2_1 : attend_rows_bf16_4_1);
@@ -273,19 +299,38 @@ void attention(int heads, int kv_heads, int dim, const Values<Part>& parts, Scor
     scores.slopes = alibi ? slopes.data() : nullptr;
     scores.bias = relative ? bias.data() : nullptr;
     // Block tables in a scattered order; blocks that no one wrote have NaN.
-    Values<unsigned> position, table, tables, slot, list, tiles;
+    Values<unsigned> position, place, table, tables, slot, list, tiles;
+    Values<std::vector<bool>> is_seen;
     int num_blocks = 1;
-    for (Part part : parts) num_blocks += (part.start + part.rows + 31) / 32;
+    for (const Part& part : parts) num_blocks += (part.start + part.rows + 31) / 32;
     Values<unsigned> order(num_blocks);
     for (int i = 0; i < num_blocks; i++) order[i] = i;
     std::shuffle(order.begin(), order.end(), generator);
     int next = 0, pack = 64 % (heads / kv_heads) ? 1 : heads / kv_heads;
-    for (Part part : parts) {
-        unsigned begins = tables.size(), row = position.size();
-        for (int i = 0; i < (part.start + part.rows + 31) / 32; i++) tables.push_back(order[next++]);
+    for (const Part& part : parts) {
+        const auto& depths = part.depths;
+        int end = part.start + part.rows, tree = end - int(depths.size());
+        unsigned tree_at = tables.size();
+        if (!depths.empty()) {
+            tables.insert(tables.end(), {unsigned(tree), unsigned(depths.size())});
+            for (unsigned i = 0; i < depths.size(); i++) tables.push_back(end_of(depths, i));
+            tables.insert(tables.end(), depths.begin(), depths.end());
+        }
+        // No tree is at the array's beginning.
+        if (tree_at == 0 && !depths.empty()) std::abort();
+        tables.push_back(depths.empty() ? 0 : tree_at);
+        unsigned begins = tables.size(), row = place.size();
+        for (int i = 0; i < (end + 31) / 32; i++) tables.push_back(order[next++]);
+        auto position_of = [&](int p) { return p < tree ? p : tree + int(depths[p - tree]); };
         for (int i = 0; i < part.rows; i++) {
-            unsigned p = part.start + i;
-            position.push_back(p);
+            int p = part.start + i;
+            place.push_back(p);
+            position.push_back(position_of(p));
+            std::vector<bool> seen;
+            for (int key = 0; key <= p; key++)
+                seen.push_back((key < tree || p - tree < int(end_of(depths, key - tree))) &&
+                               (scores.window == 0 || position_of(p) - position_of(key) < scores.window));
+            is_seen.push_back(seen);
             table.push_back(begins);
             slot.push_back(tables[begins + p / 32] * 32 + p % 32);
             list.push_back(list.size());
@@ -293,22 +338,28 @@ void attention(int heads, int kv_heads, int dim, const Values<Part>& parts, Scor
         for (int i = 0; i < part.rows; i += 64 / pack)
             tiles.insert(tiles.end(), {row + i, unsigned(std::min(64 / pack, part.rows - i)), unsigned(part.start + i), begins});
     }
+    // The position of a row of the sequence that a packed row belongs to.
+    auto position_of = [&](int row, int p) {
+        unsigned at = tables[table[row] - 1];
+        return at == 0 || p < int(tables[at]) ? p : int(tables[at] + tables[at + 2 + tables[at + 1] + p - tables[at]]);
+    };
     int t = position.size(), width = kv_heads * dim;
     auto q = random_values(size_t(t) * heads * dim), k = random_values(size_t(t) * width), v = random_values(size_t(t) * width);
     auto keys = unwritten<T>(size_t(num_blocks) * 32 * width), values = keys;
-    auto place = [&](unsigned block, int head, int p, int d) {
+    auto cell = [&](unsigned block, int head, int p, int d) {
         return ((size_t(block) * kv_heads + head) * 32 + p % 32) * dim + d;
     };
     // What came before this step.
-    unsigned begins = 0;
-    for (Part part : parts) {
+    int first_packed = 0;
+    for (const Part& part : parts) {
+        unsigned begins = table[first_packed];
         auto past_keys = as<T>(random_values(size_t(part.start) * width)), past_values = as<T>(random_values(size_t(part.start) * width));
         for (int p = 0; p < part.start; p++)
             for (int i = 0; i < width; i++) {
-                keys[place(tables[begins + p / 32], i / dim, p, i % dim)] = past_keys[p * width + i];
-                values[place(tables[begins + p / 32], i / dim, p, i % dim)] = past_values[p * width + i];
+                keys[cell(tables[begins + p / 32], i / dim, p, i % dim)] = past_keys[p * width + i];
+                values[cell(tables[begins + p / 32], i / dim, p, i % dim)] = past_values[p * width + i];
             }
-        begins += (part.start + part.rows + 31) / 32;
+        first_packed += part.rows;
     }
     // Queries, keys and values as parts of one row, as one product gives them; the first dimensions of each head are
     // rotated, in every second case none.
@@ -346,7 +397,7 @@ void attention(int heads, int kv_heads, int dim, const Values<Part>& parts, Scor
     for (int row = 0; row < t; row++) {
         Values<float> written, wanted;
         for (int i = 0; i < width; i++) {
-            size_t at = place(tables[table[row] + position[row] / 32], i / dim, position[row], i % dim);
+            size_t at = cell(tables[table[row] + place[row] / 32], i / dim, place[row], i % dim);
             written.push_back(to_float(keys[at]));
             written.push_back(to_float(values[at]));
             wanted.push_back(k[size_t(row) * width + i]);
@@ -357,30 +408,32 @@ void attention(int heads, int kv_heads, int dim, const Values<Part>& parts, Scor
     Values<float> plain(size_t(t) * heads * dim);
     int longest = 0;
     for (int row = 0; row < t; row++) {
-        int count = position[row] + 1, first = scores.window ? std::max(0, count - scores.window) : 0;
+        int count = place[row] + 1;
         int length = count <= 8192 ? 512 : 1024;
         longest = std::max(longest, (count + length - 1) / length);
         for (int head = 0; head < heads; head++) {
             int kv = head / (heads / kv_heads);
             Values<double> s(count);
             double best = -INFINITY, sum = 0;
-            for (int p = first; p < count; p++) {
+            for (int p = 0; p < count; p++) {
+                if (!is_seen[row][p]) continue;
                 double product = 0;
                 for (int d = 0; d < dim; d++)
                     product += double(q[(size_t(row) * heads + head) * dim + d]) *
-                               to_float(keys[place(tables[table[row] + p / 32], kv, p, d)]);
+                               to_float(keys[cell(tables[table[row] + p / 32], kv, p, d)]);
                 product *= scores.scale;
                 if (scores.softcap > 0) product = scores.softcap * std::tanh(product / scores.softcap);
-                if (alibi) product += double(slopes[head]) * (p - (count - 1));
-                if (relative) product += bias[head * 11 + 5 - std::min(count - 1 - p, 5)];
+                int away = int(position[row]) - position_of(row, p);
+                if (alibi) product -= double(slopes[head]) * away;
+                if (relative) product += bias[head * 11 + 5 - std::min(away, 5)];
                 s[p] = product;
                 best = std::max(best, product);
             }
-            for (int p = first; p < count; p++) sum += s[p] = std::exp(s[p] - best);
+            for (int p = 0; p < count; p++) sum += s[p] = is_seen[row][p] ? std::exp(s[p] - best) : 0;
             for (int d = 0; d < dim; d++) {
                 double y = 0;
-                for (int p = first; p < count; p++)
-                    y += s[p] / sum * to_float(values[place(tables[table[row] + p / 32], kv, p, d)]);
+                for (int p = 0; p < count; p++)
+                    y += s[p] / sum * to_float(values[cell(tables[table[row] + p / 32], kv, p, d)]);
                 plain[(size_t(row) * heads + head) * dim + d] = y;
             }
         }
@@ -393,12 +446,12 @@ void attention(int heads, int kv_heads, int dim, const Values<Part>& parts, Scor
         auto out = unwritten<T>(plain.size());
         auto partial = random_values(size_t(t) * heads * splits * 2), partial_out = random_values(size_t(t) * heads * splits * dim);
         attend_by_rows<T>((group + queries - 1) / queries, splits, t, shared, q.data(), keys.data(),
-                          values.data(), list.data(), position.data(), table.data(), tables.data(), out.data(),
+                          values.data(), list.data(), place.data(), table.data(), tables.data(), out.data(),
                           partial.data(), partial_out.data(), heads, kv_heads, dim, scores, pairs, queries);
         if (splits > 1)
             launch({unsigned(t), unsigned(heads)}, {64}, 0, [&] {
-                if constexpr (is_bf16) join_splits_bf16(partial.data(), partial_out.data(), list.data(), position.data(), out.data(), splits, dim, scores.window);
-                else join_splits_f32(partial.data(), partial_out.data(), list.data(), position.data(), out.data(), splits, dim, scores.window);
+                if constexpr (is_bf16) join_splits_bf16(partial.data(), partial_out.data(), list.data(), place.data(), table.data(), tables.data(), out.data(), splits, dim, scores.window);
+                else join_splits_f32(partial.data(), partial_out.data(), list.data(), place.data(), table.data(), tables.data(), out.data(), splits, dim, scores.window);
             });
         expect_close(what + " by rows, " + std::to_string(splits) + " splits", floats(out), plain, is_bf16 ? 5e-3f : 2e-5f);
     }
@@ -411,11 +464,11 @@ void attention(int heads, int kv_heads, int dim, const Values<Part>& parts, Scor
             launch({unsigned(t), unsigned(kv_heads * ((group + queries - 1) / queries)), unsigned(splits)}, {ROW_WARPS * 32}, bytes, [&] {
                 auto kernel = queries == 1 ? (dim == 64 ? attend_vectors_64_1 : dim == 128 ? attend_vectors_128_1 : attend_vectors_256_1)
                                            : (dim == 64 ? attend_vectors_64_4 : dim == 128 ? attend_vectors_128_4 : attend_vectors_256_4);
-                kernel(q.data(), keys.data(), values.data(), list.data(), position.data(), table.data(), tables.data(), out.data(),
+                kernel(q.data(), keys.data(), values.data(), list.data(), place.data(), table.data(), tables.data(), out.data(),
                        partial.data(), partial_out.data(), heads, kv_heads, dim, scores);
             });
             launch({unsigned(t), unsigned(heads)}, {64}, 0, [&] {
-                join_splits_bf16(partial.data(), partial_out.data(), list.data(), position.data(), out.data(), splits, dim, scores.window);
+                join_splits_bf16(partial.data(), partial_out.data(), list.data(), place.data(), table.data(), tables.data(), out.data(), splits, dim, scores.window);
             });
             expect_close(what + " by vectors", floats(out), plain, 5e-3f);
         }
@@ -442,8 +495,8 @@ void attention(int heads, int kv_heads, int dim, const Values<Part>& parts, Scor
     for (int h = 0; h < kv_heads; h++)
         for (int p = 0; p < 7; p++)
             for (int d = 0; d < dim; d++) {
-                plain_keys[place(to, h, p, d)] = keys[place(from, h, p, d)];
-                plain_values[place(to, h, p, d)] = values[place(from, h, p, d)];
+                plain_keys[cell(to, h, p, d)] = keys[cell(from, h, p, d)];
+                plain_values[cell(to, h, p, d)] = values[cell(from, h, p, d)];
             }
     launch({unsigned(kv_heads)}, {32}, 0, [&] {
         if constexpr (is_bf16) copy_slots_bf16(keys.data(), values.data(), from, to, 7, dim);
@@ -477,6 +530,15 @@ void attentions() {
     attention<T>(32, 4, 16, {{10, 20}}, plain, false, false);
     attention<T>(4, 2, 80, {{300, 3}, {0, 18}}, plain, false, false);
     attention<T>(3, 3, 96, {{600, 17}}, {0.2f, 0, 300, 0, nullptr, nullptr}, true, false);
+    // Trees: within their part, from before it on, longer than a tile, and beyond a window.
+    Values<unsigned> tree = {0, 1, 2, 2, 1, 2, 3, 0, 0, 1, 1, 2, 3, 0, 1, 2, 2, 1, 0}, twice = tree, deep(90);
+    twice.insert(twice.end(), tree.begin(), tree.end());
+    for (int i = 0; i < 90; i++) deep[i] = i % 45;
+    attention<T>(4, 2, 16, {{3, 2}, {10, 30, tree}, {40, 1}}, plain, false, false);
+    attention<T>(4, 4, 64, {{1, 1}, {45, 18, twice}, {33, 90, deep}}, plain, true, false);
+    attention<T>(9, 3, 64, {{0, 1}, {500, 50, twice}}, plain, false, true);
+    attention<T>(2, 1, 128, {{0, 1}, {20, 100, deep}, {505, 38, twice}}, {0.2f, 0, 30, 0, nullptr, nullptr}, false, false);
+    attention<T>(2, 2, 32, {{9, 1}, {20, 38, twice}}, {0.2f, 4.0f, 2, 0, nullptr, nullptr}, true, false);
 }
 
 }  // namespace

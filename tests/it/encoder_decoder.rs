@@ -72,7 +72,7 @@ fn encode(runner: &mut Runner, inputs: &[(&Case, Option<&Arc<LearnedPrompt>>)]) 
     let tokens: Vec<_> = inputs.iter().map(|(case, prompt)| of_encoder(*prompt, case)).collect();
     let part = |(tokens, (_, prompt)): (_, &(_, Option<_>))| {
         let tokens: &Vec<_> = tokens;
-        Part { tokens, start: 0, blocks: &[], prompt: *prompt, encoded: None, wanted: 0 }
+        Part { tokens, prompt: *prompt, ..Part::default() }
     };
     let parts: Vec<Part> = tokens.iter().zip(inputs).map(part).collect();
     runner.run_encoder(&parts).unwrap()
@@ -95,8 +95,9 @@ fn logits(
     for (i, part) in tokens.chunks(chunk).enumerate() {
         let wanted = usize::from((i + 1) * chunk >= tokens.len());
         let encoded = Some(encoded);
-        let part = Part { tokens: part, start: i * chunk, blocks: &blocks, prompt, encoded, wanted };
-        last = Some(runner.run(&[part]).unwrap());
+        let part =
+            Part { tokens: part, start: i * chunk, blocks: &blocks, tree: None, prompt, encoded, wanted, scored: &[] };
+        last = Some(runner.run(&[part]).unwrap().logits);
     }
     last.unwrap().with_rows(&[0], |rows| Ok(rows[0].to_vec())).unwrap()
 }

@@ -38,7 +38,7 @@ pub fn cache(model: &Model, positions: usize) -> Box<dyn KvCache> {
 /// sequence in this cache, whose blocks lie there from the last to the first.
 pub fn by_serving(model: &Model, cache: &mut dyn KvCache, x: &Tensor, start: usize, wanted: &[u32]) -> Tensor {
     let blocks = (0..cache.num_blocks() as u32).rev().collect();
-    let segments = vec![Segment { rows: x.dims()[0], start, blocks }];
+    let segments = vec![Segment::new(x.dims()[0], start, blocks)];
     let batch = BatchLayout { segments, wanted: wanted.to_vec(), ..Default::default() };
     let mut kernels = model.backend().serving(cache, &batch, &[]).unwrap();
     let hidden = model.forward(x, &batch, kernels.as_mut()).unwrap();

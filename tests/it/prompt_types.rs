@@ -61,8 +61,8 @@ fn logits(runner: &mut Runner, prompt: &Arc<LearnedPrompt>, case: &Case, chunk: 
     let mut last = None;
     for (i, tokens) in tokens.chunks(chunk).enumerate() {
         let wanted = usize::from((i + 1) * chunk >= prompt.num_virtual_tokens() + case.input_ids.len());
-        let part = Part { tokens, start: i * chunk, blocks: &blocks, prompt: Some(prompt), encoded: None, wanted };
-        last = Some(runner.run(&[part]).unwrap());
+        let part = Part { tokens, start: i * chunk, blocks: &blocks, prompt: Some(prompt), wanted, ..Part::default() };
+        last = Some(runner.run(&[part]).unwrap().logits);
     }
     last.unwrap().with_rows(&[0], |rows| Ok(rows[0].to_vec())).unwrap()
 }

@@ -37,16 +37,17 @@ fn expected(runner: &mut Runner, case: &Case, version: Option<&Version>, continu
     let mut input = packing.pack(shape, shape.followed_by(&case.input_ids)).unwrap();
     let wanted = input.continued_by(continuation).len();
     let encoded = input.encoder.as_ref().map(|tokens| {
-        let part = Part { tokens, start: 0, blocks: &[], prompt, encoded: None, wanted: 0 };
+        let part = Part { tokens, prompt, ..Part::default() };
         runner.run_encoder(&[part]).unwrap().remove(0)
     });
     let blocks: Vec<u32> = (0..input.decoder.len().div_ceil(BLOCK_SIZE) as u32).collect();
-    let part = Part { tokens: &input.decoder, start: 0, blocks: &blocks, prompt, encoded: encoded.as_ref(), wanted };
+    let part =
+        Part { tokens: &input.decoder, blocks: &blocks, prompt, encoded: encoded.as_ref(), wanted, ..Part::default() };
     let log_prob = |(row, &id): (&[f32], &u32)| {
         let max = f64::from(row.iter().copied().fold(f32::NEG_INFINITY, f32::max));
         f64::from(row[id as usize]) - max - row.iter().map(|&x| (f64::from(x) - max).exp()).sum::<f64>().ln()
     };
-    let logits = runner.run(&[part]).unwrap();
+    let logits = runner.run(&[part]).unwrap().logits;
     let all: Vec<usize> = (0..logits.num_rows()).collect();
     logits.with_rows(&all, |rows| Ok(rows.iter().copied().zip(continuation).map(log_prob).collect())).unwrap()
 }
@@ -103,7 +104,8 @@ fn scores_are_those_of_one_forward_pass_a_continuation_alone_mixed_and_when_bloc
                 let expected = expected(&mut runner, case, version.as_ref(), continuation);
                 assert_eq!(found.len(), expected.len());
                 for (a, b) in found.iter().zip(&expected) {
-                    assert!((f64::from(*a) - b).abs() < 1e-5, "{name}/{}: {a} and {b}", case.prompt);
+                    // The sums of attention run in another order in a tree of tokens.
+                    assert!((f64::from(*a) - b).abs() < 1e-5 * b.abs().max(1.0), "{name}/{}: {a} and {b}", case.prompt);
                 }
             }
         }

@@ -89,12 +89,7 @@ const CIRCLES: &[&[&str]] = &[
         "http::running",
     ],
     &["kernels", "kernels::weight"],
-    &[
-        "kernels::cpu::attention",
-        "kernels::cpu::attention::scores",
-        "kernels::cpu::attention::softmax",
-        "kernels::cpu::attention::values",
-    ],
+    &["kernels::cpu::attention", "kernels::cpu::attention::scores", "kernels::cpu::attention::values"],
     &["kernels::cpu::tuning", "kernels::cpu::tuning::attention", "kernels::cpu::tuning::ops"],
     &[
         "prompt::files",

@@ -1,6 +1,6 @@
 //! Log-probabilities under the model's own distribution, before temperature and penalties.
 
-use super::{error::NoToken, scratch::Scratch, select};
+use super::{scratch::Scratch, select};
 use crate::kernels::rows::{RowKernels, WeightParams};
 
 /// The natural logarithm of the sum of the exponentials of a row of logits.
@@ -10,18 +10,6 @@ pub fn log_sum_exp(logits: &[f32], rows: &dyn RowKernels, scratch: &mut Scratch)
     let params = WeightParams { max, inverse_temperature: 1.0, least: f32::NEG_INFINITY };
     rows.weights(logits, params, &mut scratch.weights, &mut scratch.sums);
     max + scratch.sums.iter().map(|&sum| f64::from(sum)).sum::<f64>().ln() as f32
-}
-
-/// The log-probabilities of given ids; negative infinity for one that is not in the vocabulary.
-///
-/// # Errors
-/// The logits are not finite.
-pub fn of_ids(logits: &[f32], ids: &[u32], rows: &dyn RowKernels, scratch: &mut Scratch) -> Result<Vec<f32>, NoToken> {
-    let log_sum = log_sum_exp(logits, rows, scratch);
-    if !rows.is_usable(logits) || !log_sum.is_finite() {
-        return Err(NoToken::NotFinite);
-    }
-    Ok(ids.iter().map(|&id| logits.get(id as usize).map_or(f32::NEG_INFINITY, |x| x - log_sum)).collect())
 }
 
 /// The log-probability of one id, and the `n` likeliest with theirs, likeliest first.

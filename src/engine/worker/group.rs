@@ -1,19 +1,26 @@
 //! A request that scores continuations: its plan, what was found, and what its sequences have in common.
 
-use crate::engine::{
-    encoder::EncoderInput,
-    request::{CacheNamespace, InputToken, Tenant},
-    score::{ScorePlan, Scores},
-    sequence::Sequence,
+use std::sync::Arc;
+
+use crate::{
+    engine::{
+        encoder::EncoderInput,
+        request::{CacheNamespace, InputToken, Tenant},
+        score::{Part, ScorePlan, Scores},
+        sequence::Sequence,
+    },
+    kernels::layout::TokenTree,
 };
 
 /// A request whose continuations are scored.
 pub(super) struct Group {
     pub plan: ScorePlan,
+    /// The parts of the plan's tree, each computed as a sequence.
+    pub parts: Vec<Part>,
     pub scores: Scores,
-    /// Branches that are not done.
+    /// Parts that are not done.
     pub left: usize,
-    /// What every branch begins with, and how it is scheduled.
+    /// What every part begins with, and how it is scheduled.
     pub input: Vec<InputToken>,
     pub encoder: Option<EncoderInput>,
     pub namespace: CacheNamespace,
@@ -27,18 +34,27 @@ pub(super) struct Group {
 pub(super) type GroupId = u64;
 
 impl Group {
-    /// The log-probabilities of a row of a branch.
-    pub fn record(&mut self, branch: usize, row: usize, log_probs: &[f32]) {
-        self.plan.record(&mut self.scores, branch, row, log_probs);
+    /// The ids whose log-probabilities are wanted of a row of a part.
+    pub fn wanted(&self, part: usize, row: usize) -> Vec<u32> {
+        self.parts.get(part).map_or_else(Vec::new, |part| self.plan.wanted(part, row))
     }
 
-    /// The sequence of a branch.
+    /// The log-probabilities of a row of a part.
+    pub fn record(&mut self, part: usize, row: usize, log_probs: &[f32]) {
+        if let Some(part) = self.parts.get(part) {
+            self.plan.record(&mut self.scores, part, row, log_probs);
+        }
+    }
+
+    /// The sequence of a part.
     pub fn sequence(&self, index: usize) -> Option<Sequence> {
-        let branch = self.plan.branches().get(index)?;
-        let continuation = branch.tokens.iter().map(|&id| InputToken::Vocab(id));
-        let tokens = self.input.iter().copied().chain(continuation).collect();
-        // The first branch begins with the row that predicts first tokens, the input's last.
-        let scored_from = if index == 0 { self.input.len() - 1 } else { self.input.len() + branch.shared };
+        let part = self.parts.get(index)?;
+        let rows = part.tokens.iter().map(|&id| InputToken::Vocab(id));
+        let tokens = self.input.iter().copied().chain(rows).collect();
+        let start = self.input.len();
+        // The first part has also the row that predicts first tokens, the input's last.
+        let scored_from = if index == 0 { start - 1 } else { start + part.num_ancestors };
+        let tree = (!part.depths.is_empty()).then(|| Arc::new(TokenTree::new(start, part.depths.clone())));
         Some(Sequence {
             namespace: Some(self.namespace),
             public_prefix: self.public_prefix,
@@ -46,8 +62,7 @@ impl Group {
             priority: self.priority,
             encoder: self.encoder.clone(),
             scored_from: Some(scored_from),
-            // What nobody leaves, nobody looks for.
-            commits: index == 0 || !branch.next.is_empty(),
+            tree,
             ..Sequence::new(tokens)
         })
     }

@@ -10,9 +10,9 @@ use super::{Running, Task, Worker};
 use crate::{
     engine::{
         request::{GeneratedToken, SequenceId},
-        runner::Logits,
-        sampling::{NoToken, Sampler, Scratch, log_probs},
-        scheduler::Step,
+        runner::Output,
+        sampling::{NoToken, Sampler, Scratch},
+        scheduler::{Chunk, Step},
     },
     kernels::{Largest, rows::RowKernels},
 };
@@ -23,22 +23,12 @@ enum Row<'a> {
         id: SequenceId,
         sampler: &'a mut Sampler,
     },
-    Score {
-        id: SequenceId,
-        group: u64,
-        branch: usize,
-        row: usize,
-        ids: Vec<u32>,
-    },
     /// Its sequence is gone.
     Nobodys,
 }
 
-/// What was made of it.
-enum Made {
-    Token(Result<GeneratedToken, NoToken>),
-    LogProbs(Result<Vec<f32>, NoToken>),
-}
+/// What was made of it: the token, or why there is none.
+type Made = Result<GeneratedToken, NoToken>;
 
 impl Row<'_> {
     /// Whether the largest logit and its log-probability are all that is made use of.
@@ -48,42 +38,70 @@ impl Row<'_> {
 
     fn make_of_largest(&mut self, largest: Largest) -> Option<Made> {
         match self {
-            Row::Choose { sampler, .. } if sampler.is_greedy() => Some(Made::Token(sampler.take_largest(largest))),
+            Row::Choose { sampler, .. } if sampler.is_greedy() => Some(sampler.take_largest(largest)),
             _ => None,
         }
     }
 
     fn make(&mut self, logits: &[f32], kernels: &dyn RowKernels) -> Option<Made> {
         Scratch::with(|scratch| match self {
-            Row::Choose { sampler, .. } => Some(Made::Token(sampler.next(logits, kernels, scratch))),
-            Row::Score { ids, .. } => Some(Made::LogProbs(log_probs::of_ids(logits, ids, kernels, scratch))),
+            Row::Choose { sampler, .. } => Some(sampler.next(logits, kernels, scratch)),
             Row::Nobodys => None,
         })
     }
 }
 
 impl Worker {
+    /// Of which ids the log-probabilities are wanted for each wanted row of a chunk; empty of a chunk that is not scored.
+    pub(super) fn scored_ids(&self, chunk: &Chunk) -> Vec<Vec<u32>> {
+        let Some(&Running { task: Task::Score { group, part }, .. }) = self.jobs.get(&chunk.id) else {
+            return Vec::new();
+        };
+        let Some(group) = self.groups.get(&group) else { return Vec::new() };
+        let first = self.first_wanted_row(chunk);
+        (first..first + chunk.wanted).map(|row| group.wanted(part, row)).collect()
+    }
+
+    /// The first wanted row of a chunk, counted from the first one that is wanted of its sequence.
+    fn first_wanted_row(&self, chunk: &Chunk) -> usize {
+        let from = self.scheduler.get(chunk.id).map_or(0, |sequence| sequence.wanted_from());
+        (chunk.start + chunk.len - chunk.wanted).saturating_sub(from)
+    }
+
+    /// Records the log-probabilities that continuations are scored with. Returns the sequences whose logits are not
+    /// finite.
+    fn use_scores(&mut self, step: &Step, scores: Vec<Vec<f32>>) -> Vec<SequenceId> {
+        let mut not_finite = Vec::new();
+        let mut scores = scores.into_iter();
+        for chunk in step.chunks.iter().filter(|chunk| chunk.wanted > 0) {
+            let first = self.first_wanted_row(chunk);
+            let Some(&Running { task: Task::Score { group, part }, .. }) = self.jobs.get(&chunk.id) else { continue };
+            let Some(group) = self.groups.get_mut(&group) else { continue };
+            for (row, log_probs) in (first..).zip(scores.by_ref().take(chunk.wanted)) {
+                if log_probs.iter().any(|x| x.is_nan()) {
+                    not_finite.push(chunk.id);
+                }
+                group.record(part, row, &log_probs);
+            }
+        }
+        not_finite.dedup();
+        not_finite
+    }
+
     /// Chooses the next token of each sequence that waits for one, and records the log-probabilities of continuations.
     /// Returns the tokens, and why a sequence has to end without one.
     pub(super) fn use_rows(
         &mut self,
         step: &Step,
-        logits: &Logits,
+        Output { logits, scores }: Output,
     ) -> candle_core::Result<Vec<(SequenceId, Result<GeneratedToken, NoToken>)>> {
+        let not_finite = self.use_scores(step, scores);
         let mut jobs: HashMap<SequenceId, &mut Running> = self.jobs.iter_mut().map(|(id, job)| (*id, job)).collect();
         let mut rows = Vec::new();
         for chunk in step.chunks.iter().filter(|chunk| chunk.wanted > 0) {
             match jobs.remove(&chunk.id).map(|job| &mut job.task) {
                 Some(Task::Generate { sampler, .. }) => rows.push(Row::Choose { id: chunk.id, sampler }),
-                Some(&mut Task::Score { group, branch }) => {
-                    let from = self.scheduler.get(chunk.id).map_or(0, |sequence| sequence.wanted_from());
-                    let first = (chunk.start + chunk.len - chunk.wanted).saturating_sub(from);
-                    let plan = self.groups.get(&group).map(|group| &group.plan);
-                    rows.extend((first..first + chunk.wanted).map(|row| {
-                        let ids = plan.map_or_else(Vec::new, |plan| plan.wanted(branch, row));
-                        Row::Score { id: chunk.id, group, branch, row, ids }
-                    }));
-                }
+                Some(Task::Score { .. }) => {}
                 None => rows.extend((0..chunk.wanted).map(|_| Row::Nobodys)),
             }
         }
@@ -110,17 +128,10 @@ impl Worker {
             });
             Ok(())
         })?;
-        let mut tokens = Vec::with_capacity(rows.len());
+        let mut tokens: Vec<_> = not_finite.into_iter().map(|id| (id, Err(NoToken::NotFinite))).collect();
         for row in rows {
-            match row.into_inner().unwrap_or_else(PoisonError::into_inner) {
-                (Row::Choose { id, .. }, Some(Made::Token(token))) => tokens.push((id, token)),
-                (Row::Score { group, branch, row, .. }, Some(Made::LogProbs(Ok(log_probs)))) => {
-                    if let Some(group) = self.groups.get_mut(&group) {
-                        group.record(branch, row, &log_probs);
-                    }
-                }
-                (Row::Score { id, .. }, Some(Made::LogProbs(Err(reason)))) => tokens.push((id, Err(reason))),
-                _ => {}
+            if let (Row::Choose { id, .. }, Some(made)) = row.into_inner().unwrap_or_else(PoisonError::into_inner) {
+                tokens.push((id, made));
             }
         }
         Ok(tokens)

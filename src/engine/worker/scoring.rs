@@ -1,5 +1,5 @@
-//! Requests that score continuations: each is a group of sequences, the branches of its plan, that share what the
-//! request has.
+//! Requests that score continuations: each is a group of sequences, the parts of its tree. There is one, unless the tree
+//! is large; others begin when the first has computed the input, which they find in the cache.
 
 use std::sync::Arc;
 
@@ -14,30 +14,42 @@ use crate::engine::{
 };
 
 impl Worker {
-    /// Lets the first branch of a request wait for its turn; `sequence` has the input alone.
+    /// Lets the first part of a request wait for its turn; `sequence` has the input alone.
     pub(super) fn accept_score(&mut self, id: SequenceId, plan: ScorePlan, sequence: Sequence, running: Running) {
-        // The branches find in the cache what others computed, also those of a request that shares with nobody.
+        // The parts find in the cache what the first computed, also those of a request that shares with nobody.
         let namespace = match (&sequence.encoder, sequence.namespace) {
             (Some(input), _) => input.key.as_namespace(),
             (None, Some(namespace)) => namespace,
             (None, None) => CacheNamespace::of_request(id.0),
         };
         let Sequence { tokens: input, encoder, public_prefix, tenant, priority, .. } = sequence;
-        let (scores, left) = (plan.begin(), 1);
-        let group =
-            Group { plan, scores, left, input, encoder, namespace, public_prefix, tenant, priority, cached_tokens: 0 };
+        let parts = plan.parts(self.scheduler.max_sequence().saturating_sub(input.len()));
+        let (scores, left, cached_tokens) = (plan.begin(), parts.len(), 0);
+        let group = Group {
+            plan,
+            parts,
+            scores,
+            left,
+            input,
+            encoder,
+            namespace,
+            public_prefix,
+            tenant,
+            priority,
+            cached_tokens,
+        };
         if let Some(first) = group.sequence(0) {
             self.groups.insert(id.0, group);
-            self.jobs.insert(id, Running { task: Task::Score { group: id.0, branch: 0 }, ..running });
+            self.jobs.insert(id, Running { task: Task::Score { group: id.0, part: 0 }, ..running });
             self.scheduler.add(id, first);
         }
     }
 
-    /// Ends branches of which all is computed: those that leave them wait for their turn, and a request without
-    /// branches left is answered.
-    pub(super) fn end_branches(&mut self, ids: &[SequenceId]) {
+    /// Ends parts of which all is computed: after the first the others wait for their turn, and a request without parts
+    /// left is answered.
+    pub(super) fn end_parts(&mut self, ids: &[SequenceId]) {
         for &id in ids {
-            let Some(&Running { task: Task::Score { group: group_id, branch }, .. }) = self.jobs.get(&id) else {
+            let Some(&Running { task: Task::Score { group: group_id, part }, .. }) = self.jobs.get(&id) else {
                 continue;
             };
             if !self.scheduler.get(id).is_some_and(Sequence::is_scored) {
@@ -45,23 +57,23 @@ impl Worker {
             }
             let cached = self.scheduler.get(id).and_then(|sequence| sequence.cached_tokens).unwrap_or(0);
             let Some(group) = self.groups.get_mut(&group_id) else { continue };
-            if branch == 0 {
+            group.left -= 1;
+            if part == 0 {
                 group.cached_tokens = cached;
             }
-            let next = group.plan.branches().get(branch).map_or_else(Vec::new, |branch| branch.next.clone());
-            group.left = group.left + next.len() - 1;
-            let sequences: Vec<_> = next.iter().filter_map(|&index| Some((index, group.sequence(index)?))).collect();
             if group.left == 0 {
                 let (log_probs, cached_tokens) = (group.plan.finish(&group.scores), group.cached_tokens);
                 self.end(id, Event::Scored { log_probs, cached_tokens });
                 continue;
             }
-            for (branch, sequence) in sequences {
+            let others = if part == 0 { 1..group.parts.len() } else { 0..0 };
+            let sequences: Vec<_> = others.filter_map(|part| Some((part, group.sequence(part)?))).collect();
+            for (part, sequence) in sequences {
                 let new = self.new_id();
                 let Some(job) = self.jobs.get(&id) else { continue };
                 let job = Running {
                     prompt: job.prompt.clone(),
-                    task: Task::Score { group: group_id, branch },
+                    task: Task::Score { group: group_id, part },
                     deadline: job.deadline,
                     events: job.events.clone(),
                     cached_tokens: Arc::clone(&job.cached_tokens),
@@ -75,7 +87,7 @@ impl Worker {
         }
     }
 
-    /// Takes the other branches of a group out, and the group.
+    /// Takes the other parts of a group out, and the group.
     pub(super) fn forget_group(&mut self, group_id: GroupId) {
         if self.groups.remove(&group_id).is_none() {
             return;

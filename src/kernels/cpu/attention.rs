@@ -5,16 +5,20 @@
 //! pass over the values. Masked positions have weight zero and add nothing, so a query's numbers do not depend on the
 //! other queries of its tile.
 
+mod hidden;
 mod prefetch;
 mod scores;
 mod softmax;
+mod tile;
 mod values;
 
-use std::{cell::Cell, ops::Range};
+use std::cell::Cell;
 
+use hidden::{Hidden, visible_blocks};
 use prefetch::Ahead;
 use scores::{block_scores, load_queries};
 use softmax::{shape_scores, softmax};
+use tile::{BLOCK_SCORES, TILE_ROWS};
 use values::weigh_values;
 
 use super::{
@@ -28,13 +32,6 @@ use crate::kernels::{
     AttentionParams, KvCache as _,
     layout::{BLOCK_SIZE, Segment},
 };
-
-/// Queries of a tile.
-const TILE_ROWS: usize = 16;
-/// Scores, or weights, of a tile against a block: 16 rows of 32.
-const BLOCK_SCORES: usize = TILE_ROWS * BLOCK_SIZE;
-/// Pairs of bf16 in a row of a tile.
-const TILE_PAIRS: usize = 16;
 
 /// Queries, keys and values of a step's rows, packed as the segments say.
 #[derive(Debug, Clone, Copy)]
@@ -201,28 +198,28 @@ impl Step<'_> {
         head * 2 * self.plane
     }
 
-    /// A head's keys in a block of a segment; its values come `plane` later.
+    /// A head's keys in a block that begins at `plane`; its values come [`plane`](Self::plane) words later.
     #[inline(always)]
-    fn keys(&self, index: usize, block: usize, head: usize) -> *mut u32 {
-        self.words.wrapping_add(self.planes[index][block] + self.head_offset(head))
+    fn keys(&self, plane: usize, head: usize) -> *mut u32 {
+        self.words.wrapping_add(plane + self.head_offset(head))
     }
 
-    /// What is read after a block's keys: those of the next block, then the first block's values.
+    /// What is read after the keys of the `i`th of some blocks: those of the next one, then the first block's values.
     #[inline(always)]
-    fn after_keys(&self, index: usize, block: usize, head: usize, blocks: &Range<usize>) -> Ahead {
-        Ahead(Some(match block + 1 < blocks.end {
-            true => self.keys(index, block + 1, head),
-            false => self.keys(index, blocks.start, head).wrapping_add(self.plane),
-        }))
+    fn after_keys(&self, planes: &[usize], i: usize, head: usize) -> Ahead {
+        Ahead(match planes.get(i + 1) {
+            Some(&next) => Some(self.keys(next, head).cast_const()),
+            None => planes.first().map(|&first| self.keys(first, head).wrapping_add(self.plane).cast_const()),
+        })
     }
 
     /// What is read after a block's values: those of the next block, then the next head's keys.
     #[inline(always)]
-    fn after_values(&self, index: usize, block: usize, head: usize, blocks: &Range<usize>) -> Ahead {
-        match block + 1 < blocks.end {
-            true => Ahead(Some(self.keys(index, block + 1, head).wrapping_add(self.plane))),
-            false if head + 1 < self.kv_heads => Ahead(Some(self.keys(index, blocks.start, head + 1))),
-            false => Ahead::NOTHING,
+    fn after_values(&self, planes: &[usize], i: usize, head: usize) -> Ahead {
+        match (planes.get(i + 1), planes.first()) {
+            (Some(&next), _) => Ahead(Some(self.keys(next, head).wrapping_add(self.plane))),
+            (None, Some(&first)) if head + 1 < self.kv_heads => Ahead(Some(self.keys(first, head + 1))),
+            _ => Ahead::NOTHING,
         }
     }
 }
@@ -236,13 +233,13 @@ unsafe fn write<S: Simd>(step: &Step, index: usize, head: usize) {
     let segment = &step.segments[index];
     let (dim, width) = (step.head_dim, step.kv_heads * step.head_dim);
     for row in 0..segment.rows {
-        let (position, at) = (segment.start + row, (step.starts[index] + row) * width + head * dim);
-        let slot = position % BLOCK_SIZE;
+        let (place, at) = (segment.start + row, (step.starts[index] + row) * width + head * dim);
+        let slot = place % BLOCK_SIZE;
         let (k, v) = (&step.rows.k[at..][..dim], &step.rows.v[at..][..dim]);
         // SAFETY: the keys and values of a block are `plane` words each, which hold 32 positions of
         // `step.dim` dimensions.
         unsafe {
-            let keys = step.keys(index, position / BLOCK_SIZE, head);
+            let keys = step.keys(step.planes[index][place / BLOCK_SIZE], head);
             let values = keys.add(step.plane);
             if slot == 0 {
                 // What an earlier owner left must be finite, for it is multiplied by a weight of zero.
@@ -286,6 +283,9 @@ unsafe fn write<S: Simd>(step: &Step, index: usize, head: usize) {
 
 /// A thread's memory for one tile; it grows with the longest sequence seen.
 struct Scratch {
+    /// The blocks that some query of the tile sees a key of, and where each begins.
+    blocks: Vec<usize>,
+    planes: Vec<usize>,
     /// f32 `[16][dim]`, or bf16 `[dim / 32][16][16 pairs]`.
     queries: Buffer<u32>,
     /// `[blocks][16][32]`: scores, then weights.
@@ -298,7 +298,14 @@ struct Scratch {
 
 impl Scratch {
     const fn new() -> Self {
-        Self { queries: Buffer::empty(), scores: Buffer::empty(), weights: Buffer::empty(), sums: Buffer::empty() }
+        Self {
+            blocks: Vec::new(),
+            planes: Vec::new(),
+            queries: Buffer::empty(),
+            scores: Buffer::empty(),
+            weights: Buffer::empty(),
+            sums: Buffer::empty(),
+        }
     }
 }
 
@@ -315,12 +322,15 @@ unsafe fn attend_tile<S: Simd>(step: &Step, index: usize, head: usize, tile: usi
     let segment = &step.segments[index];
     let first = tile * TILE_ROWS;
     let count = (segment.rows * step.groups - first).min(TILE_ROWS);
-    let position = |i: usize| segment.start + (first + i) / step.groups;
+    // The row of its sequence that a query belongs to.
+    let row = |i: usize| segment.start + (first + i) / step.groups;
     let params = step.rows.params;
-    // The first position that a query sees.
-    let oldest = |i: usize| params.window.map_or(0, |window| (position(i) + 1).saturating_sub(window));
-    let blocks = oldest(0) / BLOCK_SIZE..position(count - 1) / BLOCK_SIZE + 1;
-    let start = blocks.start * BLOCK_SIZE;
+    scratch.blocks.clear();
+    scratch.blocks.extend(visible_blocks(segment, row(0)..row(count - 1) + 1, params.window));
+    let blocks = &scratch.blocks[..];
+    scratch.planes.clear();
+    scratch.planes.extend(blocks.iter().map(|&block| step.planes[index][block]));
+    let planes = &scratch.planes[..];
     let queries = scratch.queries.scratch(TILE_ROWS * step.dim).as_mut_ptr();
     let scores = scratch.scores.scratch(blocks.len() * BLOCK_SCORES).as_mut_ptr();
     let weights = scratch.weights.scratch(blocks.len() * BLOCK_SCORES / 2).as_mut_ptr();
@@ -336,9 +346,9 @@ unsafe fn attend_tile<S: Simd>(step: &Step, index: usize, head: usize, tile: usi
             write::<S>(step, index, head);
         }
         load_queries::<S>(step, count, at, queries);
-        for (i, block) in blocks.clone().enumerate() {
-            let keys = step.keys(index, block, head);
-            let ahead = step.after_keys(index, block, head, &blocks);
+        for (i, &plane) in planes.iter().enumerate() {
+            let keys = step.keys(plane, head);
+            let ahead = step.after_keys(planes, i, head);
             block_scores::<S>(step, queries, keys, count, scores.add(i * BLOCK_SCORES), ahead);
         }
         let mut scales = [0f32; TILE_ROWS];
@@ -353,22 +363,30 @@ unsafe fn attend_tile<S: Simd>(step: &Step, index: usize, head: usize, tile: usi
                 (softcap, slopes, bias) => {
                     let query_head = head * step.groups + (first + i) % step.groups;
                     let slope = slopes.as_ref().map_or(0.0, |s| s[query_head]);
-                    // Positions are counted from the query's own.
-                    let nearest = start as f32 - position(i) as f32;
-                    shape_scores::<S>(scores, blocks.len(), params.scale, softcap, slope, nearest);
+                    let position = segment.position(row(i));
+                    shape_scores::<S>(scores, blocks, params.scale, softcap, slope, position as f32);
+                    let keys = |(i, block): (usize, &usize)| {
+                        let (first, at) = (block * BLOCK_SIZE, i * BLOCK_SCORES);
+                        (0..BLOCK_SIZE).map(move |slot| (first + slot, at + slot))
+                    };
+                    let keys = blocks.iter().enumerate().flat_map(keys).filter(|(key, _)| *key <= row(i));
+                    if let (Some(tree), true) = (&segment.tree, slope != 0.0) {
+                        for (key, at) in keys.clone().filter(|(key, _)| *key >= tree.start()) {
+                            *scores.add(at) += slope * (segment.position(key) as f32 - key as f32);
+                        }
+                    }
                     if let Some(bias) = bias {
-                        for key in start..position(i) + 1 {
-                            let at = (key - start) / BLOCK_SIZE * BLOCK_SCORES + (key - start) % BLOCK_SIZE;
-                            *scores.add(at) += bias.at(query_head, position(i), key);
+                        for (key, at) in keys {
+                            *scores.add(at) += bias.at(query_head, position, segment.position(key));
                         }
                     }
                     1.0
                 }
             };
-            let seen = oldest(i) - start..position(i) + 1 - start;
-            *scale = softmax::<S>(scores, seen, blocks.len(), factor, weights.cast());
+            let hidden = Hidden::new(segment, row(i), params.window);
+            *scale = softmax::<S>(scores, &hidden, blocks, factor, weights.cast());
         }
-        weigh_values::<S>(step, index, head, blocks, count, scores, weights, sums);
+        weigh_values::<S>(step, planes, head, count, scores, weights, sums);
         for (i, scale) in scales.iter().enumerate().take(count) {
             let (from, to) = (sums.add(i * step.dim), step.out.add(at(i)));
             let whole = step.head_dim / LANES * LANES;

@@ -11,6 +11,7 @@ use candle_core::{CpuStorage, CustomOp1, Device, Layout, Result, Shape, Tensor, 
 
 use super::{
     Isa, PackedMatrix, Precision,
+    log_probabilities::log_probabilities,
     matmul::{Product, multiply, multiply_gated},
     pool,
 };
@@ -102,6 +103,22 @@ pub fn linear(x: &Tensor, layers: &[&Linear], residual: Option<&Tensor>) -> Resu
         None => with_values(x, |x| run(x, None))?,
     };
     matrices.iter().zip(results).map(|(matrix, y)| Tensor::from_vec(y, (rows, matrix.n()), x.device())).collect()
+}
+
+/// Of each row of `x` `[t, k]`, the log-probabilities of ids; see [`Kernels::score`](crate::kernels::Kernels::score).
+///
+/// # Errors
+/// As [`linear`].
+pub fn score(x: &Tensor, head: &Linear, softcap: Option<f64>, ids: &[Vec<u32>]) -> Result<Vec<Vec<f32>>> {
+    let (rows, k) = x.dims2()?;
+    let matrix = FrozenMatrix::of(head)?.matrix();
+    fits(matrix, k)?;
+    if ids.len() != rows {
+        bail!("ids of {} rows were given for {rows} rows", ids.len());
+    }
+    let bias = head.bias.as_ref().map(|bias| with_values(bias, |bias| Ok(bias.to_vec()))).transpose()?;
+    let (bias, softcap) = (bias.as_deref(), softcap.map(|cap| cap as f32));
+    with_values(x, |x| Ok(log_probabilities(Isa::best(), pool::global(), x, matrix, bias, softcap, ids)))
 }
 
 /// `activation(x gateᵀ) * (x upᵀ)` of layers without a bias. Not differentiable.

@@ -221,7 +221,7 @@ mod tests {
             let blocks = [2, 0];
             let attend = |cache: &mut CpuKvCache, start: usize, rows: usize| {
                 let part = |x: &Tensor| x.narrow(0, start, rows).unwrap();
-                let segment = [Segment { rows, start, blocks: blocks.to_vec() }];
+                let segment = [Segment::new(rows, start, blocks.to_vec())];
                 let mut kernels = CpuServing::with_isa(cache, &segment, Isa::best());
                 let params = AttentionParams::scaled((dim as f32).powf(-0.5));
                 let out = kernels.attention(1, &part(&q), &part(&k), &part(&v), &params).unwrap();

@@ -68,6 +68,43 @@ pub fn multiply(isa: Isa, pool: &Pool, x: &[f32], rows: usize, products: &[Produ
     outs
 }
 
+/// Some columns of `x Wᵀ + bias`, `[rows, columns]`, to `out` in place of what is there.
+///
+/// # Panics
+/// If a shape does not fit, or the columns do not begin with a column tile or end after the last one.
+#[expect(clippy::too_many_arguments, reason = "a product's shapes and where it goes")]
+pub fn multiply_columns(
+    isa: Isa,
+    pool: &Pool,
+    x: &[f32],
+    rows: usize,
+    weight: &PackedMatrix,
+    bias: Option<&[f32]>,
+    columns: Range<usize>,
+    out: &mut Vec<f32>,
+) {
+    let n = columns.len();
+    assert!(columns.start.is_multiple_of(BLOCK_COLUMNS) && columns.end <= weight.n(), "{columns:?}");
+    assert!(bias.is_none_or(|bias| bias.len() == weight.n()));
+    let len = elements(&[rows, n]);
+    out.clear();
+    out.reserve(len);
+    let first = columns.start / BLOCK_COLUMNS * 2;
+    let target = Target {
+        column_tiles: n.div_ceil(BLOCK_COLUMNS),
+        n,
+        panels: [MicroPanels::new(weight, first), MicroPanels::new(weight, first + 1)],
+        step: 2,
+        bias: bias.map(|bias| &bias[columns]),
+        residual: None,
+        out: out.as_mut_ptr(),
+    };
+    // SAFETY: `out` has the capacity, the bias is as long as the columns, and the matrix has micro-panels for them.
+    unsafe { run(isa, pool, x, rows, weight.k(), weight.precision(), &[target], Epilogue::Store) };
+    // SAFETY: the column tiles are all of the columns, and all of them are written.
+    unsafe { out.set_len(len) };
+}
+
 /// `activation(x gateᵀ) * (x upᵀ)`, `[rows, n]`.
 ///
 /// # Panics

@@ -16,6 +16,7 @@ mod buffer;
 pub mod frozen;
 mod isa;
 pub mod kv_cache;
+pub mod log_probabilities;
 pub mod matmul;
 pub mod packed;
 pub mod pool;

@@ -80,6 +80,10 @@ impl Kernels for CpuServing<'_> {
         self.activate(activation, &gate)? * up
     }
 
+    fn score(&mut self, x: &Tensor, head: &Linear, softcap: Option<f64>, ids: &[Vec<u32>]) -> Result<Vec<Vec<f32>>> {
+        frozen::score(x, head, softcap, ids)
+    }
+
     fn rms_norm(&mut self, x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
         let y = with_array_of_values([x, weight], |[x, weight]| {
             Ok(rows::rms_norm(self.isa, pool::global(), x, weight, eps as f32))

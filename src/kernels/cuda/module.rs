@@ -38,7 +38,7 @@ kernels! {
     attend_rows_bf16_1_1, attend_rows_bf16_2_1, attend_rows_bf16_4_1, attend_rows_bf16_1_4, attend_rows_bf16_2_4,
     attend_rows_bf16_4_4, attend_rows_f32_1_1, attend_rows_f32_2_1, attend_rows_f32_4_1, attend_rows_f32_1_4,
     attend_rows_f32_2_4, attend_rows_f32_4_4, multiply_1, multiply_2, multiply_3, multiply_4, multiply_gated_1,
-    multiply_gated_2, multiply_gated_3, multiply_gated_4, choose_largest, attend_vectors_64_1, attend_vectors_64_4, attend_vectors_128_1, attend_vectors_128_4,
+    multiply_gated_2, multiply_gated_3, multiply_gated_4, choose_largest, pick_log_probabilities, attend_vectors_64_1, attend_vectors_64_4, attend_vectors_128_1, attend_vectors_128_4,
     attend_vectors_256_1, attend_vectors_256_4,
 }
 

@@ -6,6 +6,7 @@ use cudarc::driver::CudaFunction;
 use half::bf16;
 
 use super::{
+    choose,
     kv_cache::CudaKvCache,
     module::{Cuda, ELEMENT_THREADS, element_grid, plain, threads_for},
     products,
@@ -13,15 +14,18 @@ use super::{
     step::{StepIndices, TILE_QUERIES},
 };
 use crate::kernels::{
-    Activation, AttentionParams, Kernels,
+    Activation, AttentionParams, Kernels, capped,
     cross::CrossKeyValues,
-    layout::{BLOCK_SIZE, BatchLayout},
+    layout::{BLOCK_SIZE, BatchLayout, Segment},
     reference::attend,
     weight::Linear,
 };
 
 /// Warps of a block of `attend_rows`; see `cu/attention.cu`.
 const ROW_WARPS: usize = 8;
+
+/// Rows whose logits are on the device at a time when continuations are scored.
+const SCORED_ROWS: usize = 256;
 
 /// Heads that share a tile of queries: a kv head's group, if as many fit a tile evenly.
 fn pack(group: usize) -> usize {
@@ -106,7 +110,12 @@ impl<'a> CudaServing<'a> {
     fn unmasked(&self, q: &Tensor, k: &Tensor, v: &Tensor, params: &AttentionParams) -> Result<Tensor> {
         let (q, k, v) = (plain(q)?, plain(k)?, plain(v)?);
         let of = |x: &Tensor, rows: &std::ops::Range<usize>| x.narrow(0, rows.start, rows.len());
-        let out = self.batch.rows().map(|rows| attend(&of(&q, &rows)?, &of(&k, &rows)?, &of(&v, &rows)?, 0, params));
+        let out = self
+            .batch
+            .segments
+            .iter()
+            .zip(self.batch.rows())
+            .map(|(segment, rows)| attend(&of(&q, &rows)?, &of(&k, &rows)?, &of(&v, &rows)?, segment, params));
         Tensor::cat(&out.collect::<Result<Vec<_>>>()?, 0)
     }
 
@@ -154,10 +163,10 @@ impl<'a> CudaServing<'a> {
         let partial = cuda.uninitialised::<f32>(num_partial * 2)?;
         let partial_out = cuda.uninitialised::<f32>(num_partial * dim)?;
         let (partial, partial_out) = (cuda.address_of(&partial), cuda.address_of(&partial_out));
-        let (rows, positions) = (indices.rows(cuda), indices.positions(cuda));
+        let (rows, places) = (indices.rows(cuda), indices.places(cuda));
         let (of_rows, tables) = (indices.tables_of_rows(cuda), indices.tables(cuda));
         let (num_heads, num_kv_heads, width) = (heads as i32, kv_heads as i32, dim as i32);
-        let launch = cuda.launch(function).arg(&q).arg(&keys).arg(&values).arg(&rows).arg(&positions).arg(&of_rows);
+        let launch = cuda.launch(function).arg(&q).arg(&keys).arg(&values).arg(&rows).arg(&places).arg(&of_rows);
         let launch = launch.arg(&tables).arg(&out).arg(&partial).arg(&partial_out);
         let launch = launch.arg(&num_heads).arg(&num_kv_heads).arg(&width).arg(scores);
         let parts = group.div_ceil(queries);
@@ -167,8 +176,8 @@ impl<'a> CudaServing<'a> {
         if splits > 1 {
             let function = if self.cache.is_bf16() { &f.join_splits_bf16 } else { &f.join_splits_f32 };
             let (splits, window) = (splits as i32, scores.window);
-            let launch = cuda.launch(function).arg(&partial).arg(&partial_out).arg(&rows).arg(&positions).arg(&out);
-            let launch = launch.arg(&splits).arg(&width).arg(&window);
+            let launch = cuda.launch(function).arg(&partial).arg(&partial_out).arg(&rows).arg(&places).arg(&of_rows);
+            let launch = launch.arg(&tables).arg(&out).arg(&splits).arg(&width).arg(&window);
             // SAFETY: the same rows, heads and splits as before.
             unsafe { launch.run([indices.num_rows, heads, 1], threads_for(dim), 0)? };
         }
@@ -183,6 +192,16 @@ impl Kernels for CudaServing<'_> {
 
     fn gated_linear(&mut self, activation: Activation, gate: &Linear, up: &Linear, x: &Tensor) -> Result<Tensor> {
         products::gated_linear(self.cuda, activation, gate, up, x, self.rounded(x))
+    }
+
+    fn score(&mut self, x: &Tensor, head: &Linear, softcap: Option<f64>, ids: &[Vec<u32>]) -> Result<Vec<Vec<f32>>> {
+        let mut all = Vec::with_capacity(ids.len());
+        for (i, ids) in ids.chunks(SCORED_ROWS).enumerate() {
+            let x = x.narrow(0, i * SCORED_ROWS, ids.len())?;
+            let Some(logits) = self.linear(&x, &[head], None)?.pop() else { bail!("a layer gave no result") };
+            all.extend(choose::log_probabilities(self.cuda, &capped(&logits, softcap)?, ids)?);
+        }
+        Ok(all)
     }
 
     fn rms_norm(&mut self, x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
@@ -329,11 +348,12 @@ impl Kernels for CudaServing<'_> {
             bail!("{} sequences attend to {} encoder inputs", self.batch.segments.len(), self.encoded.len());
         }
         let q = plain(q)?;
-        let one = |(rows, encoded): (std::ops::Range<usize>, &&CrossKeyValues)| {
+        let one = |((segment, rows), encoded): ((&Segment, std::ops::Range<usize>), &&CrossKeyValues)| {
             let (keys, values) = encoded.layer(layer)?;
-            attend(&q.narrow(0, rows.start, rows.len())?, &plain(keys)?, &plain(values)?, 0, params)
+            attend(&q.narrow(0, rows.start, rows.len())?, &plain(keys)?, &plain(values)?, segment, params)
         };
-        let out = self.batch.rows().zip(self.encoded).map(one).collect::<Result<Vec<_>>>()?;
+        let segments = self.batch.segments.iter().zip(self.batch.rows());
+        let out = segments.zip(self.encoded).map(one).collect::<Result<Vec<_>>>()?;
         Tensor::cat(&out, 0)
     }
 }

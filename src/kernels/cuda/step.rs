@@ -44,24 +44,32 @@ impl StepIndices {
     /// A block table is too short or names a block that there is not, or there is no memory.
     pub fn new(cuda: &Cuda, batch: &BatchLayout, num_blocks: usize, pack: Option<usize>) -> Result<Self> {
         let t = batch.num_rows();
-        let (mut slots, mut of_rows) = (Vec::with_capacity(t), Vec::with_capacity(t));
-        let (mut list, mut tiles, mut tables) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut places, mut slots, mut of_rows) =
+            (Vec::with_capacity(t), Vec::with_capacity(t), Vec::with_capacity(t));
+        let (mut list, mut tiles, mut tables, mut trees) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         let mut splits = 1;
         for (segment, rows) in batch.segments.iter().zip(batch.rows()) {
             let (end, blocks) = (segment.start + segment.rows, &segment.blocks);
             if end > blocks.len() * BLOCK_SIZE || blocks.iter().any(|&block| block as usize >= num_blocks) {
-                bail!("{end} positions do not lie in the blocks {blocks:?} of {num_blocks}");
+                bail!("{end} rows do not lie in the blocks {blocks:?} of {num_blocks}");
             }
+            if segment.tree.as_ref().is_some_and(|tree| tree.start() + tree.depths().len() < end) {
+                bail!("a tree ends before row {end} of its sequence");
+            }
+            // Before each block table is where its sequence's tree begins, in the same array.
+            trees.extend(segment.tree.as_ref().map(|tree| (tables.len(), tree)));
+            tables.push(0);
             let begins = tables.len() as u32;
             tables.extend_from_slice(&blocks[..end.div_ceil(BLOCK_SIZE)]);
-            let slot = |p: usize| blocks[p / BLOCK_SIZE] * BLOCK_SIZE as u32 + (p % BLOCK_SIZE) as u32;
+            let slot = |i: usize| blocks[i / BLOCK_SIZE] * BLOCK_SIZE as u32 + (i % BLOCK_SIZE) as u32;
             slots.extend((segment.start..end).map(slot));
+            places.extend((segment.start..end).map(|place| place as u32));
             of_rows.extend(std::iter::repeat_n(begins, segment.rows));
             match pack.filter(|_| segment.rows >= TILED_ROWS) {
                 Some(pack) => {
-                    let positions = TILE_QUERIES / pack;
-                    for first in (0..segment.rows).step_by(positions) {
-                        let n = positions.min(segment.rows - first);
+                    let most = TILE_QUERIES / pack;
+                    for first in (0..segment.rows).step_by(most) {
+                        let n = most.min(segment.rows - first);
                         tiles.extend([rows.start + first, n, segment.start + first].map(|x| x as u32));
                         tiles.push(begins);
                     }
@@ -75,7 +83,12 @@ impl StepIndices {
             }
         }
         let (num_rows, num_tiles) = (list.len(), tiles.len() / 4);
-        let mut all = batch.positions();
+        for (at, tree) in trees {
+            tables[at] = tables.len() as u32;
+            tables.extend([tree.start() as u32, tree.depths().len() as u32]);
+            tables.extend(tree.ends().iter().chain(tree.depths()));
+        }
+        let mut all = places;
         let mut append = |values: Vec<u32>| {
             let at = all.len();
             all.extend(values);
@@ -93,8 +106,8 @@ impl StepIndices {
         cuda.address_of(&self.values) + (offset * size_of::<u32>()) as u64
     }
 
-    /// `[t]`: the position of each packed row.
-    pub fn positions(&self, cuda: &Cuda) -> u64 {
+    /// `[t]`: how many rows of its sequence come before each packed row.
+    pub fn places(&self, cuda: &Cuda) -> u64 {
         self.at(cuda, 0)
     }
 
@@ -113,12 +126,14 @@ impl StepIndices {
         self.at(cuda, self.rows)
     }
 
-    /// `[num_tiles, 4]`: first packed row, rows, position of the first, and beginning of the block table.
+    /// `[num_tiles, 4]`: first packed row, rows, how many rows of its sequence come before the first, and beginning of the
+    /// block table.
     pub fn tiles(&self, cuda: &Cuda) -> u64 {
         self.at(cuda, self.tiles)
     }
 
-    /// The block tables of all segments, one after another.
+    /// The block tables of all segments, one after another, each after a word that says where the segment's tree is in the
+    /// same array; see `cu/tree.cuh`.
     pub fn tables(&self, cuda: &Cuda) -> u64 {
         self.at(cuda, self.tables)
     }

@@ -68,9 +68,9 @@ impl Kernels for ReferenceServing<'_> {
                 true => {
                     self.cache.write_rows(layer, &segment.blocks, segment.start, &k, &v)?;
                     let (k, v) = self.cache.gather(layer, &segment.blocks, segment.start + segment.rows)?;
-                    attend(&q, &k, &v, segment.start, params)?
+                    attend(&q, &k, &v, segment, params)?
                 }
-                false => attend(&q, &k, &v, 0, params)?,
+                false => attend(&q, &k, &v, segment, params)?,
             });
         }
         Tensor::cat(&out, 0)
@@ -81,9 +81,9 @@ impl Kernels for ReferenceServing<'_> {
         if self.encoded.len() != self.batch.segments.len() {
             bail!("{} sequences attend to {} encoder inputs", self.batch.segments.len(), self.encoded.len());
         }
-        let one = |((_, rows), encoded): ((_, Range<usize>), &&CrossKeyValues)| {
+        let one = |((segment, rows), encoded): ((&Segment, Range<usize>), &&CrossKeyValues)| {
             let (keys, values) = encoded.layer(layer)?;
-            attend(&q.narrow(0, rows.start, rows.len())?, keys, values, 0, params)
+            attend(&q.narrow(0, rows.start, rows.len())?, keys, values, segment, params)
         };
         let out = self.segments().zip(self.encoded).map(one).collect::<Result<Vec<_>>>()?;
         Tensor::cat(&out, 0)

@@ -12,8 +12,12 @@ use super::{
     products,
 };
 use crate::kernels::{
-    Activation, AttentionParams, Kernels, Tuning, cross::EncodedBatch, layout::BatchLayout, past::PastKeyValues,
-    weight::Linear, widened,
+    Activation, AttentionParams, Kernels, Tuning,
+    cross::EncodedBatch,
+    layout::{BatchLayout, Segment},
+    past::PastKeyValues,
+    weight::Linear,
+    widened,
 };
 
 /// A tuning job on the reference backend: it keeps nothing.
@@ -124,9 +128,20 @@ impl ReferenceTuningKernels {
         }
         for (own, seen) in self.own.iter().zip(seen) {
             let of = |x: &Tensor, rows: &Range<usize>| x.narrow(0, rows.start, rows.len());
-            out.push(attend(&of(q, own)?, &of(k, seen)?, &of(v, seen)?, 0, params)?);
+            out.push(attend(
+                &of(q, own)?,
+                &of(k, seen)?,
+                &of(v, seen)?,
+                &Segment::new(own.len(), 0, Vec::new()),
+                params,
+            )?);
         }
         Tensor::cat(&out, 0)
+    }
+
+    /// All rows of the longest sequence.
+    fn whole(&self) -> Segment {
+        Segment::new(self.longest, 0, Vec::new())
     }
 
     /// The mask of a window.
@@ -134,7 +149,7 @@ impl ReferenceTuningKernels {
         if let Some((_, mask)) = self.masks.iter().find(|(w, _)| *w == window) {
             return Ok(mask.clone());
         }
-        let mask = causal_mask(window, 0..self.longest, self.longest, self.pad.device())?;
+        let mask = causal_mask(window, &self.whole(), self.longest, self.pad.device())?;
         self.masks.push((window, mask.clone()));
         Ok(mask)
     }
@@ -191,10 +206,10 @@ impl Kernels for ReferenceTuningKernels {
         }
         if let Some(slopes) = &params.alibi_slopes {
             scores = scores
-                .broadcast_add(&alibi(slopes, 0..self.longest, self.longest, q.device())?.to_dtype(scores.dtype())?)?;
+                .broadcast_add(&alibi(slopes, &self.whole(), self.longest, q.device())?.to_dtype(scores.dtype())?)?;
         }
         if let Some(bias) = &params.relative_position_bias {
-            let bias = relative(bias, 0..self.longest, self.longest, q.device())?;
+            let bias = relative(bias, &self.whole(), self.longest, q.device())?;
             scores = scores.broadcast_add(&bias.to_dtype(scores.dtype())?)?;
         }
         let scores = scores.broadcast_add(&mask.to_dtype(scores.dtype())?)?;

@@ -1,6 +1,9 @@
 //! A tile's queries, and their scores against the keys of a block.
 
-use super::{Ahead, Step, TILE_PAIRS, TILE_ROWS};
+use super::{
+    Ahead, Step,
+    tile::{TILE_PAIRS, TILE_ROWS},
+};
 #[cfg(target_arch = "x86_64")]
 use crate::kernels::cpu::amx;
 use crate::kernels::{

@@ -11,7 +11,7 @@ const SHAPE: KvShape = KvShape { num_layers: 2, num_kv_heads: 2, head_dim: 20, d
 const HEADS: usize = 4;
 
 fn segment(rows: usize, start: usize, blocks: &[u32]) -> Segment {
-    Segment { rows, start, blocks: blocks.to_vec() }
+    Segment::new(rows, start, blocks.to_vec())
 }
 
 /// What attention of these segments answers, over a cache of eight blocks; `None` if it panics. `change` may

@@ -1,8 +1,9 @@
 //! The weighted sum of the values that a tile's queries see.
 
-use std::ops::Range;
-
-use super::{Ahead, BLOCK_SCORES, Step, TILE_ROWS};
+use super::{
+    Ahead, Step,
+    tile::{BLOCK_SCORES, TILE_ROWS},
+};
 #[cfg(target_arch = "x86_64")]
 use crate::kernels::cpu::amx;
 use crate::kernels::{
@@ -19,14 +20,13 @@ struct Tile([f32; TILE_ROWS * 64]);
 /// The values of all blocks, weighted: `sums` `[16][dim]`.
 ///
 /// # Safety
-/// The pointers are valid for the step's shapes, `blocks` blocks and 16 rows.
+/// `planes` says where blocks of the cache begin, and the pointers are valid for the step's shapes, as many blocks and 16
+/// rows.
 #[inline(always)]
-#[expect(clippy::too_many_arguments, reason = "a kernel's inner part")]
 pub(super) unsafe fn weigh_values<S: Simd>(
     step: &Step,
-    index: usize,
+    planes: &[usize],
     head: usize,
-    blocks: Range<usize>,
     count: usize,
     scores: *const f32,
     weights: *const u32,
@@ -35,13 +35,14 @@ pub(super) unsafe fn weigh_values<S: Simd>(
     #[cfg(target_arch = "x86_64")]
     if step.isa.has_tiles() && step.precision == Precision::Bf16 {
         let mut tile = Tile([0f32; TILE_ROWS * 64]);
-        let offsets = &step.planes[index][blocks.clone()];
-        let next =
-            if head + 1 < step.kv_heads { step.keys(index, blocks.start, head + 1) } else { std::ptr::null_mut() };
+        let next = match planes.first() {
+            Some(&first) if head + 1 < step.kv_heads => step.keys(first, head + 1),
+            _ => std::ptr::null_mut(),
+        };
         for d in (0..step.dim).step_by(64) {
             let values = amx::Values {
                 base: step.words.wrapping_add(step.head_offset(head) + step.plane + d),
-                offsets,
+                offsets: planes,
                 dims: step.dim,
                 // All dimensions of the next block's values are prefetched with the first ones of this one's.
                 lines: if d == 0 { step.plane / LANES } else { 0 },
@@ -68,7 +69,7 @@ pub(super) unsafe fn weigh_values<S: Simd>(
             // SAFETY: as the caller says.
             unsafe {
                 let (scores, weights) = (scores.add(i * BLOCK_SIZE), weights.add(i * BLOCK_SIZE / 2));
-                let row = Row { index, head, blocks: &blocks, scores, weights, first: i == 0 };
+                let row = Row { planes, head, scores, weights, first: i == 0 };
                 let sums = sums.add(i * step.dim + d);
                 d += match step.dim - d {
                     left if left >= 4 * LANES => row_values::<S, 4>(step, row, d, sums),
@@ -82,9 +83,9 @@ pub(super) unsafe fn weigh_values<S: Simd>(
 /// One query of a tile.
 #[derive(Clone, Copy)]
 struct Row<'a> {
-    index: usize,
+    /// Where each block begins.
+    planes: &'a [usize],
     head: usize,
-    blocks: &'a Range<usize>,
     /// Its row of the first block's scores, and of the weights in bf16.
     scores: *const f32,
     weights: *const u32,
@@ -98,13 +99,13 @@ struct Row<'a> {
 /// As [`weigh_values`].
 #[inline(always)]
 unsafe fn row_values<S: Simd, const C: usize>(step: &Step, row: Row, d: usize, sums: *mut f32) -> usize {
-    let Row { index, head, blocks, scores, weights, first } = row;
+    let Row { planes, head, scores, weights, first } = row;
     // SAFETY: as the caller says.
     unsafe {
         let mut acc = [S::splat(0.0); C];
-        for (i, block) in blocks.clone().enumerate() {
-            let ahead = if first && d == 0 { step.after_values(index, block, head, blocks) } else { Ahead::NOTHING };
-            let values = step.keys(index, block, head).add(step.plane + d);
+        for (i, &plane) in planes.iter().enumerate() {
+            let ahead = if first && d == 0 { step.after_values(planes, i, head) } else { Ahead::NOTHING };
+            let values = step.keys(plane, head).add(step.plane + d);
             match step.precision {
                 Precision::F32 => {
                     for position in 0..BLOCK_SIZE {

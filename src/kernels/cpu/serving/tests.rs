@@ -74,7 +74,7 @@ impl Case {
             for i in 0..self.lengths.len() {
                 let rows = chunk.min(self.lengths[i] - done[i]);
                 if rows > 0 {
-                    segments.push(Segment { rows, start: done[i], blocks: tables[i].clone() });
+                    segments.push(Segment::new(rows, done[i], tables[i].clone()));
                     index.extend((0..rows).map(|j| (starts[i] + done[i] + j) as u32));
                     owners.push((i, rows));
                     done[i] += rows;
@@ -108,7 +108,7 @@ fn attention_without_a_mask_and_to_an_encoders_output_equals_the_dense_one_and_i
         let mut cache =
             CpuKvCache::new(KvShape { num_layers: 1, num_kv_heads: kv_heads, head_dim: dim, dtype: DType::F32 }, 1)
                 .unwrap();
-        let segment = |&rows: &usize| Segment { rows, start: 0, blocks: Vec::new() };
+        let segment = |&rows: &usize| Segment::new(rows, 0, Vec::new());
         let segments: Vec<_> = lengths.iter().map(segment).collect();
         // The queries of one sequence against the keys of another.
         let encoded =
@@ -189,7 +189,7 @@ fn a_copied_block_continues_as_the_original_does() {
                 cache.words_mut().fill(f32::NAN.to_bits());
                 let attend = |cache: &mut CpuKvCache, start: usize, rows: usize, blocks: &[BlockId]| {
                     let part = |x: &Tensor| x.narrow(0, start, rows).unwrap();
-                    let segment = [Segment { rows, start, blocks: blocks.to_vec() }];
+                    let segment = [Segment::new(rows, start, blocks.to_vec())];
                     let mut kernels = CpuServing::with_isa(cache, &segment, isa);
                     kernels.attention(1, &part(&case.q), &part(&case.k), &part(&case.v), &case.params).unwrap()
                 };

@@ -1,10 +1,10 @@
 // Paged attention for single rows, which decoding is made of, and the joining of its splits.
 //
 // A layer's keys are [block][kv_head][32 positions][dim], and so are its values: the keys of one block and head lie
-// side by side. A step's indices: `position` [t] of each packed row, `table` [t], where its sequence's block table
-// begins in `tables`.
+// side by side. A step's indices: `place` [t], how many rows of its sequence come before each packed row, and `table`
+// [t], where its sequence's block table begins in `tables`.
 #pragma once
-#include "common.cuh"
+#include "tree.cuh"
 
 // Keys of a sequence that one CUDA block goes through. It depends on how many keys the row has and on nothing else, so
 // the order of its sums, and with it its result, is the same in every batch. src/kernels/cuda/step.rs has the same.
@@ -23,6 +23,7 @@ struct Scores {
     const float* bias;
 };
 
+// Query and key are positions.
 __device__ __forceinline__ float score(float product, const Scores& scores, int head, int query, int key) {
     float s = product * scores.scale;
     if (scores.softcap > 0.0f) s = scores.softcap * tanhf(s / scores.softcap);
@@ -77,7 +78,7 @@ __device__ __forceinline__ void join_warps(const float* sums, const float* resul
 // multiple of 8], maxima and sums [ROW_WARPS][QUERIES][2], results [ROW_WARPS][QUERIES][dim].
 template <class T, int PAIRS, int QUERIES>
 __device__ __forceinline__ void attend_rows(const float* q, const T* keys, const T* values, const unsigned* rows,
-                                            const unsigned* position, const unsigned* table, const unsigned* tables,
+                                            const unsigned* place, const unsigned* table, const unsigned* tables,
                                             T* out, float* partial, float* partial_out, int heads, int kv_heads, int dim,
                                             const Scores& scores) {
     SHARED_MEMORY(shared);
@@ -91,8 +92,9 @@ __device__ __forceinline__ void attend_rows(const float* q, const T* keys, const
     float* results = sums + ROW_WARPS * QUERIES * 2;
 
     unsigned row = rows[blockIdx.x];
-    int query = position[row], count = query + 1;
-    int first_key = scores.window > 0 ? max(0, count - scores.window) : 0;
+    int query = place[row], count = query + 1;
+    Tree tree = tree_of(tables, table[row]);
+    int position = position_of(tree, query), first_key = first_row(tree, scores.window, position);
     int length = split_length(count);
     int begin = blockIdx.z * length, end = min(count, begin + length);
     // The same for all threads of the block.
@@ -116,7 +118,7 @@ __device__ __forceinline__ void attend_rows(const float* q, const T* keys, const
     for (int tile = first_tile + warp * BLOCK_SIZE; tile < end; tile += ROW_WARPS * BLOCK_SIZE) {
         size_t at = (size_t(blocks[tile / BLOCK_SIZE]) * kv_heads + kv_head) * BLOCK_SIZE * dim;
         int valid = min(BLOCK_SIZE, end - tile), key = tile + lane;
-        bool seen = lane < valid && key >= first_key;
+        bool seen = lane < valid && key >= first_key && !is_hidden(tree, scores.window, query, position, key);
         float products[QUERIES], weights[QUERIES];
 #pragma unroll
         for (int n = 0; n < QUERIES; n++) products[n] = 0.0f;
@@ -142,7 +144,7 @@ __device__ __forceinline__ void attend_rows(const float* q, const T* keys, const
         for (int n = 0; n < QUERIES; n++) {
             // A query that is not there has the score of the first head, which no one reads.
             int head = first_head + min(n, num_queries - 1);
-            float s = seen ? score(products[n], scores, head, query, key) : NEGATIVE_INFINITY;
+            float s = seen ? score(products[n], scores, head, position, position_of(tree, key)) : NEGATIVE_INFINITY;
             float larger = fmaxf(best[n], warp_max(s));
             weights[n] = s == NEGATIVE_INFINITY ? 0.0f : expf(s - larger);
             float correction = best[n] == NEGATIVE_INFINITY ? 0.0f : expf(best[n] - larger);
@@ -190,10 +192,10 @@ __device__ __forceinline__ void attend_rows(const float* q, const T* keys, const
 
 #define ATTEND_ROWS(T, NAME, PAIRS, QUERIES)                                                                           \
     extern "C" __global__ void __launch_bounds__(ROW_WARPS * 32) attend_rows_##NAME##_##PAIRS##_##QUERIES(             \
-        const float* q, const T* keys, const T* values, const unsigned* rows, const unsigned* position,                \
+        const float* q, const T* keys, const T* values, const unsigned* rows, const unsigned* place,                \
         const unsigned* table, const unsigned* tables, T* out, float* partial, float* partial_out, int heads,          \
         int kv_heads, int dim, Scores scores) {                                                                        \
-        attend_rows<T, PAIRS, QUERIES>(q, keys, values, rows, position, table, tables, out, partial, partial_out,      \
+        attend_rows<T, PAIRS, QUERIES>(q, keys, values, rows, place, table, tables, out, partial, partial_out,      \
                                        heads, kv_heads, dim, scores);                                                  \
     }
 #define ATTEND_ROWS_OF(T, NAME)   \
@@ -231,7 +233,7 @@ __device__ __forceinline__ float sum_over_lanes(float* values) {
 // [ROW_WARPS][QUERIES][2], results [ROW_WARPS][QUERIES][DIM].
 template <int DIM, int QUERIES>
 __device__ __forceinline__ void attend_vectors(const float* q, const bf16* keys, const bf16* values, const unsigned* rows,
-                                               const unsigned* position, const unsigned* table, const unsigned* tables,
+                                               const unsigned* place, const unsigned* table, const unsigned* tables,
                                                bf16* out, float* partial, float* partial_out, int heads, int kv_heads,
                                                const Scores& scores) {
     constexpr int LANES = DIM / 8, KEYS = 32 / LANES, BATCH = LANES < 8 ? LANES : 8;
@@ -246,8 +248,9 @@ __device__ __forceinline__ void attend_vectors(const float* q, const bf16* keys,
     float* results = sums + ROW_WARPS * QUERIES * 2;
 
     unsigned row = rows[blockIdx.x];
-    int query = position[row], count = query + 1;
-    int first_key = scores.window > 0 ? max(0, count - scores.window) : 0;
+    int query = place[row], count = query + 1;
+    Tree tree = tree_of(tables, table[row]);
+    int position = position_of(tree, query), first_key = first_row(tree, scores.window, position);
     int length = split_length(count);
     int begin = blockIdx.z * length, end = min(count, begin + length);
     // The same for all threads of the block.
@@ -298,11 +301,11 @@ __device__ __forceinline__ void attend_vectors(const float* q, const bf16* keys,
         }
         __syncwarp();
         int key = tile + lane;
-        bool seen = lane < valid && key >= first_key;
+        bool seen = lane < valid && key >= first_key && !is_hidden(tree, scores.window, query, position, key);
 #pragma unroll
         for (int n = 0; n < QUERIES; n++) {
             int head = first_head + min(n, num_queries - 1);
-            float s = seen ? score(own_scores[lane * QUERIES + n], scores, head, query, key) : NEGATIVE_INFINITY;
+            float s = seen ? score(own_scores[lane * QUERIES + n], scores, head, position, position_of(tree, key)) : NEGATIVE_INFINITY;
             float larger = fmaxf(best[n], warp_max(s));
             float weight = s == NEGATIVE_INFINITY ? 0.0f : expf(s - larger);
             float correction = best[n] == NEGATIVE_INFINITY ? 0.0f : expf(best[n] - larger);
@@ -355,10 +358,10 @@ __device__ __forceinline__ void attend_vectors(const float* q, const bf16* keys,
 
 #define ATTEND_VECTORS(DIM, QUERIES)                                                                                   \
     extern "C" __global__ void __launch_bounds__(ROW_WARPS * 32) attend_vectors_##DIM##_##QUERIES(                     \
-        const float* q, const bf16* keys, const bf16* values, const unsigned* rows, const unsigned* position,          \
+        const float* q, const bf16* keys, const bf16* values, const unsigned* rows, const unsigned* place,          \
         const unsigned* table, const unsigned* tables, bf16* out, float* partial, float* partial_out, int heads,       \
         int kv_heads, int, Scores scores) {                                                                            \
-        attend_vectors<DIM, QUERIES>(q, keys, values, rows, position, table, tables, out, partial, partial_out, heads, \
+        attend_vectors<DIM, QUERIES>(q, keys, values, rows, place, table, tables, out, partial, partial_out, heads, \
                                      kv_heads, scores);                                                                \
     }
 ATTEND_VECTORS(64, 1)
@@ -371,10 +374,12 @@ ATTEND_VECTORS(256, 4)
 // Joins the splits of attend_rows, in their order. Grid: (rows, heads).
 template <class T>
 __device__ __forceinline__ void join_splits(const float* partial, const float* partial_out, const unsigned* rows,
-                                            const unsigned* position, T* out, int splits, int dim, int window) {
+                                            const unsigned* place, const unsigned* table, const unsigned* tables, T* out,
+                                            int splits, int dim, int window) {
     unsigned row = rows[blockIdx.x];
-    int heads = gridDim.y, head = blockIdx.y, count = int(position[row]) + 1, length = split_length(count);
-    int first = (window > 0 ? max(0, count - window) : 0) / length, end = (count + length - 1) / length;
+    int heads = gridDim.y, head = blockIdx.y, count = int(place[row]) + 1, length = split_length(count);
+    Tree tree = tree_of(tables, table[row]);
+    int first = first_row(tree, window, position_of(tree, count - 1)) / length, end = (count + length - 1) / length;
     size_t base = (size_t(blockIdx.x) * heads + head) * splits;
     float best = NEGATIVE_INFINITY;
     for (int split = first; split < end; split++) best = fmaxf(best, partial[(base + split) * 2]);
@@ -389,10 +394,10 @@ __device__ __forceinline__ void join_splits(const float* partial, const float* p
     }
 }
 extern "C" __global__ void join_splits_bf16(const float* partial, const float* partial_out, const unsigned* rows,
-                                            const unsigned* position, bf16* out, int splits, int dim, int window) {
-    join_splits(partial, partial_out, rows, position, out, splits, dim, window);
+                                            const unsigned* place, const unsigned* table, const unsigned* tables, bf16* out, int splits, int dim, int window) {
+    join_splits(partial, partial_out, rows, place, table, tables, out, splits, dim, window);
 }
 extern "C" __global__ void join_splits_f32(const float* partial, const float* partial_out, const unsigned* rows,
-                                           const unsigned* position, float* out, int splits, int dim, int window) {
-    join_splits(partial, partial_out, rows, position, out, splits, dim, window);
+                                           const unsigned* place, const unsigned* table, const unsigned* tables, float* out, int splits, int dim, int window) {
+    join_splits(partial, partial_out, rows, place, table, tables, out, splits, dim, window);
 }

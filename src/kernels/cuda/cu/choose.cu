@@ -65,3 +65,20 @@ extern "C" __global__ void choose_largest(const float* logits, unsigned* best, f
         log_probability[blockIdx.x] = unusable > 0.0f || place == 0xffffffffu ? NAN : -logf(sum);
     }
 }
+
+// Log-probabilities of given ids of rows of logits [rows, vocab], by what choose_largest found of each row. `asked` has for
+// each of `count` ids the row and the id; of one that is not in the vocabulary it is negative infinity, of a row that no
+// token can be chosen from NaN.
+extern "C" __global__ void pick_log_probabilities(const float* logits, const unsigned* best, const float* log_probability,
+                                                  const unsigned* asked, float* out, int vocab, int count) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= count) return;
+    unsigned row = asked[2 * i], id = asked[2 * i + 1];
+    float of_best = log_probability[row];
+    if (of_best != of_best)
+        out[i] = NAN;
+    else if (id >= unsigned(vocab))
+        out[i] = NEGATIVE_INFINITY;
+    else
+        out[i] = logits[size_t(row) * vocab + id] - logits[size_t(row) * vocab + best[row]] + of_best;
+}

@@ -15,8 +15,8 @@ __device__ __forceinline__ void load_tile(const bf16* from, bf16* to, int valid,
     }
 }
 
-// One block computes 64 queries: `pack` heads of one kv head's group at 64 / pack positions. A tile is four numbers:
-// first packed row, rows, position of the first, beginning of the block table. Grid: (tiles, heads / pack), 128 threads;
+// One block computes 64 queries: `pack` heads of one kv head's group of 64 / pack rows. A tile is four numbers: first
+// packed row, rows, how many rows of its sequence come before the first, beginning of the block table. Grid: (tiles, heads / pack), 128 threads;
 // each warp has 16 of the queries. dim is 16 * COLUMNS.
 //
 // Queries and the weights of values are rounded to bf16; scores, maxima, sums and results are f32. Results stay in matrix
@@ -43,13 +43,14 @@ __device__ __forceinline__ void attend_tiles(const float* q, const bf16* keys, c
     float* own_results = results + warp * 16 * result_stride;
 
     const unsigned* tile = tiles + blockIdx.x * 4;
-    int first_row = tile[0], rows = tile[1], first_position = tile[2];
+    int first_packed = tile[0], rows = tile[1], first_query = tile[2];
     const unsigned* blocks = tables + tile[3];
+    Tree tree = tree_of(tables, tile[3]);
     int first_head = blockIdx.y * pack, kv_head = first_head / (heads / kv_heads);
 
     for (int i = threadIdx.x; i < TILE_ROWS * dim; i += blockDim.x) {
         int r = i / dim, d = i % dim, at = r / pack;
-        float x = at < rows ? q[(size_t(first_row + at) * heads + first_head + r % pack) * dim + d] : 0.0f;
+        float x = at < rows ? q[(size_t(first_packed + at) * heads + first_head + r % pack) * dim + d] : 0.0f;
         queries[r * stride + d] = __float2bfloat16(x);
     }
     fragment<accumulator, 16, 16, 16, float> result[COLUMNS];
@@ -66,12 +67,13 @@ __device__ __forceinline__ void attend_tiles(const float* q, const bf16* keys, c
     bool is_plain = scores.softcap == 0.0f && !scores.slopes && !scores.bias;
     // Two lanes a query, each with 16 of a tile's 32 scores.
     int r = warp * 16 + lane / 2, side = lane % 2, at = r / pack, head = first_head + r % pack;
-    int query = first_position + at;
     bool is_query = at < rows;
+    int query = first_query + (is_query ? at : 0), position = position_of(tree, query);
     float best = NEGATIVE_INFINITY, sum = 0.0f;
 
-    int count = first_position + rows;
-    int first_key = scores.window > 0 ? max(0, first_position + 1 - scores.window) : 0;
+    int count = first_query + rows;
+    // In a tree, later rows may have earlier positions, but none before the tree's first.
+    int first_key = first_row(tree, scores.window, min(first_query, tree.start));
     for (int begin = first_key / BLOCK_SIZE * BLOCK_SIZE; begin < count; begin += BLOCK_SIZE) {
         size_t from = (size_t(blocks[begin / BLOCK_SIZE]) * kv_heads + kv_head) * BLOCK_SIZE * dim;
         int valid = min(BLOCK_SIZE, count - begin);
@@ -99,16 +101,18 @@ __device__ __forceinline__ void attend_tiles(const float* q, const bf16* keys, c
         float s[16], larger = best;
 #pragma unroll
         for (int j = 0; j < 16; j++) s[j] = own_scores[lane / 2 * 40 + side * 16 + j];
-        // Most tiles lie before all queries, within every window.
-        if (is_plain && is_query && begin + 31 <= query && (scores.window == 0 || query - begin < scores.window)) {
+        // Most tiles lie before all queries and trees, within every window.
+        bool is_before = begin + 31 <= query && begin + 31 < tree.start;
+        if (is_plain && is_query && is_before && (scores.window == 0 || position - begin < scores.window)) {
 #pragma unroll
             for (int j = 0; j < 16; j++) s[j] *= scores.scale;
         } else {
 #pragma unroll
             for (int j = 0; j < 16; j++) {
                 int key = begin + side * 16 + j;
-                bool seen = is_query && key <= query && (scores.window == 0 || query - key < scores.window);
-                s[j] = seen ? score(s[j], scores, head, query, key) : NEGATIVE_INFINITY;
+                bool seen = is_query && key <= query && key >= first_row(tree, scores.window, position) &&
+                            !is_hidden(tree, scores.window, query, position, key);
+                s[j] = seen ? score(s[j], scores, head, position, position_of(tree, key)) : NEGATIVE_INFINITY;
             }
         }
 #pragma unroll
@@ -159,7 +163,7 @@ __device__ __forceinline__ void attend_tiles(const float* q, const bf16* keys, c
         float total = __shfl_sync(0xffffffffu, sum, 2 * i);
         int own = (warp * 16 + i) / pack;
         if (own >= rows) continue;
-        size_t to = (size_t(first_row + own) * heads + first_head + (warp * 16 + i) % pack) * dim;
+        size_t to = (size_t(first_packed + own) * heads + first_head + (warp * 16 + i) % pack) * dim;
         for (int d = lane; d < dim; d += 32) out[to + d] = __float2bfloat16(own_results[i * result_stride + d] / total);
     }
 }
