@@ -531,14 +531,13 @@ void attentions() {
     attention<T>(4, 2, 80, {{300, 3}, {0, 18}}, plain, false, false);
     attention<T>(3, 3, 96, {{600, 17}}, {0.2f, 0, 300, 0, nullptr, nullptr}, true, false);
     // Trees: within their part, from before it on, longer than a tile, and beyond a window.
-    Values<unsigned> tree = {0, 1, 2, 2, 1, 2, 3, 0, 0, 1, 1, 2, 3, 0, 1, 2, 2, 1, 0}, twice = tree, deep(90);
+    Values<unsigned> tree = {0, 1, 2, 2, 1, 2, 3, 0, 0, 1, 1, 2, 3, 0, 1, 2, 2, 1, 0}, twice = tree;
     twice.insert(twice.end(), tree.begin(), tree.end());
-    for (int i = 0; i < 90; i++) deep[i] = i % 45;
     attention<T>(4, 2, 16, {{3, 2}, {10, 30, tree}, {40, 1}}, plain, false, false);
-    attention<T>(4, 4, 64, {{1, 1}, {45, 18, twice}, {33, 90, deep}}, plain, true, false);
-    attention<T>(9, 3, 64, {{0, 1}, {500, 50, twice}}, plain, false, true);
-    attention<T>(2, 1, 128, {{0, 1}, {20, 100, deep}, {505, 38, twice}}, {0.2f, 0, 30, 0, nullptr, nullptr}, false, false);
-    attention<T>(2, 2, 32, {{9, 1}, {20, 38, twice}}, {0.2f, 4.0f, 2, 0, nullptr, nullptr}, true, false);
+    attention<T>(2, 2, 64, {{1, 1}, {45, 18, twice}}, plain, true, false);
+    attention<T>(4, 1, 64, {{0, 1}, {60, 20, tree}}, plain, false, true);
+    attention<T>(2, 1, 128, {{0, 1}, {505, 20, twice}}, {0.2f, 0, 30, 0, nullptr, nullptr}, false, false);
+    attention<T>(1, 1, 32, {{9, 1}, {20, 38, twice}}, {0.2f, 4.0f, 2, 0, nullptr, nullptr}, true, false);
 }
 
 }  // namespace
