@@ -214,6 +214,19 @@ fn score_77_continuations(bencher: Bencher, dtype: &str) {
     after_a_new_input(bencher, dtype_of(dtype), |ids| Request::score(None, ids, continuations.clone()));
 }
 
+#[divan::bench(args = ["bf16", "f32"], sample_count = 20)]
+fn score_10_continuations(bencher: Bencher, dtype: &str) {
+    let continuations = continuations()[..10].to_vec();
+    after_a_new_input(bencher, dtype_of(dtype), |ids| Request::score(None, ids, continuations.clone()));
+}
+
+/// What a label of four tokens costs that is generated: those and the end after them.
+#[divan::bench(args = ["bf16", "f32"], sample_count = 20)]
+fn score_a_short_generation(bencher: Bencher, dtype: &str) {
+    let sampling = SamplingParams { max_tokens: 5, ..Default::default() };
+    after_a_new_input(bencher, dtype_of(dtype), |ids| Request::new(None, ids, sampling.clone()));
+}
+
 fn dtype_of(name: &str) -> DType {
     if name == "bf16" { DType::BF16 } else { DType::F32 }
 }

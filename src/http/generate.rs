@@ -5,26 +5,23 @@ use std::{convert::Infallible, sync::Arc};
 use axum::{
     extract::State,
     response::{
-        IntoResponse as _, Response, Sse,
+        Response, Sse,
         sse::{Event, KeepAlive},
     },
 };
-use futures::{
-    Stream, StreamExt as _,
-    future::join_all,
-    stream::{FuturesUnordered, select_all},
-};
+use futures::{Stream, StreamExt as _, future::join_all, stream::select_all};
 
 use super::{
     App, AppState,
     access::Caller,
+    answered,
+    batch::{answer_all, item, log_if_ours},
     extract::{Json, RequestId, ResolvedTask, TaskParam, from_value},
     prepare::{Prepared, prepare},
-    problem::{Code, Problem},
+    problem::Problem,
     running::{self, Finished, Piece, Running},
     types::{
-        BatchRequest, BatchResponse, BatchResult, ChoiceInfo, GenerateRequest, GenerateResponse, StreamEvent, TaskInfo,
-        TaskList,
+        BatchRequest, BatchResponse, ChoiceInfo, GenerateRequest, GenerateResponse, StreamEvent, TaskInfo, TaskList,
     },
 };
 
@@ -55,11 +52,13 @@ pub async fn generate(
     let mut prepared = prepare(&app, caller, &task, request).await?;
     let running = running::start(&app, &mut prepared)?;
     if stream {
+        let version = Arc::clone(&prepared.version);
         let events = events(prepared, running, request_id);
-        return Ok(Sse::new(events).keep_alive(KeepAlive::default()).into_response());
+        return Ok(answered(&version, Sse::new(events).keep_alive(KeepAlive::default())));
     }
+    let version = Arc::clone(&prepared.version);
     let answer = finish(prepared, running).await?;
-    Ok(axum::Json(answer).into_response())
+    Ok(answered(&version, axum::Json(answer)))
 }
 
 /// Generate several texts
@@ -88,13 +87,9 @@ pub async fn generate_batch(
     if !(1..=MAX_BATCH_REQUESTS).contains(&found) {
         return Err(Problem::field("requests", format!("found {found}, expected 1 to {MAX_BATCH_REQUESTS}")));
     }
-    let results = answer_items(&app, caller, batch.requests).await.into_iter().map(|result| match result {
-        Ok(answer) => BatchResult::Answer(Box::new(answer)),
-        Err(problem) => {
-            log_if_ours(&problem, &request_id);
-            BatchResult::Problem(problem.body(&request_id))
-        }
-    });
+    let start = |item| start_item(&app, caller, item);
+    let results = answer_all(batch.requests, start, |(prepared, running)| finish(prepared, running)).await;
+    let results = results.into_iter().map(|result| item(result, &request_id));
     Ok(axum::Json(BatchResponse { results: results.collect() }))
 }
 
@@ -121,38 +116,6 @@ pub async fn list_tasks(State(app): State<AppState>) -> axum::Json<TaskList> {
     extensions(("x-problems" = json!(["task_not_found", "no_active_version"]))))]
 pub async fn get_task(State(app): State<AppState>, ResolvedTask(version): ResolvedTask) -> axum::Json<TaskInfo> {
     axum::Json(TaskInfo::new(&version, app.engine.token_budget(&version.prompt)))
-}
-
-/// The answers of a batch, in order. As many as may wait are handed over before any is waited for, so that
-/// they share forward passes; the others follow as those end, since a batch must not be refused for its
-/// own sake.
-async fn answer_items(
-    app: &App,
-    caller: Caller,
-    items: Vec<serde_json::Map<String, serde_json::Value>>,
-) -> Vec<Result<GenerateResponse, Problem>> {
-    let mut results = Vec::with_capacity(items.len());
-    let mut open = FuturesUnordered::new();
-    for (index, item) in items.into_iter().enumerate() {
-        let started = loop {
-            let started = start_item(app, caller, item.clone()).await;
-            if !matches!(&started, Err(problem) if problem.code == Code::Overloaded) {
-                break started;
-            }
-            match open.next().await {
-                Some(ended) => results.push(ended),
-                None => break started,
-            }
-        };
-        match started {
-            Ok((prepared, running)) => open.push(async move { (index, finish(prepared, running).await) }),
-            Err(problem) => results.push((index, Err(problem))),
-        }
-        tokio::task::yield_now().await;
-    }
-    results.extend(open.collect::<Vec<_>>().await);
-    results.sort_by_key(|(index, _)| *index);
-    results.into_iter().map(|(_, result)| result).collect()
 }
 
 async fn start_item(
@@ -248,11 +211,4 @@ fn events(
 /// JSON has no line breaks, and ours no keys but text: neither step can fail.
 fn data(value: &impl serde::Serialize) -> Event {
     Event::default().data(serde_json::to_string(value).unwrap_or_default())
-}
-
-/// Logs a problem that does not end up as the answer's status.
-fn log_if_ours(problem: &Problem, request_id: &str) {
-    if problem.code.status().is_server_error() {
-        tracing::error!(request_id, code = problem.code.as_str(), cause = problem.cause, "a request failed");
-    }
 }

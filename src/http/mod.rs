@@ -6,6 +6,8 @@
 
 mod access;
 pub mod admin;
+mod batch;
+pub mod classify;
 mod connections;
 pub mod extract;
 pub mod generate;
@@ -15,6 +17,7 @@ pub mod openapi;
 pub mod prepare;
 pub mod problem;
 pub mod running;
+mod scoring;
 pub mod types;
 
 pub use connections::serve;
@@ -23,7 +26,7 @@ use std::sync::Arc;
 
 use axum::{
     Router,
-    http::{Method, Uri},
+    http::{HeaderName, HeaderValue, Method, Uri},
     middleware,
     response::{IntoResponse, Response},
 };
@@ -36,10 +39,14 @@ use crate::{
     config::{Access, Limits},
     engine::{Engine, request::CacheNamespace},
     model::ModelInfo,
+    prompt::Version,
     registry::Registry,
     tokenizer::Tokenizer,
 };
 use problem::{Code, Problem};
+
+/// The header that names the version that answered.
+const X_VERSION: HeaderName = HeaderName::from_static("x-softserve-version");
 
 /// What every handler sees.
 #[derive(Debug)]
@@ -124,6 +131,8 @@ pub fn router(app: AppState) -> Router {
 fn routes() -> OpenApiRouter<AppState> {
     OpenApiRouter::with_openapi(openapi::head())
         .routes(routes!(generate::generate))
+        .routes(routes!(classify::classify))
+        .routes(routes!(classify::score))
         .routes(routes!(generate::generate_batch))
         .routes(routes!(generate::list_tasks))
         .routes(routes!(generate::get_task))
@@ -131,6 +140,15 @@ fn routes() -> OpenApiRouter<AppState> {
         .routes(routes!(health::live))
         .routes(routes!(health::ready))
         .routes(routes!(health::metrics))
+}
+
+/// An answer of a version, which its header names.
+fn answered(version: &Version, answer: impl IntoResponse) -> Response {
+    let mut response = answer.into_response();
+    if let Ok(id) = HeaderValue::from_str(&version.digest.id()) {
+        response.headers_mut().insert(X_VERSION, id);
+    }
+    response
 }
 
 /// Runs what blocks (disk, long texts) off the async threads.

@@ -57,13 +57,13 @@ pub async fn prepare(app: &App, caller: Caller, task: &str, request: GenerateReq
         .map(|i| {
             let seed = settings.sampling.seed.wrapping_add(i as u64);
             let sampling = SamplingParams { seed, ..settings.sampling.clone() };
-            let deadline = Some(started + settings.timeout);
+            let deadline = Some(started + settings.scheduling.timeout);
             Request {
                 deadline,
                 namespace: Some(CacheNamespace(version.digest.0)),
                 public_prefix: virtual_tokens + num_public,
                 tenant,
-                priority: settings.priority,
+                priority: settings.scheduling.priority,
                 ..Request::new(Some(Arc::clone(&version.prompt)), &ids, sampling)
             }
         })
@@ -81,7 +81,7 @@ pub async fn prepare(app: &App, caller: Caller, task: &str, request: GenerateReq
 
 /// Whom the engine counts a request for: each of a caller's tasks by itself. It needs to tell them apart,
 /// not to know them.
-fn tenant(app: &App, caller: Caller, task: &TaskName) -> Tenant {
+pub fn tenant(app: &App, caller: Caller, task: &TaskName) -> Tenant {
     let mut hash = DefaultHasher::new();
     (caller.0, task).hash(&mut hash);
     Tenant { owner: caller.0, key: hash.finish(), weight: app.limits.task_weights.of(task.as_str()) }
@@ -172,13 +172,33 @@ fn too_long(app: &App, version: &Version, prompt_tokens: usize, budget: TokenBud
     }
 }
 
+/// When a request is computed, and how long it may take.
+#[derive(Debug, Clone, Copy)]
+pub struct Scheduling {
+    pub timeout: Duration,
+    /// Lower is sooner.
+    pub priority: i32,
+}
+
+impl Scheduling {
+    /// With the server's defaults for what is not given.
+    ///
+    /// # Errors
+    /// A value is out of its range.
+    pub fn check(app: &App, timeout_ms: Option<u64>, priority: Option<i32>) -> Result<Self, Problem> {
+        let mut ranges = Ranges::default();
+        let scheduling = ranges.scheduling(app, timeout_ms, priority);
+        ranges.finish()?;
+        Ok(scheduling)
+    }
+}
+
 /// A request's parameters, with defaults filled in and every range checked.
 struct Settings {
     sampling: SamplingParams,
     stop: Vec<String>,
     choices: usize,
-    timeout: Duration,
-    priority: i32,
+    scheduling: Scheduling,
 }
 
 impl Settings {
@@ -191,21 +211,12 @@ impl Settings {
         }
         let choices = request.n.unwrap_or(1);
         ranges.check("n", choices, 1, MAX_CHOICES);
-        let priority = request.priority.unwrap_or(0);
-        ranges.check("priority", priority, -MAX_PRIORITY, MAX_PRIORITY);
+        let scheduling = ranges.scheduling(app, request.timeout_ms, request.priority);
         if let (Some(found), Some(limit)) = (request.max_tokens, version.spec.limits.max_tokens)
             && found > limit
         {
             ranges.fault("max_tokens", format!("found {found}, expected at most {limit}, the task's limit"));
         }
-        let limit = u64::try_from(app.limits.max_request_timeout.as_millis()).unwrap_or(u64::MAX);
-        let timeout = match request.timeout_ms {
-            Some(ms) => {
-                ranges.check("timeout_ms", ms, 1, limit);
-                Duration::from_millis(ms)
-            }
-            None => app.limits.request_timeout,
-        };
         ranges.finish()?;
         let SamplingValues {
             max_tokens,
@@ -233,7 +244,7 @@ impl Settings {
             stop_tokens: if request.ignore_eos.unwrap_or(false) { Vec::new() } else { app.model.eos_token_ids.clone() },
             constraint: None,
         };
-        Ok(Self { sampling, stop, choices, timeout, priority })
+        Ok(Self { sampling, stop, choices, scheduling })
     }
 }
 
@@ -246,6 +257,16 @@ impl Ranges {
         if !(least <= found && found <= most) {
             self.fault(field, format!("found {found}, expected {least} to {most}"));
         }
+    }
+
+    fn scheduling(&mut self, app: &App, timeout_ms: Option<u64>, priority: Option<i32>) -> Scheduling {
+        let priority = priority.unwrap_or(0);
+        self.check("priority", priority, -MAX_PRIORITY, MAX_PRIORITY);
+        let limit = u64::try_from(app.limits.max_request_timeout.as_millis()).unwrap_or(u64::MAX);
+        if let Some(ms) = timeout_ms {
+            self.check("timeout_ms", ms, 1, limit);
+        }
+        Scheduling { timeout: timeout_ms.map_or(app.limits.request_timeout, Duration::from_millis), priority }
     }
 
     fn sampling(&mut self, given: &SamplingOptions) {

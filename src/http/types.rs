@@ -3,10 +3,15 @@
 
 mod answer;
 mod request;
+mod score;
 mod task;
 
 pub use answer::{
-    BatchResponse, BatchResult, ChoiceInfo, Finish, GenerateResponse, StreamEvent, TokenInfo, TokenLogprob, Usage,
+    BatchResponse, BatchResult, ChoiceInfo, Finish, GenerateResponse, OneOrSeveral, StreamEvent, TokenInfo,
+    TokenLogprob, Usage,
 };
 pub use request::{BatchItem, BatchRequest, GenerateRequest, InputSchema};
+pub use score::{
+    ClassifyRequest, ClassifyResponse, LabelProbability, ScoreRequest, ScoreResponse, ScoredText, ScoredToken,
+};
 pub use task::{TaskInfo, TaskLimits, TaskList, VersionMeta};

@@ -140,6 +140,7 @@ pub fn read(task: TaskName, files: &PromptFiles, fit: &Fit) -> Result<Version, F
                 spec: words.spec,
                 warnings,
                 fixed_ids: OnceLock::new(),
+                label_tokens: OnceLock::new(),
             })
         }
         (prompt, words) => {

@@ -3,11 +3,13 @@
 //! Values only: nothing here locks, and only [`files`] reads or writes them on disk. Everything a
 //! request needs from its task hangs off one immutable [`Version`](task::Version).
 
+pub mod calibration;
 pub mod encode;
 pub mod files;
 #[cfg(test)]
 pub(crate) mod fixtures;
 pub mod format;
+pub mod label_scores;
 pub mod labels;
 mod layout;
 pub mod learned;

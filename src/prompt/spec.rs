@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Deserializer, Serialize};
 use utoipa::ToSchema;
 
+use super::calibration::Calibration;
 use crate::{
     content,
     sampling::{Fault, SamplingOptions},
@@ -42,6 +43,9 @@ pub struct TaskSpec {
     /// The frozen model that the prompt was tuned on.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub base_model: Option<BaseModel>,
+    /// What label probabilities are corrected by, as `softserve eval --calibrate` learns it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub calibration: Option<Calibration>,
     /// What the tuner measured, by metric.
     #[serde(deserialize_with = "null_is_default", skip_serializing_if = "BTreeMap::is_empty")]
     pub metrics: BTreeMap<String, f64>,
@@ -117,6 +121,10 @@ impl TaskSpec {
             if limit == Some(0) {
                 faults.push(format!("limits.{field}: found 0, expected 1 or more"));
             }
+        }
+        if let Some(calibration) = &self.calibration {
+            let is_label = |label: &str| self.labels.keys().any(|known| known.trim() == label);
+            faults.extend(calibration.faults(is_label));
         }
         if let (Some(default), Some(limit)) = (self.defaults.max_tokens, self.limits.max_tokens)
             && default > limit

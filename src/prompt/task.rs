@@ -10,7 +10,8 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use super::{
-    labels::Verbalizer, learned::LearnedPrompt, peft_type::PeftType, spec::TaskSpec, template::PromptTemplate,
+    label_scores::LabelTokens, labels::Verbalizer, learned::LearnedPrompt, peft_type::PeftType, spec::TaskSpec,
+    template::PromptTemplate,
 };
 
 /// The longest task name, in bytes.
@@ -134,6 +135,8 @@ pub struct Version {
     pub warnings: Vec<String>,
     /// The token ids of the template's fixed beginning, once the first request has tokenized it.
     pub fixed_ids: OnceLock<Vec<u32>>,
+    /// The token ids of its labels, once the first request has tokenized them.
+    pub label_tokens: OnceLock<LabelTokens>,
 }
 
 #[cfg(test)]

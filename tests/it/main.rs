@@ -5,6 +5,7 @@ mod backends;
 mod bench;
 mod bounds;
 mod candle_models;
+mod classify;
 mod convert;
 mod convert_computed;
 mod demo;

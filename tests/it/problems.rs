@@ -106,6 +106,25 @@ async fn generating(server: &Server, provoked: &mut Provoked) {
         provoked.add(GENERATE, "post", &server.call(post(&path, "application/json", body)).await);
     }
     provoked.add(GENERATE, "post", &server.call(post(&path, "text/plain", "{}")).await);
+    let (config, weights) = prompt_files("prompt7");
+    let task = json!({"labels": {"good": ["good"], "bad": ["bad"]}}).to_string();
+    let parts: [(&str, &[u8]); 3] =
+        [("adapter_config.json", &config), ("adapter_model.safetensors", &weights), ("task.json", task.as_bytes())];
+    let (content_type, body) = form(&parts);
+    server.upload("labels", content_type, body).await.ok();
+    let unknown = server.post("/v1/tasks/labels/classify", &json!({"input": "a", "labels": ["good", "fine"]})).await;
+    provoked.add("/v1/tasks/{task}/classify", "post", &unknown);
+    server.delete("/v1/admin/tasks/labels").await;
+    for (route, body) in [
+        ("classify", json!({"input": "a"})),
+        ("classify", json!({"input": "a", "inputs": ["a"]})),
+        ("score", json!({"input": "a", "continuations": []})),
+        ("score", json!({"input": "a", "continuations": vec!["the cat"; 4097]})),
+        ("score", json!({"input": "a", "continuations": ["the cat ".repeat(300)]})),
+    ] {
+        let answer = server.post(&format!("/v1/tasks/{TASK}/{route}"), &body).await;
+        provoked.add(&format!("/v1/tasks/{{task}}/{route}"), "post", &answer);
+    }
     provoked.add(GENERATE, "post", &server.post("/v1/tasks/topik/generate", &json!({"input": "a"})).await);
     provoked.add("/v1/tasks/{task}", "get", &server.get("/v1/tasks/%FF").await);
     provoked.add("/v1/generate", "post", &server.post("/v1/generate", &json!({"requests": []})).await);
@@ -212,6 +231,17 @@ async fn limits(provoked: &mut Provoked) {
     let octets = "application/octet-stream";
     provoked.add(VERSIONS, "post", &full.upload("fourth", octets, prompt_files("prompt7").1).await);
     provoked.add(VERSIONS, "post", &full.upload(TASK, octets, vec![0; 4096]).await);
+
+    // A place in the batch that another request has for long.
+    let mut options = Options::default();
+    options.engine.max_batch = 1;
+    let busy = options.start();
+    let long = json!({"input": "a", "max_tokens": 480, "ignore_eos": true, "stream": true});
+    let long = busy.begin(post(&path, "application/json", long.to_string())).await;
+    let late = json!({"input": "the cat", "continuations": ["sat"], "timeout_ms": 1});
+    let late = busy.post(&format!("/v1/tasks/{TASK}/score"), &late).await;
+    provoked.add("/v1/tasks/{task}/score", "post", &late);
+    drop(long);
 
     let server = Server::start();
     server.app.engine.drain(std::time::Instant::now());

@@ -17,8 +17,10 @@ use softserve::{
         request::{Event, FinishReason},
     },
     http::{App, AppState, router},
+    model::Model,
     prompt::format::Fit,
     registry::{Registry, RegistryConfig},
+    tokenizer::Tokenizer,
 };
 use tower::ServiceExt as _;
 
@@ -63,9 +65,15 @@ impl Options {
     }
 
     pub fn start(self) -> Server {
+        let (model, tokenizer) = (fixtures::load(self.model, DType::F32), fixtures::tokenizer(self.model));
+        let prompts = fixtures::dir(self.model).join("prompts");
+        self.start_with(model, tokenizer, &prompts)
+    }
+
+    /// A server with another model, and the prompts of a folder.
+    pub fn start_with(self, model: Model, tokenizer: Tokenizer, prompts_of: &Path) -> Server {
         let prompts = tempfile::tempdir().unwrap();
-        copy(&fixtures::dir(self.model).join("prompts"), prompts.path());
-        let model = fixtures::load(self.model, DType::F32);
+        copy(prompts_of, prompts.path());
         let info = model.info().clone();
         let (engine, _thread) = Engine::start(model, self.engine).unwrap();
         let fit = Fit::from(&info);
@@ -76,7 +84,7 @@ impl Options {
             max_versions_per_task: self.limits.max_versions,
         })
         .unwrap();
-        let app = App::new(engine, registry, fixtures::tokenizer(self.model), info, self.limits, self.access);
+        let app = App::new(engine, registry, tokenizer, info, self.limits, self.access);
         Server { router: router(Arc::clone(&app)), app, prompts }
     }
 }

@@ -38,6 +38,10 @@ macro_rules! codes {
 codes! {
     InvalidRequest "invalid_request" BAD_REQUEST "The request is not valid"
         "The body is not JSON, or a field is unknown, of the wrong type or out of its range.";
+    UnknownLabel "unknown_label" BAD_REQUEST "No such label"
+        "A label of the request is not one of the task's.";
+    NoLabels "no_labels" BAD_REQUEST "The task has no labels"
+        "Inputs can be classified by a task that has labels in its task.json, each with a word that the tokenizer knows.";
     InputTooLong "input_too_long" BAD_REQUEST "The input is too long"
         "Learned prompt and input leave no position of the model's context for an answer, or the input is over the task's limit.";
     IncompleteBody "incomplete_body" BAD_REQUEST "The body ended early"
@@ -90,6 +94,8 @@ codes! {
         "A fault of the server; its log has the cause under the request id.";
     Unavailable "unavailable" SERVICE_UNAVAILABLE "The server accepts no requests now"
         "The server is starting or stopping; try again after Retry-After seconds.";
+    Timeout "timeout" GATEWAY_TIMEOUT "No answer in time"
+        "The time that the request or the server gives was over before there was an answer.";
 }
 
 #[cfg(test)]

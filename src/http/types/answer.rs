@@ -8,15 +8,23 @@ use crate::{engine::request::FinishReason, http::problem::ProblemBody, prompt::T
 /// An answer for each request of a batch, in their order.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct BatchResponse {
-    pub results: Vec<BatchResult>,
+    pub results: Vec<BatchResult<GenerateResponse>>,
 }
 
-/// The answer to one request of a batch, or what was wrong with it.
+/// The answer to one request of a batch, or to one of several inputs; or what was wrong with it.
 #[derive(Debug, Serialize, ToSchema)]
 #[serde(untagged)]
-pub enum BatchResult {
-    Answer(Box<GenerateResponse>),
+pub enum BatchResult<T> {
+    Answer(Box<T>),
     Problem(ProblemBody),
+}
+
+/// One answer, or, where the request has `inputs`, a list of them in their order.
+#[derive(Debug, Serialize, ToSchema)]
+#[serde(untagged)]
+pub enum OneOrSeveral<T> {
+    One(Box<T>),
+    Several { results: Vec<BatchResult<T>> },
 }
 
 /// What was generated.

@@ -121,31 +121,50 @@ pub struct BatchRequest {
 }
 
 fn input<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Input, D::Error> {
-    struct InputVisitor;
+    deserializer.deserialize_any(InputVisitor)
+}
 
-    impl<'de> de::Visitor<'de> for InputVisitor {
-        type Value = Input;
+/// As `input`, or null.
+pub(super) fn optional_input<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Input>, D::Error> {
+    Ok(Option::<Item>::deserialize(deserializer)?.map(|item| item.0))
+}
 
-        fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
-            f.write_str("a text, or an object with a text for each field")
-        }
+/// A list of inputs, or null.
+pub(super) fn inputs<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Vec<Input>>, D::Error> {
+    let items = Option::<Vec<Item>>::deserialize(deserializer)?;
+    Ok(items.map(|items| items.into_iter().map(|item| item.0).collect()))
+}
 
-        fn visit_str<E: de::Error>(self, text: &str) -> Result<Input, E> {
-            Ok(Input::Text(text.to_owned()))
-        }
+struct Item(Input);
 
-        fn visit_map<A: de::MapAccess<'de>>(self, mut map: A) -> Result<Input, A::Error> {
-            let mut fields = BTreeMap::new();
-            while let Some((name, text)) = map.next_entry::<String, String>()? {
-                if let Some(_twice) = fields.insert(name.clone(), text) {
-                    return Err(de::Error::custom(format!("the field {name:?} appears twice")));
-                }
-            }
-            Ok(Input::Fields(fields))
-        }
+impl<'de> Deserialize<'de> for Item {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        input(deserializer).map(Self)
+    }
+}
+
+struct InputVisitor;
+
+impl<'de> de::Visitor<'de> for InputVisitor {
+    type Value = Input;
+
+    fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str("a text, or an object with a text for each field")
     }
 
-    deserializer.deserialize_any(InputVisitor)
+    fn visit_str<E: de::Error>(self, text: &str) -> Result<Input, E> {
+        Ok(Input::Text(text.to_owned()))
+    }
+
+    fn visit_map<A: de::MapAccess<'de>>(self, mut map: A) -> Result<Input, A::Error> {
+        let mut fields = BTreeMap::new();
+        while let Some((name, text)) = map.next_entry::<String, String>()? {
+            if let Some(_twice) = fields.insert(name.clone(), text) {
+                return Err(de::Error::custom(format!("the field {name:?} appears twice")));
+            }
+        }
+        Ok(Input::Fields(fields))
+    }
 }
 
 fn stop<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Vec<String>>, D::Error> {
