@@ -1,12 +1,15 @@
 //! `softserve eval`: a task on test data, beside the model without a prompt and with an instruction in words.
 
+mod calibrate;
+
 use std::{
     io::{IsTerminal, Write},
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::Arc,
 };
 
-use anyhow::bail;
+use anyhow::{Context as _, anyhow, bail};
+use calibrate::{Calibrated, calibrate};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::json;
@@ -28,9 +31,11 @@ Examples:
   softserve eval --task sentiment --data test.jsonl
   softserve eval --task french --data test.jsonl --instruction \"Translate to French:\"
   softserve eval --prompt out/french --data test.jsonl --json > scores.json
+  softserve eval --prompt out/sentiment --data held-out.jsonl --calibrate --plot reliability.svg
 
-A task with labels is scored by accuracy, macro-F1 and choice accuracy (the label with the highest
-log-probability). Any other task is scored by exact match, word F1 as in SQuAD, and chrF2 and BLEU
+A task with labels is scored by the label that is generated (accuracy, macro-F1) and by the labels'
+probabilities, as /classify gives them: choice accuracy, the Brier score and the expected calibration
+error (ECE), of which less is better. Any other task is scored by exact match, word F1 as in SQuAD, and chrF2 and BLEU
 as in sacrebleu. In the columns without a learned prompt only the first line of an answer that is
 not empty counts, because nothing tells the model when to stop.";
 
@@ -71,6 +76,15 @@ pub struct EvalArgs {
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub show: usize,
 
+    /// Learn a calibration of the label probabilities (temperature and priors) on these examples, which must not be
+    /// those of the training, and write it to the task.json of --prompt
+    #[arg(long, requires = "prompt", conflicts_with = "task")]
+    pub calibrate: bool,
+
+    /// Draw how the tuned prompt's label probabilities agree with the examples (a reliability diagram), as SVG
+    #[arg(long, value_name = "FILE")]
+    pub plot: Option<PathBuf>,
+
     /// Print JSON instead of a table
     #[arg(long)]
     pub json: bool,
@@ -103,6 +117,9 @@ pub fn run(args: &EvalArgs, out: &mut dyn Write) -> anyhow::Result<()> {
         template: &version.template,
         special_tokens: version.spec.special_tokens.unwrap_or_default(),
         labels: labels.as_ref(),
+        // A calibration is learned on what the model says by itself.
+        calibration: version.spec.calibration.as_ref().filter(|_| !args.calibrate),
+        stop: version.spec.defaults.stop.as_deref().unwrap_or_default(),
         data: &data,
         max_tokens,
     };
@@ -117,10 +134,28 @@ pub fn run(args: &EvalArgs, out: &mut dyn Write) -> anyhow::Result<()> {
         columns.push(evaluation.column(variant, &mut |done| bar.set_position((first + done) as u64))?);
     }
     bar.finish_and_clear();
-    match args.json {
-        true => write_json(out, &version, &data, &columns, instruction.as_deref()),
-        false => write_table(out, args, &version, &data, &columns, instruction.as_deref()),
+    if let Some(path) = &args.plot {
+        plot(path, &version, &columns)?;
     }
+    let folder = args.prompt.as_deref().filter(|_| args.calibrate);
+    let calibrated = folder.map(|folder| calibrate(folder, &columns)).transpose()?;
+    match args.json {
+        true => write_json(out, &version, &data, &columns, instruction.as_deref(), calibrated.as_ref()),
+        false => {
+            write_table(out, args, &version, &data, &columns, instruction.as_deref())?;
+            calibrated.iter().try_for_each(|calibrated| calibrated.write(out))?;
+            Ok(())
+        }
+    }
+}
+
+/// Draws the reliability diagram of the tuned prompt.
+fn plot(path: &Path, version: &Version, columns: &[Column]) -> anyhow::Result<()> {
+    let Some(reliability) = columns.iter().find_map(|column| column.reliability.as_ref()) else {
+        bail!("--plot draws label probabilities, and the task has no labels");
+    };
+    let svg = reliability.plot(version.task.as_str()).map_err(|e| anyhow!("cannot draw {}: {e}", path.display()))?;
+    std::fs::write(path, svg).with_context(|| format!("cannot write {}", path.display()))
 }
 
 fn bar(len: usize) -> ProgressBar {
@@ -139,28 +174,41 @@ fn write_json(
     data: &Dataset,
     columns: &[Column],
     instruction: Option<&str>,
+    calibrated: Option<&Calibrated>,
 ) -> anyhow::Result<()> {
-    let report = json!({
+    let mut report = json!({
         "task": version.task,
         "version": version.digest.id(),
         "examples": data.examples.len(),
         "instruction": instruction,
         "columns": columns,
     });
+    if let Some(calibrated) = calibrated {
+        report["calibration"] = calibrated.json();
+    }
     serde_json::to_writer_pretty(&mut *out, &report)?;
     writeln!(out)?;
     Ok(())
 }
 
-/// The metrics in the order they are shown, with how.
-const ROWS: [(&str, &str, bool); 7] = [
-    ("accuracy", "accuracy", true),
-    ("macro_f1", "macro-F1", true),
-    ("choice_accuracy", "choice accuracy", true),
-    ("exact_match", "exact match", true),
-    ("token_f1", "word F1", true),
-    ("chrf", "chrF2", false),
-    ("bleu", "BLEU", false),
+/// How a metric is shown.
+#[derive(Clone, Copy)]
+enum Shown {
+    Percent,
+    Decimals(usize),
+}
+
+/// The metrics in the order they are shown.
+const ROWS: [(&str, &str, Shown); 9] = [
+    ("accuracy", "accuracy", Shown::Percent),
+    ("macro_f1", "macro-F1", Shown::Percent),
+    ("choice_accuracy", "choice accuracy", Shown::Percent),
+    ("brier", "Brier score", Shown::Decimals(4)),
+    ("ece", "ECE", Shown::Decimals(4)),
+    ("exact_match", "exact match", Shown::Percent),
+    ("token_f1", "word F1", Shown::Percent),
+    ("chrf", "chrF2", Shown::Decimals(1)),
+    ("bleu", "BLEU", Shown::Decimals(1)),
 ];
 
 fn write_table(
@@ -181,13 +229,13 @@ fn write_table(
     write!(out, "  {:<16}", "")?;
     columns.iter().try_for_each(|c| write!(out, " {:>13}", title(c)))?;
     writeln!(out)?;
-    for (key, shown, share) in ROWS.iter().filter(|row| columns.iter().any(|c| c.metrics.contains_key(row.0))) {
-        write!(out, "  {shown:<16}")?;
+    for (key, name, shown) in ROWS.iter().filter(|row| columns.iter().any(|c| c.metrics.contains_key(row.0))) {
+        write!(out, "  {name:<16}")?;
         for column in columns {
             let value = column.metrics.get(key).copied().unwrap_or_default();
-            match share {
-                true => write!(out, " {:>12.1}%", 100.0 * value)?,
-                false => write!(out, " {value:>13.1}")?,
+            match shown {
+                Shown::Percent => write!(out, " {:>12.1}%", 100.0 * value)?,
+                Shown::Decimals(decimals) => write!(out, " {value:>13.decimals$}")?,
             }
         }
         writeln!(out)?;

@@ -44,6 +44,9 @@ pub enum TuneError {
     /// The files that were written would be refused by `serve`.
     #[error("the tuned prompt cannot be served: {0}")]
     Unservable(#[from] Faults),
+    /// A label's words have no tokens.
+    #[error("the label {label:?} has no word that the tokenizer makes a token of")]
+    NoLabelTokens { label: String },
     #[error("the loss stopped being a number at step {step} with the learning rate {rate}")]
     Diverged { rate: f64, step: usize },
     #[error("none of the learning rates {tried:?} lowered the held-out loss of {start:.3}")]

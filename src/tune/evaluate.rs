@@ -6,6 +6,7 @@ use serde::Serialize;
 
 use super::{
     TuneError,
+    calibrate::{LabelEvidence, Reliability, likeliest},
     data::{DataError, Dataset, Faults},
     inference::Inference,
     metrics,
@@ -13,7 +14,14 @@ use super::{
 use crate::{
     model::Model,
     packing::{Packing, PromptShape},
-    prompt::{LearnedPrompt, Version, labels::Verbalizer, spec::SpecialTokens, template::PromptTemplate},
+    prompt::{
+        LearnedPrompt, Version,
+        calibration::Calibration,
+        label_scores::{LabelTokens, NoTokens},
+        labels::Verbalizer,
+        spec::SpecialTokens,
+        template::PromptTemplate,
+    },
     tokenizer::Tokenizer,
 };
 
@@ -56,6 +64,12 @@ pub struct Column {
     /// For a labelled task: how often each label was expected and answered.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub confusion: Option<BTreeMap<String, BTreeMap<String, usize>>>,
+    /// For a labelled task: how well the labels' probabilities agree with what was expected.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reliability: Option<Reliability>,
+    /// For a labelled task: what the model says of the labels of each example.
+    #[serde(skip)]
+    pub evidence: Option<LabelEvidence>,
     /// What was compared, for each example.
     #[serde(skip)]
     pub outputs: Vec<String>,
@@ -72,6 +86,10 @@ pub struct Evaluation<'a> {
     pub template: &'a PromptTemplate,
     pub special_tokens: SpecialTokens,
     pub labels: Option<&'a Verbalizer>,
+    /// What corrects the learned prompt's label probabilities.
+    pub calibration: Option<&'a Calibration>,
+    /// The texts that end an answer, beside the end-of-sequence token.
+    pub stop: &'a [String],
     pub data: &'a Dataset,
     /// The most new tokens of an answer.
     pub max_tokens: usize,
@@ -87,8 +105,9 @@ impl Evaluation<'_> {
         let inputs = self.inputs(variant)?;
         let prompt = variant.learned();
         let longest = inputs.iter().map(Vec::len).max().unwrap_or(0);
-        let words = self.labels.map(|labels| self.label_tokens(labels)).transpose()?.unwrap_or_default();
-        let longest_word = words.iter().map(|(_, ids)| ids.len()).max().unwrap_or(0);
+        let words = self.labels.map(|labels| self.label_tokens(labels, variant)).transpose()?;
+        let continuations = words.as_ref().map_or_else(Vec::new, LabelTokens::continuations);
+        let longest_word = continuations.iter().map(Vec::len).max().unwrap_or(0);
         let engine = Inference::start(self.model, prompt, longest, self.max_tokens.max(longest_word))?;
         let generated = engine.greedy(&inputs, self.max_tokens, done)?;
         let mut outputs = Vec::with_capacity(generated.len());
@@ -100,10 +119,10 @@ impl Evaluation<'_> {
                 PromptVariant::NoPrompt | PromptVariant::Instruction(_) => first_line(&output).to_owned(),
             });
         }
-        match self.labels {
-            Some(labels) => {
-                let likeliest = likeliest(&engine, &words, &inputs)?;
-                Ok(self.score_labels(variant, labels, likeliest, outputs))
+        match self.labels.zip(words) {
+            Some((labels, words)) => {
+                let evidence = self.evidence(&words, engine.score(&inputs, &continuations)?);
+                Ok(self.score_labels(variant, labels, evidence, outputs))
             }
             None => Ok(self.score_texts(variant.name(), outputs)),
         }
@@ -147,16 +166,22 @@ impl Evaluation<'_> {
             ("chrf", metrics::chrf(&outputs, &references)),
             ("bleu", metrics::bleu(&outputs, &references)),
         ];
-        Column { name, metrics: metrics.into(), confusion: None, outputs }
+        Column { name, metrics: metrics.into(), confusion: None, reliability: None, evidence: None, outputs }
     }
 
     fn score_labels(
         &self,
         variant: &PromptVariant<'_>,
         labels: &Verbalizer,
-        likeliest: Vec<Option<String>>,
+        evidence: LabelEvidence,
         outputs: Vec<String>,
     ) -> Column {
+        let calibration = self.calibration.filter(|_| matches!(variant, PromptVariant::Learned(_)));
+        let calibration = calibration.cloned().unwrap_or_else(Calibration::none);
+        let probabilities = evidence.probabilities(&calibration);
+        let chosen = |probabilities: &Vec<f64>| likeliest(probabilities).map(|(best, _)| evidence.labels[best].clone());
+        let chosen: Vec<Option<String>> = probabilities.iter().map(chosen).collect();
+        let reliability = evidence.reliability(&calibration);
         let expected: Vec<String> = self.data.examples.iter().map(|e| e.label.clone().unwrap_or_default()).collect();
         let answered: Vec<Option<String>> = outputs.iter().map(|o| labels.label_of(o).map(str::to_owned)).collect();
         let confusion = metrics::confusion(&answered, &expected)
@@ -168,39 +193,51 @@ impl Evaluation<'_> {
         let metrics = [
             ("accuracy", metrics::accuracy(&answered, &expected)),
             ("macro_f1", metrics::macro_f1(&answered, &expected)),
-            ("choice_accuracy", metrics::accuracy(&likeliest, &expected)),
+            ("choice_accuracy", metrics::accuracy(&chosen, &expected)),
+            ("brier", reliability.brier),
+            ("ece", reliability.ece),
         ];
-        Column { name: variant.name(), metrics: metrics.into(), confusion: Some(confusion), outputs }
+        Column {
+            name: variant.name(),
+            metrics: metrics.into(),
+            confusion: Some(confusion),
+            reliability: Some(reliability),
+            evidence: Some(evidence),
+            outputs,
+        }
     }
 
-    /// Each label with the tokens of its word; a label whose word has none is left out.
-    fn label_tokens(&self, labels: &Verbalizer) -> Result<Vec<(String, Vec<u32>)>, TuneError> {
-        let mut words = Vec::new();
-        for label in labels.labels() {
-            let word = labels.word_for(label).unwrap_or(label);
-            let ids = self.tokenizer.tokenize_continuation(word).map_err(super::init::InitError::Tokenizer)?;
-            words.push((label.to_owned(), ids));
-        }
-        words.retain(|(_, ids)| !ids.is_empty());
-        Ok(words)
+    /// The labels' token sequences. Only a learned prompt was taught how an answer ends, so without one words alone count.
+    fn label_tokens(&self, labels: &Verbalizer, variant: &PromptVariant<'_>) -> Result<LabelTokens, TuneError> {
+        let tokens = |text: &str| self.tokenizer.tokenize_continuation(text).map_err(super::init::InitError::Tokenizer);
+        let ends = match variant {
+            PromptVariant::Learned(_) => {
+                let stops = self.stop.iter().map(|stop| tokens(stop)).collect::<Result<Vec<_>, _>>()?;
+                stops.into_iter().chain(self.model.info().eos_token_ids.iter().map(|&id| vec![id])).collect()
+            }
+            PromptVariant::NoPrompt | PromptVariant::Instruction(_) => Vec::new(),
+        };
+        LabelTokens::new(labels, &ends, |word| Ok::<_, TuneError>(tokens(word)?))
+    }
+
+    fn evidence(&self, words: &LabelTokens, scores: Vec<Option<Vec<Vec<f32>>>>) -> LabelEvidence {
+        let labels: Vec<String> = words.names().map(str::to_owned).collect();
+        let known = |label: &Option<String>| labels.iter().position(|known| Some(known) == label.as_ref());
+        let expected = self.data.examples.iter().map(|example| known(&example.label).unwrap_or(labels.len())).collect();
+        let one = |log_probs: Option<Vec<Vec<f32>>>| match log_probs {
+            Some(log_probs) => words.log_masses(&log_probs),
+            // There is nothing to predict from: no label is likelier than another.
+            None => vec![f64::NEG_INFINITY; labels.len()],
+        };
+        let scores = scores.into_iter().map(one).collect();
+        LabelEvidence { labels, scores, expected }
     }
 }
 
-/// The label whose word is the likeliest answer to each input.
-fn likeliest(
-    engine: &Inference,
-    words: &[(String, Vec<u32>)],
-    inputs: &[Vec<u32>],
-) -> Result<Vec<Option<String>>, TuneError> {
-    if words.is_empty() {
-        return Ok(vec![None; inputs.len()]);
+impl From<NoTokens> for TuneError {
+    fn from(error: NoTokens) -> Self {
+        Self::NoLabelTokens { label: error.label }
     }
-    let continuations: Vec<Vec<u32>> = words.iter().map(|(_, ids)| ids.clone()).collect();
-    let best = |scores: Option<Vec<f64>>| {
-        let best = scores?.into_iter().enumerate().max_by(|a, b| a.1.total_cmp(&b.1))?.0;
-        Some(words[best].0.clone())
-    };
-    Ok(engine.score(inputs, &continuations)?.into_iter().map(best).collect())
 }
 
 fn first_line(output: &str) -> &str {

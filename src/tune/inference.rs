@@ -78,18 +78,18 @@ impl Inference {
         Ok(answers.into_iter().map(Option::unwrap_or_default).collect())
     }
 
-    /// The log-probability of each continuation after each input, summed over its tokens; `None` for an input that has
-    /// nothing to predict from.
+    /// The log-probability of each token of each continuation after each input; `None` for an input that has nothing to
+    /// predict from.
     ///
     /// # Errors
     /// An input is too long, there are too many continuations, or a forward pass fails.
-    pub fn score(&self, inputs: &[Vec<u32>], continuations: &[Vec<u32>]) -> Result<Vec<Option<Vec<f64>>>, TuneError> {
+    pub fn score(
+        &self,
+        inputs: &[Vec<u32>],
+        continuations: &[Vec<u32>],
+    ) -> Result<Vec<Option<Vec<Vec<f32>>>>, TuneError> {
         let request = |input: &Vec<u32>| Request::score(self.prompt.clone(), input, continuations.to_vec());
-        let sums = |stream| -> Result<Vec<f64>, TuneError> {
-            let sum = |tokens: &Vec<f32>| tokens.iter().map(|&x| f64::from(x)).sum();
-            Ok(scores(stream)?.iter().map(sum).collect())
-        };
-        self.answer(inputs, request, sums, &mut |_| ())
+        self.answer(inputs, request, scores, &mut |_| ())
     }
 
     /// What `read` makes of the answer to each input, `None` where there is nothing to predict from. As many as the

@@ -13,6 +13,7 @@
 //!   beside what an instruction in words gives
 //! - [`TuneError`]: what went wrong, as facts
 
+pub mod calibrate;
 pub mod checkpoint;
 pub mod data;
 mod error;

@@ -1,7 +1,11 @@
 //! Classification and scores over HTTP: the numbers are those of one forward pass a label, repeat to the last bit, and
 //! choose at least as well as generating does.
 
-use std::path::Path;
+use std::{
+    io::Write as _,
+    path::Path,
+    process::{Command, Stdio},
+};
 
 use candle_core::DType;
 use futures::future::join_all;
@@ -16,7 +20,7 @@ use softserve::{
 };
 
 use crate::{
-    fixtures,
+    fixtures, peft,
     support::{MODEL, Options, Server, TASK, form, prompt_files},
 };
 
@@ -117,6 +121,34 @@ async fn a_labels_probability_is_that_of_its_words_and_the_end_after_them() {
     assert!((probability(&some, "dog") - dog / (dog + x)).abs() < 1e-5, "{some}");
     assert_eq!((some["probabilities"].as_array().unwrap().len(), &some["abstained"]), (2, &json!(true)));
     assert_eq!(answer["abstained"], json!(false));
+}
+
+#[tokio::test]
+async fn probabilities_are_those_of_pytorch() {
+    let Some(python) = peft::python() else { return };
+    let server = server_with_labels(&task_json()).await;
+    let inputs = ["the cat sat", "a", "the dog and the cat sat on the mat", "x yes"];
+    let labels = task_json()["labels"].clone();
+    let mut check = Command::new(python);
+    let model = fixtures::dir(MODEL);
+    check.arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/peft/check_labels.py"));
+    check.arg("--model").arg(&model).arg("--prompt").arg(model.join("prompts/prompt7"));
+    let mut check = check.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let request = json!({"inputs": inputs, "labels": labels, "ends": ["\n"]});
+    check.stdin.take().unwrap().write_all(request.to_string().as_bytes()).unwrap();
+    let said = check.wait_with_output().unwrap();
+    assert!(said.status.success());
+    let expected: Vec<Value> = serde_json::from_slice(&said.stdout).unwrap();
+    let found = classify(&server, &json!({"inputs": inputs, "calibrate": false})).await;
+    for (found, expected) in found["results"].as_array().unwrap().iter().zip(&expected) {
+        let masses = expected.as_object().unwrap();
+        let total: f64 = masses.values().map(|mass| mass.as_f64().unwrap()).sum();
+        assert!((found["label_mass"].as_f64().unwrap() / total - 1.0).abs() < 1e-4, "{found} {expected}");
+        for one in found["probabilities"].as_array().unwrap() {
+            let mass = masses[one["label"].as_str().unwrap()].as_f64().unwrap();
+            assert!((one["probability"].as_f64().unwrap() - mass / total).abs() < 1e-4, "{one} {expected}");
+        }
+    }
 }
 
 #[tokio::test]

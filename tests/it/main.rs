@@ -4,6 +4,7 @@
 mod backends;
 mod bench;
 mod bounds;
+mod calibrate;
 mod candle_models;
 mod classify;
 mod convert;

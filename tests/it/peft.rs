@@ -12,7 +12,7 @@ use crate::{
 };
 
 /// A Python with PEFT: `SOFTSERVE_TEST_PYTHON`, or `python3`; none if there is none.
-fn python() -> Option<String> {
+pub fn python() -> Option<String> {
     let named = std::env::var("SOFTSERVE_TEST_PYTHON").ok();
     let python = usable(named.as_deref(), can_import).unwrap_or_else(|reason| panic!("{reason}"));
     if python.is_none() {

@@ -1,0 +1,100 @@
+//! `softserve eval` on label probabilities: its scores, the calibration that it learns, and a server that uses it.
+
+use std::{fs, path::Path};
+
+use candle_core::DType;
+use serde_json::{Value, json};
+use softserve::{demo, kernels, model::Model, prompt::TaskName, tokenizer::Tokenizer};
+
+use crate::{
+    process::{output, softserve},
+    support::{Options, copy},
+};
+
+/// A home with the demo's prompts, and what `softserve eval` answers there.
+fn eval(home: &Path, arguments: &[&str]) -> (Option<i32>, String, String) {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    if !home.join("out").exists() {
+        copy(&root.join("prompts"), &home.join("out"));
+        copy(&root.join("examples/data"), &home.join("data"));
+    }
+    let mut command = softserve(home);
+    command.arg("eval").args(arguments);
+    output(command)
+}
+
+fn task_json(home: &Path, task: &str) -> Value {
+    serde_json::from_slice(&fs::read(home.join("out").join(task).join("task.json")).unwrap()).unwrap()
+}
+
+#[tokio::test]
+async fn a_calibration_is_learned_written_and_served() {
+    let home = tempfile::tempdir().unwrap();
+    let home = home.path();
+    let data = ["--prompt", "out/topic", "--data", "data/topic/dev.jsonl", "--json"];
+    let (code, plain, log) = eval(home, &data);
+    assert_eq!(code, Some(0), "{log}");
+    let before = task_json(home, "topic");
+    let (code, report, log) = eval(home, &[&data[..], &["--calibrate", "--plot", "reliability.svg"]].concat());
+    assert_eq!(code, Some(0), "{log}");
+    let (plain, report): (Value, Value) =
+        (serde_json::from_str(&plain).unwrap(), serde_json::from_str(&report).unwrap());
+    assert_eq!(plain["columns"], report["columns"]);
+    let tuned = &report["columns"][0];
+    let found = |value: &Value| value.as_f64().unwrap();
+    assert_eq!(tuned["metrics"]["brier"], tuned["reliability"]["brier"]);
+    assert!(
+        (0.0..0.5).contains(&found(&tuned["metrics"]["brier"])) && found(&tuned["metrics"]["ece"]) < 0.2,
+        "{tuned}"
+    );
+    let bins = tuned["reliability"]["bins"].as_array().unwrap();
+    let counted: u64 = bins.iter().map(|bin| bin["examples"].as_u64().unwrap()).sum();
+    assert_eq!(counted, report["examples"].as_u64().unwrap());
+    assert_eq!(report["calibration"]["without"]["brier"], tuned["metrics"]["brier"]);
+    let svg = fs::read_to_string(home.join("reliability.svg")).unwrap();
+    assert!(svg.starts_with("<svg") && svg.contains("Brier"));
+
+    // Only the calibration is new.
+    let mut after = task_json(home, "topic");
+    let calibration = after.as_object_mut().unwrap().remove("calibration").unwrap();
+    assert_eq!(after, before);
+    assert_eq!(calibration["temperature"], report["calibration"]["temperature"]);
+    assert_eq!(calibration["priors"].as_object().unwrap().len(), before["labels"].as_object().unwrap().len());
+
+    let model = Model::load(&demo::model(), kernels::cpu(), DType::F32).unwrap();
+    let server = Options::default().start_with(model, Tokenizer::load(&demo::model()).unwrap(), &home.join("out"));
+    let version = server.app.registry.resolve("topic".parse::<TaskName>().unwrap().as_str(), None).unwrap();
+    assert!(version.spec.calibration.is_some());
+    let classify = async |calibrate: bool| {
+        let body = json!({"input": "The soup in Rome was delicious.", "calibrate": calibrate});
+        server.post("/v1/tasks/topic/classify", &body).await.ok()
+    };
+    let (calibrated, raw) = (classify(true).await, classify(false).await);
+    assert_eq!((&calibrated["label"], &raw["label"]), (&json!("food"), &json!("food")));
+    assert_ne!(calibrated["confidence"], raw["confidence"]);
+    assert_eq!(calibrated["label_mass"], raw["label_mass"]);
+    let (_, shown, _) = eval(home, &data[..4]);
+    assert!(shown.contains("Brier score") && shown.contains("ECE"), "{shown}");
+}
+
+#[test]
+fn what_cannot_be_calibrated_is_refused_and_changes_nothing() {
+    let home = tempfile::tempdir().unwrap();
+    let home = home.path();
+    let (code, _, log) = eval(home, &["--prompt", "out/story", "--data", "data/story/dev.jsonl", "--calibrate"]);
+    assert!(code != Some(0) && log.contains("needs a task with labels"), "{log}");
+    let (code, _, log) = eval(home, &["--prompt", "out/story", "--data", "data/story/dev.jsonl", "--plot", "a.svg"]);
+    assert!(code != Some(0) && log.contains("has no labels") && !home.join("a.svg").exists(), "{log}");
+    let few: String = fs::read_to_string(home.join("data/topic/dev.jsonl"))
+        .unwrap()
+        .lines()
+        .take(5)
+        .fold(String::new(), |all, line| all + line + "\n");
+    fs::write(home.join("few.jsonl"), few).unwrap();
+    let before = task_json(home, "topic");
+    let (code, _, log) = eval(home, &["--prompt", "out/topic", "--data", "few.jsonl", "--calibrate"]);
+    assert!(code != Some(0) && log.contains("at least 20 examples"), "{log}");
+    assert_eq!(task_json(home, "topic"), before);
+    let (code, _, log) = eval(home, &["--task", "topic", "--data", "few.jsonl", "--calibrate"]);
+    assert!(code != Some(0) && log.contains("--calibrate") && log.contains("cannot be used"), "{log}");
+}
