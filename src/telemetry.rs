@@ -1,24 +1,31 @@
 //! The log's set-up, and the names of all metrics in one place.
 
 use std::{
+    collections::HashSet,
     io::IsTerminal as _,
-    sync::{Once, OnceLock},
+    sync::{LazyLock, Mutex, Once, OnceLock, PoisonError},
 };
 
 use metrics::{Unit, describe_counter, describe_gauge, describe_histogram};
-use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
+use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use tracing_subscriber::EnvFilter;
 
 use crate::config::{LogConfig, LogFormat};
 
 /// Answered requests, by method, route and status.
 pub const HTTP_REQUESTS: &str = "softserve_http_requests_total";
-/// Seconds from a request's arrival to its answer's head, by method and route.
+/// Seconds from a request's arrival to its answer, of a stream to its end, by method and route.
 pub const HTTP_SECONDS: &str = "softserve_http_request_duration_seconds";
 /// Requests that are being answered.
 pub const HTTP_ACTIVE: &str = "softserve_http_requests_active";
 /// Seconds from the hand-over of a request to its first token, by task.
 pub const FIRST_TOKEN_SECONDS: &str = "softserve_time_to_first_token_seconds";
+/// Seconds between an answer's tokens, by task.
+pub const INTER_TOKEN_SECONDS: &str = "softserve_inter_token_seconds";
+/// Tokens of a request's input, special tokens included, by task.
+pub const INPUT_TOKENS: &str = "softserve_request_input_tokens";
+/// Tokens of an answer, by task.
+pub const OUTPUT_TOKENS: &str = "softserve_request_output_tokens";
 /// Uploads of learned prompts, by outcome.
 pub const UPLOADS: &str = "softserve_uploads_total";
 /// Whether a forward pass has run and the engine lives.
@@ -54,6 +61,13 @@ pub const GENERATED_TOKENS: &str = "softserve_engine_generated_tokens_total";
 /// Tasks with an active version.
 pub const TASKS: &str = "softserve_tasks";
 
+/// Tasks that have series of their own; a request of a further one counts as [`OTHER_TASKS`].
+const MAX_TASK_SERIES: usize = 200;
+/// The label of the tasks beyond these. No task can have this name.
+const OTHER_TASKS: &str = "(others)";
+
+const TOKENS_BUCKETS: [f64; 15] =
+    [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 16384.0, 65536.0];
 const SECONDS_BUCKETS: [f64; 13] = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 60.0];
 
 /// Starts the log on standard error, and makes panics part of it. A second call changes nothing.
@@ -83,6 +97,9 @@ pub fn metrics() -> &'static PrometheusHandle {
         let builder = PrometheusBuilder::new();
         // Buckets are refused only if there are none.
         let builder = builder.set_buckets(&SECONDS_BUCKETS).unwrap_or_else(|_| PrometheusBuilder::new());
+        let tokens = Matcher::Suffix("_tokens".to_owned());
+        let builder =
+            builder.set_buckets_for_metric(tokens, &TOKENS_BUCKETS).unwrap_or_else(|_| PrometheusBuilder::new());
         let recorder = builder.build_recorder();
         let handle = recorder.handle();
         if metrics::set_global_recorder(recorder).is_err() {
@@ -95,9 +112,12 @@ pub fn metrics() -> &'static PrometheusHandle {
 
 fn describe() {
     describe_counter!(HTTP_REQUESTS, "Answered requests, by method, route and status");
-    describe_histogram!(HTTP_SECONDS, Unit::Seconds, "Time to the answer's head, by method and route");
+    describe_histogram!(HTTP_SECONDS, Unit::Seconds, "Time to the answer, of a stream to its end, by method and route");
     describe_gauge!(HTTP_ACTIVE, "Requests that are being answered");
     describe_histogram!(FIRST_TOKEN_SECONDS, Unit::Seconds, "Time from a request's hand-over to its first token");
+    describe_histogram!(INTER_TOKEN_SECONDS, Unit::Seconds, "Time between an answer's tokens");
+    describe_histogram!(INPUT_TOKENS, Unit::Count, "Tokens of a request's input");
+    describe_histogram!(OUTPUT_TOKENS, Unit::Count, "Tokens of an answer");
     describe_counter!(UPLOADS, "Uploads of learned prompts, by outcome");
     describe_gauge!(READY, "1 once a forward pass has run and while the engine lives");
     describe_gauge!(WAITING, "Requests that wait for a place in the batch");
@@ -118,4 +138,48 @@ fn describe() {
     describe_counter!(CACHED_TOKENS, "Input positions found in the cache, virtual tokens included");
     describe_counter!(GENERATED_TOKENS, "Tokens generated");
     describe_gauge!(TASKS, "Tasks with an active version");
+}
+
+/// The value of the label `task` of a task's series. The first tasks have their own, so that many tasks do not make
+/// series without end.
+pub fn task_label(task: &str) -> String {
+    static NAMED: LazyLock<Named> = LazyLock::new(|| Named::new(MAX_TASK_SERIES));
+    NAMED.label(task).to_owned()
+}
+
+/// The tasks that have series of their own.
+struct Named {
+    limit: usize,
+    names: Mutex<HashSet<String>>,
+}
+
+impl Named {
+    fn new(limit: usize) -> Self {
+        Self { limit, names: Mutex::default() }
+    }
+
+    fn label<'a>(&self, task: &'a str) -> &'a str {
+        let mut names = self.names.lock().unwrap_or_else(PoisonError::into_inner);
+        if names.contains(task) {
+            return task;
+        }
+        if names.len() >= self.limit {
+            return OTHER_TASKS;
+        }
+        names.insert(task.to_owned());
+        task
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_tasks_have_series_of_their_own_and_the_others_share_one() {
+        let named = Named::new(2);
+        let labels: Vec<_> = ["a", "b", "c", "a", "d", "b"].map(|task| named.label(task)).into();
+        assert_eq!(labels, ["a", "b", OTHER_TASKS, "a", OTHER_TASKS, "b"]);
+        assert!(OTHER_TASKS.contains('('), "no task can have this name");
+    }
 }

@@ -1,14 +1,17 @@
 //! The outermost layer: gives each request an id, logs and counts its answer, and writes problems
 //! out with that id. Bodies and keys are never logged.
 
-use std::{sync::Arc, time::Instant};
+use std::{pin::Pin, sync::Arc, task, time::Instant};
 
 use axum::{
+    body::{Body, HttpBody},
     extract::{MatchedPath, Request},
     http::{HeaderMap, HeaderName, HeaderValue, header},
     middleware::Next,
     response::Response,
 };
+use bytes::Bytes;
+use http_body::{Frame, SizeHint};
 use metrics::{counter, gauge, histogram};
 use tracing::Instrument as _;
 
@@ -28,9 +31,8 @@ pub async fn observe(mut request: Request, next: Next) -> Response {
     let span = tracing::info_span!("request", request_id = %id.0, %method, path = request.uri().path());
     let active = Active::new();
     let mut response = next.run(request).instrument(span.clone()).await;
-    drop(active);
 
-    let _in_span = span.enter();
+    let in_span = span.enter();
     let problem = response.extensions_mut().remove::<Problem>();
     if let Some(problem) = &problem {
         response = written(problem, &id, response);
@@ -38,14 +40,63 @@ pub async fn observe(mut request: Request, next: Next) -> Response {
     if let Ok(value) = HeaderValue::from_str(&id.0) {
         response.headers_mut().insert(X_REQUEST_ID, value);
     }
+    drop(in_span);
     let status = response.status().as_u16();
-    let latency = started.elapsed();
-    log(&route, status, latency.as_secs_f64() * 1e3, problem.as_ref());
-    let labels = [("method", method.to_string()), ("route", route)];
-    histogram!(telemetry::HTTP_SECONDS, &labels).record(latency);
-    let [method, route] = labels;
-    counter!(telemetry::HTTP_REQUESTS, &[method, route, ("status", status.to_string())]).increment(1);
-    response
+    let answered = Answered { started, span, method: method.to_string(), route, status, problem, _active: active };
+    let is_stream = response.headers().get(header::CONTENT_TYPE).is_some_and(|v| v.as_bytes() == EVENT_STREAM);
+    // A stream is answered when its last event is sent, or when the client goes away.
+    if is_stream { response.map(|body| Body::new(Streamed { body, _answered: answered })) } else { response }
+}
+
+const EVENT_STREAM: &[u8] = b"text/event-stream";
+
+/// An answer, which is logged and counted when this is dropped.
+struct Answered {
+    started: Instant,
+    span: tracing::Span,
+    method: String,
+    route: String,
+    status: u16,
+    problem: Option<Problem>,
+    _active: Active,
+}
+
+impl Drop for Answered {
+    fn drop(&mut self) {
+        let _in_span = self.span.enter();
+        let latency = self.started.elapsed();
+        log(&self.route, self.status, latency.as_secs_f64() * 1e3, self.problem.as_ref());
+        let labels = [("method", std::mem::take(&mut self.method)), ("route", std::mem::take(&mut self.route))];
+        histogram!(telemetry::HTTP_SECONDS, &labels).record(latency);
+        let [method, route] = labels;
+        counter!(telemetry::HTTP_REQUESTS, &[method, route, ("status", self.status.to_string())]).increment(1);
+    }
+}
+
+/// The body of a stream with the answer that it is of.
+struct Streamed {
+    body: Body,
+    _answered: Answered,
+}
+
+impl HttpBody for Streamed {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut task::Context<'_>,
+    ) -> task::Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        Pin::new(&mut self.body).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
 }
 
 /// The client's own id if it is short and plain, else a new one.

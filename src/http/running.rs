@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use futures::Stream;
-use metrics::histogram;
+use metrics::{Histogram, histogram};
 
 use super::{
     App,
@@ -27,10 +27,42 @@ pub struct Running {
     detokenizer: Detokenizer,
     tokenizer: Tokenizer,
     logprobs: bool,
-    submitted: Instant,
     completion_tokens: usize,
-    /// For metrics.
-    task: String,
+    measured: Measured,
+}
+
+/// What is measured of a choice.
+#[derive(Debug)]
+struct Measured {
+    submitted: Instant,
+    /// When the last token came.
+    last: Instant,
+    first_token: Histogram,
+    inter_token: Histogram,
+    output_tokens: Histogram,
+}
+
+impl Measured {
+    fn new(task: &str) -> Self {
+        let labels = [("task", telemetry::task_label(task))];
+        let now = Instant::now();
+        Self {
+            submitted: now,
+            last: now,
+            first_token: histogram!(telemetry::FIRST_TOKEN_SECONDS, &labels),
+            inter_token: histogram!(telemetry::INTER_TOKEN_SECONDS, &labels),
+            output_tokens: histogram!(telemetry::OUTPUT_TOKENS, &labels),
+        }
+    }
+
+    fn token(&mut self, is_first: bool) {
+        let now = Instant::now();
+        match is_first {
+            true => self.first_token.record(now - self.submitted),
+            false => self.inter_token.record(now - self.last),
+        }
+        self.last = now;
+    }
 }
 
 /// What happens to a choice: any number of deltas, then one end.
@@ -52,8 +84,14 @@ pub struct Finished {
     pub completion_tokens: usize,
 }
 
+/// Notes how long the input of a task's request is.
+pub fn record_input(task: &str, tokens: usize) {
+    histogram!(telemetry::INPUT_TOKENS, "task" => telemetry::task_label(task)).record(tokens as f64);
+}
+
 /// Hands every choice of a request to the engine, or none.
 pub fn start(app: &App, prepared: &mut Prepared) -> Result<Vec<Running>, Problem> {
+    record_input(prepared.version.task.as_str(), prepared.prompt_tokens);
     std::mem::take(&mut prepared.requests)
         .into_iter()
         .map(|request| {
@@ -62,9 +100,8 @@ pub fn start(app: &App, prepared: &mut Prepared) -> Result<Vec<Running>, Problem
                 detokenizer: app.tokenizer.detokenizer(prepared.stop.clone()),
                 tokenizer: app.tokenizer.clone(),
                 logprobs: prepared.logprobs,
-                submitted: Instant::now(),
                 completion_tokens: 0,
-                task: prepared.version.task.to_string(),
+                measured: Measured::new(prepared.version.task.as_str()),
             })
         })
         .collect()
@@ -131,10 +168,7 @@ impl Running {
 
     /// `None` while the token's text is held back and nothing has to be reported.
     fn token(&mut self, token: GeneratedToken) -> Result<Option<Piece>, Problem> {
-        if self.completion_tokens == 0 {
-            let labels = [("task", self.task.clone())];
-            histogram!(telemetry::FIRST_TOKEN_SECONDS, &labels).record(self.submitted.elapsed());
-        }
+        self.measured.token(self.completion_tokens == 0);
         self.completion_tokens += 1;
         let delta = self.detokenizer.push(token.id)?;
         if delta.stopped {
@@ -146,6 +180,7 @@ impl Running {
     }
 
     fn end(&self, output: String, finish: Finish, cached_tokens: usize) -> Piece {
+        self.measured.output_tokens.record(self.completion_tokens as f64);
         Piece::End { output, finish, cached_tokens, completion_tokens: self.completion_tokens }
     }
 

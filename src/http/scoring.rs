@@ -7,6 +7,7 @@ use super::{
     access::Caller,
     prepare::{self, Scheduling, Tokenized},
     problem::{Code, Problem},
+    running::record_input,
     types::Usage,
 };
 use crate::{
@@ -84,6 +85,7 @@ impl Call {
         continuations: Vec<Vec<u32>>,
     ) -> Result<Running, Problem> {
         let version = &self.version;
+        record_input(version.task.as_str(), ids.len());
         let request = Request {
             deadline: Some(self.started + self.scheduling.timeout),
             namespace: Some(CacheNamespace(version.digest.0)),

@@ -373,6 +373,40 @@ async fn metrics_count_requests_by_route_and_never_by_path() {
 }
 
 #[tokio::test]
+async fn tokens_and_times_are_measured_by_task_and_a_stream_until_its_end() {
+    softserve::telemetry::metrics();
+    let server = Server::start();
+    let (config, weights) = prompt_files("prompt7");
+    let parts: [(&str, &[u8]); 2] = [("adapter_config.json", &config), ("adapter_model.safetensors", &weights)];
+    let (content_type, body) = form(&parts);
+    server.upload("measured", content_type, body).await.ok();
+    // A number of a metric of the task, or of the streams' route.
+    let number = async |name: &str, labels: &str| {
+        let metrics = server.get("/metrics").await;
+        let found = metrics.text().lines().find_map(|line| line.strip_prefix(&format!("{name}{{{labels}}} ")));
+        found.map_or(0.0, |found| found.parse::<f64>().unwrap())
+    };
+    let of_task = "task=\"measured\"";
+    let request = json!({"input": "the cat", "max_tokens": 5, "ignore_eos": true});
+    let answer = server.post("/v1/tasks/measured/generate", &request).await.ok();
+    assert_eq!(number("softserve_request_output_tokens_sum", of_task).await, 5.0);
+    let inputs = answer["usage"]["prompt_tokens"].as_f64().unwrap();
+    assert_eq!(number("softserve_request_input_tokens_sum", of_task).await, inputs);
+    assert_eq!(number("softserve_time_to_first_token_seconds_count", of_task).await, 1.0);
+    assert_eq!(number("softserve_inter_token_seconds_count", of_task).await, 4.0);
+    assert!(number("softserve_request_input_tokens_bucket", &format!("{of_task},le=\"64\"")).await > 0.0);
+
+    let streamed = json!({"input": "the cat", "max_tokens": 480, "ignore_eos": true, "stream": true});
+    let path = "/v1/tasks/measured/generate";
+    let response = server.begin(post(path, "application/json", streamed.to_string())).await;
+    assert_eq!(response.status(), StatusCode::OK);
+    assert_eq!(number("softserve_request_output_tokens_count", of_task).await, 1.0, "it is not at its end");
+    let body = axum::body::to_bytes(response.into_body(), 64 << 20).await.unwrap();
+    assert!(body.ends_with(b"[DONE]\n\n"));
+    assert_eq!(number("softserve_request_output_tokens_count", of_task).await, 2.0);
+}
+
+#[tokio::test]
 async fn a_slow_body_ends_by_itself() {
     let mut options = Options::default();
     options.limits.body_idle_timeout = std::time::Duration::from_millis(5);

@@ -5,14 +5,14 @@ use std::{
     path::Path,
     process::{Child, Command, Output, Stdio},
     thread::JoinHandle,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use serde_json::{Value, json};
 
 use crate::{
     fixtures,
-    support::{MODEL, TASK, copy, prompt_files},
+    support::{LONG, MODEL, TASK, copy, prompt_files},
 };
 
 /// A server in a process of its own, on a free port, with the fixture's model and prompts.
@@ -127,6 +127,28 @@ pub fn read(sent: Result<ureq::http::Response<ureq::Body>, ureq::Error>) -> (u16
 pub fn output(mut command: Command) -> (Option<i32>, String, String) {
     let Output { status, stdout, stderr } = command.output().unwrap();
     (status.code(), String::from_utf8(stdout).unwrap(), String::from_utf8(stderr).unwrap())
+}
+
+#[test]
+fn a_stream_is_active_and_is_timed_until_its_end() {
+    let home = tempfile::tempdir().unwrap();
+    let mut command = with_fixture(home.path());
+    command.arg("--prompts=prompts");
+    let process = Process::start(command);
+    let request = json!({"input": "a", "max_tokens": 480, "ignore_eos": true, "stream": true, "n": 16});
+    let path = process.at(&format!("/v1/tasks/{TASK}/generate"));
+    let mut answer = agent().post(path).send_json(request).unwrap();
+    // The request for the metrics is active, too.
+    assert_eq!(process.metric("softserve_http_requests_active"), 2.0);
+    let of_route = "{method=\"POST\",route=\"/v1/tasks/{task}/generate\"}";
+    let counted = || agent().get(process.at("/metrics")).call().unwrap().body_mut().read_to_string().unwrap();
+    assert!(!counted().contains(&format!("softserve_http_request_duration_seconds_count{of_route}")));
+    assert!(answer.body_mut().read_to_string().unwrap().ends_with("[DONE]\n\n"));
+    let until = Instant::now() + LONG;
+    while !counted().contains(&format!("softserve_http_request_duration_seconds_count{of_route} 1")) {
+        assert!(Instant::now() < until, "{}", counted());
+    }
+    assert_eq!(process.metric("softserve_http_requests_active"), 1.0);
 }
 
 #[test]
