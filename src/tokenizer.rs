@@ -115,6 +115,17 @@ impl Tokenizer {
         })
     }
 
+    /// Ids of a text by itself: no special tokens are added, and those in the text are text.
+    pub fn tokenize_plain(&self, text: &str) -> Result<Vec<u32>, TokenizerError> {
+        let encoding = self.literal().tokenizer.encode_fast(text, false).map_err(TokenizerError::Tokenize)?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// The text of ids, special tokens included.
+    pub fn decode_all(&self, ids: &[u32]) -> Result<String, TokenizerError> {
+        self.inner.decode(ids, false).map_err(TokenizerError::Decode)
+    }
+
     /// The text of ids, special tokens left out.
     pub fn decode(&self, ids: &[u32]) -> Result<String, TokenizerError> {
         self.inner.decode(ids, true).map_err(TokenizerError::Decode)

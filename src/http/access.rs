@@ -15,7 +15,7 @@ use super::{
 use crate::config::{Access, is_loopback_host};
 
 /// Open to everyone: nothing here shows or changes a task.
-const OPEN: [&str; 5] = ["/health/live", "/health/ready", "/metrics", "/openapi.json", "/docs"];
+pub(super) const OPEN: [&str; 5] = ["/health/live", "/health/ready", "/metrics", "/openapi.json", "/docs"];
 const ADMIN: &str = "/v1/admin";
 
 /// The tenant that sent a request: that of its key, or [`Caller::ANYONE`].

@@ -18,6 +18,7 @@ pub mod prepare;
 pub mod problem;
 pub mod running;
 mod scoring;
+pub mod tokenize;
 pub mod types;
 
 pub use connections::serve;
@@ -136,6 +137,8 @@ fn routes() -> OpenApiRouter<AppState> {
         .routes(routes!(generate::generate_batch))
         .routes(routes!(generate::list_tasks))
         .routes(routes!(generate::get_task))
+        .routes(routes!(tokenize::tokenize))
+        .routes(routes!(tokenize::detokenize))
         .merge(admin::routes())
         .routes(routes!(health::live))
         .routes(routes!(health::ready))

@@ -110,7 +110,7 @@ fn add_problems(path: &str, operation: &mut Operation) {
     let mut by_status: BTreeMap<u16, Vec<Code>> = BTreeMap::new();
     for &code in Code::ALL {
         let of_layers = match code {
-            Code::Unauthorized => path.starts_with("/v1/"),
+            Code::Unauthorized => needs_key(path),
             Code::Forbidden => path.starts_with("/v1/admin"),
             Code::InvalidRequest => path.contains('{'),
             Code::Internal => true,
@@ -144,8 +144,13 @@ fn problems(codes: &[Code]) -> utoipa::openapi::Response {
     response.build()
 }
 
+/// Whether a path is closed to callers without a key, where the server has keys.
+fn needs_key(path: &str) -> bool {
+    !super::access::OPEN.contains(&path)
+}
+
 fn add_keys(path: &str, operation: &mut Operation) {
-    if operation.security.is_some() || !path.starts_with("/v1/") {
+    if operation.security.is_some() || !needs_key(path) {
         return;
     }
     let key = |name: &str| SecurityRequirement::new(name, Vec::<String>::new());

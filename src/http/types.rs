@@ -5,6 +5,7 @@ mod answer;
 mod request;
 mod score;
 mod task;
+mod tokens;
 
 pub use answer::{
     BatchResponse, BatchResult, ChoiceInfo, Finish, GenerateResponse, OneOrSeveral, StreamEvent, TokenInfo,
@@ -15,3 +16,4 @@ pub use score::{
     ClassifyRequest, ClassifyResponse, LabelProbability, ScoreRequest, ScoreResponse, ScoredText, ScoredToken,
 };
 pub use task::{TaskInfo, TaskLimits, TaskList, VersionMeta};
+pub use tokens::{DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse};

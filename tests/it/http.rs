@@ -407,6 +407,60 @@ async fn tokens_and_times_are_measured_by_task_and_a_stream_until_its_end() {
 }
 
 #[tokio::test]
+async fn texts_are_tokenized_as_a_task_gives_them_to_the_model_and_back() {
+    let server = Server::start();
+    let tokenize = async |body: Value| server.post("/tokenize", &body).await;
+    let detokenize = async |tokens: &Value| server.post("/detokenize", &json!({"tokens": tokens})).await;
+    let (config, weights) = prompt_files("prompt7");
+    let task = json!({"template": "Question: {{ text }} Answer:"}).to_string();
+    let parts: [(&str, &[u8]); 3] =
+        [("adapter_config.json", &config), ("adapter_model.safetensors", &weights), ("task.json", task.as_bytes())];
+    let (content_type, body) = form(&parts);
+    server.upload("ask", content_type, body).await.ok();
+    let asked = tokenize(json!({"task": "ask", "input": {"text": "the cat"}})).await.ok();
+    assert_eq!(
+        (&asked["virtual_tokens"], &asked["count"]),
+        (&json!(7), &json!(asked["tokens"].as_array().unwrap().len()))
+    );
+    assert!(detokenize(&asked["tokens"]).await.ok()["text"].as_str().unwrap().contains("Question: the cat Answer:"));
+    // What a generate request counts.
+    let answer = server.post("/v1/tasks/ask/generate", &json!({"input": "the cat", "max_tokens": 1})).await.ok();
+    assert_eq!(answer["usage"]["prompt_tokens"], asked["count"]);
+
+    let eos = server.app.tokenizer.token_text(server.app.model.eos_token_ids[0]);
+    let text = format!("the cat{eos} sat");
+    let (with, plain) = (json!({"input": text}), json!({"input": text, "special_tokens": false}));
+    let (with, plain) = (tokenize(with).await.ok(), tokenize(plain).await.ok());
+    let is_special = |id: &Value| server.app.tokenizer.is_special(id.as_u64().unwrap() as u32);
+    assert!(with["tokens"].as_array().unwrap().iter().any(is_special));
+    assert!(!plain["tokens"].as_array().unwrap().iter().any(is_special), "{plain}");
+    assert_eq!(detokenize(&plain["tokens"]).await.ok()["text"], json!(text));
+    assert_eq!(plain["texts"].as_array().unwrap().len(), plain["count"].as_u64().unwrap() as usize);
+
+    for (body, words) in [
+        (json!({}), "it is missing"),
+        (json!({"input": {"text": "a"}}), "an object without a task"),
+        (json!({"input": "a", "version": "000000000000"}), "found without a task"),
+        (json!({"input": "a", "task": "ask", "special_tokens": true}), "found beside"),
+        (json!({"input": "a", "task": "nobody"}), "there is no task"),
+        (json!({"input": {"other": "a"}, "task": "ask"}), "other"),
+    ] {
+        let answer = tokenize(body.clone()).await.json();
+        assert!(answer["detail"].as_str().unwrap().contains(words), "{body}: {answer}");
+    }
+    for (tokens, words) in
+        [(json!([1, 999_999]), "tokens[1]: found 999999"), (json!([-1]), "tokens[0]"), (json!("a"), "tokens")]
+    {
+        let answer = detokenize(&tokens).await.json();
+        assert!(answer["detail"].as_str().unwrap().contains(words), "{tokens}: {answer}");
+    }
+    let closed = Options::with_keys(&["a secret key"], &[], true).start();
+    for path in ["/tokenize", "/detokenize"] {
+        assert_eq!(closed.post(path, &json!({})).await.status, StatusCode::UNAUTHORIZED, "{path}");
+    }
+}
+
+#[tokio::test]
 async fn a_slow_body_ends_by_itself() {
     let mut options = Options::default();
     options.limits.body_idle_timeout = std::time::Duration::from_millis(5);

@@ -89,6 +89,7 @@ const CIRCLES: &[&[&str]] = &[
         "http::prepare",
         "http::running",
         "http::scoring",
+        "http::tokenize",
     ],
     &["kernels", "kernels::weight"],
     &["kernels::cpu::attention", "kernels::cpu::attention::scores", "kernels::cpu::attention::values"],
