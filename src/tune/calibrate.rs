@@ -62,21 +62,22 @@ impl LabelEvidence {
     pub fn fit(&self) -> Calibration {
         // Logits are `slope * score + shift`, in which the loss is convex; Adam (Kingma & Ba 2015).
         let (n, k) = (self.scores.len().max(1) as f64, self.labels.len());
+        let all: Vec<Vec<f64>> = self.scores.iter().map(|scores| relative(scores)).collect();
         let mut values = vec![0.0; k + 1];
         values[k] = 1.0;
         let (mut first, mut second) = (vec![0.0; k + 1], vec![0.0; k + 1]);
         for step in 1..=STEPS {
             let mut gradient: Vec<f64> = values[..k].iter().map(|shift| shift / n).collect();
             gradient.push((values[k] - 1.0) / n);
-            for (scores, expected) in self.scores.iter().zip(&self.expected) {
-                let logits = scores.iter().zip(&values).map(|(score, shift)| values[k] * finite(*score) + shift);
+            for (scores, expected) in all.iter().zip(&self.expected) {
+                let logits = scores.iter().zip(&values).map(|(score, shift)| values[k] * score + shift);
                 let logits: Vec<f64> = logits.collect();
                 let max = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
                 let sum: f64 = logits.iter().map(|x| (x - max).exp()).sum();
                 for (i, (logit, score)) in logits.iter().zip(scores).enumerate() {
                     let error = (logit - max).exp() / sum - f64::from(i == *expected);
                     gradient[i] += error / n;
-                    gradient[k] += error * finite(*score) / n;
+                    gradient[k] += error * score / n;
                 }
             }
             let bias = |beta: f64| 1.0 - beta.powi(step as i32);
@@ -189,9 +190,15 @@ pub fn likeliest(probabilities: &[f64]) -> Option<(usize, f64)> {
     probabilities.iter().copied().enumerate().reduce(|best, other| if other.1 > best.1 { other } else { best })
 }
 
-/// A score that is no number less than any that a model gives.
-fn finite(score: f64) -> f64 {
-    score.max(-1e3)
+/// An example's scores relative to the largest, with which its probabilities are the same. One that is far below says no
+/// more than that its label is impossible.
+fn relative(scores: &[f64]) -> Vec<f64> {
+    const FAR: f64 = -30.0;
+    let largest = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    if largest == f64::NEG_INFINITY {
+        return vec![0.0; scores.len()];
+    }
+    scores.iter().map(|score| (score - largest).max(FAR)).collect()
 }
 
 /// To five significant digits: more say nothing, and a file is to be read.
@@ -242,11 +249,17 @@ mod tests {
     }
 
     #[test]
-    fn a_few_examples_change_little() {
-        let mut few = evidence(2);
-        few.scores[0][1] = f64::NEG_INFINITY;
-        let found = few.fit();
-        assert!((0.2..5.0).contains(&found.temperature) && found.priors.values().all(|p| *p > 0.01), "{found:?}");
+    fn a_label_that_is_impossible_does_not_spoil_a_fit() {
+        let mut evidence = evidence(400);
+        let before = evidence.fit();
+        for i in 0..4 {
+            let other = (evidence.expected[i] + 1) % 3;
+            evidence.scores[i][other] = f64::NEG_INFINITY;
+        }
+        evidence.scores[9].fill(f64::NEG_INFINITY);
+        let found = evidence.fit();
+        assert!((found.temperature / before.temperature).ln().abs() < 0.2, "{before:?} {found:?}");
+        assert!(found.priors.iter().all(|(label, prior)| (prior / before.priors[label]).ln().abs() < 0.2), "{found:?}");
     }
 
     #[test]
