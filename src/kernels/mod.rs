@@ -181,6 +181,20 @@ pub trait Kernels {
     /// The inner layers of a gated MLP: `activation(gate(x)) * up(x)`, `[t, in]` to `[t, intermediate]`.
     fn gated_linear(&mut self, activation: Activation, gate: &Linear, up: &Linear, x: &Tensor) -> Result<Tensor>;
 
+    /// A gated MLP: `down` of what [`gated_linear`](Self::gated_linear) returns for `[gate, up]`, plus `residual` if there is
+    /// one. `x` is `[t, in]`, the result and `residual` `[t, out]`.
+    fn gated_mlp(
+        &mut self,
+        activation: Activation,
+        [gate, up]: [&Linear; 2],
+        down: &Linear,
+        x: &Tensor,
+        residual: Option<&Tensor>,
+    ) -> Result<Tensor> {
+        let inner = self.gated_linear(activation, gate, up, x)?;
+        Ok(self.linear(&inner, &[down], residual)?.remove(0))
+    }
+
     /// Of each row of `x` `[t, in]`, the natural log-probabilities of its ids under the softmax of the logits that `head`
     /// makes of it and `softcap` limits to `cap * tanh(logit / cap)`. All of a row are NaN if no token can be chosen from
     /// it: a logit is NaN or positive infinity, or all are negative infinity. That of an id outside of the vocabulary is

@@ -75,17 +75,18 @@ impl Layer {
         let (x, y) = match &self.cross {
             None => {
                 let x = pick(x)?;
-                let y = self.attention_norms.leave(&self.output, &pick(&attended)?, &x, kernels)?;
+                let y = self.attention_norms.leave(last(&self.output, &pick(&attended)?), &x, kernels)?;
                 (x, y)
             }
             Some(cross) => {
-                let y = self.attention_norms.leave(&self.output, &attended, x, kernels)?;
+                let y = self.attention_norms.leave(last(&self.output, &attended), x, kernels)?;
                 (pick(x)?, pick(&cross.forward(index, &y, kernels)?)?)
             }
         };
         let h = self.mlp_norms.enter(if self.parallel_residual { &x } else { &y }, kernels)?;
-        let inner = self.mlp.forward(&h, kernels)?;
-        self.mlp_norms.leave(&self.down, &inner, &y, kernels)
+        let mlp =
+            |residual: Option<&Tensor>, kernels: &mut dyn Kernels| self.mlp.forward(&h, &self.down, residual, kernels);
+        self.mlp_norms.leave(mlp, &y, kernels)
     }
 
     /// Keys and values of an encoder's output `[t, hidden]`, both `[t, kv_heads, head_dim]`.
@@ -136,11 +137,16 @@ impl BranchNorms {
         }
     }
 
-    /// The branch's `last` layer, added to what it branched off from.
-    fn leave(&self, last: &Linear, h: &Tensor, residual: &Tensor, kernels: &mut dyn Kernels) -> Result<Tensor> {
+    /// What the end of the branch returns, added to what it branched off from. `last` adds what it is given.
+    fn leave(
+        &self,
+        last: impl FnOnce(Option<&Tensor>, &mut dyn Kernels) -> Result<Tensor>,
+        residual: &Tensor,
+        kernels: &mut dyn Kernels,
+    ) -> Result<Tensor> {
         let y = match &self.after {
-            Some(norm) => (residual + norm.forward(&last.forward(h, kernels)?, kernels)?)?,
-            None => last.forward_add(h, residual, kernels)?,
+            Some(norm) => (residual + norm.forward(&last(None, kernels)?, kernels)?)?,
+            None => last(Some(residual), kernels)?,
         };
         match &self.sum {
             Some(norm) => norm.forward(&y, kernels),
@@ -150,6 +156,14 @@ impl BranchNorms {
 
     fn all(&self) -> impl Iterator<Item = &Norm> {
         [&self.before, &self.after, &self.sum].into_iter().flatten()
+    }
+}
+
+/// The end of a branch that is a linear layer of `h`.
+fn last(layer: &Linear, h: &Tensor) -> impl FnOnce(Option<&Tensor>, &mut dyn Kernels) -> Result<Tensor> {
+    move |residual, kernels| match residual {
+        Some(residual) => layer.forward_add(h, residual, kernels),
+        None => layer.forward(h, kernels),
     }
 }
 
@@ -269,7 +283,7 @@ impl CrossAttention {
         let h = self.norms.enter(x, kernels)?;
         let q = self.q.forward(&h, kernels)?.reshape((x.dims()[0], self.num_heads, self.head_dim))?;
         let attended = kernels.cross_attention(index, &q, &self.params)?;
-        self.norms.leave(&self.output, &attended, x, kernels)
+        self.norms.leave(last(&self.output, &attended), x, kernels)
     }
 
     fn key_values(&self, encoded: &Tensor, kernels: &mut dyn Kernels) -> Result<(Tensor, Tensor)> {
@@ -316,12 +330,20 @@ impl Mlp {
         })
     }
 
-    fn forward(&self, x: &Tensor, kernels: &mut dyn Kernels) -> Result<Tensor> {
+    /// `[t, hidden]` to `[t, hidden]`, through the `down` layer too, plus `residual` if there is one.
+    fn forward(
+        &self,
+        x: &Tensor,
+        down: &Linear,
+        residual: Option<&Tensor>,
+        kernels: &mut dyn Kernels,
+    ) -> Result<Tensor> {
         match self {
-            Self::Gated(gate, up, activation) => kernels.gated_linear(*activation, gate, up, x),
+            Self::Gated(gate, up, activation) => kernels.gated_mlp(*activation, [gate, up], down, x, residual),
             Self::Plain(inner, activation) => {
                 let inner = inner.forward(x, kernels)?;
-                kernels.activate(*activation, &inner)
+                let inner = kernels.activate(*activation, &inner)?;
+                last(down, &inner)(residual, kernels)
             }
         }
     }

@@ -12,7 +12,7 @@ use candle_core::{CpuStorage, CustomOp1, Device, Layout, Result, Shape, Tensor, 
 use super::{
     Isa, PackedMatrix, Precision,
     log_probabilities::log_probabilities,
-    matmul::{Product, multiply, multiply_gated},
+    matmul::{Product, multiply, multiply_gated, multiply_mlp},
     pool,
 };
 use crate::kernels::{
@@ -132,6 +132,36 @@ pub fn gated_linear(activation: Activation, gate: &Linear, up: &Linear, x: &Tens
     fits(up, k)?;
     let y = with_values(x, |x| Ok(multiply_gated(Isa::best(), pool::global(), activation, x, rows, gate, up)))?;
     Tensor::from_vec(y, (rows, gate.n()), x.device())
+}
+
+/// A gated MLP of a gate and an up projection without a bias; see [`Kernels::gated_mlp`](crate::kernels::Kernels::gated_mlp).
+/// Not differentiable.
+///
+/// # Errors
+/// As [`linear`].
+pub fn gated_mlp(
+    activation: Activation,
+    layers: [&Linear; 2],
+    down: &Linear,
+    x: &Tensor,
+    residual: Option<&Tensor>,
+) -> Result<Tensor> {
+    let (rows, k) = x.dims2()?;
+    let [gate, up] = layers.map(FrozenMatrix::of);
+    let (gate, up, weight) = (gate?.matrix(), up?.matrix(), FrozenMatrix::of(down)?.matrix());
+    fits(gate, k)?;
+    fits(up, k)?;
+    fits(weight, gate.n())?;
+    let bias = down.bias.as_ref().map(|bias| with_values(bias, |bias| Ok(bias.to_vec()))).transpose()?;
+    let run = |x: &[f32], residual: Option<&[f32]>| {
+        let down = Product { weight, bias: bias.as_deref(), residual };
+        Ok(multiply_mlp(Isa::best(), pool::global(), activation, x, rows, [gate, up], down))
+    };
+    let y = match residual {
+        Some(residual) => with_array_of_values([x, residual], |[x, residual]| run(x, Some(residual)))?,
+        None => with_values(x, |x| run(x, None))?,
+    };
+    Tensor::from_vec(y, (rows, weight.n()), x.device())
 }
 
 /// Transposed copies of frozen matrices, which the gradient of a product reads. Each is made when a gradient first

@@ -16,7 +16,7 @@ use super::{
     Buffer, Isa,
     block::{BLOCK_COLUMNS, BLOCK_ROWS, FEW_ROWS},
     dispatch, elements,
-    packed::{Data, PackedMatrix, Precision},
+    packed::{Data, PackedMatrix, Precision, TILE_K},
     pool::Pool,
     tensors::written,
 };
@@ -42,6 +42,12 @@ pub struct Product<'a> {
 pub fn multiply(isa: Isa, pool: &Pool, x: &[f32], rows: usize, products: &[Product]) -> Vec<Vec<f32>> {
     let Some(first) = products.first() else { return Vec::new() };
     let (k, precision) = (first.weight.k(), first.weight.precision());
+    with_activations(isa, pool, x, [rows, k], precision, |x| multiply_activations(isa, pool, x, rows, products))
+}
+
+/// As [`multiply`], of at least one matrix.
+fn multiply_activations(isa: Isa, pool: &Pool, x: Activations, rows: usize, products: &[Product]) -> Vec<Vec<f32>> {
+    let (k, precision) = (products[0].weight.k(), products[0].weight.precision());
     let mut outs: Vec<Vec<f32>> =
         products.iter().map(|p| Vec::with_capacity(elements(&[rows, p.weight.n()]))).collect();
     let mut targets = Vec::with_capacity(products.len());
@@ -60,7 +66,7 @@ pub fn multiply(isa: Isa, pool: &Pool, x: &[f32], rows: usize, products: &[Produ
         });
     }
     // SAFETY: each target is as long as its matrix is wide, its bias and residual are, and `outs` has the capacity.
-    unsafe { run(isa, pool, x, rows, k, precision, &targets, Epilogue::Store) };
+    unsafe { run(isa, pool, x, rows, k, &targets, Epilogue::Store) };
     for (out, p) in outs.iter_mut().zip(products) {
         // SAFETY: the capacity is at least this, and the column tiles of a target are all of its columns.
         unsafe { out.set_len(rows * p.weight.n()) };
@@ -99,8 +105,10 @@ pub fn multiply_columns(
         residual: None,
         out: out.as_mut_ptr(),
     };
-    // SAFETY: `out` has the capacity, the bias is as long as the columns, and the matrix has micro-panels for them.
-    unsafe { run(isa, pool, x, rows, weight.k(), weight.precision(), &[target], Epilogue::Store) };
+    with_activations(isa, pool, x, [rows, weight.k()], weight.precision(), |x| {
+        // SAFETY: `out` has the capacity, the bias is as long as the columns, and the matrix has micro-panels for them.
+        unsafe { run(isa, pool, x, rows, weight.k(), &[target], Epilogue::Store) };
+    });
     // SAFETY: the column tiles are all of the columns, and all of them are written.
     unsafe { out.set_len(len) };
 }
@@ -119,81 +127,127 @@ pub fn multiply_gated(
     up: &PackedMatrix,
 ) -> Vec<f32> {
     let (n, k) = (gate.n(), gate.k());
-    assert!(up.n() == n && up.k() == k && up.precision() == gate.precision(), "matrices of one width and precision");
-    let fill = |out| {
-        let target = Target {
-            column_tiles: gate.panels(),
-            n,
-            panels: [MicroPanels::new(gate, 0), MicroPanels::new(up, 0)],
-            step: 1,
-            bias: None,
-            residual: None,
-            out,
+    with_activations(isa, pool, x, [rows, k], gate.precision(), |x| {
+        let fill = |out| {
+            let target = gated_target(gate, up, out);
+            // SAFETY: the target is as long as both matrices are wide, and so is `out`.
+            unsafe { run(isa, pool, x, rows, k, &[target], Epilogue::Gate(activation)) };
         };
-        // SAFETY: the target is as long as both matrices are wide, and so is `out`.
-        unsafe { run(isa, pool, x, rows, k, gate.precision(), &[target], Epilogue::Gate(activation)) };
-    };
-    // SAFETY: the column tiles are all columns.
-    unsafe { written(elements(&[rows, n]), fill) }
+        // SAFETY: the column tiles are all columns.
+        unsafe { written(elements(&[rows, n]), fill) }
+    })
+}
+
+/// The micro-panels of a gate and of what it lets through, side by side.
+///
+/// # Panics
+/// If the matrices are not of one width and precision.
+fn gated_target<'a>(gate: &'a PackedMatrix, up: &'a PackedMatrix, out: *mut f32) -> Target<'a> {
+    let (n, k) = (gate.n(), gate.k());
+    assert!(up.n() == n && up.k() == k && up.precision() == gate.precision(), "matrices of one width and precision");
+    Target {
+        column_tiles: gate.panels(),
+        n,
+        panels: [MicroPanels::new(gate, 0), MicroPanels::new(up, 0)],
+        step: 1,
+        bias: None,
+        residual: None,
+        out,
+    }
+}
+
+/// A gated MLP: the product of `down` and what [`multiply_gated`] returns, `[rows, down.n]`, bit for bit. What is between them
+/// is kept in tiles of bf16 only, where the processor multiplies those.
+///
+/// # Panics
+/// As [`multiply`].
+pub fn multiply_mlp(
+    isa: Isa,
+    pool: &Pool,
+    activation: Activation,
+    x: &[f32],
+    rows: usize,
+    [gate, up]: [&PackedMatrix; 2],
+    down: Product,
+) -> Vec<f32> {
+    thread_local!(static INNER: RefCell<Buffer<u32>> = const { RefCell::new(Buffer::empty()) });
+    let precisions = [gate.precision(), down.weight.precision()];
+    let (n, k) = (gate.n(), gate.k());
+    if precisions != [Precision::Bf16; 2] || !isa.multiplies_bf16() || down.weight.k() != n {
+        let inner = multiply_gated(isa, pool, activation, x, rows, gate, up);
+        return multiply(isa, pool, &inner, rows, &[down]).remove(0);
+    }
+    INNER.with_borrow_mut(|scratch| {
+        let tiles = scratch.scratch(elements(&[rows.div_ceil(BLOCK_ROWS), BLOCK_ROWS, n.div_ceil(TILE_K), TILE_K / 2]));
+        with_activations(isa, pool, x, [rows, k], gate.precision(), |x| {
+            let target = gated_target(gate, up, std::ptr::null_mut());
+            let epilogue = Epilogue::GateTiles(activation, tiles.as_mut_ptr());
+            // SAFETY: the target is as long as both matrices are wide, and the scratch holds the tiles.
+            unsafe { run(isa, pool, x, rows, k, &[target], epilogue) };
+        });
+        multiply_activations(isa, pool, Activations::Bf16(tiles.as_ptr()), rows, &[down]).remove(0)
+    })
+}
+
+/// Calls `f` with `x` `[rows, k]` as matrices of `precision` are multiplied with it.
+///
+/// # Panics
+/// If `x` is not of that shape.
+fn with_activations<R>(
+    isa: Isa,
+    pool: &Pool,
+    x: &[f32],
+    [rows, k]: [usize; 2],
+    precision: Precision,
+    f: impl FnOnce(Activations) -> R,
+) -> R {
+    thread_local!(static ACTIVATIONS: RefCell<Buffer<u32>> = const { RefCell::new(Buffer::empty()) });
+    assert_eq!(x.len(), elements(&[rows, k]));
+    ACTIVATIONS.with_borrow_mut(|scratch| f(Activations::new(isa, pool, x, [rows, k], precision, scratch)))
 }
 
 /// Computes all targets: splits them into tasks for the pool.
 ///
 /// # Safety
-/// The matrices of the targets are `k` wide and of `precision`. Each target has as many column tiles as its matrices have
+/// `x` is of `rows` rows of `k`, laid out for the precision of the targets' matrices, which are `k` wide. Each target has as many column tiles as its matrices have
 /// columns for, and its output is valid for `rows` rows of them, its bias for one, its residual for `rows`.
-#[expect(clippy::too_many_arguments, reason = "the private end of two functions")]
-unsafe fn run(
-    isa: Isa,
-    pool: &Pool,
-    x: &[f32],
-    rows: usize,
-    k: usize,
-    precision: Precision,
-    targets: &[Target],
-    epilogue: Epilogue,
-) {
-    assert_eq!(x.len(), elements(&[rows, k]));
+unsafe fn run(isa: Isa, pool: &Pool, x: Activations, rows: usize, k: usize, targets: &[Target], epilogue: Epilogue) {
     if rows == 0 {
         return;
     }
-    thread_local!(static ACTIVATIONS: RefCell<Buffer<u32>> = const { RefCell::new(Buffer::empty()) });
     // A column tile's micro-panels, where they are not stored as they are multiplied.
     thread_local!(static DEQUANTISED: RefCell<Buffer<f32>> = const { RefCell::new(Buffer::empty()) });
-    ACTIVATIONS.with_borrow_mut(|scratch| {
-        let x = Activations::new(isa, pool, x, [rows, k], precision, scratch);
-        let widens = matches!(x, Activations::Rounded(_)) && rows > FEW_ROWS;
-        let dequantises =
-            widens || targets.iter().flat_map(|t| &t.panels).any(|p| matches!(p.weight.data, Data::Blocks(..)));
-        let job = Job { isa, x, rows, k, widens, targets, epilogue };
-        let column_tiles: usize = targets.iter().map(|t| t.column_tiles).sum();
-        let blocks = rows.div_ceil(BLOCK_ROWS);
-        let bytes = BLOCK_ROWS * k * if matches!(x, Activations::Bf16(_)) { 2 } else { 4 };
-        let blocks_per_task = (ACTIVATION_BYTES / bytes.max(1)).clamp(1, blocks);
-        let row_tasks = blocks.div_ceil(blocks_per_task);
-        let blocks_per_task = blocks.div_ceil(row_tasks);
-        // Small enough that the threads end together, large enough that handing out costs nothing.
-        let tiles_per_task = column_tiles.div_ceil(pool.threads() * if blocks > 1 { 4 } else { 8 }).max(1);
-        let column_tasks = column_tiles.div_ceil(tiles_per_task);
-        pool.run(row_tasks * column_tasks, &|task| {
-            let (row_task, column_task) = (task / column_tasks, task % column_tasks);
-            let first = column_task * tiles_per_task;
-            let tiles = first..column_tiles.min(first + tiles_per_task);
-            let first = row_task * blocks_per_task;
-            let blocks = first..blocks.min(first + blocks_per_task);
-            let job = &job;
-            DEQUANTISED.with_borrow_mut(|scratch| {
-                let len = if dequantises { BLOCK_COLUMNS * k.next_multiple_of(2) } else { 0 };
-                let scratch = scratch.scratch(len);
-                // SAFETY: the job's pointers are valid for its shapes, as the caller says, every task has
-                // its own column tiles and blocks, and the scratch holds two micro-panels if any is dequantised.
-                unsafe {
-                    dispatch!(
-                        job.isa,
-                        run_blocks(job: &Job, tiles: Range<usize>, blocks: Range<usize>, scratch: &mut [f32])
-                    );
-                }
-            });
+    let widens = matches!(x, Activations::Rounded(_)) && rows > FEW_ROWS;
+    let dequantises =
+        widens || targets.iter().flat_map(|t| &t.panels).any(|p| matches!(p.weight.data, Data::Blocks(..)));
+    let job = Job { isa, x, rows, k, widens, targets, epilogue };
+    let column_tiles: usize = targets.iter().map(|t| t.column_tiles).sum();
+    let blocks = rows.div_ceil(BLOCK_ROWS);
+    let bytes = BLOCK_ROWS * k * if matches!(x, Activations::Bf16(_)) { 2 } else { 4 };
+    let blocks_per_task = (ACTIVATION_BYTES / bytes.max(1)).clamp(1, blocks);
+    let row_tasks = blocks.div_ceil(blocks_per_task);
+    let blocks_per_task = blocks.div_ceil(row_tasks);
+    // Small enough that the threads end together, large enough that handing out costs nothing.
+    let tiles_per_task = column_tiles.div_ceil(pool.threads() * if blocks > 1 { 4 } else { 8 }).max(1);
+    let column_tasks = column_tiles.div_ceil(tiles_per_task);
+    pool.run(row_tasks * column_tasks, &|task| {
+        let (row_task, column_task) = (task / column_tasks, task % column_tasks);
+        let first = column_task * tiles_per_task;
+        let tiles = first..column_tiles.min(first + tiles_per_task);
+        let first = row_task * blocks_per_task;
+        let blocks = first..blocks.min(first + blocks_per_task);
+        let job = &job;
+        DEQUANTISED.with_borrow_mut(|scratch| {
+            let len = if dequantises { BLOCK_COLUMNS * k.next_multiple_of(2) } else { 0 };
+            let scratch = scratch.scratch(len);
+            // SAFETY: the job's pointers are valid for its shapes, as the caller says, every task has
+            // its own column tiles and blocks, and the scratch holds two micro-panels if any is dequantised.
+            unsafe {
+                dispatch!(
+                    job.isa,
+                    run_blocks(job: &Job, tiles: Range<usize>, blocks: Range<usize>, scratch: &mut [f32])
+                );
+            }
         });
     });
 }

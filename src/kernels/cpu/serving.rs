@@ -80,6 +80,21 @@ impl Kernels for CpuServing<'_> {
         self.activate(activation, &gate)? * up
     }
 
+    fn gated_mlp(
+        &mut self,
+        activation: Activation,
+        [gate, up]: [&Linear; 2],
+        down: &Linear,
+        x: &Tensor,
+        residual: Option<&Tensor>,
+    ) -> Result<Tensor> {
+        if gate.bias.is_none() && up.bias.is_none() {
+            return frozen::gated_mlp(activation, [gate, up], down, x, residual);
+        }
+        let inner = self.gated_linear(activation, gate, up, x)?;
+        Ok(frozen::linear(&inner, &[down], residual)?.remove(0))
+    }
+
     fn score(&mut self, x: &Tensor, head: &Linear, softcap: Option<f64>, ids: &[Vec<u32>]) -> Result<Vec<Vec<f32>>> {
         frozen::score(x, head, softcap, ids)
     }

@@ -21,6 +21,8 @@ pub(super) enum Epilogue {
     Store,
     /// Stores 16 columns: the activation of the first micro-panel's times the second's.
     Gate(Activation),
+    /// As `Gate`, rounded to bf16 and laid out as the left operand of another product: `[row tiles][n / 32][16][16 pairs]`.
+    GateTiles(Activation, *mut u32),
 }
 
 /// Every `step`th micro-panel of a matrix, from the micro-panel `from` on.
@@ -96,7 +98,7 @@ pub(super) struct Job<'a> {
     pub(super) epilogue: Epilogue,
 }
 
-// SAFETY: threads write disjoint blocks of the outputs and only read everything else.
+// SAFETY: threads write disjoint blocks of the outputs (also of the epilogue's tiles) and only read everything else.
 unsafe impl Sync for Job<'_> {}
 
 /// The sums of a block.
@@ -149,6 +151,7 @@ pub(super) unsafe fn run_blocks<S: Simd>(job: &Job, tiles: Range<usize>, blocks:
                     match job.epilogue {
                         Epilogue::Store => store::<S>(target, tile, row, rows, sums),
                         Epilogue::Gate(of) => gate::<S>(target, of, tile, row, rows, sums),
+                        Epilogue::GateTiles(of, to) => gate_tiles::<S>(target, of, tile, row, rows, sums, to),
                     }
                 }
             }
@@ -220,6 +223,43 @@ unsafe fn gate<S: Simd>(
                 let mut all = [0f32; PANEL_WIDTH];
                 S::store(all.as_mut_ptr(), y);
                 std::ptr::copy_nonoverlapping(all.as_ptr(), out, columns);
+            }
+        }
+    }
+}
+
+/// As [`gate`], into tiles of bf16: also zeros in place of rows and columns that fill the last tiles up.
+///
+/// # Safety
+/// `sums` is valid for a block, `to` for the tiles of all row blocks by the target's columns.
+#[inline(always)]
+unsafe fn gate_tiles<S: Simd>(
+    target: &Target,
+    activation: Activation,
+    tile: usize,
+    first: usize,
+    rows: usize,
+    sums: *const f32,
+    to: *mut u32,
+) {
+    let k_tiles = target.n.div_ceil(TILE_K);
+    let fills_up = tile + 1 == target.column_tiles && tile.is_multiple_of(2);
+    for row in 0..BLOCK_ROWS {
+        let at = ((first + row) / TILE_ROWS * k_tiles + tile / 2) * TILE_WORDS + row % TILE_ROWS * (TILE_K / 2);
+        // SAFETY: the block's rows are within the row tiles, and two column tiles are half of a tile's columns each.
+        unsafe {
+            let to = to.add(at).cast::<u16>().add(tile % 2 * PANEL_WIDTH);
+            let zero = S::splat(0.0);
+            let y = match row < rows {
+                true => {
+                    let sums = sums.add(row * BLOCK_COLUMNS);
+                    S::mul(rows::apply::<S>(activation, S::load(sums)), S::load(sums.add(PANEL_WIDTH)))
+                }
+                false => zero,
+            };
+            S::store_bf16(to, y);
+            if fills_up {
+                S::store_bf16(to.add(PANEL_WIDTH), zero);
             }
         }
     }
