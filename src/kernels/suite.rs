@@ -183,6 +183,8 @@ fn linear_layers_with_bias_and_residual_alone_and_together() {
             let x = random((rows, k));
             let layers: Vec<[Linear; 2]> =
                 [(n, false), (n + 1, true), (n, true)].map(|(n, bias)| layer(&*backend, dtype, n, k, bias)).into();
+            // Of an MLP of the first two layers, and of one of the last.
+            let down = [n, 0, n].map(|inner| layer(&*backend, dtype, n, inner.max(1), inner > 0));
             let residual = random((rows, n));
             let mut plain = kernels(&*reference, rows);
             // Serving's products need no cache.
@@ -206,6 +208,12 @@ fn linear_layers_with_bias_and_residual_alone_and_together() {
                         let found = own.gated_linear(activation, ours[a], ours[b], &x).unwrap();
                         let expected = plain.gated_linear(activation, theirs[a], theirs[b], &x).unwrap();
                         assert_close(&found, &expected, 2.0 * tolerance, &format!("{what} {activation:?}"));
+                        let found =
+                            own.gated_mlp(activation, [ours[a], ours[b]], &down[a][0], &x, added.first()).unwrap();
+                        let down = &down[a][1];
+                        let expected =
+                            plain.gated_mlp(activation, [theirs[a], theirs[b]], down, &x, added.first()).unwrap();
+                        assert_close(&found, &expected, 4.0 * tolerance, &format!("{what} {activation:?}, an MLP"));
                     }
                 }
                 assert!(own.linear(&random((rows, k + 1)), &ours, None).is_err(), "{what}: an input that does not fit");

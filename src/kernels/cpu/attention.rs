@@ -11,8 +11,9 @@ mod scores;
 mod softmax;
 mod tile;
 mod values;
+mod write;
 
-use std::cell::Cell;
+use std::{cell::Cell, ops::Range};
 
 use hidden::{Hidden, visible_blocks};
 use prefetch::Ahead;
@@ -20,6 +21,7 @@ use scores::{block_scores, load_queries};
 use softmax::{shape_scores, softmax};
 use tile::{BLOCK_SCORES, TILE_ROWS};
 use values::weigh_values;
+use write::{parts, write_rows};
 
 use super::{
     Buffer, Isa, Precision, dispatch, elements,
@@ -104,13 +106,16 @@ pub fn attend(
     };
     // A segment of one tile is written by the task that attends to it: its keys and values are then still in the cache
     // of that core.
-    let long: Vec<usize> = (0..segments.len()).filter(|&i| !step.is_one_tile(i)).collect();
-    pool.run(long.len() * step.kv_heads, &|task| {
-        let (index, head) = (long[task % long.len()], task / long.len());
+    let writes: Vec<(usize, Range<usize>)> = (0..segments.len())
+        .filter(|&i| !step.is_one_tile(i))
+        .flat_map(|i| parts(&segments[i]).map(move |rows| (i, rows)))
+        .collect();
+    pool.run(writes.len() * step.kv_heads, &|task| {
+        let ((index, rows), head) = (writes[task % writes.len()].clone(), task / writes.len());
         let step = &step;
         // SAFETY: shapes are checked above; a block that is written belongs to one segment, and this task
-        // alone has its rows of this head.
-        unsafe { dispatch!(step.isa, write(step: &Step, index: usize, head: usize)) };
+        // alone has its rows of this head, which are all that the step writes to their blocks.
+        unsafe { dispatch!(step.isa, write_rows(step: &Step, index: usize, head: usize, rows: Range<usize>)) };
     });
     let fill = |out: *mut f32| {
         step.out = out;
@@ -224,63 +229,6 @@ impl Step<'_> {
     }
 }
 
-/// Writes one head's keys and values of a segment's rows.
-///
-/// # Safety
-/// The step's pointers are valid for its shapes, and no other thread has this head of this segment.
-#[inline(always)]
-unsafe fn write<S: Simd>(step: &Step, index: usize, head: usize) {
-    let segment = &step.segments[index];
-    let (dim, width) = (step.head_dim, step.kv_heads * step.head_dim);
-    for row in 0..segment.rows {
-        let (place, at) = (segment.start + row, (step.starts[index] + row) * width + head * dim);
-        let slot = place % BLOCK_SIZE;
-        let (k, v) = (&step.rows.k[at..][..dim], &step.rows.v[at..][..dim]);
-        // SAFETY: the keys and values of a block are `plane` words each, which hold 32 positions of
-        // `step.dim` dimensions.
-        unsafe {
-            let keys = step.keys(step.planes[index][place / BLOCK_SIZE], head);
-            let values = keys.add(step.plane);
-            if slot == 0 {
-                // What an earlier owner left must be finite, for it is multiplied by a weight of zero.
-                std::ptr::write_bytes(values, 0, step.plane);
-            }
-            match step.precision {
-                Precision::F32 => {
-                    let (keys, values) = (keys.cast::<f32>(), values.cast::<f32>());
-                    for (d, k) in k.iter().enumerate() {
-                        *keys.add(d * BLOCK_SIZE + slot) = *k;
-                    }
-                    std::ptr::copy_nonoverlapping(v.as_ptr(), values.add(slot * step.dim), dim);
-                }
-                Precision::Bf16 => {
-                    let values = values.cast::<u16>().add(slot / 2 * step.dim * 2 + slot % 2);
-                    for d in (0..dim).step_by(LANES) {
-                        let n = (dim - d).min(LANES);
-                        let mut last = [[0f32; LANES]; 2];
-                        let [k, v] = if n == LANES {
-                            [k.as_ptr().add(d), v.as_ptr().add(d)]
-                        } else {
-                            last[0][..n].copy_from_slice(&k[d..]);
-                            last[1][..n].copy_from_slice(&v[d..]);
-                            [last[0].as_ptr(), last[1].as_ptr()]
-                        };
-                        let mut rounded = [0u16; LANES];
-                        S::store_bf16(rounded.as_mut_ptr(), S::load(k));
-                        for (i, pair) in rounded.chunks_exact(2).enumerate().take(n.div_ceil(2)) {
-                            *keys.add((d / 2 + i) * BLOCK_SIZE + slot) = u32::from(pair[0]) | u32::from(pair[1]) << 16;
-                        }
-                        S::store_bf16(rounded.as_mut_ptr(), S::load(v));
-                        for (i, v) in rounded.iter().enumerate().take(n) {
-                            *values.add((d + i) * 2) = *v;
-                        }
-                    }
-                }
-            }
-        }
-    }
-}
-
 /// A thread's memory for one tile; it grows with the longest sequence seen.
 struct Scratch {
     /// The blocks that some query of the tile sees a key of, and where each begins.
@@ -343,7 +291,7 @@ unsafe fn attend_tile<S: Simd>(step: &Step, index: usize, head: usize, tile: usi
     // SAFETY: the scratch is as large as the shapes below; every block is one of the segment's.
     unsafe {
         if step.is_one_tile(index) {
-            write::<S>(step, index, head);
+            write_rows::<S>(step, index, head, 0..step.segments[index].rows);
         }
         load_queries::<S>(step, count, at, queries);
         for (i, &plane) in planes.iter().enumerate() {

@@ -7,7 +7,7 @@ use super::{
     Isa, PackedMatrix,
     block::BLOCK_COLUMNS,
     dispatch,
-    matmul::multiply_columns,
+    matmul::multiply_slices,
     pool::Pool,
     simd::{LANES, Simd},
 };
@@ -50,11 +50,9 @@ pub fn log_probabilities(
     };
     let states: Vec<Mutex<Row>> = ids.iter().map(empty).collect();
     let columns = (SLICE_BYTES / (size_of::<f32>() * rows.max(1)) / CHUNK).max(1) * CHUNK;
-    let mut logits = Vec::new();
-    for start in (0..vocab).step_by(columns) {
-        let slice = start..vocab.min(start + columns);
-        multiply_columns(isa, pool, x, rows, weight, bias, slice.clone(), &mut logits);
-        let values: Vec<Mutex<&mut [f32]>> = logits.chunks_exact_mut(slice.len()).map(Mutex::new).collect();
+    multiply_slices(isa, pool, x, rows, weight, bias, columns, |start, logits| {
+        let values: Vec<Mutex<&mut [f32]>> =
+            logits.chunks_exact_mut(columns.min(vocab - start)).map(Mutex::new).collect();
         pool.run(rows, &|i| {
             let mut row = values[i].lock().unwrap_or_else(PoisonError::into_inner);
             let mut state = states[i].lock().unwrap_or_else(PoisonError::into_inner);
@@ -66,12 +64,12 @@ pub fn log_probabilities(
             // SAFETY: nothing is asked of the caller but the instructions, which `isa` has.
             unsafe { dispatch!(isa, chunk_sums(row: &[f32], of: &mut Row)) };
             for (id, found) in ids[i].iter().zip(&mut of.found) {
-                if let Some(x) = (*id as usize).checked_sub(slice.start).and_then(|at| row.get(at)) {
+                if let Some(x) = (*id as usize).checked_sub(start).and_then(|at| row.get(at)) {
                     *found = *x;
                 }
             }
         });
-    }
+    });
     states.into_iter().map(|row| row.into_inner().unwrap_or_else(PoisonError::into_inner).finish()).collect()
 }
 
@@ -150,7 +148,10 @@ mod tests {
                 for (matrix, bias, softcap) in [(0, None, None), (0, Some(&bias[..]), Some(2.0)), (1, None, None)] {
                     let weight = &matrices[matrix];
                     let mut logits = Vec::new();
-                    multiply_columns(Isa::best(), &pool, &x, rows, weight, bias, 0..vocab, &mut logits);
+                    let all = vocab.next_multiple_of(BLOCK_COLUMNS);
+                    multiply_slices(Isa::best(), &pool, &x, rows, weight, bias, all, |_, values| {
+                        logits.extend_from_slice(values);
+                    });
                     let run =
                         |isa, x: &[f32], ids: &[Vec<u32>]| log_probabilities(isa, &pool, x, weight, bias, softcap, ids);
                     let found = run(Isa::best(), &x, &ids);

@@ -74,43 +74,49 @@ fn multiply_activations(isa: Isa, pool: &Pool, x: Activations, rows: usize, prod
     outs
 }
 
-/// Some columns of `x Wᵀ + bias`, `[rows, columns]`, to `out` in place of what is there.
+/// Calls `f` with one slice of `columns` columns of `x Wᵀ + bias` after another: where it begins, and its values
+/// `[rows, columns]`, the last slice perhaps with fewer columns.
 ///
 /// # Panics
-/// If a shape does not fit, or the columns do not begin with a column tile or end after the last one.
+/// If a shape does not fit, or a slice would not end with a column tile.
 #[expect(clippy::too_many_arguments, reason = "a product's shapes and where it goes")]
-pub fn multiply_columns(
+pub fn multiply_slices(
     isa: Isa,
     pool: &Pool,
     x: &[f32],
     rows: usize,
     weight: &PackedMatrix,
     bias: Option<&[f32]>,
-    columns: Range<usize>,
-    out: &mut Vec<f32>,
+    columns: usize,
+    mut f: impl FnMut(usize, &mut [f32]),
 ) {
-    let n = columns.len();
-    assert!(columns.start.is_multiple_of(BLOCK_COLUMNS) && columns.end <= weight.n(), "{columns:?}");
-    assert!(bias.is_none_or(|bias| bias.len() == weight.n()));
-    let len = elements(&[rows, n]);
-    out.clear();
-    out.reserve(len);
-    let first = columns.start / BLOCK_COLUMNS * 2;
-    let target = Target {
-        column_tiles: n.div_ceil(BLOCK_COLUMNS),
-        n,
-        panels: [MicroPanels::new(weight, first), MicroPanels::new(weight, first + 1)],
-        step: 2,
-        bias: bias.map(|bias| &bias[columns]),
-        residual: None,
-        out: out.as_mut_ptr(),
-    };
-    with_activations(isa, pool, x, [rows, weight.k()], weight.precision(), |x| {
-        // SAFETY: `out` has the capacity, the bias is as long as the columns, and the matrix has micro-panels for them.
-        unsafe { run(isa, pool, x, rows, weight.k(), &[target], Epilogue::Store) };
+    let (n, k) = (weight.n(), weight.k());
+    assert!(columns.is_multiple_of(BLOCK_COLUMNS), "{columns}");
+    assert!(bias.is_none_or(|bias| bias.len() == n));
+    with_activations(isa, pool, x, [rows, k], weight.precision(), |x| {
+        let mut out = Vec::with_capacity(elements(&[rows, columns.min(n)]));
+        for start in (0..n).step_by(columns) {
+            let slice = start..n.min(start + columns);
+            let first = start / BLOCK_COLUMNS * 2;
+            let target = Target {
+                column_tiles: slice.len().div_ceil(BLOCK_COLUMNS),
+                n: slice.len(),
+                panels: [MicroPanels::new(weight, first), MicroPanels::new(weight, first + 1)],
+                step: 2,
+                bias: bias.map(|bias| &bias[slice.clone()]),
+                residual: None,
+                out: out.as_mut_ptr(),
+            };
+            out.clear();
+            // SAFETY: `out` has the capacity, the bias is as long as the slice, and the matrix has micro-panels for it.
+            // The column tiles are all of its columns, so all values are written.
+            unsafe {
+                run(isa, pool, x, rows, k, &[target], Epilogue::Store);
+                out.set_len(rows * slice.len());
+            }
+            f(start, &mut out);
+        }
     });
-    // SAFETY: the column tiles are all of the columns, and all of them are written.
-    unsafe { out.set_len(len) };
 }
 
 /// `activation(x gateᵀ) * (x upᵀ)`, `[rows, n]`.

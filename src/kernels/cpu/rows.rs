@@ -15,7 +15,12 @@ const TASK_VALUES: usize = 16 * 1024;
 
 /// Calls `f` with ranges of rows that together are `0..rows`, on all threads if there is enough to do.
 fn split(pool: &Pool, rows: usize, width: usize, f: &(dyn Fn(std::ops::Range<usize>) + Sync)) {
-    let per_task = (TASK_VALUES / width.max(1)).max(1);
+    let tasks = match rows.saturating_mul(width).div_ceil(TASK_VALUES) {
+        0 | 1 => 1,
+        // As many for each thread.
+        several => several.next_multiple_of(pool.threads()),
+    };
+    let per_task = rows.div_ceil(tasks).max(1);
     pool.run(rows.div_ceil(per_task), &|task| f(task * per_task..rows.min((task + 1) * per_task)));
 }
 

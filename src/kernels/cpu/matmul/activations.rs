@@ -55,7 +55,7 @@ fn pack(isa: Isa, pool: &Pool, x: &[f32], rows: usize, k: usize, tiles: &mut Buf
     unsafe impl Sync for Out {}
     let out = Out(tiles.scratch(elements(&[row_tiles, size])).as_mut_ptr());
     // The few rows of a decode step are not worth splitting over tasks.
-    let per_task = if rows <= 2 * BLOCK_ROWS { row_tiles } else { 4 };
+    let per_task = if rows <= 2 * BLOCK_ROWS { row_tiles } else { row_tiles.div_ceil(4 * pool.threads()) };
     pool.run(row_tiles.div_ceil(per_task), &|task| {
         for tile in task * per_task..row_tiles.min((task + 1) * per_task) {
             let out = &out;

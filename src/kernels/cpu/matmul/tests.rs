@@ -129,6 +129,44 @@ fn a_row_is_the_same_bit_for_bit_alone_and_among_others() {
     }
 }
 
+#[test]
+fn an_mlp_is_bit_for_bit_its_products_one_after_another() {
+    let pool = Pool::new(2);
+    let blocks = FORMATS[0].0;
+    for &(rows, inner, k) in SHAPES {
+        let n = 1 + inner / 2;
+        let x = random(rows * k, 1);
+        let (gate, up, down) = (random(inner * k, 2), random(inner * k, 3), random(n * inner, 4));
+        let (bias, residual) = (random(n, 5), random(rows * n, 6));
+        for isa in Isa::available() {
+            let packings = [PackedMatrix::from_f32, PackedMatrix::from_f32_rounded];
+            for (outer, last) in [(0, 0), (1, 1), (1, 0), (0, 1)] {
+                let gate = packings[outer](&gate, inner, k).unwrap();
+                let up = packings[outer](&up, inner, k).unwrap();
+                let weight = packings[last](&down, n, inner).unwrap();
+                for (bias, residual) in [(None, None), (Some(&bias[..]), Some(&residual[..]))] {
+                    let down = Product { weight: &weight, bias, residual };
+                    for activation in [Activation::Silu, Activation::GeluTanh] {
+                        let found = multiply_mlp(isa, &pool, activation, &x, rows, [&gate, &up], down);
+                        let between = multiply_gated(isa, &pool, activation, &x, rows, &gate, &up);
+                        let expected = multiply(isa, &pool, &between, rows, &[down]).remove(0);
+                        let bits = |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+                        assert!(bits(&found) == bits(&expected), "{isa:?} {rows} {inner} {k} {outer} {last}");
+                    }
+                }
+            }
+        }
+    }
+    let bytes = random_blocks(blocks, 4, blocks.values(), 1);
+    let down = PackedMatrix::from_blocks(blocks, bytes, 4, blocks.values());
+    let gate = PackedMatrix::from_f32_rounded(&random(blocks.values() * 8, 7), blocks.values(), 8).unwrap();
+    let x = random(40 * 8, 8);
+    let product = Product { weight: &down, bias: None, residual: None };
+    let found = multiply_mlp(Isa::best(), &pool, Activation::Silu, &x, 40, [&gate, &gate], product);
+    let between = multiply_gated(Isa::best(), &pool, Activation::Silu, &x, 40, &gate, &gate);
+    assert_eq!(found, multiply(Isa::best(), &pool, &between, 40, &[product])[0]);
+}
+
 /// Whether a call panics, as one must whose arguments would have a kernel read or write out of bounds.
 fn is_refused<R>(f: impl FnOnce() -> R) -> bool {
     std::panic::catch_unwind(std::panic::AssertUnwindSafe(f)).is_err()
@@ -158,5 +196,15 @@ fn what_does_not_fit_is_refused() {
             assert!(is_refused(|| multiply_gated(isa, &pool, Activation::Silu, &x, 3, &weight, up)));
         }
         assert!(is_refused(|| multiply_gated(isa, &pool, Activation::Silu, &x, 2, &weight, &weight)));
+        for (gate, inner) in [(&weight, 20), (&bf16, 20)] {
+            for (k, rows) in [(inner, 3), (inner + 1, 3), (inner, 2)] {
+                for packing in [PackedMatrix::from_f32, PackedMatrix::from_f32_rounded] {
+                    let down = packing(&vec![1.0; 5 * k], 5, k).unwrap();
+                    let down = Product { weight: &down, bias: None, residual: None };
+                    let refused = is_refused(|| multiply_mlp(isa, &pool, Activation::Silu, &x, rows, [gate; 2], down));
+                    assert_eq!(refused, (k, rows) != (inner, 3), "{k} {rows}");
+                }
+            }
+        }
     }
 }
