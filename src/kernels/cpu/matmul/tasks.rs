@@ -228,7 +228,8 @@ unsafe fn gate<S: Simd>(
     }
 }
 
-/// As [`gate`], into tiles of bf16: also zeros in place of rows and columns that fill the last tiles up.
+/// As [`gate`], into tiles of bf16: also zeros in place of columns that fill the last tile up. Rows that do are left as they
+/// are, for nobody reads their sums.
 ///
 /// # Safety
 /// `sums` is valid for a block, `to` for the tiles of all row blocks by the target's columns.
@@ -244,22 +245,15 @@ unsafe fn gate_tiles<S: Simd>(
 ) {
     let k_tiles = target.n.div_ceil(TILE_K);
     let fills_up = tile + 1 == target.column_tiles && tile.is_multiple_of(2);
-    for row in 0..BLOCK_ROWS {
+    for row in 0..rows {
         let at = ((first + row) / TILE_ROWS * k_tiles + tile / 2) * TILE_WORDS + row % TILE_ROWS * (TILE_K / 2);
         // SAFETY: the block's rows are within the row tiles, and two column tiles are half of a tile's columns each.
         unsafe {
             let to = to.add(at).cast::<u16>().add(tile % 2 * PANEL_WIDTH);
-            let zero = S::splat(0.0);
-            let y = match row < rows {
-                true => {
-                    let sums = sums.add(row * BLOCK_COLUMNS);
-                    S::mul(rows::apply::<S>(activation, S::load(sums)), S::load(sums.add(PANEL_WIDTH)))
-                }
-                false => zero,
-            };
-            S::store_bf16(to, y);
+            let sums = sums.add(row * BLOCK_COLUMNS);
+            S::store_bf16(to, S::mul(rows::apply::<S>(activation, S::load(sums)), S::load(sums.add(PANEL_WIDTH))));
             if fills_up {
-                S::store_bf16(to.add(PANEL_WIDTH), zero);
+                S::store_bf16(to.add(PANEL_WIDTH), S::splat(0.0));
             }
         }
     }
