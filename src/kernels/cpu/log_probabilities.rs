@@ -1,7 +1,10 @@
-//! Log-probabilities of some ids of each row, of logits that are never all there: a slice of the vocabulary after
-//! another is multiplied, and of each chunk of a row a maximum and a sum are kept.
+//! Log-probabilities of some ids of each row, of logits that are never all there: of each chunk of the vocabulary and each
+//! row a maximum and a sum are kept.
 
-use std::sync::{Mutex, PoisonError};
+use std::{
+    ops::Range,
+    sync::{Mutex, PoisonError},
+};
 
 use super::{
     Isa, PackedMatrix,
@@ -13,18 +16,27 @@ use super::{
 };
 use crate::kernels::rows::{self, CHUNK};
 
+/// Logits of a row that a thread computes at once: several chunks, since the first weights of a slice are waited for.
+const SLICE: usize = 2 * CHUNK;
 const _: () = assert!(CHUNK.is_multiple_of(BLOCK_COLUMNS));
 
-/// Bytes of the logits of a slice, so that they stay in the L2 caches.
-const SLICE_BYTES: usize = 2 << 20;
+/// What is known of a chunk of the vocabulary.
+#[derive(Debug, Clone, Default)]
+struct Chunk {
+    /// Of each row.
+    rows: Vec<RowSums>,
+    /// The logits of the ids that are asked for: the row, the place among its ids, the id's place in the chunk; then its logit.
+    found: Vec<([usize; 3], f32)>,
+}
 
-/// What is known of one row.
-#[derive(Debug, Clone)]
-struct Row {
-    /// The largest logit of each chunk, and the sum of `e^(logit - that)`.
-    chunks: Vec<(f32, f32)>,
-    /// The logits of the ids that are asked for.
-    found: Vec<f32>,
+/// What is known of a chunk of a row's logits.
+#[derive(Debug, Clone, Copy)]
+struct RowSums {
+    /// The largest logit.
+    max: f32,
+    /// The sum of `e^(logit - max)`; zero of a chunk that is all negative infinity.
+    sum: f32,
+    /// Whether a token can be chosen from it.
     is_usable: bool,
 }
 
@@ -44,83 +56,97 @@ pub fn log_probabilities(
     ids: &[Vec<u32>],
 ) -> Vec<Vec<f32>> {
     let (rows, vocab) = (ids.len(), weight.n());
-    let empty = |ids: &Vec<u32>| {
-        let found = vec![f32::NEG_INFINITY; ids.len()];
-        Mutex::new(Row { chunks: Vec::with_capacity(vocab.div_ceil(CHUNK)), found, is_usable: true })
-    };
-    let states: Vec<Mutex<Row>> = ids.iter().map(empty).collect();
-    let columns = (SLICE_BYTES / (size_of::<f32>() * rows.max(1)) / CHUNK).max(1) * CHUNK;
-    multiply_slices(isa, pool, x, rows, weight, bias, columns, |start, logits| {
-        let values: Vec<Mutex<&mut [f32]>> =
-            logits.chunks_exact_mut(columns.min(vocab - start)).map(Mutex::new).collect();
-        pool.run(rows, &|i| {
-            let mut row = values[i].lock().unwrap_or_else(PoisonError::into_inner);
-            let mut state = states[i].lock().unwrap_or_else(PoisonError::into_inner);
-            let row: &mut [f32] = &mut row;
-            if let Some(cap) = softcap {
-                row.iter_mut().for_each(|x| *x = cap * (*x / cap).tanh());
-            }
-            let of: &mut Row = &mut state;
-            // SAFETY: nothing is asked of the caller but the instructions, which `isa` has.
-            unsafe { dispatch!(isa, chunk_sums(row: &[f32], of: &mut Row)) };
-            for (id, found) in ids[i].iter().zip(&mut of.found) {
-                if let Some(x) = (*id as usize).checked_sub(start).and_then(|at| row.get(at)) {
-                    *found = *x;
-                }
-            }
-        });
-    });
-    states.into_iter().map(|row| row.into_inner().unwrap_or_else(PoisonError::into_inner).finish()).collect()
-}
-
-impl Row {
-    fn finish(self) -> Vec<f32> {
-        let max = self.chunks.iter().fold(f32::NEG_INFINITY, |max, chunk| max.max(chunk.0));
-        let sum: f64 =
-            self.chunks.iter().map(|&(of_chunk, sum)| f64::from(sum) * f64::from(of_chunk - max).exp()).sum();
-        let log_sum = f64::from(max) + sum.ln();
-        let log_sum = if self.is_usable && log_sum.is_finite() { log_sum } else { f64::NAN };
-        self.found.into_iter().map(|x| (f64::from(x) - log_sum) as f32).collect()
+    let mut chunks = vec![Chunk::default(); vocab.div_ceil(CHUNK)];
+    for (row, ids) in ids.iter().enumerate() {
+        for (i, id) in ids.iter().enumerate().filter(|(_, id)| (**id as usize) < vocab) {
+            chunks[*id as usize / CHUNK].found.push(([row, i, *id as usize % CHUNK], 0.0));
+        }
     }
+    let chunks: Vec<Mutex<Chunk>> = chunks.into_iter().map(Mutex::new).collect();
+    multiply_slices(isa, pool, x, rows, weight, bias, SLICE, &|slice, logits| {
+        if let Some(cap) = softcap {
+            logits.iter_mut().for_each(|x| *x = cap * (*x / cap).tanh());
+        }
+        let width = SLICE.min(vocab - slice * SLICE);
+        for (i, chunk) in chunks[slice * SLICE / CHUNK..].iter().take(width.div_ceil(CHUNK)).enumerate() {
+            let columns = i * CHUNK..width.min((i + 1) * CHUNK);
+            let mut chunk = chunk.lock().unwrap_or_else(PoisonError::into_inner);
+            for ([row, _, at], logit) in &mut chunk.found {
+                *logit = logits[*row * width + columns.start + *at];
+            }
+            let of = &mut chunk.rows;
+            let logits: &[f32] = logits;
+            // SAFETY: nothing is asked of the caller but the instructions, which `isa` has.
+            unsafe {
+                dispatch!(isa, sums(logits: &[f32], width: usize, columns: Range<usize>, of: &mut Vec<RowSums>));
+            };
+        }
+    });
+    let chunks: Vec<Chunk> =
+        chunks.into_iter().map(|chunk| chunk.into_inner().unwrap_or_else(PoisonError::into_inner)).collect();
+    let log_sums: Vec<f64> = (0..rows).map(|row| log_sum(chunks.iter().map(|chunk| chunk.rows[row]))).collect();
+    let of_row = |(ids, log_sum): (&Vec<u32>, &f64)| {
+        let unknown = if log_sum.is_nan() { f32::NAN } else { f32::NEG_INFINITY };
+        vec![unknown; ids.len()]
+    };
+    let mut found: Vec<Vec<f32>> = ids.iter().zip(&log_sums).map(of_row).collect();
+    for ([row, i, _], logit) in chunks.iter().flat_map(|chunk| &chunk.found) {
+        found[*row][*i] = (f64::from(*logit) - log_sums[*row]) as f32;
+    }
+    found
 }
 
-/// Notes of each chunk of a row its largest value and the sum of `e^(value - largest)`, zero of a chunk that is all negative
-/// infinity, and whether a token can be chosen from it.
+/// The logarithm of the sum of `e^logit` of a row; NaN of one that no token can be chosen from.
+fn log_sum(chunks: impl Iterator<Item = RowSums> + Clone) -> f64 {
+    let max = chunks.clone().fold(f32::NEG_INFINITY, |max, chunk| max.max(chunk.max));
+    let sum: f64 = chunks.clone().map(|chunk| f64::from(chunk.sum) * f64::from(chunk.max - max).exp()).sum();
+    let log_sum = f64::from(max) + sum.ln();
+    if chunks.into_iter().all(|chunk| chunk.is_usable) && log_sum.is_finite() { log_sum } else { f64::NAN }
+}
+
+/// The sums of a chunk: of some columns of all rows `[rows, width]`.
 ///
 /// # Safety
 /// Nothing is asked of the caller but the instructions.
 #[inline(always)]
-unsafe fn chunk_sums<S: Simd>(row: &[f32], of: &mut Row) {
-    let Row { chunks, is_usable, .. } = of;
-    for chunk in row.chunks(CHUNK) {
-        *is_usable &= rows::is_usable(chunk);
-        let (whole, rest) = chunk.as_chunks::<LANES>();
-        // What is added at the end has no weight.
-        let mut last = [f32::NEG_INFINITY; LANES];
-        last[..rest.len()].copy_from_slice(rest);
-        // SAFETY: each part holds a vector.
-        unsafe {
-            let mut largest = S::load(last.as_ptr());
-            for part in whole {
-                largest = S::max(S::load(part.as_ptr()), largest);
-            }
-            let largest = S::largest(largest);
-            if largest == f32::NEG_INFINITY {
-                chunks.push((largest, 0.0));
-                continue;
-            }
-            let max = S::splat(largest);
-            let mut sum = S::splat(0.0);
-            for part in whole {
-                sum = S::add(sum, S::exp(S::sub(S::load(part.as_ptr()), max)));
-            }
-            let mut sum = S::sum(sum);
-            if !rest.is_empty() {
-                S::store(last.as_mut_ptr(), S::exp(S::sub(S::load(last.as_ptr()), max)));
-                sum += last[..rest.len()].iter().sum::<f32>();
-            }
-            chunks.push((largest, sum));
+unsafe fn sums<S: Simd>(logits: &[f32], width: usize, columns: Range<usize>, of: &mut Vec<RowSums>) {
+    of.reserve(logits.len() / width);
+    for row in logits.chunks_exact(width) {
+        // SAFETY: as the caller says.
+        of.push(unsafe { row_sums::<S>(&row[columns.clone()]) });
+    }
+}
+
+/// # Safety
+/// Nothing is asked of the caller but the instructions.
+#[inline(always)]
+unsafe fn row_sums<S: Simd>(row: &[f32]) -> RowSums {
+    let is_usable = rows::is_usable(row);
+    let (whole, rest) = row.as_chunks::<LANES>();
+    // What is added at the end has no weight.
+    let mut last = [f32::NEG_INFINITY; LANES];
+    last[..rest.len()].copy_from_slice(rest);
+    // SAFETY: each part holds a vector.
+    unsafe {
+        let mut largest = S::load(last.as_ptr());
+        for part in whole {
+            largest = S::max(S::load(part.as_ptr()), largest);
         }
+        let largest = S::largest(largest);
+        if largest == f32::NEG_INFINITY {
+            return RowSums { max: largest, sum: 0.0, is_usable };
+        }
+        let max = S::splat(largest);
+        let mut sum = S::splat(0.0);
+        for part in whole {
+            sum = S::add(sum, S::exp(S::sub(S::load(part.as_ptr()), max)));
+        }
+        let mut sum = S::sum(sum);
+        if !rest.is_empty() {
+            S::store(last.as_mut_ptr(), S::exp(S::sub(S::load(last.as_ptr()), max)));
+            sum += last[..rest.len()].iter().sum::<f32>();
+        }
+        RowSums { max: largest, sum, is_usable }
     }
 }
 
@@ -148,9 +174,10 @@ mod tests {
                 for (matrix, bias, softcap) in [(0, None, None), (0, Some(&bias[..]), Some(2.0)), (1, None, None)] {
                     let weight = &matrices[matrix];
                     let mut logits = Vec::new();
+                    let whole = Mutex::new(&mut logits);
                     let all = vocab.next_multiple_of(BLOCK_COLUMNS);
-                    multiply_slices(Isa::best(), &pool, &x, rows, weight, bias, all, |_, values| {
-                        logits.extend_from_slice(values);
+                    multiply_slices(Isa::best(), &pool, &x, rows, weight, bias, all, &|_, values| {
+                        whole.lock().unwrap().extend_from_slice(values);
                     });
                     let run =
                         |isa, x: &[f32], ids: &[Vec<u32>]| log_probabilities(isa, &pool, x, weight, bias, softcap, ids);

@@ -14,9 +14,9 @@ use tasks::{Epilogue, Job, MicroPanels, Target, run_blocks};
 
 use super::{
     Buffer, Isa,
-    block::{BLOCK_COLUMNS, BLOCK_ROWS, FEW_ROWS},
+    block::{BLOCK_COLUMNS, BLOCK_ROWS},
     dispatch, elements,
-    packed::{Data, PackedMatrix, Precision, TILE_K},
+    packed::{PackedMatrix, Precision, TILE_K},
     pool::Pool,
     tensors::written,
 };
@@ -74,8 +74,9 @@ fn multiply_activations(isa: Isa, pool: &Pool, x: Activations, rows: usize, prod
     outs
 }
 
-/// Calls `f` with one slice of `columns` columns of `x Wᵀ + bias` after another: where it begins, and its values
-/// `[rows, columns]`, the last slice perhaps with fewer columns.
+/// Calls `f` with each slice of `columns` columns of `x Wᵀ + bias`: its index, and its values `[rows, columns]`, the last
+/// slice perhaps with fewer columns. The threads compute a slice each and call `f` at once, so that its values are in the cache of a
+/// core.
 ///
 /// # Panics
 /// If a shape does not fit, or a slice would not end with a column tile.
@@ -88,34 +89,34 @@ pub fn multiply_slices(
     weight: &PackedMatrix,
     bias: Option<&[f32]>,
     columns: usize,
-    mut f: impl FnMut(usize, &mut [f32]),
+    f: &(dyn Fn(usize, &mut [f32]) + Sync),
 ) {
+    thread_local!(static SLICE: RefCell<Buffer<f32>> = const { RefCell::new(Buffer::empty()) });
     let (n, k) = (weight.n(), weight.k());
-    assert!(columns.is_multiple_of(BLOCK_COLUMNS), "{columns}");
+    assert!(columns.is_multiple_of(BLOCK_COLUMNS) && columns > 0, "{columns}");
     assert!(bias.is_none_or(|bias| bias.len() == n));
     with_activations(isa, pool, x, [rows, k], weight.precision(), |x| {
-        let mut out = Vec::with_capacity(elements(&[rows, columns.min(n)]));
-        for start in (0..n).step_by(columns) {
-            let slice = start..n.min(start + columns);
-            let first = start / BLOCK_COLUMNS * 2;
-            let target = Target {
-                column_tiles: slice.len().div_ceil(BLOCK_COLUMNS),
-                n: slice.len(),
-                panels: [MicroPanels::new(weight, first), MicroPanels::new(weight, first + 1)],
-                step: 2,
-                bias: bias.map(|bias| &bias[slice.clone()]),
-                residual: None,
-                out: out.as_mut_ptr(),
-            };
-            out.clear();
-            // SAFETY: `out` has the capacity, the bias is as long as the slice, and the matrix has micro-panels for it.
-            // The column tiles are all of its columns, so all values are written.
-            unsafe {
-                run(isa, pool, x, rows, k, &[target], Epilogue::Store);
-                out.set_len(rows * slice.len());
-            }
-            f(start, &mut out);
-        }
+        let x = &x;
+        pool.run(n.div_ceil(columns), &|task| {
+            let slice = task * columns..n.min((task + 1) * columns);
+            let first = slice.start / BLOCK_COLUMNS * 2;
+            SLICE.with_borrow_mut(|out| {
+                let out = out.scratch(elements(&[rows, slice.len()]));
+                let target = Target {
+                    column_tiles: slice.len().div_ceil(BLOCK_COLUMNS),
+                    n: slice.len(),
+                    panels: [MicroPanels::new(weight, first), MicroPanels::new(weight, first + 1)],
+                    step: 2,
+                    bias: bias.map(|bias| &bias[slice]),
+                    residual: None,
+                    out: out.as_mut_ptr(),
+                };
+                let job = Job::new(isa, *x, rows, k, std::slice::from_ref(&target), Epilogue::Store);
+                // SAFETY: the slice's values have room, the bias is as long as it, and the matrix has micro-panels for it.
+                unsafe { run_task(&job, 0..target.column_tiles, 0..rows.div_ceil(BLOCK_ROWS)) };
+                f(task, out);
+            });
+        });
     });
 }
 
@@ -221,12 +222,7 @@ unsafe fn run(isa: Isa, pool: &Pool, x: Activations, rows: usize, k: usize, targ
     if rows == 0 {
         return;
     }
-    // A column tile's micro-panels, where they are not stored as they are multiplied.
-    thread_local!(static DEQUANTISED: RefCell<Buffer<f32>> = const { RefCell::new(Buffer::empty()) });
-    let widens = matches!(x, Activations::Rounded(_)) && rows > FEW_ROWS;
-    let dequantises =
-        widens || targets.iter().flat_map(|t| &t.panels).any(|p| matches!(p.weight.data, Data::Blocks(..)));
-    let job = Job { isa, x, rows, k, widens, targets, epilogue };
+    let job = Job::new(isa, x, rows, k, targets, epilogue);
     let column_tiles: usize = targets.iter().map(|t| t.column_tiles).sum();
     let blocks = rows.div_ceil(BLOCK_ROWS);
     let bytes = BLOCK_ROWS * k * if matches!(x, Activations::Bf16(_)) { 2 } else { 4 };
@@ -242,19 +238,26 @@ unsafe fn run(isa: Isa, pool: &Pool, x: Activations, rows: usize, k: usize, targ
         let tiles = first..column_tiles.min(first + tiles_per_task);
         let first = row_task * blocks_per_task;
         let blocks = first..blocks.min(first + blocks_per_task);
-        let job = &job;
-        DEQUANTISED.with_borrow_mut(|scratch| {
-            let len = if dequantises { BLOCK_COLUMNS * k.next_multiple_of(2) } else { 0 };
-            let scratch = scratch.scratch(len);
-            // SAFETY: the job's pointers are valid for its shapes, as the caller says, every task has
-            // its own column tiles and blocks, and the scratch holds two micro-panels if any is dequantised.
-            unsafe {
-                dispatch!(
-                    job.isa,
-                    run_blocks(job: &Job, tiles: Range<usize>, blocks: Range<usize>, scratch: &mut [f32])
-                );
-            }
-        });
+        // SAFETY: the job's pointers are valid for its shapes, as the caller says, and every task has its own column tiles and
+        // blocks.
+        unsafe { run_task(&job, tiles, blocks) };
+    });
+}
+
+/// Computes some column tiles for some blocks of rows.
+///
+/// # Safety
+/// The job's pointers are valid for its shapes, and no other thread has these blocks.
+unsafe fn run_task(job: &Job, tiles: Range<usize>, blocks: Range<usize>) {
+    // A column tile's micro-panels, where they are not stored as they are multiplied.
+    thread_local!(static DEQUANTISED: RefCell<Buffer<f32>> = const { RefCell::new(Buffer::empty()) });
+    DEQUANTISED.with_borrow_mut(|scratch| {
+        let len = if job.dequantises { BLOCK_COLUMNS * job.k.next_multiple_of(2) } else { 0 };
+        let scratch = scratch.scratch(len);
+        // SAFETY: as the caller says; the scratch holds two micro-panels if any is dequantised.
+        unsafe {
+            dispatch!(job.isa, run_blocks(job: &Job, tiles: Range<usize>, blocks: Range<usize>, scratch: &mut [f32]));
+        }
     });
 }
 

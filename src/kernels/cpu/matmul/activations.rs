@@ -21,6 +21,9 @@ pub(super) enum Activations {
     Bf16(*const u32),
 }
 
+// SAFETY: it is only read.
+unsafe impl Sync for Activations {}
+
 impl Activations {
     /// `x` `[rows, k]` as matrices of `precision` are multiplied with it. It points to `x` or to `scratch`.
     pub(super) fn new(

@@ -5,7 +5,9 @@ use std::ops::Range;
 use super::{
     super::{
         Isa,
-        block::{Ahead, BLOCK_COLUMNS, BLOCK_ROWS, TILE_ROWS, block_bf16, block_f32, few_rows_widened, widen_panel},
+        block::{
+            Ahead, BLOCK_COLUMNS, BLOCK_ROWS, FEW_ROWS, TILE_ROWS, block_bf16, block_f32, few_rows_widened, widen_panel,
+        },
         packed::{Data, PANEL_WIDTH, PackedMatrix, TILE_K, TILE_WORDS},
         rows,
         simd::{LANES, Simd},
@@ -93,9 +95,27 @@ pub(super) struct Job<'a> {
     pub(super) rows: usize,
     pub(super) k: usize,
     /// Micro-panels of bf16 are widened to f32 before they are multiplied.
-    pub(super) widens: bool,
+    widens: bool,
+    /// Some micro-panels are dequantised or widened, to a thread's scratch.
+    pub(super) dequantises: bool,
     pub(super) targets: &'a [Target<'a>],
     pub(super) epilogue: Epilogue,
+}
+
+impl<'a> Job<'a> {
+    pub(super) fn new(
+        isa: Isa,
+        x: Activations,
+        rows: usize,
+        k: usize,
+        targets: &'a [Target<'a>],
+        epilogue: Epilogue,
+    ) -> Self {
+        let widens = matches!(x, Activations::Rounded(_)) && rows > FEW_ROWS;
+        let is_blocks = |p: &MicroPanels| matches!(p.weight.data, Data::Blocks(..));
+        let dequantises = widens || targets.iter().flat_map(|t| &t.panels).any(is_blocks);
+        Self { isa, x, rows, k, widens, dequantises, targets, epilogue }
+    }
 }
 
 // SAFETY: threads write disjoint blocks of the outputs (also of the epilogue's tiles) and only read everything else.
