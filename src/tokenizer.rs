@@ -79,8 +79,18 @@ impl Tokenizer {
     /// Ids of a text of which some parts are [escaped](Self::escape): special tokens in those are text, all others are
     /// special. Otherwise as [`tokenize`](Self::tokenize).
     pub fn tokenize_escaped(&self, text: &str) -> Result<Vec<u32>, TokenizerError> {
+        self.tokenize_escaped_as(text, true)
+    }
+
+    /// As [`tokenize_escaped`](Self::tokenize_escaped), without special tokens added: those of a conversation are in its
+    /// template.
+    pub fn tokenize_conversation(&self, text: &str) -> Result<Vec<u32>, TokenizerError> {
+        self.tokenize_escaped_as(text, false)
+    }
+
+    fn tokenize_escaped_as(&self, text: &str, special: bool) -> Result<Vec<u32>, TokenizerError> {
         if !text.contains(ESCAPE) {
-            return self.tokenize(text);
+            return self.tokenize_as(text, special);
         }
         let literal = self.literal();
         let mut pieces = Vec::new();
@@ -99,7 +109,7 @@ impl Tokenizer {
             }
             rest = &rest[end + token.len()..];
         }
-        let whole = self.inner.post_process(Encoding::merge(pieces, false), None, true);
+        let whole = self.inner.post_process(Encoding::merge(pieces, false), None, special);
         Ok(whole.map_err(TokenizerError::Tokenize)?.get_ids().to_vec())
     }
 

@@ -84,7 +84,7 @@ fn load(config: &Config) -> anyhow::Result<Loaded> {
     let root = prompts_root(config, &info)?;
     let registry = open_registry(config, &info, root.clone())?;
     let watcher = registry.watch().context("cannot watch the prompts folder")?;
-    let app = App::new(engine, registry, tokenizer, info, config.limits.clone(), config.access.clone());
+    let app = App::new(engine, registry, tokenizer, info, config.limits.clone(), config.access.clone())?;
     Ok(Loaded { app, thread, root, _watcher: watcher })
 }
 

@@ -227,8 +227,8 @@ impl Engine {
     }
 
     /// How many tokens a learned prompt leaves for a text and an answer.
-    pub fn token_budget(&self, prompt: &LearnedPrompt) -> TokenBudget {
-        self.shared.packing.budget(PromptShape::of(Some(prompt)))
+    pub fn token_budget(&self, prompt: Option<&LearnedPrompt>) -> TokenBudget {
+        self.shared.packing.budget(PromptShape::of(prompt))
     }
 
     /// A snapshot of the counters.

@@ -134,6 +134,8 @@ pub struct SamplingParams {
     pub frequency_penalty: f32,
     /// Subtracted from a logit if its token was generated.
     pub presence_penalty: f32,
+    /// Added to the logits of tokens, each named once, after penalties.
+    pub logit_bias: Vec<(u32, f32)>,
     /// Report log-probabilities: of the chosen token, and of this many likeliest ones.
     pub logprobs: Option<usize>,
     /// Tokens that end the sequence and are not part of it (EOS).
@@ -154,6 +156,7 @@ impl Default for SamplingParams {
             repetition_penalty: 1.0,
             frequency_penalty: 0.0,
             presence_penalty: 0.0,
+            logit_bias: Vec::new(),
             logprobs: None,
             stop_tokens: Vec::new(),
             constraint: None,

@@ -103,7 +103,8 @@ pub async fn generate_batch(
             "virtual_tokens": 20, "limits": {"max_input_tokens": 491, "max_tokens": 492}}]}))))]
 pub async fn list_tasks(State(app): State<AppState>) -> axum::Json<TaskList> {
     let active = app.registry.active();
-    let tasks = active.iter().map(|version| TaskInfo::new(version, app.engine.token_budget(&version.prompt))).collect();
+    let tasks =
+        active.iter().map(|version| TaskInfo::new(version, app.engine.token_budget(Some(&version.prompt)))).collect();
     axum::Json(TaskList { tasks })
 }
 
@@ -115,7 +116,7 @@ pub async fn list_tasks(State(app): State<AppState>) -> axum::Json<TaskList> {
     responses((status = 200, body = TaskInfo, description = "The task")),
     extensions(("x-problems" = json!(["task_not_found", "no_active_version"]))))]
 pub async fn get_task(State(app): State<AppState>, ResolvedTask(version): ResolvedTask) -> axum::Json<TaskInfo> {
-    axum::Json(TaskInfo::new(&version, app.engine.token_budget(&version.prompt)))
+    axum::Json(TaskInfo::new(&version, app.engine.token_budget(Some(&version.prompt))))
 }
 
 async fn start_item(

@@ -13,6 +13,7 @@ pub mod extract;
 pub mod generate;
 pub mod health;
 mod observe;
+pub mod openai;
 pub mod openapi;
 pub mod prepare;
 pub mod problem;
@@ -40,7 +41,7 @@ use crate::{
     config::{Access, Limits},
     engine::{Engine, request::CacheNamespace},
     model::ModelInfo,
-    prompt::Version,
+    prompt::{Version, chat::ChatTemplate},
     registry::Registry,
     tokenizer::Tokenizer,
 };
@@ -56,6 +57,8 @@ pub struct App {
     pub registry: Arc<Registry>,
     pub tokenizer: Tokenizer,
     pub model: ModelInfo,
+    /// The model without a learned prompt, which answers under its own name.
+    pub base: Arc<Version>,
     pub limits: Limits,
     pub access: Access,
     /// One permit for each upload that may be read or checked now.
@@ -69,6 +72,9 @@ pub type AppState = Arc<App>;
 
 impl App {
     /// Also has the engine warm each learned prompt that answers, or begins to.
+    ///
+    /// # Errors
+    /// There is no memory.
     pub fn new(
         engine: Engine,
         registry: Arc<Registry>,
@@ -76,20 +82,27 @@ impl App {
         model: ModelInfo,
         limits: Limits,
         access: Access,
-    ) -> AppState {
+    ) -> candle_core::Result<AppState> {
+        let parse = |source: &str| {
+            let parsed = ChatTemplate::parse(source);
+            parsed.inspect_err(|error| tracing::warn!(model = model.name, %error, "the model's chat template")).ok()
+        };
+        let chat = model.chat.template.as_deref().and_then(parse);
+        let base = Arc::new(Version::without_prompt(&model.fingerprint, model.hidden_size, chat)?);
         let uploads = Semaphore::new(limits.max_concurrent_uploads);
         let warm = engine.clone();
         registry.on_active(move |version| warm.warm_up(Arc::clone(&version.prompt), CacheNamespace(version.digest.0)));
-        Arc::new(Self {
+        Ok(Arc::new(Self {
             engine,
             registry,
             tokenizer,
             model,
+            base,
             limits,
             access,
             uploads,
             stopping: watch::Sender::new(false),
-        })
+        }))
     }
 
     /// Readiness drops, so that load balancers send nothing more. Running requests go on; those whose body has not
@@ -137,6 +150,7 @@ fn routes() -> OpenApiRouter<AppState> {
         .routes(routes!(generate::generate_batch))
         .routes(routes!(generate::list_tasks))
         .routes(routes!(generate::get_task))
+        .merge(openai::routes())
         .routes(routes!(tokenize::tokenize))
         .routes(routes!(tokenize::detokenize))
         .merge(admin::routes())

@@ -15,7 +15,7 @@ use http_body::{Frame, SizeHint};
 use metrics::{counter, gauge, histogram};
 use tracing::Instrument as _;
 
-use super::{extract::RequestId, problem::Problem};
+use super::{extract::RequestId, openai::error, problem::Problem};
 use crate::telemetry;
 
 const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -27,15 +27,16 @@ pub async fn observe(mut request: Request, next: Next) -> Response {
     let id = request_id(request.headers());
     request.extensions_mut().insert(id.clone());
     let method = request.method().clone();
+    let path = request.uri().path().to_owned();
     let route = request.extensions().get::<MatchedPath>().map_or("none", MatchedPath::as_str).to_owned();
-    let span = tracing::info_span!("request", request_id = %id.0, %method, path = request.uri().path());
+    let span = tracing::info_span!("request", request_id = %id.0, %method, path);
     let active = Active::new();
     let mut response = next.run(request).instrument(span.clone()).await;
 
     let in_span = span.enter();
     let problem = response.extensions_mut().remove::<Problem>();
     if let Some(problem) = &problem {
-        response = written(problem, &id, response);
+        response = written(problem, &path, &id, response);
     }
     if let Ok(value) = HeaderValue::from_str(&id.0) {
         response.headers_mut().insert(X_REQUEST_ID, value);
@@ -110,8 +111,11 @@ fn request_id(headers: &HeaderMap) -> RequestId {
 }
 
 /// The problem's answer, with the Allow header of the one it takes the place of.
-fn written(problem: &Problem, id: &RequestId, before: Response) -> Response {
-    let mut response = problem.write(&id.0);
+fn written(problem: &Problem, path: &str, id: &RequestId, before: Response) -> Response {
+    let mut response = match error::is_of(path) {
+        true => error::write(problem, &id.0),
+        false => problem.write(&id.0),
+    };
     if let Some(allow) = before.headers().get(header::ALLOW) {
         response.headers_mut().insert(header::ALLOW, allow.clone());
     }

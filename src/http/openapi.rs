@@ -16,6 +16,7 @@ use utoipa::{
 };
 
 use super::{
+    openai::error::{self, OpenAiError},
     problem::{Code, Problem, ProblemBody, ProblemError},
     types::BatchItem,
 };
@@ -33,12 +34,14 @@ const EXAMPLE_ID: &str = "0199d4c8-7b1e-7d3a-a8f0-5b8a4c1d2e3f";
     ),
     tags(
         (name = "generate", description = "Asking tasks"),
+        (name = "openai", description = "OpenAI's API: `model` is a task, `task@version`, or the base model's name. Errors have \
+            OpenAI's shape"),
         (name = "tasks", description = "What can be asked"),
         (name = "admin", description = "Uploading, activating and deleting; needs an admin key unless the server \
             listens on a loopback address and has no keys"),
         (name = "health", description = "For load balancers and monitoring; always open")
     ),
-    components(schemas(ProblemBody, ProblemError, BatchItem)),
+    components(schemas(ProblemBody, ProblemError, BatchItem, OpenAiError)),
     modifiers(&Keys)
 )]
 struct Head;
@@ -121,22 +124,30 @@ fn add_problems(path: &str, operation: &mut Operation) {
         }
     }
     for (status, codes) in by_status {
-        operation.responses.responses.insert(status.to_string(), RefOr::T(problems(&codes)));
+        operation.responses.responses.insert(status.to_string(), RefOr::T(problems(path, &codes)));
     }
 }
 
 /// The response of one status, with an example for each code.
-fn problems(codes: &[Code]) -> utoipa::openapi::Response {
+fn problems(path: &str, codes: &[Code]) -> utoipa::openapi::Response {
     let lines: Vec<String> = codes.iter().map(|code| format!("`{}`: {}", code.as_str(), code.when())).collect();
+    let is_openai = error::is_of(path);
     let examples = codes.iter().map(|&code| {
         let problem = Problem::new(code, code.when().trim_end_matches('.').to_owned());
-        let example = ExampleBuilder::new().summary(code.title()).value(Some(json!(problem.body(EXAMPLE_ID))));
+        let body = match is_openai {
+            true => json!(error::body(&problem, EXAMPLE_ID)),
+            false => json!(problem.body(EXAMPLE_ID)),
+        };
+        let example = ExampleBuilder::new().summary(code.title()).value(Some(body));
         (code.as_str(), RefOr::T(example.build()))
     });
-    let content =
-        ContentBuilder::new().schema(Some(Ref::from_schema_name("Problem"))).examples_from_iter(examples).build();
-    let mut response =
-        ResponseBuilder::new().description(lines.join("\n\n")).content("application/problem+json", content);
+    let content = ContentBuilder::new()
+        .schema(Some(Ref::from_schema_name(if is_openai { "OpenAiError" } else { "Problem" })))
+        .examples_from_iter(examples)
+        .build();
+    let mut response = ResponseBuilder::new()
+        .description(lines.join("\n\n"))
+        .content(if is_openai { "application/json" } else { "application/problem+json" }, content);
     if codes.iter().any(|&code| Problem::new(code, "").retry_after().is_some()) {
         response = response
             .header("retry-after", HeaderBuilder::new().description(Some("Seconds after which to try again")).build());

@@ -16,7 +16,12 @@ use super::{
 use crate::{
     engine::request::{CacheNamespace, Request, SamplingParams, Tenant},
     packing::TokenBudget,
-    prompt::{TaskName, Version, spec::SpecialTokens, template::Input},
+    prompt::{
+        TaskName, Version,
+        chat::{EdgeTokens, Message},
+        spec::SpecialTokens,
+        template::Input,
+    },
     sampling::{Fault, SamplingOptions, SamplingValues},
     tokenizer::Tokenizer,
 };
@@ -47,36 +52,84 @@ pub struct Prepared {
 pub async fn prepare(app: &App, caller: Caller, task: &str, request: GenerateRequest) -> Result<Prepared, Problem> {
     let started = Instant::now();
     let version = app.registry.resolve(task, request.version.as_deref())?;
-    let mut settings = Settings::check(app, &version, &request)?;
-    let Tokenized { ids, num_public } = tokenize(app, &version, request.input).await?;
-    let virtual_tokens = version.prompt.num_virtual_tokens();
-    let most = max_answer_tokens(app, &version, ids.len())?;
-    settings.sampling.max_tokens = settings.sampling.max_tokens.min(most);
-    let tenant = tenant(app, caller, &version.task);
-    let requests = (0..settings.choices)
-        .map(|i| {
-            let seed = settings.sampling.seed.wrapping_add(i as u64);
-            let sampling = SamplingParams { seed, ..settings.sampling.clone() };
-            let deadline = Some(started + settings.scheduling.timeout);
-            Request {
-                deadline,
-                namespace: Some(CacheNamespace(version.digest.0)),
-                public_prefix: virtual_tokens + num_public,
-                tenant,
-                priority: settings.scheduling.priority,
-                ..Request::new(Some(Arc::clone(&version.prompt)), &ids, sampling)
-            }
+    let settings = Settings::check(app, &version, &Parameters::from(&request))?;
+    let tokenized = tokenize(app, &version, request.input).await?;
+    settings.prepare(app, caller, version, tokenized, started)
+}
+
+/// What a request says beside its input.
+#[derive(Debug, Clone, Default)]
+pub struct Parameters {
+    pub sampling: SamplingOptions,
+    pub seed: Option<u64>,
+    /// Added to the logits of tokens, each named once.
+    pub logit_bias: Vec<(u32, f32)>,
+    pub logprobs: Option<usize>,
+    pub n: Option<usize>,
+    pub ignore_eos: Option<bool>,
+    pub timeout_ms: Option<u64>,
+    pub priority: Option<i32>,
+}
+
+impl From<&GenerateRequest> for Parameters {
+    fn from(request: &GenerateRequest) -> Self {
+        Self {
+            sampling: request.sampling(),
+            seed: request.seed,
+            logit_bias: Vec::new(),
+            logprobs: request.logprobs,
+            n: request.n,
+            ignore_eos: request.ignore_eos,
+            timeout_ms: request.timeout_ms,
+            priority: request.priority,
+        }
+    }
+}
+
+impl Settings {
+    /// A request for an answer to these token ids.
+    ///
+    /// # Errors
+    /// They leave no room for an answer.
+    pub fn prepare(
+        mut self,
+        app: &App,
+        caller: Caller,
+        version: Arc<Version>,
+        tokenized: Tokenized,
+        started: Instant,
+    ) -> Result<Prepared, Problem> {
+        let settings = &mut self;
+        let Tokenized { ids, num_public } = tokenized;
+        let virtual_tokens = version.prompt.num_virtual_tokens();
+        let most = max_answer_tokens(app, &version, ids.len())?;
+        settings.sampling.max_tokens = settings.sampling.max_tokens.min(most);
+        let tenant = tenant(app, caller, &version.task);
+        let requests = (0..settings.choices)
+            .map(|i| {
+                let seed = settings.sampling.seed.wrapping_add(i as u64);
+                let sampling = SamplingParams { seed, ..settings.sampling.clone() };
+                let deadline = Some(started + settings.scheduling.timeout);
+                Request {
+                    deadline,
+                    namespace: Some(CacheNamespace(version.digest.0)),
+                    public_prefix: virtual_tokens + num_public,
+                    tenant,
+                    priority: settings.scheduling.priority,
+                    ..Request::new(version.learned_prompt().cloned(), &ids, sampling)
+                }
+            })
+            .collect();
+        Ok(Prepared {
+            id: uuid::Uuid::now_v7().to_string(),
+            version,
+            requests,
+            logprobs: settings.sampling.logprobs.is_some(),
+            stop: self.stop,
+            virtual_tokens,
+            prompt_tokens: ids.len(),
         })
-        .collect();
-    Ok(Prepared {
-        id: uuid::Uuid::now_v7().to_string(),
-        version,
-        requests,
-        logprobs: settings.sampling.logprobs.is_some(),
-        stop: settings.stop,
-        virtual_tokens,
-        prompt_tokens: ids.len(),
-    })
+    }
 }
 
 /// Whom the engine counts a request for: each of a caller's tasks by itself. It needs to tell them apart,
@@ -142,13 +195,38 @@ fn fixed_ids(tokenizer: &Tokenizer, beginning: &str) -> Result<Vec<u32>, Problem
     Ok(fixed)
 }
 
+/// Turns a conversation into token ids by a version's chat template.
+///
+/// # Errors
+/// The version has none, or it does not take these messages.
+pub async fn tokenize_chat(app: &App, version: &Arc<Version>, messages: Vec<Message>) -> Result<Tokenized, Problem> {
+    let Some(chat) = version.chat.clone() else {
+        let detail = "the model's files have no chat template: ask it with /v1/completions";
+        return Err(Problem::field("messages", detail));
+    };
+    let long = messages.iter().map(|message| message.content.len()).sum::<usize>() > LONG_TEXT;
+    let tokenizer = app.tokenizer.clone();
+    let edges = EdgeTokens { bos: app.model.chat.bos_token.clone(), eos: app.model.chat.eos_token.clone() };
+    let special = version.spec.special_tokens.unwrap_or_default();
+    let work = move || -> Result<Tokenized, Problem> {
+        let escape = |message: Message| match special {
+            SpecialTokens::Special => message,
+            SpecialTokens::Text => Message { content: tokenizer.escape(&message.content), ..message },
+        };
+        let messages: Vec<Message> = messages.into_iter().map(escape).collect();
+        let text = chat.render(&messages, &edges).map_err(|error| Problem::field("messages", error.to_string()))?;
+        Ok(Tokenized { ids: tokenizer.tokenize_conversation(&text)?, num_public: 0 })
+    };
+    if long { super::blocking(work).await } else { work() }
+}
+
 /// How many tokens an answer to a text of this many tokens may have; at least 1.
 pub fn max_answer_tokens(app: &App, version: &Version, prompt_tokens: usize) -> Result<usize, Problem> {
     if let Some(limit) = version.spec.limits.max_input_tokens.filter(|&limit| prompt_tokens > limit) {
         let detail = format!("the input has {prompt_tokens} tokens, the task takes at most {limit}: shorten it");
         return Err(Problem::new(Code::InputTooLong, detail));
     }
-    let budget = app.engine.token_budget(&version.prompt);
+    let budget = app.engine.token_budget(version.learned_prompt().map(Arc::as_ref));
     match budget.output_after(prompt_tokens) {
         0 => Err(Problem::new(Code::InputTooLong, too_long(app, version, prompt_tokens, budget))),
         tokens => Ok(tokens),
@@ -159,6 +237,10 @@ pub fn max_answer_tokens(app: &App, version: &Version, prompt_tokens: usize) -> 
 fn too_long(app: &App, version: &Version, prompt_tokens: usize, budget: TokenBudget) -> String {
     let (most, context) = (budget.input, app.engine.max_sequence());
     match budget.shared {
+        true if version.learned_prompt().is_none() => format!(
+            "the input has {prompt_tokens} tokens and an answer needs at least 1 more, but the model's context has {context}: \
+             shorten the input to {most} tokens"
+        ),
         true => format!(
             "the learned prompt has {} tokens and the input {prompt_tokens}, and an answer needs at least 1 more, but \
              the model's context has {context}: shorten the input to {most} tokens",
@@ -194,7 +276,8 @@ impl Scheduling {
 }
 
 /// A request's parameters, with defaults filled in and every range checked.
-struct Settings {
+#[derive(Debug, Clone)]
+pub struct Settings {
     sampling: SamplingParams,
     stop: Vec<String>,
     choices: usize,
@@ -202,9 +285,13 @@ struct Settings {
 }
 
 impl Settings {
-    fn check(app: &App, version: &Version, request: &GenerateRequest) -> Result<Self, Problem> {
+    /// With the task's and the server's defaults for what is not given.
+    ///
+    /// # Errors
+    /// A value is out of its range.
+    pub fn check(app: &App, version: &Version, request: &Parameters) -> Result<Self, Problem> {
         let mut ranges = Ranges::default();
-        let given = request.sampling().or(&version.spec.defaults);
+        let given = request.sampling.clone().or(&version.spec.defaults);
         ranges.sampling(&given);
         if let Some(logprobs) = request.logprobs {
             ranges.check("logprobs", logprobs, 0, MAX_LOGPROBS);
@@ -212,7 +299,7 @@ impl Settings {
         let choices = request.n.unwrap_or(1);
         ranges.check("n", choices, 1, MAX_CHOICES);
         let scheduling = ranges.scheduling(app, request.timeout_ms, request.priority);
-        if let (Some(found), Some(limit)) = (request.max_tokens, version.spec.limits.max_tokens)
+        if let (Some(found), Some(limit)) = (request.sampling.max_tokens, version.spec.limits.max_tokens)
             && found > limit
         {
             ranges.fault("max_tokens", format!("found {found}, expected at most {limit}, the task's limit"));
@@ -240,6 +327,7 @@ impl Settings {
             repetition_penalty,
             frequency_penalty,
             presence_penalty,
+            logit_bias: request.logit_bias.clone(),
             logprobs: request.logprobs,
             stop_tokens: if request.ignore_eos.unwrap_or(false) { Vec::new() } else { app.model.eos_token_ids.clone() },
             constraint: None,

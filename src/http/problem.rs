@@ -116,6 +116,13 @@ impl Problem {
         Self::new(Code::Unavailable, "the server is stopping: try again, or ask another replica")
     }
 
+    /// The request's time was over before it was answered.
+    pub fn timeout() -> Self {
+        let detail = "the time that timeout_ms or the server gives a request was over before the answer: give it more, or try \
+                      again when the server has less to do";
+        Self::new(Code::Timeout, detail)
+    }
+
     /// A seconds' wait after which trying again makes sense.
     pub fn retry_after(&self) -> Option<u32> {
         match self.code {

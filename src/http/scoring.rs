@@ -92,7 +92,7 @@ impl Call {
             public_prefix: version.prompt.num_virtual_tokens() + num_public.min(given),
             tenant: prepare::tenant(app, self.caller, &version.task),
             priority: self.scheduling.priority,
-            ..Request::score(Some(Arc::clone(&version.prompt)), &ids[..given.min(ids.len())], continuations)
+            ..Request::score(version.learned_prompt().cloned(), &ids[..given.min(ids.len())], continuations)
         };
         let events = app.engine.submit(request).map_err(|error| match error {
             SubmitError::TooLong { found, limit } => Problem::new(
@@ -116,11 +116,7 @@ impl Running {
     pub async fn finish(mut self) -> Result<Scored, Problem> {
         let (log_probs, cached_tokens) = match self.events.next().await {
             Some(Event::Scored { log_probs, cached_tokens }) => (log_probs, cached_tokens),
-            Some(Event::Finished { reason: FinishReason::Timeout, .. }) => {
-                let detail = "the time that timeout_ms or the server gives a request was over before the answer: give it \
-                              more, or try again when the server has less to do";
-                return Err(Problem::new(Code::Timeout, detail));
-            }
+            Some(Event::Finished { reason: FinishReason::Timeout, .. }) => return Err(Problem::timeout()),
             Some(Event::Finished { .. }) => return Err(Problem::stopping()),
             Some(Event::NotFinite) => return Err(Problem::not_finite(0)),
             Some(Event::Token(_)) => return Err(Problem::internal("a request for scores was answered with tokens")),

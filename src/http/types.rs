@@ -11,7 +11,7 @@ pub use answer::{
     BatchResponse, BatchResult, ChoiceInfo, Finish, GenerateResponse, OneOrSeveral, StreamEvent, TokenInfo,
     TokenLogprob, Usage,
 };
-pub use request::{BatchItem, BatchRequest, GenerateRequest, InputSchema};
+pub use request::{BatchItem, BatchRequest, GenerateRequest, InputSchema, stop_texts};
 pub use score::{
     ClassifyRequest, ClassifyResponse, LabelProbability, ScoreRequest, ScoreResponse, ScoredText, ScoredToken,
 };

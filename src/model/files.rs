@@ -19,6 +19,17 @@ use super::{
 };
 use crate::content;
 
+/// How a conversation becomes a text, as a model's files say it.
+#[derive(Debug, Clone, Default)]
+pub struct ChatFiles {
+    /// In Jinja.
+    pub template: Option<String>,
+    /// The text of the special token that begins a text, which templates write; empty where there is none.
+    pub bos_token: String,
+    /// The text of the one that ends it.
+    pub eos_token: String,
+}
+
 /// The files of one model. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct ModelFiles {
@@ -169,13 +180,18 @@ impl ModelFiles {
         }
     }
 
-    /// How a conversation becomes a text, in Jinja: `chat_template.jinja`, or what
-    /// `tokenizer_config.json` says. Of several the one called default.
-    pub fn chat_template(&self) -> Result<Option<String>, ModelError> {
+    /// How a conversation becomes a text: the template of `chat_template.jinja`, or what `tokenizer_config.json` says, of
+    /// several the one called default; and the special tokens that templates write.
+    pub fn chat(&self) -> Result<ChatFiles, ModelError> {
         const FILE: &str = "chat_template.jinja";
+        let mut chat = self.chat_of_tokenizer_config()?;
         if self.has(FILE) {
-            return Ok(Some(String::from_utf8_lossy(&self.read(FILE)?).into_owned()));
+            chat.template = Some(String::from_utf8_lossy(&self.read(FILE)?).into_owned());
         }
+        Ok(chat)
+    }
+
+    fn chat_of_tokenizer_config(&self) -> Result<ChatFiles, ModelError> {
         #[derive(Deserialize)]
         struct Named {
             name: String,
@@ -188,24 +204,37 @@ impl ModelFiles {
             Several(Vec<Named>),
         }
         #[derive(Deserialize)]
+        #[serde(untagged)]
+        enum Token {
+            Text(String),
+            Added { content: String },
+        }
+        #[derive(Deserialize)]
         struct TokenizerConfig {
             chat_template: Option<Template>,
+            bos_token: Option<Token>,
+            eos_token: Option<Token>,
         }
         if !self.has(TOKENIZER_CONFIG) {
-            return Ok(None);
+            return Ok(ChatFiles::default());
         }
         let config: TokenizerConfig = match serde_json::from_slice(&self.read(TOKENIZER_CONFIG)?) {
             Ok(config) => config,
             Err(error) => {
                 tracing::warn!(model = self.name, %error, "tokenizer_config.json is not understood: no chat template");
-                return Ok(None);
+                return Ok(ChatFiles::default());
             }
         };
-        Ok(match config.chat_template {
+        let template = match config.chat_template {
             Some(Template::One(template)) => Some(template),
             Some(Template::Several(all)) => all.into_iter().find(|t| t.name == "default").map(|t| t.template),
             None => None,
-        })
+        };
+        let text = |token: Option<Token>| match token {
+            Some(Token::Text(text) | Token::Added { content: text }) => text,
+            None => String::new(),
+        };
+        Ok(ChatFiles { template, bos_token: text(config.bos_token), eos_token: text(config.eos_token) })
     }
 
     /// The names of the safetensors files.

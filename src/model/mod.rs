@@ -24,7 +24,7 @@ use sha2::{Digest as _, Sha256};
 
 pub use config::{EncoderConfig, ModelConfig};
 pub use error::ModelError;
-pub use files::ModelFiles;
+pub use files::{ChatFiles, ModelFiles};
 
 use crate::kernels::{
     Backend, DeviceMemory, Kernels,
@@ -67,8 +67,8 @@ pub struct ModelInfo {
     /// [`Model::forward`] in their place are taken as they are.
     pub embedding_scale: Option<f64>,
     pub num_parameters: usize,
-    /// How a conversation becomes a text, in Jinja; `None` if the model's files have no template.
-    pub chat_template: Option<String>,
+    /// How a conversation becomes a text.
+    pub chat: ChatFiles,
     pub device: Device,
     pub dtype: DType,
 }
@@ -109,7 +109,7 @@ impl Model {
             eos_token_ids: files.eos_token_ids(&config)?,
             embedding_scale: decoder.embedding_scale(),
             num_parameters,
-            chat_template: files.chat_template()?,
+            chat: files.chat()?,
             device: backend.device().clone(),
             dtype,
         };

@@ -7,6 +7,7 @@ use candle_core::DType;
 
 use super::{
     LearnedPrompt, PeftType, TaskName, Version,
+    chat::ChatTemplate,
     labels::Verbalizer,
     layout::{self, Meaning},
     peft::{self, Declared},
@@ -136,6 +137,7 @@ pub fn read(task: TaskName, files: &PromptFiles, fit: &Fit) -> Result<Version, F
                 peft_type,
                 prompt: Arc::new(prompt),
                 template: words.template,
+                chat: words.chat,
                 labels: words.labels,
                 spec: words.spec,
                 warnings,
@@ -215,6 +217,7 @@ fn read_prompt(
 struct Words {
     spec: TaskSpec,
     template: PromptTemplate,
+    chat: Option<ChatTemplate>,
     labels: Option<Verbalizer>,
     warnings: Vec<String>,
 }
@@ -235,13 +238,20 @@ fn read_words(spec: TaskSpec, fit: &Fit) -> Result<Words, Vec<Fault>> {
     let mut warnings = Vec::new();
     let template = PromptTemplate::parse(spec.template.as_deref().unwrap_or(DEFAULT_TEMPLATE))
         .map_err(|e| faults.push(task_fault(format!("template: {e}"))));
+    let chat = match spec.chat_template.as_deref().map(ChatTemplate::parse).transpose() {
+        Ok(chat) => chat,
+        Err(error) => {
+            faults.push(task_fault(format!("chat_template: {error}")));
+            None
+        }
+    };
     let labels = match spec.labels.is_empty() {
         true => None,
         false => Verbalizer::new(&spec.labels).map_err(|e| faults.push(task_fault(format!("labels: {e}")))).ok(),
     };
     check_base_model(&spec, fit, &mut faults, &mut warnings);
     match template {
-        Ok(template) if faults.is_empty() => Ok(Words { spec, template, labels, warnings }),
+        Ok(template) if faults.is_empty() => Ok(Words { spec, template, chat, labels, warnings }),
         _ => Err(faults),
     }
 }

@@ -4,6 +4,7 @@
 //! request needs from its task hangs off one immutable [`Version`](task::Version).
 
 pub mod calibration;
+pub mod chat;
 pub mod encode;
 pub mod files;
 #[cfg(test)]

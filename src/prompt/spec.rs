@@ -21,6 +21,10 @@ pub struct TaskSpec {
     /// A minijinja template over the input's fields; `{{ input }}` where there is none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub template: Option<String>,
+    /// How the messages of a conversation become the text, in Jinja, as in a model's `chat_template`; without it a
+    /// conversation is one message of the user, which is the template's input.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub chat_template: Option<String>,
     /// Each label with the words that stand for it in the model's output.
     #[serde(deserialize_with = "null_is_default", skip_serializing_if = "BTreeMap::is_empty")]
     pub labels: BTreeMap<String, Vec<String>>,

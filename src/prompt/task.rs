@@ -7,11 +7,18 @@ use std::{
     sync::{Arc, OnceLock},
 };
 
+use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
 
 use super::{
-    label_scores::LabelTokens, labels::Verbalizer, learned::LearnedPrompt, peft_type::PeftType, spec::TaskSpec,
-    template::PromptTemplate,
+    chat::ChatTemplate,
+    label_scores::LabelTokens,
+    labels::Verbalizer,
+    learned::{Embeddings, LearnedPrompt},
+    peft_type::PeftType,
+    spec::TaskSpec,
+    template::{DEFAULT_TEMPLATE, PromptTemplate},
 };
 
 /// The longest task name, in bytes.
@@ -127,6 +134,8 @@ pub struct Version {
     pub prompt: Arc<LearnedPrompt>,
     /// How an input becomes text.
     pub template: PromptTemplate,
+    /// How a conversation becomes text, where that is said.
+    pub chat: Option<ChatTemplate>,
     /// Its labels, where it has any.
     pub labels: Option<Verbalizer>,
     /// Its `task.json`, or the defaults where there is none.
@@ -137,6 +146,39 @@ pub struct Version {
     pub fixed_ids: OnceLock<Vec<u32>>,
     /// The token ids of its labels, once the first request has tokenized them.
     pub label_tokens: OnceLock<LabelTokens>,
+}
+
+impl Version {
+    /// The frozen model without a learned prompt, under its own name. `chat` is the model's chat template.
+    ///
+    /// # Errors
+    /// There is no memory.
+    pub fn without_prompt(
+        fingerprint: &str,
+        hidden_size: usize,
+        chat: Option<ChatTemplate>,
+    ) -> Result<Self, candle_core::Error> {
+        let rows = Tensor::zeros((0, hidden_size), DType::F32, &Device::Cpu)?;
+        let template = PromptTemplate::parse(DEFAULT_TEMPLATE).map_err(candle_core::Error::wrap)?;
+        Ok(Self {
+            task: TaskName("base-model".into()),
+            digest: Digest(Sha256::digest(fingerprint).into()),
+            peft_type: PeftType::PromptTuning,
+            prompt: Arc::new(LearnedPrompt::Embeddings(Embeddings { rows })),
+            template,
+            chat,
+            labels: None,
+            spec: TaskSpec::default(),
+            warnings: Vec::new(),
+            fixed_ids: OnceLock::new(),
+            label_tokens: OnceLock::new(),
+        })
+    }
+
+    /// The learned prompt, if it has any virtual token.
+    pub fn learned_prompt(&self) -> Option<&Arc<LearnedPrompt>> {
+        Some(&self.prompt).filter(|prompt| prompt.num_virtual_tokens() > 0)
+    }
 }
 
 #[cfg(test)]

@@ -190,7 +190,7 @@ fn context<'a>(fields: impl IntoIterator<Item = (&'a str, &'a str)>) -> Value {
     fields.into_iter().map(|(name, text)| (Value::from(name), Value::from(text))).collect::<BTreeMap<_, _>>().into()
 }
 
-fn describe(error: &minijinja::Error) -> String {
+pub(super) fn describe(error: &minijinja::Error) -> String {
     if error.kind() == ErrorKind::OutOfFuel {
         return "rendering takes too many steps or too much memory".to_owned();
     }

@@ -160,7 +160,7 @@ fn a_file_is_served_by_its_path_or_by_its_folder() {
     assert_ne!(in_folder.fingerprint().unwrap(), files("llama-q4_0").fingerprint().unwrap());
     let info = load("qwen2-q8_0", DType::F32).info().clone();
     assert_eq!(info.eos_token_ids, [2]);
-    assert!(info.chat_template.unwrap().contains("messages"));
+    assert!(info.chat.template.unwrap().contains("messages"));
 
     let mut serve = softserve(home.path());
     serve.args(["serve", "--listen=127.0.0.1:0", "--kv-cache=8MiB", "--prompts=none", "--model"]).arg(&folder);

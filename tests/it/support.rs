@@ -84,7 +84,7 @@ impl Options {
             max_versions_per_task: self.limits.max_versions,
         })
         .unwrap();
-        let app = App::new(engine, registry, tokenizer, info, self.limits, self.access);
+        let app = App::new(engine, registry, tokenizer, info, self.limits, self.access).unwrap();
         Server { router: router(Arc::clone(&app)), app, prompts }
     }
 }

@@ -1,4 +1,4 @@
-//! Penalties: logits of tokens that occurred are lowered.
+//! Penalties: logits of tokens that occurred are lowered; and what a request adds to logits.
 
 use std::collections::HashMap;
 
@@ -10,6 +10,7 @@ pub struct Penalties {
     repetition: f32,
     frequency: f32,
     presence: f32,
+    bias: Vec<(u32, f32)>,
     /// How often each token was generated; 0 for one that only the text has. The repetition penalty is for all
     /// of them.
     occurred: HashMap<u32, u32>,
@@ -25,11 +26,18 @@ impl Penalties {
             presence_penalty: presence,
             ..
         } = *params;
-        let any = repetition != 1.0 || frequency != 0.0 || presence != 0.0;
-        any.then(|| Self { repetition, frequency, presence, occurred: text.map(|id| (id, 0)).collect() })
+        let bias = &params.logit_bias;
+        let any = repetition != 1.0 || frequency != 0.0 || presence != 0.0 || !bias.is_empty();
+        any.then(|| Self {
+            repetition,
+            frequency,
+            presence,
+            bias: bias.clone(),
+            occurred: text.map(|id| (id, 0)).collect(),
+        })
     }
 
-    /// Lowers the logits of the tokens that occurred.
+    /// Lowers the logits of the tokens that occurred, and adds the request's own.
     pub fn apply(&self, logits: &mut [f32]) {
         for (&id, &generated) in &self.occurred {
             let Some(logit) = logits.get_mut(id as usize) else { continue };
@@ -39,6 +47,11 @@ impl Penalties {
             }
             // A tiny penalty divides to infinity, which nothing could be drawn from.
             *logit = logit.clamp(f32::MIN, f32::MAX);
+        }
+        for &(id, bias) in &self.bias {
+            if let Some(logit) = logits.get_mut(id as usize) {
+                *logit += bias;
+            }
         }
     }
 

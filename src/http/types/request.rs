@@ -30,7 +30,7 @@ pub struct GenerateRequest {
     /// The same seed and request give the same answer. Left out: a random one.
     pub seed: Option<u64>,
     /// The answer ends before the first of these texts: up to 16, of 1 to 256 bytes each.
-    #[serde(default, deserialize_with = "stop")]
+    #[serde(default, deserialize_with = "stop_texts")]
     #[schema(value_type = Option<Vec<String>>, max_items = 16)]
     pub stop: Option<Vec<String>>,
     pub repetition_penalty: Option<f32>,
@@ -167,7 +167,8 @@ impl<'de> de::Visitor<'de> for InputVisitor {
     }
 }
 
-fn stop<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Vec<String>>, D::Error> {
+/// A text, a list of texts, or null.
+pub fn stop_texts<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Vec<String>>, D::Error> {
     struct StopVisitor;
 
     impl<'de> de::Visitor<'de> for StopVisitor {

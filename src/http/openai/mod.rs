@@ -1,0 +1,47 @@
+//! OpenAI's API over the same engine: completions, chat completions and models. `model` is a task, `task@version`, or the
+//! base model's name, which answers without a learned prompt.
+//!
+//! Errors under these paths have OpenAI's shape; see [`error`].
+
+mod answer;
+mod chat;
+mod completions;
+pub mod error;
+mod logprobs;
+mod models;
+mod request;
+mod run;
+
+use std::sync::Arc;
+
+use utoipa_axum::{router::OpenApiRouter, routes};
+
+use super::{App, AppState, problem::Problem};
+use crate::prompt::Version;
+
+/// OpenAI's routes with their places in the specification.
+pub fn routes() -> OpenApiRouter<AppState> {
+    OpenApiRouter::new()
+        .routes(routes!(completions::create))
+        .routes(routes!(chat::create))
+        .routes(routes!(models::list))
+        .routes(routes!(models::retrieve))
+}
+
+/// What a `model` means: a task's active version, the version after an `@`, or the base model.
+fn resolve(app: &App, model: &str) -> Result<Arc<Version>, Problem> {
+    let (task, version) = match model.split_once('@') {
+        Some((task, version)) => (task, Some(version)),
+        None => (model, None),
+    };
+    match app.registry.resolve(task, version) {
+        Ok(version) => Ok(version),
+        // A task goes first, should a model have its name.
+        Err(_) if model == app.model.name => Ok(Arc::clone(&app.base)),
+        Err(error) => {
+            let problem = Problem::from(error);
+            let detail = format!("model: {}; the base model is {:?}", problem.detail, app.model.name);
+            Err(Problem { detail, ..problem })
+        }
+    }
+}
