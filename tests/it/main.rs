@@ -23,6 +23,7 @@ mod hub;
 mod inference;
 mod inspect;
 mod model;
+mod openai;
 mod openapi;
 mod parsers;
 mod passes;

@@ -17,7 +17,7 @@ use softserve::{
         request::{Event, FinishReason},
     },
     http::{App, AppState, router},
-    model::Model,
+    model::{ChatFiles, Model},
     prompt::format::Fit,
     registry::{Registry, RegistryConfig},
     tokenizer::Tokenizer,
@@ -47,13 +47,15 @@ pub struct Options {
     pub engine: EngineConfig,
     pub limits: Limits,
     pub access: Access,
+    /// How conversations become texts, in place of what the fixture says.
+    pub chat: Option<ChatFiles>,
 }
 
 impl Default for Options {
     fn default() -> Self {
         let config = ServeArgs::default().check().unwrap();
         let engine = EngineConfig { kv_cache_bytes: 8 << 20, ..EngineConfig::default() };
-        Self { model: MODEL, engine, limits: config.limits, access: config.access }
+        Self { model: MODEL, engine, limits: config.limits, access: config.access, chat: None }
     }
 }
 
@@ -74,7 +76,10 @@ impl Options {
     pub fn start_with(self, model: Model, tokenizer: Tokenizer, prompts_of: &Path) -> Server {
         let prompts = tempfile::tempdir().unwrap();
         copy(prompts_of, prompts.path());
-        let info = model.info().clone();
+        let mut info = model.info().clone();
+        if let Some(chat) = self.chat {
+            info.chat = chat;
+        }
         let (engine, _thread) = Engine::start(model, self.engine).unwrap();
         let fit = Fit::from(&info);
         let registry = Registry::open(RegistryConfig {

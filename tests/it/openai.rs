@@ -1,0 +1,193 @@
+//! OpenAI's API: with OpenAI's own package where Python has it, and what that does not look at.
+
+use std::process::Command;
+
+use candle_core::DType;
+use serde_json::{Value, json};
+use softserve::{
+    engine::runner::{Part, Runner},
+    model::ChatFiles,
+    packing::InputToken,
+};
+
+use crate::{
+    fixtures,
+    process::{Process, softserve},
+    support::{MODEL, Options, Server, TASK, form, prompt_files},
+};
+
+const COMPLETIONS: &str = "/v1/completions";
+const CHAT: &str = "/v1/chat/completions";
+const TEMPLATE: &str = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant]";
+
+/// A Python with OpenAI's package; `None`, said aloud, where there is none.
+pub fn python() -> Option<String> {
+    let python = std::env::var("SOFTSERVE_TEST_PYTHON").unwrap_or_else(|_| "python3".to_owned());
+    let found = Command::new(&python).args(["-c", "import openai"]).output();
+    if found.is_ok_and(|ran| ran.status.success()) {
+        return Some(python);
+    }
+    eprintln!("skipped: {python} has no openai; see tests/peft/requirements.txt");
+    None
+}
+
+/// A server of the demo in a process of its own, and the script run against it.
+pub fn run_client(script: &str) {
+    let Some(python) = python() else { return };
+    let home = tempfile::tempdir().unwrap();
+    let mut command = softserve(home.path());
+    command.args(["serve", "--listen=127.0.0.1:0"]);
+    let server = Process::start(command);
+    let script = format!("{}/tests/openai/{script}", env!("CARGO_MANIFEST_DIR"));
+    let ran = Command::new(python).arg(script).arg(server.at("/v1")).output().unwrap();
+    let (out, log) = (String::from_utf8_lossy(&ran.stdout), String::from_utf8_lossy(&ran.stderr));
+    assert!(ran.status.success(), "{out}\n{log}");
+}
+
+#[test]
+fn openais_python_package_gets_what_it_documents() {
+    run_client("client.py");
+}
+
+async fn upload(server: &Server, task: &str, spec: &Value) {
+    let (config, weights) = prompt_files("prompt7");
+    let spec = spec.to_string();
+    let parts: [(&str, &[u8]); 3] =
+        [("adapter_config.json", &config), ("adapter_model.safetensors", &weights), ("task.json", spec.as_bytes())];
+    let (content_type, body) = form(&parts);
+    server.upload(task, content_type, body).await.ok();
+}
+
+#[tokio::test]
+async fn the_base_models_name_answers_without_a_learned_prompt() {
+    let server = Server::start();
+    let base = server.app.model.name.clone();
+    let text = "the cat sat";
+    let ids = server.app.tokenizer.tokenize(text).unwrap();
+    let mut runner = Runner::new(fixtures::load(MODEL, DType::F32), 16).unwrap();
+    let mut tokens = ids.clone();
+    for _ in 0..3 {
+        let input: Vec<InputToken> = tokens.iter().map(|&id| InputToken::Vocab(id)).collect();
+        let logits =
+            runner.run(&[Part { tokens: &input, blocks: &[0, 1], wanted: 1, ..Part::default() }]).unwrap().logits;
+        let likeliest =
+            |rows: &[&[f32]]| (0..rows[0].len()).max_by(|&a, &b| rows[0][a].total_cmp(&rows[0][b])).unwrap();
+        tokens.push(logits.with_rows(&[0], |rows| Ok(likeliest(rows))).unwrap() as u32);
+    }
+    let expected = server.app.tokenizer.decode(&tokens[ids.len()..]).unwrap();
+    for prompt in [json!(text), json!(ids)] {
+        let body = json!({"model": base, "prompt": prompt, "max_tokens": 3, "ignore_eos": true});
+        let answer = server.post(COMPLETIONS, &body).await;
+        assert_eq!(answer.header("x-softserve-version"), answer.ok()["system_fingerprint"]);
+        let usage = &answer.ok()["usage"];
+        assert_eq!((&usage["prompt_tokens"], &usage["virtual_tokens"]), (&json!(ids.len()), &json!(0)));
+        assert_eq!(answer.ok()["choices"][0]["text"], json!(expected));
+    }
+    let task = json!({"model": TASK, "prompt": text, "max_tokens": 3, "ignore_eos": true});
+    let answer = server.post(COMPLETIONS, &task).await.ok();
+    let generated = server.generate(&json!({"input": text, "max_tokens": 3, "ignore_eos": true})).await.ok();
+    assert_eq!(answer["choices"][0]["text"], generated["output"]);
+    assert_eq!(answer["usage"]["virtual_tokens"], 7);
+}
+
+#[tokio::test]
+async fn a_conversation_is_rendered_by_the_chat_template_with_one_bos() {
+    let chat = ChatFiles {
+        template: Some(TEMPLATE.to_owned()),
+        bos_token: fixtures::tokenizer(MODEL).token_text(1),
+        ..ChatFiles::default()
+    };
+    let server = Options { chat: Some(chat), ..Options::default() }.start();
+    let base = server.app.model.name.clone();
+    let bos = server.app.model.chat.bos_token.clone();
+    let messages = json!([{"role": "developer", "content": "short"}, {"role": "user", "content": "a cat"},
+        {"role": "assistant", "content": "sat"}, {"role": "user", "content": [{"type": "text", "text": "why"}]}]);
+    let text = format!("{bos}[system] short\n[user] a cat\n[assistant] sat\n[user] why\n[assistant]");
+    let ids = server.app.tokenizer.tokenize_conversation(&text).unwrap();
+    assert_eq!(ids.iter().filter(|&&id| id == 1).count(), 1);
+    let rest = json!({"max_tokens": 5, "ignore_eos": true});
+    let with = |mut body: Value| {
+        body.as_object_mut().unwrap().extend(rest.as_object().unwrap().clone());
+        body
+    };
+    let plain = server.post(COMPLETIONS, &with(json!({"model": base, "prompt": ids}))).await.ok();
+    let answer = server.post(CHAT, &with(json!({"model": base, "messages": messages}))).await.ok();
+    assert_eq!(answer["choices"][0]["message"]["content"], plain["choices"][0]["text"]);
+    assert_eq!(answer["usage"]["prompt_tokens"], json!(ids.len()));
+
+    // A task's own template goes before the model's, and its learned prompt before the conversation.
+    upload(&server, "talker", &json!({"chat_template": TEMPLATE})).await;
+    let plain = server.post(COMPLETIONS, &with(json!({"model": "talker", "prompt": ids}))).await.ok();
+    let answer = server.post(CHAT, &with(json!({"model": "talker", "messages": messages}))).await.ok();
+    assert_eq!(answer["choices"][0]["message"]["content"], plain["choices"][0]["text"]);
+    assert_eq!(answer["usage"]["virtual_tokens"], 7);
+    // A task without one takes a single message, as its template's input.
+    let answer = server.post(CHAT, &json!({"model": TASK, "messages": messages})).await;
+    let message = answer.json()["error"]["message"].as_str().unwrap().to_owned();
+    assert!(answer.status == 400 && message.contains("chat_template") && message.contains("system, user"), "{message}");
+}
+
+#[tokio::test]
+async fn errors_have_openais_shape_on_its_paths_only() {
+    let server = Options::with_keys(&["api-key-12345"], &[], true).start();
+    let answer = server.get("/v1/models").await;
+    assert_eq!((answer.status.as_u16(), answer.json()["error"]["code"].clone()), (401, json!("invalid_api_key")));
+    assert_eq!(answer.header("content-type"), "application/json");
+    assert_eq!(answer.json()["error"]["request_id"], answer.header("x-request-id"));
+    assert_eq!(server.get("/v1/tasks").await.header("content-type"), "application/problem+json");
+
+    let server = Server::start();
+    let error = |answer: crate::support::Answer| answer.json()["error"].clone();
+    let unknown = error(server.post(COMPLETIONS, &json!({"model": TASK, "prompt": "a", "temprature": 1})).await);
+    assert_eq!((&unknown["type"], &unknown["code"]), (&json!("invalid_request_error"), &json!("invalid_request")));
+    assert!(unknown["message"].as_str().unwrap().contains("temprature"), "{unknown}");
+    for (body, param) in [
+        (json!({"model": TASK, "prompt": [999_999]}), "prompt"),
+        (json!({"model": TASK, "prompt": []}), "prompt"),
+        (json!({"model": TASK, "prompt": "a", "logit_bias": {"x": 1}}), "logit_bias.x"),
+        (json!({"model": TASK, "prompt": "a", "logit_bias": {"3": 101}}), "logit_bias.3"),
+        (json!({"model": TASK, "prompt": "a", "logprobs": 21}), "logprobs"),
+        (json!({"model": TASK, "prompt": "a", "n": 17}), "n"),
+        (json!({"model": TASK, "prompt": "a", "suffix": "b"}), "suffix"),
+        (json!({"model": TASK, "prompt": "a", "echo": true, "logprobs": 1}), "echo"),
+    ] {
+        let found = error(server.post(COMPLETIONS, &body).await);
+        assert_eq!(found["param"], param, "{body} {found}");
+    }
+    for (messages, param) in [
+        (json!([]), "messages"),
+        (json!([{"role": "tool", "content": "a"}]), "messages[0].role"),
+        (json!([{"role": "user", "content": [{"type": "image_url", "text": "a"}]}]), "messages[0].content[0]"),
+    ] {
+        let found = error(server.post(CHAT, &json!({"model": TASK, "messages": messages})).await);
+        assert_eq!(found["param"], param, "{messages} {found}");
+    }
+    let base = &server.app.model.name;
+    let found = error(server.post(CHAT, &json!({"model": base, "messages": [{"role": "user", "content": "a"}]})).await);
+    assert!(found["message"].as_str().unwrap().contains("no chat template"), "{found}");
+    let found = error(server.get("/v1/models/nothing").await);
+    assert_eq!((&found["code"], &found["param"]), (&json!("model_not_found"), &json!("model")));
+}
+
+#[tokio::test]
+async fn a_stream_has_a_role_first_and_the_usage_last() {
+    let server = Server::start();
+    let body = json!({"model": TASK, "messages": [{"role": "user", "content": "a cat"}], "stream": true, "max_tokens": 4,
+        "ignore_eos": true, "n": 2, "stream_options": {"include_usage": true}, "logprobs": true, "top_logprobs": 1});
+    let answer = server.post(CHAT, &body).await;
+    let events = answer.events();
+    assert_eq!(events.last(), Some(&"[DONE]"));
+    let chunks: Vec<Value> = events[..events.len() - 1].iter().map(|e| serde_json::from_str(e).unwrap()).collect();
+    let (usage, chunks) = chunks.split_last().unwrap();
+    assert_eq!((&usage["choices"], &usage["usage"]["completion_tokens"]), (&json!([]), &json!(8)));
+    for index in 0..2 {
+        let own: Vec<&Value> =
+            chunks.iter().map(|chunk| &chunk["choices"][0]).filter(|choice| choice["index"] == index).collect();
+        assert_eq!(own[0]["delta"]["role"], "assistant");
+        assert!(own[1..].iter().all(|choice| choice["delta"].get("role").is_none()));
+        assert_eq!(own.last().unwrap()["finish_reason"], "length");
+        let tokens = own.iter().filter_map(|choice| choice["logprobs"]["content"].as_array()).flatten();
+        assert_eq!(tokens.count(), 4);
+    }
+    assert!(chunks.iter().all(|chunk| chunk["object"] == "chat.completion.chunk" && chunk.get("usage").is_none()));
+}
