@@ -7,6 +7,7 @@
 //! - `decode`: what does a step cost that computes one token for each of so many requests?
 //! - `sampling`: what does each way to choose a token cost beside greedy, for 16 requests and large vocabularies?
 //! - `score`: what do 77 continuations of 2 to 6 tokens cost beside one generated token, after an input of 40 tokens?
+//! - `decide`: what do eight questions of eight tasks about one input cost beside one question, after inputs of so many tokens?
 //!
 //! `cargo bench --bench engine`
 
@@ -20,7 +21,7 @@ use softserve::{
     demo,
     engine::{
         Engine, EngineConfig, EngineThread,
-        request::{Event, Request, SamplingParams},
+        request::{CacheNamespace, Event, Request, SamplingParams},
     },
     model::{Model, ModelFiles, random::RandomModel},
     prompt::{LearnedPrompt, learned::Embeddings},
@@ -44,9 +45,13 @@ fn load() -> Load {
 }
 
 fn start(files: &ModelFiles, dtype: DType) -> Load {
+    start_with(files, dtype, EngineConfig::default())
+}
+
+fn start_with(files: &ModelFiles, dtype: DType, config: EngineConfig) -> Load {
     let model = Model::load(files, softserve::kernels::cpu(), dtype).expect("a model");
     let hidden_size = model.info().hidden_size;
-    let (engine, thread) = Engine::start(model, EngineConfig::default()).expect("an engine");
+    let (engine, thread) = Engine::start(model, config).expect("an engine");
     Load { engine, _thread: thread, hidden_size }
 }
 
@@ -225,6 +230,42 @@ fn score_10_continuations(bencher: Bencher, dtype: &str) {
 fn score_a_short_generation(bencher: Bencher, dtype: &str) {
     let sampling = SamplingParams { max_tokens: 5, ..Default::default() };
     after_a_new_input(bencher, dtype_of(dtype), |ids| Request::new(None, ids, sampling.clone()));
+}
+
+/// Questions of so many tasks about one input that no call had before: two labels of two tokens and an end each, after prompts of
+/// 20 rows, which are warm.
+fn decide(bencher: Bencher, tasks: usize, input: u32) {
+    // So small that all of it has been used after a few calls: the system gives memory that is new slowly.
+    let config = EngineConfig { kv_cache_bytes: 48 << 20, ..EngineConfig::default() };
+    let files = ModelFiles::random(RandomModel::open("smollm2-135m").expect("a shape that ships"));
+    let load = start_with(&files, DType::BF16, config);
+    let prompts = load.prompts(tasks, 20);
+    let labels = vec![vec![500, 501, 2], vec![600, 601, 2]];
+    let mut first = 0;
+    bencher.bench_local(|| {
+        first += 1;
+        let ids: Vec<u32> = (0..input).map(|i| 300 + (first * 41 + i * 7) % 40_000).collect();
+        let request = |(task, prompt): (usize, &Option<Arc<LearnedPrompt>>)| {
+            let request = Request::score(prompt.clone(), &ids, labels.clone());
+            let namespace = Some(CacheNamespace([task as u8; 32]));
+            Request { namespace, public_prefix: 20, ..request }
+        };
+        let requests = prompts.iter().enumerate().map(request).collect();
+        for stream in load.engine.submit_all(requests) {
+            let mut stream = stream.expect("a place");
+            while stream.blocking_next().is_some() {}
+        }
+    });
+}
+
+#[divan::bench(args = [8, 16, 40], sample_count = 40)]
+fn decide_one_question(bencher: Bencher, input: u32) {
+    decide(bencher, 1, input);
+}
+
+#[divan::bench(args = [8, 16, 40], sample_count = 40)]
+fn decide_eight_questions_of_eight_tasks(bencher: Bencher, input: u32) {
+    decide(bencher, 8, input);
 }
 
 fn dtype_of(name: &str) -> DType {

@@ -24,7 +24,8 @@ use crate::{packing::Packing, prompt::LearnedPrompt};
 /// What the thread is sent.
 #[derive(Debug)]
 pub(super) enum Mail {
-    Job(Box<Job>),
+    /// Requests that are seen at once, so that they share a step if they fit into one.
+    Jobs(Vec<Job>),
     WarmUp(WarmUp),
     /// Nothing but a reason to look at [`Shared`] again.
     Wake,

@@ -157,7 +157,40 @@ impl Engine {
     /// Hands over a request. Never waits. `max_tokens` is cut to what the context leaves. With an
     /// encoder, its tokens are the encoder's input and the decoder begins with its start token; a
     /// prompt of keys and values is the decoder's.
-    pub fn submit(&self, mut request: Request) -> Result<EventStream, SubmitError> {
+    pub fn submit(&self, request: Request) -> Result<EventStream, SubmitError> {
+        let (job, stream) = self.job(request)?;
+        self.send(vec![job])?;
+        Ok(stream)
+    }
+
+    /// Hands over several requests that the engine sees at once, so that they share a step if they fit into one. Each is taken or
+    /// not by itself.
+    pub fn submit_all(&self, requests: Vec<Request>) -> Vec<Result<EventStream, SubmitError>> {
+        let mut jobs = Vec::with_capacity(requests.len());
+        let own = |request| {
+            let (job, stream) = self.job(request)?;
+            jobs.push(job);
+            Ok(stream)
+        };
+        let streams: Vec<_> = requests.into_iter().map(own).collect();
+        match self.send(jobs) {
+            Ok(()) => streams,
+            Err(error) => streams.into_iter().map(|stream| stream.and(Err(error.clone()))).collect(),
+        }
+    }
+
+    fn send(&self, jobs: Vec<Job>) -> Result<(), SubmitError> {
+        if jobs.is_empty() {
+            return Ok(());
+        }
+        self.mail.try_send(Mail::Jobs(jobs)).map_err(|e| match e {
+            TrySendError::Full(_) => SubmitError::Full { limit: self.shared.waiting.limit() },
+            TrySendError::Closed(_) => SubmitError::Closed,
+        })
+    }
+
+    /// A request that the engine takes, with its place in the queue.
+    fn job(&self, mut request: Request) -> Result<(Job, EventStream), SubmitError> {
         let shared = &self.shared;
         let mut work = match &request.goal {
             Goal::Generate(sampling) if sampling.max_tokens > 0 => Work::Generate(sampling.clone()),
@@ -195,11 +228,7 @@ impl Engine {
         let (events, stream) = mpsc::channel(most_events);
         let cached_tokens = Arc::new(AtomicUsize::new(0));
         let job = Job { request, work, encoder, events, cached_tokens: Arc::clone(&cached_tokens), slot };
-        self.mail.try_send(Mail::Job(Box::new(job))).map_err(|e| match e {
-            TrySendError::Full(_) => SubmitError::Full { limit: shared.waiting.limit() },
-            TrySendError::Closed(_) => SubmitError::Closed,
-        })?;
-        Ok(EventStream { events: stream, cached_tokens })
+        Ok((job, EventStream { events: stream, cached_tokens }))
     }
 
     /// Asks for a learned prompt's keys and values to be computed when there is time and room, so

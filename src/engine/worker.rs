@@ -114,7 +114,7 @@ impl Worker {
 
     fn open(&mut self, mail: Mail) {
         match mail {
-            Mail::Job(job) => self.accept(*job),
+            Mail::Jobs(jobs) => jobs.into_iter().for_each(|job| self.accept(job)),
             Mail::WarmUp(warm_up) => {
                 let id = self.new_id();
                 let rows = warm_up.prompt.num_virtual_tokens() as u32;

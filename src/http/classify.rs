@@ -53,7 +53,7 @@ pub async fn classify(
     if let Some(found) = request.abstain_below.filter(|x| !(0.0..=1.0).contains(x)) {
         return Err(Problem::field("abstain_below", format!("found {found}, expected 0 to 1")));
     }
-    let labels = labels(&app, &call.version, request.labels.as_deref())?;
+    let labels = label_tokens(&app, &call.version, request.labels.as_deref())?;
     let (inputs, is_list) = scoring::inputs(request.input, request.inputs, MAX_INPUTS)?;
     let calibration = call.version.spec.calibration.clone().filter(|_| request.calibrate.unwrap_or(true));
     let calibration = calibration.unwrap_or_else(Calibration::none);
@@ -137,7 +137,7 @@ fn reply<T: serde::Serialize>(
 }
 
 /// The sequences of a version's labels, or of some of them.
-fn labels(app: &App, version: &Version, names: Option<&[String]>) -> Result<LabelTokens, Problem> {
+pub fn label_tokens(app: &App, version: &Version, names: Option<&[String]>) -> Result<LabelTokens, Problem> {
     let Some(labels) = &version.labels else {
         let detail = format!(
             "the task {} has no labels: give it some with \"labels\" in its task.json, or ask it with /generate",

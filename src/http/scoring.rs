@@ -80,21 +80,40 @@ impl Call {
     pub fn start(
         &self,
         app: &App,
-        Tokenized { ids, num_public }: Tokenized,
+        tokenized: Tokenized,
         given: usize,
         continuations: Vec<Vec<u32>>,
     ) -> Result<Running, Problem> {
+        let request = self.request(app, &tokenized, given, continuations);
+        self.running(tokenized.ids, app.engine.submit(request))
+    }
+
+    /// The engine's request to score continuations of the first `given` tokens of an input.
+    pub fn request(
+        &self,
+        app: &App,
+        Tokenized { ids, num_public }: &Tokenized,
+        given: usize,
+        continuations: Vec<Vec<u32>>,
+    ) -> Request {
         let version = &self.version;
         record_input(version.task.as_str(), ids.len());
-        let request = Request {
+        Request {
             deadline: Some(self.started + self.scheduling.timeout),
             namespace: Some(CacheNamespace(version.digest.0)),
-            public_prefix: version.prompt.num_virtual_tokens() + num_public.min(given),
+            public_prefix: version.prompt.num_virtual_tokens() + (*num_public).min(given),
             tenant: prepare::tenant(app, self.caller, &version.task),
             priority: self.scheduling.priority,
             ..Request::score(version.learned_prompt().cloned(), &ids[..given.min(ids.len())], continuations)
-        };
-        let events = app.engine.submit(request).map_err(|error| match error {
+        }
+    }
+
+    /// An input, by its ids, that was handed to the engine.
+    ///
+    /// # Errors
+    /// The engine did not take it.
+    pub fn running(&self, ids: Vec<u32>, submitted: Result<EventStream, SubmitError>) -> Result<Running, Problem> {
+        let events = submitted.map_err(|error| match error {
             SubmitError::TooLong { found, limit } => Problem::new(
                 Code::InputTooLong,
                 format!(
@@ -104,7 +123,7 @@ impl Call {
             ),
             error => error.into(),
         })?;
-        Ok(Running { version: Arc::clone(version), ids, events })
+        Ok(Running { version: Arc::clone(&self.version), ids, events })
     }
 }
 

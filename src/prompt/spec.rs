@@ -28,6 +28,9 @@ pub struct TaskSpec {
     /// Each label with the words that stand for it in the model's output.
     #[serde(deserialize_with = "null_is_default", skip_serializing_if = "BTreeMap::is_empty")]
     pub labels: BTreeMap<String, Vec<String>>,
+    /// Which of two labels means that a question of the type `predicate` is true.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub true_label: Option<String>,
     /// Generation parameters for requests that do not name them.
     #[serde(deserialize_with = "null_is_default", skip_serializing_if = "SamplingOptions::is_empty")]
     pub defaults: SamplingOptions,
@@ -124,6 +127,12 @@ impl TaskSpec {
         {
             if limit == Some(0) {
                 faults.push(format!("limits.{field}: found 0, expected 1 or more"));
+            }
+        }
+        if let Some(label) = self.true_label.as_deref() {
+            let is_one_of_two = self.labels.len() == 2 && self.labels.keys().any(|known| known.trim() == label);
+            if !is_one_of_two {
+                faults.push(format!("true_label: found {label:?}, expected one of two labels"));
             }
         }
         if let Some(calibration) = &self.calibration {

@@ -48,6 +48,25 @@ fn every_answer_is_that_of_peft_alone_and_in_a_mixed_batch() {
 }
 
 #[test]
+fn requests_that_are_handed_over_together_share_a_step_and_each_is_refused_by_itself() {
+    let (engine, _thread) = start("llama-scaled", EngineConfig { max_waiting: 40, ..EngineConfig::default() });
+    let score = |id| Request::score(None, &[5, 6, id], vec![vec![7, 8], vec![9]]);
+    let before = engine.stats().steps;
+    let streams =
+        engine.submit_all((10..20).map(score).chain([Request::new(None, &[], SamplingParams::default())]).collect());
+    assert!(matches!(streams.last(), Some(Err(SubmitError::Empty))));
+    for stream in streams.into_iter().take(10) {
+        assert!(matches!(stream.unwrap().blocking_next(), Some(Event::Scored { .. })));
+    }
+    assert_eq!(engine.stats().steps - before, 1);
+    let streams = engine.submit_all((0..100).map(|_| long_request(4)).collect());
+    let taken = streams.iter().filter(|stream| stream.is_ok()).count();
+    assert!((1..=40).contains(&taken), "{taken}");
+    assert!(streams.iter().all(|stream| matches!(stream, Ok(_) | Err(SubmitError::Full { .. }))));
+    assert!(engine.submit_all(Vec::new()).is_empty());
+}
+
+#[test]
 fn answers_stay_the_same_in_small_chunks_and_when_sequences_are_preempted() {
     let model = "llama-scaled";
     let block_bytes = fixtures::block_bytes(&fixtures::load(model, DType::F32));

@@ -191,3 +191,72 @@ async fn a_stream_has_a_role_first_and_the_usage_last() {
     }
     assert!(chunks.iter().all(|chunk| chunk["object"] == "chat.completion.chunk" && chunk.get("usage").is_none()));
 }
+
+#[test]
+fn openais_and_typesafes_python_packages_get_decisions() {
+    run_client("decisions.py");
+}
+
+/// A question about some labels of a task.
+fn question(task: &str, labels: [&str; 2]) -> Value {
+    json!({"type": "choice", "task": task, "choices": [{"value": labels[0]}, {"value": labels[1]}]})
+}
+
+#[tokio::test]
+async fn questions_of_many_tasks_are_answered_in_one_call_with_the_bits_that_each_has_alone() {
+    let server = Server::start();
+    for (task, words) in [("moods", ["the cat", "a dog"]), ("places", ["on the mat", "x"])] {
+        upload(&server, task, &json!({"labels": {"a": [words[0]], "b": [words[1]]}, "true_label": "b"})).await;
+    }
+    let ask = async |questions: Value| {
+        let body = json!({"model": "moods", "input": "the cat sat", "questions": questions});
+        server.post("/v1/decisions", &body).await.ok()["answers"].clone()
+    };
+    let questions: Vec<Value> = (0..64)
+        .map(|i| {
+            question(if i % 2 == 0 { "moods" } else { "places" }, if i % 3 == 0 { ["b", "a"] } else { ["a", "b"] })
+        })
+        .collect();
+    let all = ask(json!(questions)).await;
+    for i in [0, 1, 2, 3, 62, 63] {
+        assert_eq!(ask(json!([questions[i]])).await[0], all[i], "question {i}");
+    }
+    let classified = server.post("/v1/tasks/moods/classify", &json!({"input": "the cat sat"})).await.ok();
+    let predicate = ask(json!([{"type": "predicate", "name": "is_b"}])).await[0].clone();
+    let of_b = classified["probabilities"].as_array().unwrap().iter().find(|p| p["label"] == "b").unwrap();
+    assert_eq!((&predicate["probability"], &predicate["name"]), (&of_b["probability"], &json!("is_b")));
+    let wrong = json!({"model": "moods", "input": "a", "questions": [question("moods", ["a", "c"])]});
+    let error = server.post("/v1/decisions", &wrong).await;
+    assert_eq!((error.status.as_u16(), error.json()["error"]["code"].clone()), (400, json!("unknown_label")));
+}
+
+#[tokio::test]
+async fn a_template_with_a_field_for_instructions_gets_them() {
+    let server = Server::start();
+    let spec = json!({"template": "{{ instructions }}: {{ input }}", "labels": {"a": ["the cat"], "b": ["dog"]}});
+    upload(&server, "asked", &spec).await;
+    let ask = async |instructions: &str| {
+        let mut asked = question("asked", ["a", "b"]);
+        asked["instructions"] = json!(instructions);
+        let body = json!({"model": "asked", "input": "the cat sat", "questions": [asked]});
+        server.post("/v1/decisions", &body).await.ok()["answers"][0]["confidence"].clone()
+    };
+    let fields = json!({"input": {"instructions": "which", "input": "the cat sat"}});
+    let classified = server.post("/v1/tasks/asked/classify", &fields).await.ok();
+    assert_eq!(ask("which").await, classified["confidence"]);
+    assert_ne!(ask("another").await, classified["confidence"]);
+}
+
+#[tokio::test]
+async fn a_true_label_is_one_of_two_labels() {
+    let server = Server::start();
+    let (config, weights) = prompt_files("prompt7");
+    for labels in [json!({"a": ["x"], "b": ["y"], "c": ["z"]}), json!({"b": ["x"], "c": ["y"]})] {
+        let spec = json!({"labels": labels, "true_label": "a"}).to_string();
+        let parts: [(&str, &[u8]); 3] =
+            [("adapter_config.json", &config), ("adapter_model.safetensors", &weights), ("task.json", spec.as_bytes())];
+        let (content_type, body) = form(&parts);
+        let answer = server.upload("wrong", content_type, body).await;
+        assert!(answer.status == 422 && answer.text().contains("true_label"), "{}", answer.text());
+    }
+}

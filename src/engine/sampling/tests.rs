@@ -65,6 +65,18 @@ fn penalties_see_the_text_and_the_new_tokens() {
 }
 
 #[test]
+fn a_bias_is_added_to_its_tokens_logits_and_not_to_their_log_probabilities() {
+    let bias = |bias: &[(u32, f32)]| SamplingParams { logit_bias: bias.to_vec(), ..Default::default() };
+    assert_eq!(choose(bias(&[(3, 10.0)]), &[], &LOGITS, 2), [3, 3]);
+    assert_eq!(choose(bias(&[(1, -100.0), (2, -100.0), (99, 100.0)]), &[], &LOGITS, 1), [4]);
+    let next =
+        |params| Sampler::new(params, [].into_iter()).next(&LOGITS, &PortableRows, &mut Scratch::default()).unwrap();
+    let plain = next(SamplingParams { logprobs: Some(1), ..Default::default() });
+    let biased = next(SamplingParams { logprobs: Some(1), ..bias(&[(1, 5.0)]) });
+    assert_eq!((plain.id, plain.logprob), (biased.id, biased.logprob));
+}
+
+#[test]
 fn logprobs_are_the_models_own_and_sorted() {
     let params = SamplingParams { logprobs: Some(2), repetition_penalty: 9.0, ..Default::default() };
     let token = Sampler::new(params, [1u32].into_iter()).next(&LOGITS, &PortableRows, &mut Scratch::default()).unwrap();

@@ -101,15 +101,39 @@ async fn conversation(app: &App, version: &Arc<Version>, messages: &[ChatMessage
     }
     let mut plain = Vec::with_capacity(messages.len());
     for (i, message) in messages.iter().enumerate() {
-        if !ROLES.contains(&message.role.as_str()) {
-            let role: String = message.role.chars().take(40).collect();
-            let detail = format!("found {role:?}, expected one of {}", ROLES.join(", "));
-            return Err(Problem::field(&format!("messages[{i}].role"), detail));
-        }
-        // The newer name of the same role, which templates do not know.
-        let role = if message.role == "developer" { "system" } else { &message.role };
+        let role = plain_role(&message.role, &format!("messages[{i}]"))?;
         plain.push(Message { role: role.to_owned(), content: text(i, &message.content)?, name: message.name.clone() });
     }
+    message_ids(app, version, plain, "messages").await
+}
+
+/// A role as templates know it.
+///
+/// # Errors
+/// There is no such role.
+pub fn plain_role<'a>(role: &'a str, at: &str) -> Result<&'a str, Problem> {
+    match role {
+        // Its newer name.
+        "developer" => Ok("system"),
+        role if ROLES.contains(&role) => Ok(role),
+        other => {
+            let other: String = other.chars().take(40).collect();
+            let detail = format!("found {other:?}, expected one of {}", ROLES.join(", "));
+            Err(Problem::field(&format!("{at}.role"), detail))
+        }
+    }
+}
+
+/// The token ids of a conversation of plain messages, which stand in a field of the request.
+///
+/// # Errors
+/// The version does not take these messages.
+pub async fn message_ids(
+    app: &App,
+    version: &Arc<Version>,
+    mut plain: Vec<Message>,
+    field: &str,
+) -> Result<Tokenized, Problem> {
     if version.chat.is_some() || version.learned_prompt().is_none() {
         return tokenize_chat(app, version, plain).await;
     }
@@ -124,7 +148,7 @@ async fn conversation(app: &App, version: &Arc<Version>, messages: &[ChatMessage
                 roles.join(", "),
                 version.task
             );
-            Err(Problem::field("messages", detail))
+            Err(Problem::field(field, detail))
         }
     }
 }

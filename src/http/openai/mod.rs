@@ -1,4 +1,4 @@
-//! OpenAI's API over the same engine: completions, chat completions and models. `model` is a task, `task@version`, or the
+//! OpenAI's API over the same engine: completions, chat completions, decisions and models. `model` is a task, `task@version`, or the
 //! base model's name, which answers without a learned prompt.
 //!
 //! Errors under these paths have OpenAI's shape; see [`error`].
@@ -6,6 +6,7 @@
 mod answer;
 mod chat;
 mod completions;
+mod decisions;
 pub mod error;
 mod logprobs;
 mod models;
@@ -24,6 +25,8 @@ pub fn routes() -> OpenApiRouter<AppState> {
     OpenApiRouter::new()
         .routes(routes!(completions::create))
         .routes(routes!(chat::create))
+        .routes(routes!(decisions::create))
+        .routes(routes!(decisions::systemone::create))
         .routes(routes!(models::list))
         .routes(routes!(models::retrieve))
 }
