@@ -1,10 +1,13 @@
 //! A chat template: how the messages of a conversation become the text that follows the learned prompt, as
 //! `apply_chat_template` of transformers renders it.
 
-use std::sync::Arc;
+use std::{io::Write, sync::Arc};
+
+use minijinja::{Environment, Error, ErrorKind, Value, context, syntax::SyntaxConfig, value::Kwargs};
+use serde::Serialize as _;
+use serde_json::ser::{Formatter, PrettyFormatter, Serializer};
 
 use super::template::{MAX_RENDERED_BYTES, MAX_TEMPLATE_BYTES, TemplateError, describe};
-use minijinja::{Environment, Error, ErrorKind, Value, context, syntax::SyntaxConfig};
 
 /// minijinja's budget for one rendering: about one unit an instruction or 64 bytes of data.
 const FUEL: u64 = 2_000_000;
@@ -60,6 +63,7 @@ impl ChatTemplate {
         environment.remove_global("debug");
         // Methods of Python's texts, lists and dictionaries, which templates call.
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        environment.add_filter("tojson", to_json);
         environment.add_function("raise_exception", |reason: String| -> Result<Value, Error> {
             Err(Error::new(ErrorKind::InvalidOperation, reason))
         });
@@ -86,6 +90,42 @@ impl ChatTemplate {
             return Err(TemplateError::Input(detail));
         }
         Ok(text)
+    }
+}
+
+/// JSON as Python writes it: a space after commas and colons, nothing escaped for HTML; in lines, if an indent is given.
+fn to_json(value: &Value, options: Kwargs) -> Result<Value, Error> {
+    let indent: Option<usize> = options.get("indent")?;
+    let _: Option<bool> = options.get("ensure_ascii")?;
+    options.assert_all_used()?;
+    let mut json = Vec::new();
+    let written = match indent {
+        Some(indent) => {
+            let indent = " ".repeat(indent.min(16));
+            let formatter = PrettyFormatter::with_indent(indent.as_bytes());
+            value.serialize(&mut Serializer::with_formatter(&mut json, formatter))
+        }
+        None => value.serialize(&mut Serializer::with_formatter(&mut json, Spaced)),
+    };
+    let failed = |reason: String| Error::new(ErrorKind::InvalidOperation, reason);
+    written.map_err(|error| failed(error.to_string()))?;
+    Ok(Value::from(String::from_utf8(json).map_err(|error| failed(error.to_string()))?))
+}
+
+/// JSON in one line, with a space after commas and colons.
+struct Spaced;
+
+impl Formatter for Spaced {
+    fn begin_array_value<W: ?Sized + Write>(&mut self, writer: &mut W, first: bool) -> std::io::Result<()> {
+        if first { Ok(()) } else { writer.write_all(b", ") }
+    }
+
+    fn begin_object_key<W: ?Sized + Write>(&mut self, writer: &mut W, first: bool) -> std::io::Result<()> {
+        if first { Ok(()) } else { writer.write_all(b", ") }
+    }
+
+    fn begin_object_value<W: ?Sized + Write>(&mut self, writer: &mut W) -> std::io::Result<()> {
+        writer.write_all(b": ")
     }
 }
 
@@ -159,9 +199,9 @@ mod tests {
         let source = "{{ bos_token }}\n{%- set ns = namespace(n=0) %}\n{% for m in messages %}\n    {% set ns.n = ns.n + 1 %}\n[{{ \
                       m.content.strip().upper() }}|{{ m.content.split(' ')|length }}|{{ m | tojson }}]\n{% endfor %}\n{{ ns.n }}";
         assert_eq!(
-            render(source, &[message("user", " a b "), message("assistant", "c")]).as_deref(),
+            render(source, &[message("user", " a b "), message("assistant", "<c>")]).as_deref(),
             Ok(
-                "<s>[A B|4|{\"role\":\"user\",\"content\":\" a b \"}]\n[C|1|{\"role\":\"assistant\",\"content\":\"c\"}]\n2"
+                "<s>[A B|4|{\"role\": \"user\", \"content\": \" a b \"}]\n[<C>|1|{\"role\": \"assistant\", \"content\": \"<c>\"}]\n2"
             )
         );
     }
