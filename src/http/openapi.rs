@@ -93,7 +93,7 @@ fn describe_sampling(spec: &mut utoipa::openapi::OpenApi) {
     let schemas = spec.components.iter_mut().flat_map(|components| &mut components.schemas);
     for (name, schema) in schemas {
         let RefOr::T(Schema::Object(schema)) = schema else { continue };
-        if !["GenerateRequest", "BatchItem", "Defaults"].contains(&name.as_str()) {
+        if !["GenerateRequest", "BatchItem", "Defaults", "CompletionRequest", "ChatRequest"].contains(&name.as_str()) {
             continue;
         }
         for parameter in PARAMETERS {

@@ -17,24 +17,18 @@ macro_rules! request {
         #[expect(dead_code, reason = "some fields are read and not used")]
         #[derive(Debug, Clone, Deserialize, ToSchema)]
         $(#[$attribute])*
+        // The sampling parameters are described, in the specification too, by the table of `crate::sampling`.
         #[serde(deny_unknown_fields)]
         pub struct $name {
             /// A task, `task@version`, or the base model's name.
             #[schema(example = "sentiment")]
             pub model: String,
             $($(#[$field_attribute])* pub $field: $type,)*
-            /// The most new tokens; the task's default, or 64, where it is left out.
-            #[schema(minimum = 1, example = 8)]
+            #[schema(example = 8)]
             pub max_tokens: Option<usize>,
-            /// 0 is greedy, which is the default unless the task has another.
-            #[schema(minimum = 0, maximum = 100)]
             pub temperature: Option<f32>,
-            #[schema(minimum = 0, maximum = 1)]
             pub top_p: Option<f32>,
-            /// Not in OpenAI's API.
             pub top_k: Option<usize>,
-            /// Not in OpenAI's API.
-            #[schema(minimum = 0, maximum = 1)]
             pub min_p: Option<f32>,
             /// The same seed and request give the same answer. Left out: a random one.
             pub seed: Option<i64>,
@@ -45,11 +39,8 @@ macro_rules! request {
             #[serde(default, deserialize_with = "stop_texts")]
             #[schema(value_type = Option<Vec<String>>, max_items = 16)]
             pub stop: Option<Vec<String>>,
-            #[schema(minimum = -2, maximum = 2)]
             pub frequency_penalty: Option<f32>,
-            #[schema(minimum = -2, maximum = 2)]
             pub presence_penalty: Option<f32>,
-            /// Not in OpenAI's API.
             pub repetition_penalty: Option<f32>,
             /// What is added to the logits of tokens, by their ids: -100 to 100.
             pub logit_bias: Option<BTreeMap<String, f32>>,
