@@ -1,10 +1,7 @@
 //! Log-probabilities of some ids of each row, of logits that are never all there: of each chunk of the vocabulary and each
 //! row a maximum and a sum are kept.
 
-use std::{
-    ops::Range,
-    sync::{Mutex, PoisonError},
-};
+use std::sync::{Mutex, PoisonError};
 
 use super::{
     Isa, PackedMatrix,
@@ -14,10 +11,10 @@ use super::{
     pool::Pool,
     simd::{LANES, Simd},
 };
-use crate::kernels::rows::{self, CHUNK};
+use crate::kernels::rows;
 
-/// Logits of a row that a thread computes at once: several chunks, since the first weights of a slice are waited for.
-const SLICE: usize = 2 * CHUNK;
+/// Logits of a row in a chunk, which a thread computes at once: so many, since the first weights of a chunk are waited for.
+const CHUNK: usize = 512;
 const _: () = assert!(CHUNK.is_multiple_of(BLOCK_COLUMNS));
 
 /// What is known of a chunk of the vocabulary.
@@ -63,24 +60,19 @@ pub fn log_probabilities(
         }
     }
     let chunks: Vec<Mutex<Chunk>> = chunks.into_iter().map(Mutex::new).collect();
-    multiply_slices(isa, pool, x, rows, weight, bias, SLICE, &|slice, logits| {
+    multiply_slices(isa, pool, x, rows, weight, bias, CHUNK, &|index, logits| {
         if let Some(cap) = softcap {
             logits.iter_mut().for_each(|x| *x = cap * (*x / cap).tanh());
         }
-        let width = SLICE.min(vocab - slice * SLICE);
-        for (i, chunk) in chunks[slice * SLICE / CHUNK..].iter().take(width.div_ceil(CHUNK)).enumerate() {
-            let columns = i * CHUNK..width.min((i + 1) * CHUNK);
-            let mut chunk = chunk.lock().unwrap_or_else(PoisonError::into_inner);
-            for ([row, _, at], logit) in &mut chunk.found {
-                *logit = logits[*row * width + columns.start + *at];
-            }
-            let of = &mut chunk.rows;
-            let logits: &[f32] = logits;
-            // SAFETY: nothing is asked of the caller but the instructions, which `isa` has.
-            unsafe {
-                dispatch!(isa, sums(logits: &[f32], width: usize, columns: Range<usize>, of: &mut Vec<RowSums>));
-            };
+        let width = CHUNK.min(vocab - index * CHUNK);
+        let mut chunk = chunks[index].lock().unwrap_or_else(PoisonError::into_inner);
+        for ([row, _, at], logit) in &mut chunk.found {
+            *logit = logits[*row * width + *at];
         }
+        let of = &mut chunk.rows;
+        let logits: &[f32] = logits;
+        // SAFETY: nothing is asked of the caller but the instructions, which `isa` has.
+        unsafe { dispatch!(isa, sums(logits: &[f32], width: usize, of: &mut Vec<RowSums>)) };
     });
     let chunks: Vec<Chunk> =
         chunks.into_iter().map(|chunk| chunk.into_inner().unwrap_or_else(PoisonError::into_inner)).collect();
@@ -104,16 +96,16 @@ fn log_sum(chunks: impl Iterator<Item = RowSums> + Clone) -> f64 {
     if chunks.into_iter().all(|chunk| chunk.is_usable) && log_sum.is_finite() { log_sum } else { f64::NAN }
 }
 
-/// The sums of a chunk: of some columns of all rows `[rows, width]`.
+/// The sums of a chunk of all rows `[rows, width]`.
 ///
 /// # Safety
 /// Nothing is asked of the caller but the instructions.
 #[inline(always)]
-unsafe fn sums<S: Simd>(logits: &[f32], width: usize, columns: Range<usize>, of: &mut Vec<RowSums>) {
+unsafe fn sums<S: Simd>(logits: &[f32], width: usize, of: &mut Vec<RowSums>) {
     of.reserve(logits.len() / width);
     for row in logits.chunks_exact(width) {
         // SAFETY: as the caller says.
-        of.push(unsafe { row_sums::<S>(&row[columns.clone()]) });
+        of.push(unsafe { row_sums::<S>(row) });
     }
 }
 
@@ -121,29 +113,39 @@ unsafe fn sums<S: Simd>(logits: &[f32], width: usize, columns: Range<usize>, of:
 /// Nothing is asked of the caller but the instructions.
 #[inline(always)]
 unsafe fn row_sums<S: Simd>(row: &[f32]) -> RowSums {
+    // So many vectors at once, since a vector's maximum or sum waits for the one before.
+    const AT_ONCE: usize = 4;
     let is_usable = rows::is_usable(row);
-    let (whole, rest) = row.as_chunks::<LANES>();
+    let (whole, rest) = row.as_chunks::<{ AT_ONCE * LANES }>();
     // What is added at the end has no weight.
-    let mut last = [f32::NEG_INFINITY; LANES];
+    let mut last = [f32::NEG_INFINITY; AT_ONCE * LANES];
     last[..rest.len()].copy_from_slice(rest);
-    // SAFETY: each part holds a vector.
+    // SAFETY: each part holds so many vectors.
     unsafe {
-        let mut largest = S::load(last.as_ptr());
-        for part in whole {
-            largest = S::max(S::load(part.as_ptr()), largest);
+        let mut largest = [S::splat(f32::NEG_INFINITY); AT_ONCE];
+        for part in whole.iter().chain([&last]) {
+            for (i, largest) in largest.iter_mut().enumerate() {
+                *largest = S::max(S::load(part.as_ptr().add(i * LANES)), *largest);
+            }
         }
-        let largest = S::largest(largest);
+        let [a, b, c, d] = largest;
+        let largest = S::largest(S::max(S::max(a, b), S::max(c, d)));
         if largest == f32::NEG_INFINITY {
             return RowSums { max: largest, sum: 0.0, is_usable };
         }
         let max = S::splat(largest);
-        let mut sum = S::splat(0.0);
+        let mut sums = [S::splat(0.0); AT_ONCE];
         for part in whole {
-            sum = S::add(sum, S::exp(S::sub(S::load(part.as_ptr()), max)));
+            for (i, sum) in sums.iter_mut().enumerate() {
+                *sum = S::add(*sum, S::exp(S::sub(S::load(part.as_ptr().add(i * LANES)), max)));
+            }
         }
-        let mut sum = S::sum(sum);
+        let [a, b, c, d] = sums;
+        let mut sum = S::sum(S::add(S::add(a, b), S::add(c, d)));
         if !rest.is_empty() {
-            S::store(last.as_mut_ptr(), S::exp(S::sub(S::load(last.as_ptr()), max)));
+            for last in last.as_chunks_mut::<LANES>().0 {
+                S::store(last.as_mut_ptr(), S::exp(S::sub(S::load(last.as_ptr()), max)));
+            }
             sum += last[..rest.len()].iter().sum::<f32>();
         }
         RowSums { max: largest, sum, is_usable }
