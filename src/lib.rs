@@ -23,6 +23,7 @@ pub mod content;
 pub mod convert;
 pub mod demo;
 pub mod engine;
+pub mod grammar;
 pub mod http;
 pub mod kernels;
 pub mod model;

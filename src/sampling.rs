@@ -199,6 +199,8 @@ macro_rules! sampling_parameters {
 sampling_parameters! {
     max_tokens "max-tokens": usize = 64, Range::From(1),
         "The most new tokens; cut to what the model's context leaves.";
+    min_tokens "min-tokens": usize = 0, Range::From(0),
+        "The model's end-of-text token does not end the answer before it has this many tokens.";
     temperature "temperature": f32 = 0, Range::Closed(0, 2),
         "0 takes the likeliest token each time; more is more varied.";
     top_p "top-p": f32 = 1, Range::Above(0, 1),

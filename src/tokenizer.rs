@@ -157,6 +157,11 @@ impl Tokenizer {
         self.inner.get_vocab_size(true)
     }
 
+    /// The content of its `tokenizer.json`.
+    pub fn to_json(&self) -> Result<serde_json::Value, serde_json::Error> {
+        serde_json::to_value(&*self.inner)
+    }
+
     /// Starts a streamed answer that ends before the first of the stop strings; empty ones are
     /// ignored.
     pub fn detokenizer(&self, mut stop: Vec<String>) -> Detokenizer {

@@ -136,8 +136,14 @@ pub struct SamplingParams {
     pub presence_penalty: f32,
     /// Added to the logits of tokens, each named once, after penalties.
     pub logit_bias: Vec<(u32, f32)>,
+    /// The answer does not end by a stop token before it has this many tokens.
+    pub min_tokens: usize,
+    /// Runs of tokens that the answer does not have.
+    pub bad_tokens: Vec<Vec<u32>>,
     /// Report log-probabilities: of the chosen token, and of this many likeliest ones.
     pub logprobs: Option<usize>,
+    /// Report the log-probabilities of these tokens too, where any are reported.
+    pub logprob_tokens: Vec<u32>,
     /// Tokens that end the sequence and are not part of it (EOS).
     pub stop_tokens: Vec<u32>,
     /// What the new tokens must obey, such as a grammar.
@@ -157,7 +163,10 @@ impl Default for SamplingParams {
             frequency_penalty: 0.0,
             presence_penalty: 0.0,
             logit_bias: Vec::new(),
+            min_tokens: 0,
+            bad_tokens: Vec::new(),
             logprobs: None,
+            logprob_tokens: Vec::new(),
             stop_tokens: Vec::new(),
             constraint: None,
         }
@@ -171,7 +180,8 @@ pub struct GeneratedToken {
     /// Natural log-probability under the model's distribution, before temperature and penalties;
     /// there when [`SamplingParams::logprobs`] is set.
     pub logprob: Option<f32>,
-    /// The likeliest tokens with their log-probabilities, likeliest first.
+    /// The likeliest tokens with their log-probabilities, likeliest first, then those of
+    /// [`SamplingParams::logprob_tokens`] that are not among them.
     pub top: Vec<(u32, f32)>,
 }
 
@@ -208,6 +218,8 @@ pub enum Event {
     },
     /// The sequence ended because its logits are not finite: values overflowed in its forward pass.
     NotFinite,
+    /// The sequence ended because its constraint, and what else is forbidden, allow no next token, for this reason.
+    NoTokenAllowed(String),
     /// The forward pass that the sequence was part of failed; the log has the cause.
     Failed,
 }

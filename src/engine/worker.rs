@@ -276,7 +276,7 @@ impl Worker {
                 }
             };
             let Some(job) = self.jobs.get_mut(&id) else { continue };
-            let Task::Generate { stop_tokens, remaining, .. } = &mut job.task else { continue };
+            let Task::Generate { stop_tokens, remaining, sampler } = &mut job.task else { continue };
             if stop_tokens.contains(&token.id) {
                 ended.push((id, Ok(FinishReason::Stop)));
                 continue;
@@ -285,7 +285,9 @@ impl Worker {
             // There is room for every token; an error means that the reader is gone.
             let _ = job.events.try_send(Event::Token(token));
             *remaining -= 1;
-            if *remaining == 0 {
+            if sampler.is_complete() {
+                ended.push((id, Ok(FinishReason::Stop)));
+            } else if *remaining == 0 {
                 ended.push((id, Ok(FinishReason::Length)));
             }
         }
@@ -301,10 +303,7 @@ impl Worker {
             let event = match reason {
                 Ok(reason) => self.finished(id, reason),
                 Err(NoToken::NotFinite) => Event::NotFinite,
-                Err(reason @ NoToken::Masked) => {
-                    tracing::error!(%reason, "no token could be chosen");
-                    Event::Failed
-                }
+                Err(reason @ (NoToken::Masked | NoToken::Mask(_))) => Event::NoTokenAllowed(reason.to_string()),
             };
             self.end(id, event);
         }

@@ -40,7 +40,7 @@ const MAX_BATCH_REQUESTS: usize = 256;
         content((GenerateResponse = "application/json"), (StreamEvent = "text/event-stream")))),
     extensions(("x-problems" = json!(["invalid_request", "input_too_long", "incomplete_body", "task_not_found",
         "version_not_found", "no_active_version", "request_timeout", "body_too_large", "unsupported_media_type",
-        "logits_not_finite", "overloaded", "unavailable"]))))]
+        "logits_not_finite", "no_token_allowed", "overloaded", "unavailable"]))))]
 pub async fn generate(
     State(app): State<AppState>,
     TaskParam(task): TaskParam,

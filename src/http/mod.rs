@@ -40,6 +40,7 @@ use utoipa_swagger_ui::SwaggerUi;
 use crate::{
     config::{Access, Limits},
     engine::{Engine, request::CacheNamespace},
+    grammar::Grammars,
     model::ModelInfo,
     prompt::{Version, chat::ChatTemplate},
     registry::Registry,
@@ -57,6 +58,8 @@ pub struct App {
     pub registry: Arc<Registry>,
     pub tokenizer: Tokenizer,
     pub model: ModelInfo,
+    /// What answers with a grammar are constrained by.
+    pub grammars: Arc<Grammars>,
     /// The model without a learned prompt, which answers under its own name.
     pub base: Arc<Version>,
     pub limits: Limits,
@@ -93,6 +96,7 @@ impl App {
         let warm = engine.clone();
         registry.on_active(move |version| warm.warm_up(Arc::clone(&version.prompt), CacheNamespace(version.digest.0)));
         Ok(Arc::new(Self {
+            grammars: Arc::new(Grammars::new(tokenizer.clone(), model.vocab_size, model.eos_token_ids.clone())),
             engine,
             registry,
             tokenizer,

@@ -14,21 +14,27 @@ use super::{
     types::GenerateRequest,
 };
 use crate::{
-    engine::request::{CacheNamespace, Request, SamplingParams, Tenant},
+    engine::{
+        request::{CacheNamespace, Request, SamplingParams, Tenant},
+        sampling::mask::TokenConstraint,
+    },
     packing::TokenBudget,
     prompt::{
         TaskName, Version,
         chat::{EdgeTokens, Message},
+        grammar::Grammar,
         spec::SpecialTokens,
         template::Input,
     },
-    sampling::{Fault, SamplingOptions, SamplingValues},
+    sampling::{Fault, MAX_STOP_BYTES, SamplingOptions, SamplingValues},
     tokenizer::Tokenizer,
 };
 
 /// The most answers to one request.
 const MAX_CHOICES: usize = 16;
 const MAX_LOGPROBS: usize = 20;
+/// The most forbidden words, and the most tokens whose log-probabilities are asked for.
+const MAX_LISTED: usize = 128;
 const MAX_PRIORITY: i32 = 1000;
 /// Texts longer than this are tokenized off the async threads.
 const LONG_TEXT: usize = 16 * 1024;
@@ -52,7 +58,7 @@ pub struct Prepared {
 pub async fn prepare(app: &App, caller: Caller, task: &str, request: GenerateRequest) -> Result<Prepared, Problem> {
     let started = Instant::now();
     let version = app.registry.resolve(task, request.version.as_deref())?;
-    let settings = Settings::check(app, &version, &Parameters::from(&request))?;
+    let settings = Settings::check(app, &version, &Parameters::from(&request)).await?;
     let tokenized = tokenize(app, &version, request.input).await?;
     settings.prepare(app, caller, version, tokenized, started)
 }
@@ -65,6 +71,12 @@ pub struct Parameters {
     /// Added to the logits of tokens, each named once.
     pub logit_bias: Vec<(u32, f32)>,
     pub logprobs: Option<usize>,
+    /// Tokens whose log-probabilities are reported too.
+    pub logprob_token_ids: Vec<u32>,
+    /// Texts that the answer does not have.
+    pub bad_words: Vec<String>,
+    /// What the answer must obey.
+    pub grammar: Option<Grammar>,
     pub n: Option<usize>,
     pub ignore_eos: Option<bool>,
     pub timeout_ms: Option<u64>,
@@ -77,7 +89,11 @@ impl From<&GenerateRequest> for Parameters {
             sampling: request.sampling(),
             seed: request.seed,
             logit_bias: Vec::new(),
-            logprobs: request.logprobs,
+            // To ask for some tokens' is to ask for log-probabilities.
+            logprobs: request.logprobs.or(request.logprob_token_ids.is_some().then_some(0)),
+            logprob_token_ids: request.logprob_token_ids.clone().unwrap_or_default(),
+            bad_words: request.bad_words.clone().unwrap_or_default(),
+            grammar: request.grammar.clone(),
             n: request.n,
             ignore_eos: request.ignore_eos,
             timeout_ms: request.timeout_ms,
@@ -288,8 +304,8 @@ impl Settings {
     /// With the task's and the server's defaults for what is not given.
     ///
     /// # Errors
-    /// A value is out of its range.
-    pub fn check(app: &App, version: &Version, request: &Parameters) -> Result<Self, Problem> {
+    /// A value is out of its range, or a grammar does not compile.
+    pub async fn check(app: &App, version: &Version, request: &Parameters) -> Result<Self, Problem> {
         let mut ranges = Ranges::default();
         let given = request.sampling.clone().or(&version.spec.defaults);
         ranges.sampling(&given);
@@ -304,9 +320,20 @@ impl Settings {
         {
             ranges.fault("max_tokens", format!("found {found}, expected at most {limit}, the task's limit"));
         }
+        ranges.tokens(app, request);
+        let grammar = request.grammar.as_ref().or(version.spec.grammar.as_ref());
+        if grammar.is_some() && request.ignore_eos == Some(true) {
+            ranges.fault("ignore_eos", "found true, expected an answer with a grammar to end with it".to_owned());
+        }
         ranges.finish()?;
+        let bad_tokens = bad_tokens(app, &request.bad_words)?;
+        let constraint = match grammar {
+            Some(grammar) => Some(constraint(app, grammar).await?),
+            None => None,
+        };
         let SamplingValues {
             max_tokens,
+            min_tokens,
             temperature,
             top_p,
             top_k,
@@ -319,6 +346,9 @@ impl Settings {
         let sampling = SamplingParams {
             // Only the server's default may be more than the task's limit by now.
             max_tokens: max_tokens.min(version.spec.limits.max_tokens.unwrap_or(usize::MAX)),
+            // An answer that obeys a grammar ends with it.
+            min_tokens: if constraint.is_some() { 0 } else { min_tokens },
+            bad_tokens,
             temperature,
             top_p,
             top_k,
@@ -329,11 +359,36 @@ impl Settings {
             presence_penalty,
             logit_bias: request.logit_bias.clone(),
             logprobs: request.logprobs,
+            logprob_tokens: request.logprob_token_ids.clone(),
             stop_tokens: if request.ignore_eos.unwrap_or(false) { Vec::new() } else { app.model.eos_token_ids.clone() },
-            constraint: None,
+            constraint,
         };
         Ok(Self { sampling, stop, choices, scheduling })
     }
+}
+
+/// A grammar, compiled. The task's own were checked when it was uploaded.
+async fn constraint(app: &App, grammar: &Grammar) -> Result<Arc<dyn TokenConstraint>, Problem> {
+    if let Some(compiled) = app.grammars.compiled(grammar) {
+        return Ok(compiled);
+    }
+    let (grammars, grammar) = (Arc::clone(&app.grammars), grammar.clone());
+    let compile = move || grammars.compile(&grammar).map_err(|error| Problem::field("grammar", error.to_string()));
+    super::blocking(compile).await
+}
+
+/// The tokens of words, each as it is written at the beginning of a word and after another text.
+fn bad_tokens(app: &App, words: &[String]) -> Result<Vec<Vec<u32>>, Problem> {
+    let mut runs = Vec::new();
+    for word in words {
+        for text in [word.clone(), format!(" {}", word.trim_start())] {
+            let run = app.tokenizer.tokenize_continuation(&text)?;
+            if !run.is_empty() && !runs.contains(&run) {
+                runs.push(run);
+            }
+        }
+    }
+    Ok(runs)
 }
 
 /// Collects every value that is out of its range.
@@ -355,6 +410,26 @@ impl Ranges {
             self.check("timeout_ms", ms, 1, limit);
         }
         Scheduling { timeout: timeout_ms.map_or(app.limits.request_timeout, Duration::from_millis), priority }
+    }
+
+    fn tokens(&mut self, app: &App, request: &Parameters) {
+        for (field, found) in
+            [("bad_words", request.bad_words.len()), ("logprob_token_ids", request.logprob_token_ids.len())]
+        {
+            if found > MAX_LISTED {
+                self.fault(field, format!("found {found}, expected at most {MAX_LISTED}"));
+            }
+        }
+        for (i, word) in request.bad_words.iter().enumerate() {
+            if word.trim().is_empty() || word.len() > MAX_STOP_BYTES {
+                let detail = format!("found a text of {} bytes, expected 1 to {MAX_STOP_BYTES}", word.trim().len());
+                self.fault(&format!("bad_words[{i}]"), detail);
+            }
+        }
+        let vocab = app.model.vocab_size;
+        for (i, id) in request.logprob_token_ids.iter().enumerate().filter(|(_, id)| **id as usize >= vocab) {
+            self.fault(&format!("logprob_token_ids[{i}]"), format!("found {id}, expected 0 to {}", vocab - 1));
+        }
     }
 
     fn sampling(&mut self, given: &SamplingOptions) {

@@ -111,6 +111,14 @@ impl Problem {
         Self::new(Code::LogitsNotFinite, detail)
     }
 
+    /// What the answer must obey leaves no next token, after this many.
+    pub fn no_token_allowed(new_tokens: usize, reason: &str) -> Self {
+        let detail = format!(
+            "after {new_tokens} new tokens the answer cannot go on: {reason}; change the grammar, or what bad_words forbids"
+        );
+        Self::new(Code::NoTokenAllowed, detail)
+    }
+
     /// The engine takes nothing any more.
     pub fn stopping() -> Self {
         Self::new(Code::Unavailable, "the server is stopping: try again, or ask another replica")

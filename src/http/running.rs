@@ -126,6 +126,9 @@ impl Running {
                     return Err(Problem::internal("a request for new tokens was answered with scores"));
                 }
                 Some(Event::NotFinite) => return Err(Problem::not_finite(self.completion_tokens)),
+                Some(Event::NoTokenAllowed(reason)) => {
+                    return Err(Problem::no_token_allowed(self.completion_tokens, &reason));
+                }
                 Some(Event::Failed) => return Err(Problem::internal("the forward pass failed")),
                 None => return Err(Problem::internal("the engine ended before the answer")),
             }

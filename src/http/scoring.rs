@@ -139,7 +139,7 @@ impl Running {
             Some(Event::Finished { .. }) => return Err(Problem::stopping()),
             Some(Event::NotFinite) => return Err(Problem::not_finite(0)),
             Some(Event::Token(_)) => return Err(Problem::internal("a request for scores was answered with tokens")),
-            Some(Event::Failed) => return Err(Problem::internal("the forward pass failed")),
+            Some(Event::Failed | Event::NoTokenAllowed(_)) => return Err(Problem::internal("the forward pass failed")),
             None => return Err(Problem::internal("the engine ended before the answer")),
         };
         let usage = Usage {

@@ -10,6 +10,7 @@ pub mod files;
 #[cfg(test)]
 pub(crate) mod fixtures;
 pub mod format;
+pub mod grammar;
 pub mod label_scores;
 pub mod labels;
 mod layout;

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Deserializer, Serialize};
 use utoipa::ToSchema;
 
-use super::calibration::Calibration;
+use super::{calibration::Calibration, grammar::Grammar};
 use crate::{
     content,
     sampling::{Fault, SamplingOptions},
@@ -31,6 +31,10 @@ pub struct TaskSpec {
     /// Which of two labels means that a question of the type `predicate` is true.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub true_label: Option<String>,
+    /// What every answer obeys, unless a request brings its own: JSON of a schema, a regular expression, a choice, or a Lark
+    /// grammar.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub grammar: Option<Grammar>,
     /// Generation parameters for requests that do not name them.
     #[serde(deserialize_with = "null_is_default", skip_serializing_if = "SamplingOptions::is_empty")]
     pub defaults: SamplingOptions,
@@ -134,6 +138,9 @@ impl TaskSpec {
             if !is_one_of_two {
                 faults.push(format!("true_label: found {label:?}, expected one of two labels"));
             }
+        }
+        if let Some(Err(error)) = self.grammar.as_ref().map(Grammar::check) {
+            faults.push(format!("grammar: {error}"));
         }
         if let Some(calibration) = &self.calibration {
             let is_label = |label: &str| self.labels.keys().any(|known| known.trim() == label);

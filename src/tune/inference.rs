@@ -141,7 +141,9 @@ fn collect(mut stream: EventStream) -> Result<Vec<u32>, TuneError> {
             Some(Event::Token(token)) => ids.push(token.id),
             Some(Event::Finished { .. }) => return Ok(ids),
             Some(Event::NotFinite) => return Err(TuneError::NotFinite),
-            Some(Event::Scored { .. } | Event::Failed) | None => return Err(TuneError::EngineFailed),
+            Some(Event::Scored { .. } | Event::NoTokenAllowed(_) | Event::Failed) | None => {
+                return Err(TuneError::EngineFailed);
+            }
         }
     }
 }
@@ -151,7 +153,9 @@ fn scores(mut stream: EventStream) -> Result<Vec<Vec<f32>>, TuneError> {
     match stream.blocking_next() {
         Some(Event::Scored { log_probs, .. }) => Ok(log_probs),
         Some(Event::NotFinite) => Err(TuneError::NotFinite),
-        Some(Event::Token(_) | Event::Finished { .. } | Event::Failed) | None => Err(TuneError::EngineFailed),
+        Some(Event::Token(_) | Event::Finished { .. } | Event::NoTokenAllowed(_) | Event::Failed) | None => {
+            Err(TuneError::EngineFailed)
+        }
     }
 }
 

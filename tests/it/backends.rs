@@ -50,7 +50,9 @@ fn served(model: Model, cases: &[(Case, Option<Version>)]) -> Vec<(HashMap<u32, 
                     ids.push(token.id);
                 }
                 Event::Finished { .. } => break,
-                Event::Scored { .. } | Event::NotFinite | Event::Failed => panic!("a forward pass failed"),
+                Event::Scored { .. } | Event::NotFinite | Event::NoTokenAllowed(_) | Event::Failed => {
+                    panic!("a forward pass failed")
+                }
             }
         }
         (first.expect("a token"), ids)

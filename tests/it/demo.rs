@@ -65,7 +65,7 @@ impl Demo {
             match event {
                 Event::Token(token) => ids.push(token.id),
                 Event::Finished { .. } => return (ids.clone(), self.tokenizer.decode(&ids).unwrap()),
-                Event::Scored { .. } | Event::NotFinite | Event::Failed => break,
+                Event::Scored { .. } | Event::NotFinite | Event::NoTokenAllowed(_) | Event::Failed => break,
             }
         }
         panic!("no answer");

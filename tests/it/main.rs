@@ -36,6 +36,7 @@ mod score;
 mod sharing;
 mod soak;
 mod strangers;
+mod structured;
 mod support;
 mod tidy;
 mod tiny_model;

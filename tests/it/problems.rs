@@ -161,6 +161,8 @@ async fn uploading(server: &Server, provoked: &mut Provoked) {
         let content_type = content_type.to_owned();
         provoked.add(VERSIONS, "post", &server.upload("bad", &content_type, body).await);
     }
+    let stuck = json!({"input": "a", "grammar": {"choice": ["a"]}, "bad_words": ["a"]});
+    provoked.add(GENERATE, "post", &server.generate(&stuck).await);
     let overflows = diverged::files(3e38);
     let parts: Vec<(&str, &[u8])> = overflows.present().map(|(name, bytes)| (name, &bytes[..])).collect();
     let (content_type, body) = form(&parts);

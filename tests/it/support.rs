@@ -154,7 +154,9 @@ pub fn collect(mut stream: EventStream) -> (Vec<u32>, FinishReason, usize) {
                 assert!(ids.is_empty() || stream.cached_tokens() == cached_tokens);
                 return (ids, reason, cached_tokens);
             }
-            Event::Scored { .. } | Event::NotFinite | Event::Failed => panic!("the request failed"),
+            Event::Scored { .. } | Event::NotFinite | Event::NoTokenAllowed(_) | Event::Failed => {
+                panic!("the request failed")
+            }
         }
     }
 }

@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 use modules::{Modules, room};
 
 /// Each room (a folder or file of `src`), and the rooms that it may name.
-const ARROWS: [(&str, &[&str]); 17] = [
+const ARROWS: [(&str, &[&str]); 18] = [
     // One table, plain data, for all who name its parameters.
     ("sampling", &[]),
     // Only for the facts of the model that a prompt must fit.
@@ -19,6 +19,8 @@ const ARROWS: [(&str, &[&str]); 17] = [
     // What the model and a prompt are together, as positions; no kernels.
     ("packing", &["model", "prompt"]),
     ("engine", &["model", "kernels", "packing", "prompt"]),
+    // What the engine obeys without knowing text.
+    ("grammar", &["engine", "prompt", "tokenizer"]),
     ("registry", &["content", "prompt"]),
     ("demo", &["model"]),
     ("tune", &["content", "engine", "kernels", "model", "packing", "prompt", "sampling", "tokenizer"]),
@@ -36,6 +38,7 @@ const ARROWS: [(&str, &[&str]); 17] = [
             "config",
             "content",
             "engine",
+            "grammar",
             "model",
             "packing",
             "prompt",

@@ -1,12 +1,17 @@
 //! Why a row of logits gives no token.
 
+use super::mask::MaskError;
+
 /// Why no token was chosen, or no log-probability computed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum NoToken {
     /// A logit is NaN or infinite: values overflowed in the forward pass.
     #[error("the logits are not finite")]
     NotFinite,
-    /// The token mask allows no token.
-    #[error("the token mask allows no token")]
+    /// The token mask and what else is forbidden leave no token.
+    #[error("no token is allowed to come next")]
     Masked,
+    /// The token mask could not be computed.
+    #[error(transparent)]
+    Mask(#[from] MaskError),
 }

@@ -12,15 +12,23 @@ pub fn log_sum_exp(logits: &[f32], rows: &dyn RowKernels, scratch: &mut Scratch)
     max + scratch.sums.iter().map(|&sum| f64::from(sum)).sum::<f64>().ln() as f32
 }
 
-/// The log-probability of one id, and the `n` likeliest with theirs, likeliest first.
+/// The log-probability of one id, and the `n` likeliest with theirs, likeliest first, then those of `others` that are not
+/// among them.
 pub fn of_chosen(
     logits: &[f32],
     id: u32,
     n: usize,
+    others: &[u32],
     rows: &dyn RowKernels,
     scratch: &mut Scratch,
 ) -> (Option<f32>, Vec<(u32, f32)>) {
     let log_sum = log_sum_exp(logits, rows, scratch);
-    let top = select::largest(logits, n, scratch).into_iter().map(|(id, x)| (id, x - log_sum)).collect();
+    let mut top: Vec<(u32, f32)> =
+        select::largest(logits, n, scratch).into_iter().map(|(id, x)| (id, x - log_sum)).collect();
+    for &other in others {
+        if let Some(x) = logits.get(other as usize).filter(|_| top.iter().all(|(id, _)| *id != other)) {
+            top.push((other, x - log_sum));
+        }
+    }
     (logits.get(id as usize).map(|x| x - log_sum), top)
 }

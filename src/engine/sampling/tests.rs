@@ -192,12 +192,13 @@ impl mask::TokenConstraint for Turns {
 }
 
 impl TokenMask for Turns {
-    fn apply(&mut self, logits: &mut [f32]) {
+    fn apply(&mut self, logits: &mut [f32]) -> Result<(), mask::MaskError> {
         for (id, x) in logits.iter_mut().enumerate() {
             if self.0.first() != Some(&(id as u32)) {
                 *x = f32::NEG_INFINITY;
             }
         }
+        Ok(())
     }
 
     fn accept(&mut self, id: u32) {
@@ -219,6 +220,35 @@ fn a_mask_allows_what_it_says_and_an_answer_that_nothing_may_continue_is_an_erro
         }
         assert_eq!(next().unwrap_err(), NoToken::Masked);
     }
+}
+
+#[test]
+fn the_end_does_not_come_too_early_and_forbidden_runs_do_not_come_at_all() {
+    // The likeliest is 1, then 3 and so on.
+    let params = SamplingParams { stop_tokens: vec![1], min_tokens: 2, ..Default::default() };
+    let mut order: Vec<u32> = (0..LOGITS.len() as u32).collect();
+    order.sort_by(|a, b| LOGITS[*b as usize].total_cmp(&LOGITS[*a as usize]));
+    assert_eq!(order[0], 1);
+    assert_eq!(choose(params, &[], &LOGITS, 3), [order[1], order[1], 1]);
+    let run = |runs: &[&[u32]], n| {
+        let bad_tokens = runs.iter().map(|run| run.to_vec()).collect();
+        choose(SamplingParams { bad_tokens, ..Default::default() }, &[], &LOGITS, n)
+    };
+    assert_eq!(run(&[&[1, 1]], 4), [1, order[1], 1, order[1]]);
+    assert_eq!(run(&[&[1], &[]], 2), [order[1], order[1]]);
+    let all: Vec<Vec<u32>> = order.iter().map(|id| vec![*id]).collect();
+    let mut none = Sampler::new(SamplingParams { bad_tokens: all, ..Default::default() }, std::iter::empty());
+    assert_eq!(none.next(&LOGITS, &PortableRows, &mut Scratch::default()).unwrap_err(), NoToken::Masked);
+}
+
+#[test]
+fn log_probabilities_of_given_tokens_are_reported_once() {
+    let params = SamplingParams { logprobs: Some(1), logprob_tokens: vec![0, 1, 99], ..Default::default() };
+    let mut sampler = Sampler::new(params, std::iter::empty());
+    let token = sampler.next(&LOGITS, &PortableRows, &mut Scratch::default()).unwrap();
+    assert_eq!(token.top.iter().map(|(id, _)| *id).collect::<Vec<_>>(), [1, 0]);
+    let difference = token.top[0].1 - token.top[1].1;
+    assert!((difference - (LOGITS[1] - LOGITS[0])).abs() < 1e-6);
 }
 
 #[test]

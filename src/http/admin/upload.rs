@@ -82,7 +82,7 @@ async fn try_prompt(app: &AppState, prompt: Arc<LearnedPrompt>) -> Result<(), Pr
             }
             Some(Event::Finished { reason: FinishReason::Cancelled, .. }) | None => return Err(Problem::stopping()),
             Some(Event::NotFinite) => return Err(Problem::not_finite(0)),
-            Some(Event::Failed | Event::Scored { .. }) => {
+            Some(Event::Failed | Event::NoTokenAllowed(_) | Event::Scored { .. }) => {
                 return Err(Problem::internal("the forward pass that tries a prompt failed"));
             }
         }

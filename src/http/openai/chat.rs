@@ -41,7 +41,7 @@ const ASSISTANT: &str = "assistant";
         content((Answer<ChatChoice> = "application/json"), (Answer<ChatChunkChoice> = "text/event-stream")))),
     extensions(("x-problems" = json!(["invalid_request", "input_too_long", "incomplete_body", "task_not_found",
         "version_not_found", "no_active_version", "request_timeout", "body_too_large", "unsupported_media_type",
-        "logits_not_finite", "overloaded", "unavailable", "timeout"]))))]
+        "logits_not_finite", "no_token_allowed", "overloaded", "unavailable", "timeout"]))))]
 pub async fn create(
     State(app): State<AppState>,
     RequestId(request_id): RequestId,
@@ -62,7 +62,7 @@ pub async fn create(
         }
     };
     let max_tokens = request.max_completion_tokens.or(request.max_tokens);
-    let settings = Settings::check(&app, &version, &request.parameters(&app, logprobs, max_tokens)?)?;
+    let settings = Settings::check(&app, &version, &request.parameters(&app, logprobs, max_tokens)?).await?;
     let tokenized = conversation(&app, &version, &request.messages).await?;
     let prepared = settings.prepare(&app, caller, Arc::clone(&version), tokenized, started)?;
     let call = Call::start(&app, vec![prepared])?;

@@ -39,7 +39,7 @@ const MAX_PROMPTS: usize = 256;
         content((Answer<CompletionChoice> = "application/json"), (Answer<CompletionChoice> = "text/event-stream")))),
     extensions(("x-problems" = json!(["invalid_request", "input_too_long", "incomplete_body", "task_not_found",
         "version_not_found", "no_active_version", "request_timeout", "body_too_large", "unsupported_media_type",
-        "logits_not_finite", "overloaded", "unavailable", "timeout"]))))]
+        "logits_not_finite", "no_token_allowed", "overloaded", "unavailable", "timeout"]))))]
 pub async fn create(
     State(app): State<AppState>,
     RequestId(request_id): RequestId,
@@ -57,7 +57,7 @@ pub async fn create(
         ));
     }
     let parameters = request.parameters(&app, request.logprobs, request.max_tokens)?;
-    let settings = Settings::check(&app, &version, &parameters)?;
+    let settings = Settings::check(&app, &version, &parameters).await?;
     let mut prompts = Vec::new();
     let mut echoes = Vec::new();
     for (i, prompt) in inputs(&request.prompt)?.into_iter().enumerate() {

@@ -8,6 +8,7 @@ use utoipa::ToSchema;
 
 use crate::{
     http::{App, extract::from_value, prepare::Parameters, problem::Problem, types::stop_texts},
+    prompt::grammar::Grammar,
     sampling::SamplingOptions,
 };
 
@@ -26,6 +27,7 @@ macro_rules! request {
             $($(#[$field_attribute])* pub $field: $type,)*
             #[schema(example = 8)]
             pub max_tokens: Option<usize>,
+            pub min_tokens: Option<usize>,
             pub temperature: Option<f32>,
             pub top_p: Option<f32>,
             pub top_k: Option<usize>,
@@ -44,6 +46,17 @@ macro_rules! request {
             pub repetition_penalty: Option<f32>,
             /// What is added to the logits of tokens, by their ids: -100 to 100.
             pub logit_bias: Option<BTreeMap<String, f32>>,
+            /// Report the log-probabilities of these token ids too, where log-probabilities are reported: up to 128.
+            #[schema(max_items = 128)]
+            pub logprob_token_ids: Option<Vec<u32>>,
+            /// Texts that the answer does not have, as the tokens they are written with: up to 128, of 1 to 256 bytes
+            /// each. Not in OpenAI's API.
+            #[schema(max_items = 128)]
+            pub bad_words: Option<Vec<String>>,
+            /// What the answer is: any text, a JSON object, or JSON of a schema.
+            pub response_format: Option<ResponseFormat>,
+            /// What the whole answer must obey, in place of the task's. Not in OpenAI's API.
+            pub grammar: Option<Grammar>,
             /// Send the answer as server-sent events while it is made.
             pub stream: Option<bool>,
             pub stream_options: Option<StreamOptions>,
@@ -82,6 +95,7 @@ macro_rules! request {
                 Ok(Parameters {
                     sampling: SamplingOptions {
                         max_tokens,
+                        min_tokens: self.min_tokens,
                         temperature: self.temperature,
                         top_p: self.top_p,
                         top_k: self.top_k,
@@ -95,6 +109,9 @@ macro_rules! request {
                     seed: self.seed.map(i64::cast_unsigned),
                     logit_bias: logit_bias(app, self.logit_bias.as_ref())?,
                     logprobs,
+                    logprob_token_ids: self.logprob_token_ids.clone().unwrap_or_default(),
+                    bad_words: self.bad_words.clone().unwrap_or_default(),
+                    grammar: grammar(self.response_format.as_ref(), self.grammar.as_ref())?,
                     n: self.n,
                     ignore_eos: self.ignore_eos,
                     timeout_ms: self.timeout_ms,
@@ -119,6 +136,34 @@ pub struct StreamOptions {
     pub include_usage: Option<bool>,
     /// Read and not used.
     pub include_obfuscation: Option<bool>,
+}
+
+/// What an answer is.
+#[derive(Debug, Clone, PartialEq, Deserialize, ToSchema)]
+#[serde(tag = "type", rename_all = "snake_case", deny_unknown_fields)]
+#[schema(as = OpenAiResponseFormat)]
+pub enum ResponseFormat {
+    /// What the task's own grammar says, if it has one; else any text.
+    Text {},
+    /// A JSON object.
+    JsonObject {},
+    /// JSON that is valid by a schema.
+    JsonSchema { json_schema: NamedSchema },
+}
+
+/// A JSON schema with its name.
+#[derive(Debug, Clone, PartialEq, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+#[schema(as = OpenAiNamedSchema)]
+pub struct NamedSchema {
+    /// Read and not used.
+    pub name: Option<String>,
+    /// Read and not used: the model is not shown it.
+    pub description: Option<String>,
+    /// What the answer is valid by; left out, any JSON object.
+    pub schema: Option<Value>,
+    /// Read and not used: an answer is always valid.
+    pub strict: Option<bool>,
 }
 
 /// One text or several, each as a text or as token ids. A task's template renders a text; ids are taken as they are.
@@ -200,7 +245,7 @@ request! {
 type Nothing = fn() -> Value;
 
 /// Fields of OpenAI's API that this server does not have, with the value that asks for nothing.
-const REFUSED: [(&str, Nothing); 17] = [
+const REFUSED: [(&str, Nothing); 15] = [
     ("best_of", || json!(1)),
     ("suffix", || json!("")),
     ("tools", || json!([])),
@@ -215,9 +260,7 @@ const REFUSED: [(&str, Nothing); 17] = [
     ("reasoning_effort", || json!("none")),
     ("verbosity", || json!("medium")),
     ("web_search_options", || Value::Null),
-    ("response_format", || json!({"type": "text"})),
     ("prompt_cache_options", || Value::Null),
-    ("logprob_token_ids", || Value::Null),
 ];
 
 /// A request without what it must not have.
@@ -233,6 +276,24 @@ pub fn read<T: DeserializeOwned>(mut body: Map<String, Value>) -> Result<T, Prob
         }
     }
     from_value(body.into())
+}
+
+/// What the answer must obey, if anything.
+///
+/// # Errors
+/// It is said twice.
+fn grammar(format: Option<&ResponseFormat>, grammar: Option<&Grammar>) -> Result<Option<Grammar>, Problem> {
+    let format = match format {
+        None | Some(ResponseFormat::Text {}) => None,
+        Some(ResponseFormat::JsonObject {}) => Some(Grammar::json_object()),
+        Some(ResponseFormat::JsonSchema { json_schema }) => {
+            Some(json_schema.schema.clone().map_or_else(Grammar::json_object, Grammar::JsonSchema))
+        }
+    };
+    match (format, grammar) {
+        (Some(_), Some(_)) => Err(Problem::field("grammar", "found beside response_format, expected one of them")),
+        (format, grammar) => Ok(format.or_else(|| grammar.cloned())),
+    }
 }
 
 /// The biases by token.
@@ -273,7 +334,6 @@ mod tests {
             ("audio", json!({"voice": "a"})),
             ("modalities", json!(["text", "audio"])),
             ("best_of", json!(3)),
-            ("response_format", json!({"type": "json_object"})),
         ] {
             let problem = read_chat(&json!({field: value})).expect_err(field);
             assert!(problem.detail.starts_with(&format!("{field}: ")), "{}", problem.detail);

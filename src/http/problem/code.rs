@@ -82,6 +82,8 @@ codes! {
         "A value is NaN or infinite in the number format that the model runs in.";
     LogitsNotFinite "logits_not_finite" UNPROCESSABLE_ENTITY "The model's output is not finite"
         "With this learned prompt or input values overflow in the forward pass, so that no token can be chosen.";
+    NoTokenAllowed "no_token_allowed" UNPROCESSABLE_ENTITY "No token is allowed"
+        "What the answer must obey, a grammar or bad_words, leaves no token that can come next, or is too complex.";
     UnsupportedPromptType "unsupported_prompt_type" UNPROCESSABLE_ENTITY "This type of prompt is not supported"
         "adapter_config.json names a type of adapter that is not supported.";
     BaseModelMismatch "base_model_mismatch" UNPROCESSABLE_ENTITY "The prompt was tuned on another model"

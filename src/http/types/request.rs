@@ -8,7 +8,10 @@ use utoipa::{
     openapi::{RefOr, Schema},
 };
 
-use crate::{prompt::template::Input, sampling::SamplingOptions};
+use crate::{
+    prompt::{grammar::Grammar, template::Input},
+    sampling::SamplingOptions,
+};
 
 /// A request to generate. Everything but `input` is optional: what is left out comes from the
 /// task's defaults, then from the server's.
@@ -23,6 +26,7 @@ pub struct GenerateRequest {
     pub input: Input,
     #[schema(example = 8)]
     pub max_tokens: Option<usize>,
+    pub min_tokens: Option<usize>,
     pub temperature: Option<f32>,
     pub top_p: Option<f32>,
     pub top_k: Option<usize>,
@@ -39,6 +43,14 @@ pub struct GenerateRequest {
     /// Report the log-probability of each chosen token, and of this many likeliest ones.
     #[schema(minimum = 0, maximum = 20)]
     pub logprobs: Option<usize>,
+    /// Report the log-probabilities of these token ids too, at each token: up to 128.
+    #[schema(max_items = 128)]
+    pub logprob_token_ids: Option<Vec<u32>>,
+    /// Texts that the answer does not have, as the tokens they are written with: up to 128, of 1 to 256 bytes each.
+    #[schema(max_items = 128)]
+    pub bad_words: Option<Vec<String>>,
+    /// What the whole answer must obey, in place of the task's.
+    pub grammar: Option<Grammar>,
     /// How many answers; answer i is drawn with seed + i.
     #[schema(minimum = 1, maximum = 16)]
     pub n: Option<usize>,
@@ -63,6 +75,7 @@ impl GenerateRequest {
         // Written out, so that a parameter that joins the table cannot be forgotten here.
         SamplingOptions {
             max_tokens: self.max_tokens,
+            min_tokens: self.min_tokens,
             temperature: self.temperature,
             top_p: self.top_p,
             top_k: self.top_k,
