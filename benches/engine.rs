@@ -6,6 +6,7 @@
 //! - `virtual_tokens`: what does the length of a prompt cost?
 //! - `decode`: what does a step cost that computes one token for each of so many requests?
 //! - `sampling`: what does each way to choose a token cost beside greedy, for 16 requests and large vocabularies?
+//! - `constrained`: what do answers that obey a JSON schema cost beside free ones, 16 at once?
 //! - `score`: what do 77 continuations of 2 to 6 tokens cost beside one generated token, after an input of 40 tokens?
 //! - `decide`: what do eight questions of eight tasks about one input cost beside one question, after inputs of so many tokens?
 //!
@@ -17,14 +18,17 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 use divan::{Bencher, counter::ItemsCount};
+use serde_json::{Value, json};
 use softserve::{
     demo,
     engine::{
         Engine, EngineConfig, EngineThread,
         request::{CacheNamespace, Event, Request, SamplingParams},
     },
+    grammar::Grammars,
     model::{Model, ModelFiles, random::RandomModel},
-    prompt::{LearnedPrompt, learned::Embeddings},
+    prompt::{LearnedPrompt, grammar::Grammar, learned::Embeddings},
+    tokenizer::Tokenizer,
 };
 
 const NEW_TOKENS: usize = 16;
@@ -171,6 +175,75 @@ fn sampling(bencher: Bencher, files: &ModelFiles, name: &str) {
             while matches!(stream.blocking_next(), Some(Event::Token(_))) {}
         }
     });
+}
+
+/// A tokenizer of 49,152 tokens: bytes, and lower-case letters by twos and threes, with a space before them or not.
+fn tokenizer(folder: &std::path::Path) -> Tokenizer {
+    // Bytes that are no printable ASCII are written as the characters from U+0100 on.
+    let byte = |byte: u8| match byte {
+        b'!'..=b'~' => byte as char,
+        _ => char::from_u32(0x100 + u32::from(byte)).expect("a character"),
+    };
+    let letters = || b'a'..=b'z';
+    let twos = letters().flat_map(|a| letters().map(move |b| format!("{}{}", a as char, b as char)));
+    let threes: Vec<String> =
+        twos.clone().flat_map(|two| letters().map(move |c| format!("{two}{}", c as char))).collect();
+    // As GPT-2's tokenizer writes a space.
+    let spaced = threes.iter().map(|three| format!("\u{120}{three}"));
+    let capitals = threes.iter().map(|three| three.to_uppercase());
+    let all = (0..=255u8).filter(|b| b.is_ascii_graphic() || *b == b' ' || *b == b'\n').map(|b| byte(b).to_string());
+    let all = all.chain(twos).chain(threes.iter().cloned()).chain(spaced).chain(capitals).take(49_150);
+    let mut vocab: serde_json::Map<String, Value> = all.enumerate().map(|(id, text)| (text, json!(id + 1))).collect();
+    vocab.insert("<|end|>".to_owned(), json!(0));
+    let json = json!({"version": "1.0", "truncation": null, "padding": null, "normalizer": null,
+        "added_tokens": [{"id": 0, "content": "<|end|>", "single_word": false, "lstrip": false, "rstrip": false,
+            "normalized": false, "special": true}],
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true},
+        "post_processor": null,
+        "decoder": {"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true},
+        "model": {"type": "BPE", "vocab": vocab, "merges": []}});
+    std::fs::write(folder.join("tokenizer.json"), json.to_string()).expect("room for a file");
+    Tokenizer::load(&ModelFiles::open(folder).expect("a folder")).expect("a tokenizer")
+}
+
+/// 16 requests at once, 64 tokens each, on the shape of SmolLM2-135M: free, by a JSON schema that they do not come to the end
+/// of, or half of them each.
+#[divan::bench(args = ["free", "half", "all"], sample_count = 9)]
+fn constrained(bencher: Bencher, which: &str) {
+    const STEPS: usize = 64;
+    let folder = std::env::temp_dir().join(format!("softserve-bench-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).expect("a folder for temporary files");
+    let grammars = Grammars::new(tokenizer(&folder), 49_152, vec![0]);
+    let person = json!({"type": "object", "required": ["name", "age", "mood"], "additionalProperties": false, "properties": {
+        "name": {"type": "string", "maxLength": 40}, "age": {"type": "integer", "minimum": 0, "maximum": 120},
+        "mood": {"enum": ["glad", "sad", "neither"]}}});
+    let schema = json!({"type": "array", "minItems": 20, "items": person});
+    let constraint = grammars.compile(&Grammar::JsonSchema(schema)).expect("a grammar");
+    let load = start(&ModelFiles::random(RandomModel::open("smollm2-135m").expect("a shape that ships")), DType::BF16);
+    let ids: Vec<u32> = (300..300 + TEXT_TOKENS).collect();
+    bencher.counter(ItemsCount::new(16 * STEPS)).bench_local(|| {
+        let request = |i: usize| {
+            let obeys = which == "all" || which == "half" && i % 2 == 0;
+            let constraint = obeys.then(|| Arc::clone(&constraint));
+            let sampling = SamplingParams {
+                max_tokens: STEPS,
+                seed: i as u64,
+                temperature: 0.7,
+                constraint,
+                ..Default::default()
+            };
+            Request::new(None, &ids, sampling)
+        };
+        let mut streams: Vec<_> = (0..16).map(|i| load.engine.submit(request(i)).expect("a place")).collect();
+        for stream in &mut streams {
+            let mut tokens = 0;
+            while matches!(stream.blocking_next(), Some(Event::Token(_))) {
+                tokens += 1;
+            }
+            assert_eq!(tokens, STEPS, "each answer has as many tokens");
+        }
+    });
+    std::fs::remove_dir_all(&folder).expect("the folder of this benchmark");
 }
 
 #[divan::bench(args = SETTINGS, sample_count = 5)]
