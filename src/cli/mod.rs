@@ -11,6 +11,7 @@ pub mod model_source;
 mod openapi;
 mod prompts;
 mod push;
+mod run;
 mod serve;
 mod tune;
 
@@ -46,6 +47,7 @@ enum Command {
     Convert(convert::ConvertArgs),
     Inspect(inspect::InspectArgs),
     Push(push::PushArgs),
+    Run(Box<run::RunArgs>),
     Bench(Box<bench::BenchArgs>),
     Health(health::HealthArgs),
     /// Print the OpenAPI specification that the server serves at /openapi.json
@@ -63,6 +65,7 @@ pub fn run() -> ExitCode {
         Cli { command: Some(Command::Convert(args)), .. } => convert::run(&args, &mut io::stdout()),
         Cli { command: Some(Command::Inspect(args)), .. } => inspect::run(&args, &mut io::stdout()),
         Cli { command: Some(Command::Push(args)), .. } => push::run(&args, &mut io::stdout()),
+        Cli { command: Some(Command::Run(args)), .. } => run::run(&args, &mut io::stdout()),
         Cli { command: Some(Command::Bench(args)), .. } => bench::run(&args),
         Cli { command: Some(Command::Health(args)), .. } => health::run(&args, &mut io::stdout()),
         Cli { command: Some(Command::Openapi), .. } => openapi::run(),

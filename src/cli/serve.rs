@@ -32,10 +32,7 @@ pub fn run(args: ServeArgs) -> anyhow::Result<()> {
     let config = args.check()?;
     telemetry::init(&config.log).context("--log-level")?;
     telemetry::metrics();
-    if let Some(threads) = config.threads {
-        rayon::ThreadPoolBuilder::new().num_threads(threads).build_global().context("--threads")?;
-        kernels::set_threads(threads);
-    }
+    use_threads(config.threads)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     // Before the model is loaded: a busy port is then known at once.
     let listener = runtime.block_on(bind(config.listen))?;
@@ -48,15 +45,25 @@ pub fn run(args: ServeArgs) -> anyhow::Result<()> {
     stopped
 }
 
+/// Has the model use so many threads, if it is said how many.
+pub(super) fn use_threads(threads: Option<usize>) -> anyhow::Result<()> {
+    if let Some(threads) = threads {
+        rayon::ThreadPoolBuilder::new().num_threads(threads).build_global().context("--threads")?;
+        kernels::set_threads(threads);
+    }
+    Ok(())
+}
+
 /// Everything that is there before the first request.
-struct Loaded {
-    app: AppState,
+pub(super) struct Loaded {
+    pub(super) app: AppState,
     thread: EngineThread,
     root: PathBuf,
     _watcher: crate::registry::Watcher,
 }
 
-fn load(config: &Config) -> anyhow::Result<Loaded> {
+/// Loads the model and the prompts, and starts the engine.
+pub(super) fn load(config: &Config) -> anyhow::Result<Loaded> {
     let files = model_source::files(&config.model)?.with_context_length(config.context);
     let backend = model_source::backend(config.device, config.backend)?;
     tracing::info!(model = files.name(), from = files.location(), "loading the model");

@@ -18,13 +18,24 @@ use crate::config::{Access, is_loopback_host};
 pub(super) const OPEN: [&str; 5] = ["/health/live", "/health/ready", "/metrics", "/openapi.json", "/docs"];
 const ADMIN: &str = "/v1/admin";
 
-/// The tenant that sent a request: that of its key, or [`Caller::ANYONE`].
+/// Who sent a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Caller(pub u64);
+pub struct Caller {
+    /// The tenant of its key, or that of [`Caller::ANYONE`].
+    pub tenant: u64,
+    /// Whether it is a line of a batch, which nobody waits for: it goes after all others and may take the most time, unless it
+    /// says otherwise itself.
+    pub is_batch: bool,
+}
 
 impl Caller {
     /// The one tenant of all who need no key.
-    pub const ANYONE: Self = Self(0);
+    pub const ANYONE: Self = Self::of(0);
+
+    /// A caller who waits for the answer.
+    const fn of(tenant: u64) -> Self {
+        Self { tenant, is_batch: false }
+    }
 }
 
 impl<S: Sync> FromRequestParts<S> for Caller {
@@ -60,7 +71,7 @@ fn caller(access: &Access, headers: &HeaderMap) -> Result<Caller, Problem> {
     }
     let key = bearer(headers)?;
     let (api, admin) = (access.api_keys.tenant(key), access.admin_keys.tenant(key));
-    api.or(admin).map(Caller).ok_or_else(unknown_key)
+    api.or(admin).map(Caller::of).ok_or_else(unknown_key)
 }
 
 fn admin(access: &Access, headers: &HeaderMap) -> Result<Caller, Problem> {
@@ -74,7 +85,7 @@ fn admin(access: &Access, headers: &HeaderMap) -> Result<Caller, Problem> {
     }
     let key = bearer(headers)?;
     match (access.admin_keys.tenant(key), access.api_keys.contains(key)) {
-        (Some(tenant), _) => Ok(Caller(tenant)),
+        (Some(tenant), _) => Ok(Caller::of(tenant)),
         (None, true) => Err(Problem::new(Code::Forbidden, "found an API key, expected an admin key")),
         (None, false) => Err(unknown_key()),
     }

@@ -4,7 +4,7 @@
 //! out), the panic catcher, [`access`] (keys; nothing is open that is not listed there), then its
 //! route. Bodies are bounded where they are read, in [`extract`].
 
-mod access;
+pub mod access;
 pub mod admin;
 mod batch;
 pub mod classify;
@@ -12,6 +12,7 @@ mod connections;
 pub mod extract;
 pub mod generate;
 pub mod health;
+pub mod lines;
 mod observe;
 pub mod openai;
 pub mod openapi;
@@ -145,16 +146,34 @@ pub fn router(app: AppState) -> Router {
         .with_state(app)
 }
 
-/// Every route with its place in the specification.
-fn routes() -> OpenApiRouter<AppState> {
-    OpenApiRouter::with_openapi(openapi::head())
+/// The routes that ask something, for requests that do not come over a connection: the caller is an extension of each.
+fn asking(app: AppState) -> Router {
+    let (router, _) = asking_routes().split_for_parts();
+    router
+        .fallback(not_found)
+        .method_not_allowed_fallback(method_not_allowed)
+        .layer(CatchPanicLayer::custom(panicked))
+        .layer(middleware::from_fn(observe::observe))
+        .with_state(app)
+}
+
+/// Routes that ask the model something, with their places in the specification.
+fn asking_routes() -> OpenApiRouter<AppState> {
+    OpenApiRouter::new()
         .routes(routes!(generate::generate))
         .routes(routes!(classify::classify))
         .routes(routes!(classify::score))
         .routes(routes!(generate::generate_batch))
+        .merge(openai::asking_routes())
+}
+
+/// Every route with its place in the specification.
+fn routes() -> OpenApiRouter<AppState> {
+    OpenApiRouter::with_openapi(openapi::head())
+        .merge(asking_routes())
         .routes(routes!(generate::list_tasks))
         .routes(routes!(generate::get_task))
-        .merge(openai::routes())
+        .merge(openai::other_routes())
         .routes(routes!(tokenize::tokenize))
         .routes(routes!(tokenize::detokenize))
         .merge(admin::routes())

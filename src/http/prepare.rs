@@ -36,6 +36,8 @@ const MAX_LOGPROBS: usize = 20;
 /// The most forbidden words, and the most tokens whose log-probabilities are asked for.
 const MAX_LISTED: usize = 128;
 const MAX_PRIORITY: i32 = 1000;
+/// The priority of a batch's lines that name none: after all that somebody waits for.
+const BATCH_PRIORITY: i32 = 100;
 /// Texts longer than this are tokenized off the async threads.
 const LONG_TEXT: usize = 16 * 1024;
 
@@ -58,7 +60,7 @@ pub struct Prepared {
 pub async fn prepare(app: &App, caller: Caller, task: &str, request: GenerateRequest) -> Result<Prepared, Problem> {
     let started = Instant::now();
     let version = app.registry.resolve(task, request.version.as_deref())?;
-    let settings = Settings::check(app, &version, &Parameters::from(&request)).await?;
+    let settings = Settings::check(app, caller, &version, &Parameters::from(&request)).await?;
     let tokenized = tokenize(app, &version, request.input).await?;
     settings.prepare(app, caller, version, tokenized, started)
 }
@@ -152,8 +154,8 @@ impl Settings {
 /// not to know them.
 pub fn tenant(app: &App, caller: Caller, task: &TaskName) -> Tenant {
     let mut hash = DefaultHasher::new();
-    (caller.0, task).hash(&mut hash);
-    Tenant { owner: caller.0, key: hash.finish(), weight: app.limits.task_weights.of(task.as_str()) }
+    (caller.tenant, task).hash(&mut hash);
+    Tenant { owner: caller.tenant, key: hash.finish(), weight: app.limits.task_weights.of(task.as_str()) }
 }
 
 /// A rendered input as token ids.
@@ -283,9 +285,9 @@ impl Scheduling {
     ///
     /// # Errors
     /// A value is out of its range.
-    pub fn check(app: &App, timeout_ms: Option<u64>, priority: Option<i32>) -> Result<Self, Problem> {
+    pub fn check(app: &App, caller: Caller, timeout_ms: Option<u64>, priority: Option<i32>) -> Result<Self, Problem> {
         let mut ranges = Ranges::default();
-        let scheduling = ranges.scheduling(app, timeout_ms, priority);
+        let scheduling = ranges.scheduling(app, caller, timeout_ms, priority);
         ranges.finish()?;
         Ok(scheduling)
     }
@@ -305,7 +307,7 @@ impl Settings {
     ///
     /// # Errors
     /// A value is out of its range, or a grammar does not compile.
-    pub async fn check(app: &App, version: &Version, request: &Parameters) -> Result<Self, Problem> {
+    pub async fn check(app: &App, caller: Caller, version: &Version, request: &Parameters) -> Result<Self, Problem> {
         let mut ranges = Ranges::default();
         let given = request.sampling.clone().or(&version.spec.defaults);
         ranges.sampling(&given);
@@ -314,7 +316,7 @@ impl Settings {
         }
         let choices = request.n.unwrap_or(1);
         ranges.check("n", choices, 1, MAX_CHOICES);
-        let scheduling = ranges.scheduling(app, request.timeout_ms, request.priority);
+        let scheduling = ranges.scheduling(app, caller, request.timeout_ms, request.priority);
         if let (Some(found), Some(limit)) = (request.sampling.max_tokens, version.spec.limits.max_tokens)
             && found > limit
         {
@@ -402,14 +404,19 @@ impl Ranges {
         }
     }
 
-    fn scheduling(&mut self, app: &App, timeout_ms: Option<u64>, priority: Option<i32>) -> Scheduling {
-        let priority = priority.unwrap_or(0);
+    fn scheduling(&mut self, app: &App, caller: Caller, timeout_ms: Option<u64>, priority: Option<i32>) -> Scheduling {
+        let (limits, of_batch) = (&app.limits, caller.is_batch);
+        let (timeout, default) = match of_batch {
+            true => (limits.max_request_timeout, BATCH_PRIORITY),
+            false => (limits.request_timeout, 0),
+        };
+        let priority = priority.unwrap_or(default);
         self.check("priority", priority, -MAX_PRIORITY, MAX_PRIORITY);
         let limit = u64::try_from(app.limits.max_request_timeout.as_millis()).unwrap_or(u64::MAX);
         if let Some(ms) = timeout_ms {
             self.check("timeout_ms", ms, 1, limit);
         }
-        Scheduling { timeout: timeout_ms.map_or(app.limits.request_timeout, Duration::from_millis), priority }
+        Scheduling { timeout: timeout_ms.map_or(timeout, Duration::from_millis), priority }
     }
 
     fn tokens(&mut self, app: &App, request: &Parameters) {

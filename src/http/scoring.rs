@@ -59,7 +59,7 @@ impl Call {
     ) -> Result<Self, Problem> {
         let started = Instant::now();
         let version = app.registry.resolve(task, version)?;
-        let scheduling = Scheduling::check(app, timeout_ms, priority)?;
+        let scheduling = Scheduling::check(app, caller, timeout_ms, priority)?;
         Ok(Self { caller, version, scheduling, started })
     }
 

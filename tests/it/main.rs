@@ -32,6 +32,7 @@ mod problems;
 mod process;
 mod prompt_types;
 mod readme;
+mod run;
 mod score;
 mod sharing;
 mod soak;

@@ -62,7 +62,7 @@ pub async fn create(
         }
     };
     let max_tokens = request.max_completion_tokens.or(request.max_tokens);
-    let settings = Settings::check(&app, &version, &request.parameters(&app, logprobs, max_tokens)?).await?;
+    let settings = Settings::check(&app, caller, &version, &request.parameters(&app, logprobs, max_tokens)?).await?;
     let tokenized = conversation(&app, &version, &request.messages).await?;
     let prepared = settings.prepare(&app, caller, Arc::clone(&version), tokenized, started)?;
     let call = Call::start(&app, vec![prepared])?;

@@ -57,7 +57,7 @@ pub async fn create(
         ));
     }
     let parameters = request.parameters(&app, request.logprobs, request.max_tokens)?;
-    let settings = Settings::check(&app, &version, &parameters).await?;
+    let settings = Settings::check(&app, caller, &version, &parameters).await?;
     let mut prompts = Vec::new();
     let mut echoes = Vec::new();
     for (i, prompt) in inputs(&request.prompt)?.into_iter().enumerate() {

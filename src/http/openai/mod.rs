@@ -20,15 +20,18 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 use super::{App, AppState, problem::Problem};
 use crate::prompt::Version;
 
-/// OpenAI's routes with their places in the specification.
-pub fn routes() -> OpenApiRouter<AppState> {
+/// OpenAI's routes that ask the model something, with their places in the specification.
+pub fn asking_routes() -> OpenApiRouter<AppState> {
     OpenApiRouter::new()
         .routes(routes!(completions::create))
         .routes(routes!(chat::create))
         .routes(routes!(decisions::create))
         .routes(routes!(decisions::systemone::create))
-        .routes(routes!(models::list))
-        .routes(routes!(models::retrieve))
+}
+
+/// OpenAI's other routes.
+pub fn other_routes() -> OpenApiRouter<AppState> {
+    OpenApiRouter::new().routes(routes!(models::list)).routes(routes!(models::retrieve))
 }
 
 /// What a `model` means: a task's active version, the version after an `@`, or the base model.
