@@ -223,7 +223,7 @@ fn constrained(bencher: Bencher, which: &str) {
     let ids: Vec<u32> = (300..300 + TEXT_TOKENS).collect();
     bencher.counter(ItemsCount::new(16 * STEPS)).bench_local(|| {
         let request = |i: usize| {
-            let obeys = which == "all" || which == "half" && i % 2 == 0;
+            let obeys = which == "all" || which == "half" && i.is_multiple_of(2);
             let constraint = obeys.then(|| Arc::clone(&constraint));
             let sampling = SamplingParams {
                 max_tokens: STEPS,

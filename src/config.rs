@@ -33,6 +33,8 @@ pub struct Config {
     pub context: Option<usize>,
     /// `None` is the model's own folder in the user's data directory.
     pub prompts: Option<PathBuf>,
+    /// Where files and batches are kept; `None` is beside the prompts' folder of the user's data directory.
+    pub files: Option<PathBuf>,
     pub listen: SocketAddr,
     pub device: DeviceChoice,
     pub dtype: DtypeChoice,
@@ -55,6 +57,8 @@ pub struct Config {
 pub struct Limits {
     /// Bytes of an upload, packed and unpacked.
     pub max_upload: u64,
+    /// Bytes of a file for batches.
+    pub max_file: u64,
     /// Bytes of any other body.
     pub max_body: u64,
     pub max_tasks: usize,

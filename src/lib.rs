@@ -29,6 +29,7 @@ pub mod kernels;
 pub mod model;
 pub mod packing;
 pub mod prompt;
+pub mod records;
 pub mod registry;
 pub mod sampling;
 pub mod telemetry;

@@ -91,7 +91,9 @@ pub(super) fn load(config: &Config) -> anyhow::Result<Loaded> {
     let root = prompts_root(config, &info)?;
     let registry = open_registry(config, &info, root.clone())?;
     let watcher = registry.watch().context("cannot watch the prompts folder")?;
-    let app = App::new(engine, registry, tokenizer, info, config.limits.clone(), config.access.clone())?;
+    let files = config.files.clone().map_or_else(|| data_folder(config, &info), Ok)?;
+    let app = App::new(engine, registry, tokenizer, info, config.limits.clone(), config.access.clone(), &files)
+        .with_context(|| format!("cannot open {}: choose another folder with --files", files.display()))?;
     Ok(Loaded { app, thread, root, _watcher: watcher })
 }
 
@@ -126,16 +128,21 @@ fn prompts_root(config: &Config, info: &ModelInfo) -> anyhow::Result<PathBuf> {
             .with_context(|| format!("cannot create the prompts folder {}", root.display()))?;
         return Ok(root.clone());
     }
-    let data = directories::ProjectDirs::from("", "", "softserve")
-        .context("there is no data directory for this user: choose a folder with --prompts")?;
-    let is_demo = config.model == ModelSource::Demo;
-    let name = if is_demo { "demo".to_owned() } else { folder_name(&info.name) };
-    let root = data.data_dir().join(format!("{name}-{}", info.fingerprint)).join("prompts");
-    let made = if is_demo { demo::seed_prompts(&root) } else { std::fs::create_dir_all(&root) };
+    let root = data_folder(config, info)?.join("prompts");
+    let made =
+        if config.model == ModelSource::Demo { demo::seed_prompts(&root) } else { std::fs::create_dir_all(&root) };
     made.with_context(|| {
         format!("cannot create the prompts folder {}: choose another with --prompts", root.display())
     })?;
     Ok(root)
+}
+
+/// The folder for this model in the user's data directory.
+fn data_folder(config: &Config, info: &ModelInfo) -> anyhow::Result<PathBuf> {
+    let data = directories::ProjectDirs::from("", "", "softserve")
+        .context("there is no data directory for this user: choose folders with --prompts and --files")?;
+    let name = if config.model == ModelSource::Demo { "demo".to_owned() } else { folder_name(&info.name) };
+    Ok(data.data_dir().join(format!("{name}-{}", info.fingerprint)))
 }
 
 fn folder_name(model: &str) -> String {
@@ -189,6 +196,7 @@ fn announce(config: &Config, app: &App, root: &Path, address: SocketAddr) {
 async fn serve(config: &Config, listener: TcpListener, app: AppState, thread: EngineThread) -> anyhow::Result<()> {
     let mut signals = Signals::new()?;
     let mut engine = joined(thread)?;
+    app.resume_batches();
     let mut server = tokio::spawn(http::serve(listener, router(Arc::clone(&app)), app.stopping()));
 
     let failed = tokio::select! {

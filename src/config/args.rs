@@ -38,6 +38,11 @@ pub struct ServeArgs {
     #[arg(long, value_name = "DIR", env = "SOFTSERVE_PROMPTS")]
     pub prompts: Option<PathBuf>,
 
+    /// The folder that stores the files and batches of /v1/files and /v1/batches. It is created when the
+    /// first file is uploaded [default: a folder for this model in your data directory]
+    #[arg(long, value_name = "DIR", env = "SOFTSERVE_FILES")]
+    pub files: Option<PathBuf>,
+
     /// The address to listen on; port 0 picks a free port. 127.0.0.1 can be reached from this machine
     /// only. 0.0.0.0 can be reached from other machines, and then uploads need --admin-key
     /// [default: 127.0.0.1:8080]
@@ -117,6 +122,10 @@ pub struct ServeArgs {
     /// The maximum size of an uploaded prompt, both as sent and after unpacking [default: 64MiB]
     #[arg(long, value_name = "SIZE", env = "SOFTSERVE_MAX_UPLOAD")]
     pub max_upload: Option<ByteSize>,
+
+    /// The maximum size of a file for /v1/batches [default: 512MiB]
+    #[arg(long, value_name = "SIZE", env = "SOFTSERVE_MAX_FILE")]
+    pub max_file: Option<ByteSize>,
 
     /// The maximum size of any other request body [default: 1MiB]
     #[arg(long, value_name = "SIZE", env = "SOFTSERVE_MAX_BODY")]

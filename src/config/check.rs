@@ -36,6 +36,7 @@ impl ServeArgs {
         let time = |time: Option<Time>, default: u64| time.map_or(Duration::from_secs(default), |t| t.0);
         let limits = Limits {
             max_upload: at_least("max-upload", args.max_upload.unwrap_or(ByteSize(64 << 20)), ByteSize(1024))?.0,
+            max_file: at_least("max-file", args.max_file.unwrap_or(ByteSize(512 << 20)), ByteSize(1024))?.0,
             max_body: at_least("max-body", args.max_body.unwrap_or(ByteSize(1 << 20)), ByteSize(1024))?.0,
             max_tasks: at_least("max-tasks", args.max_tasks.unwrap_or(10_000), 1)?,
             max_versions: at_least("max-versions", args.max_versions.unwrap_or(100), 1)?,
@@ -67,6 +68,7 @@ impl ServeArgs {
             model: ModelSource::chosen(args.model.as_deref(), args.random_weights.as_deref())?,
             context: args.context.map(|n| within("context", n, 1..=MAX_COUNT)).transpose()?,
             prompts: args.prompts,
+            files: args.files,
             listen,
             device: args.device.unwrap_or_default(),
             dtype: args.dtype.unwrap_or_default(),

@@ -17,6 +17,7 @@ use crate::config::{Access, is_loopback_host};
 /// Open to everyone: nothing here shows or changes a task.
 pub(super) const OPEN: [&str; 5] = ["/health/live", "/health/ready", "/metrics", "/openapi.json", "/docs"];
 const ADMIN: &str = "/v1/admin";
+const FILES: &str = "/v1/files";
 
 /// Who sent a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -62,11 +63,15 @@ fn allow(access: &Access, path: &str, headers: &HeaderMap) -> Result<Caller, Pro
     if OPEN.contains(&path) || path.starts_with("/docs/") {
         return Ok(Caller::ANYONE);
     }
-    if path.starts_with(ADMIN) { admin(access, headers) } else { caller(access, headers) }
+    if path.starts_with(ADMIN) { admin(access, headers) } else { caller(access, path, headers) }
 }
 
-fn caller(access: &Access, headers: &HeaderMap) -> Result<Caller, Problem> {
+fn caller(access: &Access, path: &str, headers: &HeaderMap) -> Result<Caller, Problem> {
     if access.api_keys.is_empty() {
+        // A browser sends a form with a file for any page that it shows, without asking first.
+        if path.starts_with(FILES) {
+            same_origin(headers)?;
+        }
         return Ok(Caller::ANYONE);
     }
     let key = bearer(headers)?;
@@ -106,6 +111,20 @@ fn same_site(headers: &HeaderMap) -> Result<(), Problem> {
         return Err(Problem::new(Code::Forbidden, detail));
     }
     Ok(())
+}
+
+/// Refuses what a web page of another origin had the browser send.
+fn same_origin(headers: &HeaderMap) -> Result<(), Problem> {
+    let text = |name| headers.get(name).and_then(|v: &axum::http::HeaderValue| v.to_str().ok());
+    let origin = text(header::ORIGIN).map(|origin| origin.split_once("://").map(|(_, at)| at));
+    match origin {
+        Some(origin) if origin != text(header::HOST) => {
+            let detail =
+                "the request comes from a web page of another origin; call the server from a program, or set --api-key";
+            Err(Problem::new(Code::Forbidden, detail))
+        }
+        _ => Ok(()),
+    }
 }
 
 fn bearer(headers: &HeaderMap) -> Result<&str, Problem> {

@@ -25,7 +25,7 @@ pub mod types;
 
 pub use connections::serve;
 
-use std::sync::Arc;
+use std::{path::Path, sync::Arc};
 
 use axum::{
     Router,
@@ -44,8 +44,13 @@ use crate::{
     grammar::Grammars,
     model::ModelInfo,
     prompt::{Version, chat::ChatTemplate},
+    records::Records,
     registry::Registry,
     tokenizer::Tokenizer,
+};
+use openai::{
+    batches::{self, Work},
+    files::FileRecord,
 };
 use problem::{Code, Problem};
 
@@ -65,6 +70,9 @@ pub struct App {
     pub base: Arc<Version>,
     pub limits: Limits,
     pub access: Access,
+    /// What clients uploaded and batches wrote.
+    pub files: Records<FileRecord>,
+    pub batches: Work,
     /// One permit for each upload that may be read or checked now.
     uploads: Semaphore,
     /// Becomes true when the server stops.
@@ -78,7 +86,7 @@ impl App {
     /// Also has the engine warm each learned prompt that answers, or begins to.
     ///
     /// # Errors
-    /// There is no memory.
+    /// There is no memory, or the folder of files (`files`) cannot be read.
     pub fn new(
         engine: Engine,
         registry: Arc<Registry>,
@@ -86,6 +94,7 @@ impl App {
         model: ModelInfo,
         limits: Limits,
         access: Access,
+        files: &Path,
     ) -> candle_core::Result<AppState> {
         let parse = |source: &str| {
             let parsed = ChatTemplate::parse(source);
@@ -105,9 +114,16 @@ impl App {
             base,
             limits,
             access,
+            files: Records::open(&files.join("files"))?,
+            batches: Work::new(Records::open(&files.join("batches"))?),
             uploads,
             stopping: watch::Sender::new(false),
         }))
+    }
+
+    /// Goes on with the batches that had not ended when the server stopped. Within a runtime of tokio.
+    pub fn resume_batches(self: &Arc<Self>) {
+        batches::resume(self);
     }
 
     /// Readiness drops, so that load balancers send nothing more. Running requests go on; those whose body has not

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod backends;
+mod batches;
 mod bench;
 mod bounds;
 mod calibrate;

@@ -56,6 +56,7 @@ async fn every_problem_says_what_was_found_what_was_expected_and_what_to_do() {
     generating(&server, &mut provoked).await;
     uploading(&server, &mut provoked).await;
     versions(&server, &mut provoked).await;
+    batches(&server, &mut provoked).await;
     access(&mut provoked).await;
     limits(&mut provoked).await;
     let all: BTreeSet<String> = Code::ALL.iter().map(|c| c.as_str().to_owned()).collect();
@@ -173,6 +174,34 @@ async fn uploading(server: &Server, provoked: &mut Provoked) {
     let broken = stream::iter(vec![Ok(good[..10].to_vec()), Err(std::io::Error::other("gone"))]);
     provoked.add(VERSIONS, "post", &server.upload("bad", octets, Body::from_stream(broken)).await);
     assert_eq!(server.get("/v1/tasks/bad").await.json()["code"], "task_not_found");
+}
+
+/// Problems that only routes with OpenAI's shape have.
+async fn batches(server: &Server, provoked: &mut Provoked) {
+    let empty = (
+        "multipart/form-data; boundary=x",
+        "--x\r\ncontent-disposition: form-data; name=\"purpose\"\r\n\r\nbatch\r\n--x\r\n\
+        content-disposition: form-data; name=\"file\"; filename=\"a\"\r\n\r\n\r\n--x--\r\n",
+    );
+    let file = server.call(post("/v1/files", empty.0, empty.1)).await.ok();
+    let body = json!({"input_file_id": file["id"], "endpoint": "/v1/completions", "completion_window": "24h"});
+    let batch = server.post("/v1/batches", &body).await.ok();
+    let path = format!("/v1/batches/{}", batch["id"].as_str().unwrap());
+    while server.get(&path).await.ok()["status"] != "failed" {
+        tokio::task::yield_now().await;
+    }
+    let answers = [
+        server.get("/v1/files/file-none").await,
+        server.get("/v1/batches/batch_none").await,
+        server.post(&format!("{path}/cancel"), &json!({})).await,
+    ];
+    for answer in answers {
+        let error = answer.json()["error"].clone();
+        let (code, message) = (error["code"].as_str().unwrap(), error["message"].as_str().unwrap());
+        assert!(Code::ALL.iter().any(|known| known.as_str() == code && known.status() == answer.status), "{error}");
+        provoked.codes.insert(code.to_owned());
+        assert!(!message.is_empty());
+    }
 }
 
 async fn versions(server: &Server, provoked: &mut Provoked) {

@@ -89,7 +89,8 @@ impl Options {
             max_versions_per_task: self.limits.max_versions,
         })
         .unwrap();
-        let app = App::new(engine, registry, tokenizer, info, self.limits, self.access).unwrap();
+        let files = prompts.path().join(".files");
+        let app = App::new(engine, registry, tokenizer, info, self.limits, self.access, &files).unwrap();
         Server { router: router(Arc::clone(&app)), app, prompts }
     }
 }

@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 use modules::{Modules, room};
 
 /// Each room (a folder or file of `src`), and the rooms that it may name.
-const ARROWS: [(&str, &[&str]); 18] = [
+const ARROWS: [(&str, &[&str]); 19] = [
     // One table, plain data, for all who name its parameters.
     ("sampling", &[]),
     // Only for the facts of the model that a prompt must fit.
@@ -21,6 +21,7 @@ const ARROWS: [(&str, &[&str]); 18] = [
     ("engine", &["model", "kernels", "packing", "prompt"]),
     // What the engine obeys without knowing text.
     ("grammar", &["engine", "prompt", "tokenizer"]),
+    ("records", &[]),
     ("registry", &["content", "prompt"]),
     ("demo", &["model"]),
     ("tune", &["content", "engine", "kernels", "model", "packing", "prompt", "sampling", "tokenizer"]),
@@ -42,6 +43,7 @@ const ARROWS: [(&str, &[&str]); 18] = [
             "model",
             "packing",
             "prompt",
+            "records",
             "registry",
             "sampling",
             "telemetry",
@@ -87,15 +89,19 @@ const CIRCLES: &[&[&str]] = &[
         "http::extract",
         "http::generate",
         "http::health",
+        "http::lines",
         "http::observe",
         "http::openai",
         "http::openai::answer",
+        "http::openai::batches",
+        "http::openai::batches::work",
         "http::openai::chat",
         "http::openai::completions",
         "http::openai::decisions",
         "http::openai::decisions::ask",
         "http::openai::decisions::systemone",
         "http::openai::decisions::wire",
+        "http::openai::files",
         "http::openai::models",
         "http::openai::request",
         "http::openai::run",

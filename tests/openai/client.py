@@ -6,7 +6,9 @@ The server serves the demo. Fails with the first answer that is not what OpenAI'
 """
 import json
 import sys
+import time
 import urllib.request
+from typing import Annotated, Literal
 
 import openai
 
@@ -122,6 +124,62 @@ def errors():
         extra_body={"timeout_ms": 1, "ignore_eos": True}))
 
 
-for check in (models, completions, bias, chat, errors):
+def structured():
+    import pydantic
+
+    class Mood(pydantic.BaseModel):
+        mood: Literal["glad", "sad"]
+        score: Annotated[int, pydantic.Field(ge=0, le=10)]
+
+    user = [{"role": "user", "content": TEXT}]
+    parsed = client.chat.completions.parse(model="sentiment", messages=user, response_format=Mood, max_tokens=100)
+    assert isinstance(parsed.choices[0].message.parsed, Mood), parsed
+    schema = {"type": "json_schema", "json_schema": {"name": "mood", "schema": Mood.model_json_schema(), "strict": True}}
+    answer = client.chat.completions.create(model="topic", messages=user, response_format=schema, max_tokens=100, n=3,
+                                            temperature=1, seed=1)
+    for choice in answer.choices:
+        Mood.model_validate_json(choice.message.content)
+    refused(openai.BadRequestError, "invalid_request", "grammar", lambda: client.chat.completions.create(
+        model="topic", messages=user,
+        response_format={"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "no type"}}}))
+
+
+def batches():
+    urls = "/v1/chat/completions"
+    lines = [{"custom_id": f"r{i}", "method": "POST", "url": urls, "body": {
+        "model": "sentiment" if i != 7 else "nothing", "messages": [{"role": "user", "content": f"{TEXT} {i}"}]}}
+        for i in range(20)]
+    content = "\n".join(map(json.dumps, lines)).encode()
+    file = client.files.create(file=("in.jsonl", content), purpose="batch")
+    assert (file.filename, file.bytes, file.purpose) == ("in.jsonl", len(content), "batch"), file
+    assert client.files.content(file.id).read() == content
+    batch = client.batches.create(input_file_id=file.id, endpoint=urls, completion_window="24h", metadata={"a": "b"})
+    for _ in range(600):
+        batch = client.batches.retrieve(batch.id)
+        if batch.status in ("completed", "failed"):
+            break
+        time.sleep(0.1)
+    counts = batch.request_counts
+    assert (batch.status, counts.total, counts.completed, counts.failed) == ("completed", 20, 19, 1), batch
+    output = [json.loads(line) for line in client.files.content(batch.output_file_id).text.splitlines()]
+    assert [line["custom_id"] for line in output] == [f"r{i}" for i in range(20) if i != 7]
+    assert output[0]["response"]["body"]["choices"][0]["message"]["content"] == "negative", output[0]
+    wrong = json.loads(client.files.content(batch.error_file_id).text)
+    assert wrong["response"]["status_code"] == 404 and wrong["response"]["body"]["error"]["code"] == "model_not_found"
+    assert batch.id in [b.id for b in client.batches.list(limit=5)] and batch.metadata == {"a": "b"}
+    assert {file.id, batch.output_file_id} <= {f.id for f in client.files.list()}
+    refused(openai.ConflictError, "batch_ended", None, lambda: client.batches.cancel(batch.id))
+    assert client.files.delete(file.id).deleted
+    refused(openai.NotFoundError, "file_not_found", None, lambda: client.files.retrieve(file.id))
+    refused(openai.NotFoundError, "batch_not_found", None, lambda: client.batches.retrieve("batch_x"))
+
+    twice = client.files.create(file=("in.jsonl", "\n".join(map(json.dumps, [lines[0], lines[0]])).encode()), purpose="batch")
+    failed = client.batches.create(input_file_id=twice.id, endpoint=urls, completion_window="24h")
+    while failed.status not in ("completed", "failed"):
+        failed = client.batches.retrieve(failed.id)
+    assert failed.status == "failed" and failed.errors.data[0].line == 2, failed
+
+
+for check in (models, completions, bias, chat, errors, structured, batches):
     check()
     print("passed:", check.__name__)

@@ -10,7 +10,8 @@ use utoipa::ToSchema;
 use crate::http::problem::{Code, Problem};
 
 /// The paths whose errors have this shape, and all below them.
-const PATHS: [&str; 4] = ["/v1/completions", "/v1/chat/completions", "/v1/decisions", "/v1/models"];
+const PATHS: [&str; 6] =
+    ["/v1/completions", "/v1/chat/completions", "/v1/decisions", "/v1/models", "/v1/files", "/v1/batches"];
 
 /// Whether errors of a path have this shape.
 pub fn is_of(path: &str) -> bool {

@@ -1,13 +1,15 @@
-//! OpenAI's API over the same engine: completions, chat completions, decisions and models. `model` is a task, `task@version`, or the
+//! OpenAI's API over the same engine: completions, chat completions, decisions, models, files and batches. `model` is a task, `task@version`, or the
 //! base model's name, which answers without a learned prompt.
 //!
 //! Errors under these paths have OpenAI's shape; see [`error`].
 
 mod answer;
+pub mod batches;
 mod chat;
 mod completions;
 mod decisions;
 pub mod error;
+pub mod files;
 mod logprobs;
 mod models;
 mod request;
@@ -31,7 +33,11 @@ pub fn asking_routes() -> OpenApiRouter<AppState> {
 
 /// OpenAI's other routes.
 pub fn other_routes() -> OpenApiRouter<AppState> {
-    OpenApiRouter::new().routes(routes!(models::list)).routes(routes!(models::retrieve))
+    OpenApiRouter::new()
+        .routes(routes!(models::list))
+        .routes(routes!(models::retrieve))
+        .merge(files::routes())
+        .merge(batches::routes())
 }
 
 /// What a `model` means: a task's active version, the version after an `@`, or the base model.

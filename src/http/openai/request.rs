@@ -162,7 +162,8 @@ pub struct NamedSchema {
     pub description: Option<String>,
     /// What the answer is valid by; left out, any JSON object.
     pub schema: Option<Value>,
-    /// Read and not used: an answer is always valid.
+    /// An answer is always valid; true also closes the schema's objects that do not say whether they may have other properties than
+    /// they name.
     pub strict: Option<bool>,
 }
 
@@ -287,12 +288,43 @@ fn grammar(format: Option<&ResponseFormat>, grammar: Option<&Grammar>) -> Result
         None | Some(ResponseFormat::Text {}) => None,
         Some(ResponseFormat::JsonObject {}) => Some(Grammar::json_object()),
         Some(ResponseFormat::JsonSchema { json_schema }) => {
-            Some(json_schema.schema.clone().map_or_else(Grammar::json_object, Grammar::JsonSchema))
+            let mut schema = json_schema.schema.clone();
+            if let Some(schema) = schema.as_mut().filter(|_| json_schema.strict == Some(true)) {
+                close(schema);
+            }
+            Some(schema.map_or_else(Grammar::json_object, Grammar::JsonSchema))
         }
     };
     match (format, grammar) {
         (Some(_), Some(_)) => Err(Problem::field("grammar", "found beside response_format, expected one of them")),
         (format, grammar) => Ok(format.or_else(|| grammar.cloned())),
+    }
+}
+
+/// Closes the objects of a schema that name properties and do not say whether there may be others. Those of an `allOf` stay
+/// open: each part of it has properties that the others do not name.
+fn close(schema: &mut Value) {
+    match schema {
+        Value::Array(schemas) => schemas.iter_mut().for_each(close),
+        Value::Object(fields) => {
+            let says = ["additionalProperties", "patternProperties", "unevaluatedProperties", "allOf"];
+            let is_open =
+                fields.get("properties").is_some_and(Value::is_object) && !says.iter().any(|s| fields.contains_key(*s));
+            if is_open {
+                fields.insert("additionalProperties".to_owned(), Value::Bool(false));
+            }
+            let literal = ["allOf", "const", "enum", "default", "examples"];
+            for (name, value) in fields.iter_mut().filter(|(name, _)| !literal.contains(&name.as_str())) {
+                match (name.as_str(), value) {
+                    // Their keys are names, not keywords.
+                    ("properties" | "$defs" | "definitions", Value::Object(named)) => {
+                        named.values_mut().for_each(close)
+                    }
+                    (_, value) => close(value),
+                }
+            }
+        }
+        _ => {}
     }
 }
 
@@ -344,6 +376,17 @@ mod tests {
         assert!(read_chat(&nothing).is_ok());
         let unknown = read_chat(&json!({"temprature": 1})).expect_err("unknown");
         assert!(unknown.detail.contains("temprature") && unknown.detail.contains("temperature"), "{}", unknown.detail);
+    }
+
+    #[test]
+    fn a_strict_schema_closes_the_objects_that_do_not_say() {
+        let mut schema = json!({"type": "object", "properties": {"a": {"properties": {"b": {}}}, "c": {"const": {"properties": {}}}},
+            "$defs": {"d": {"properties": {}, "additionalProperties": true}}, "allOf": [{"properties": {}}]});
+        close(&mut schema);
+        let expected = json!({"type": "object", "properties": {"a": {"properties": {"b": {}}, "additionalProperties": false},
+            "c": {"const": {"properties": {}}}}, "$defs": {"d": {"properties": {}, "additionalProperties": true}},
+            "allOf": [{"properties": {}}]});
+        assert_eq!(schema, expected);
     }
 
     #[test]

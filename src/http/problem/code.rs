@@ -58,6 +58,12 @@ codes! {
         "No task has this name.";
     VersionNotFound "version_not_found" NOT_FOUND "No such version"
         "The task has no version of this id.";
+    FileNotFound "file_not_found" NOT_FOUND "No such file"
+        "The caller has no file of this id.";
+    BatchNotFound "batch_not_found" NOT_FOUND "No such batch"
+        "The caller has no batch of this id.";
+    BatchEnded "batch_ended" CONFLICT "The batch has ended"
+        "A batch that has ended cannot be cancelled.";
     MethodNotAllowed "method_not_allowed" METHOD_NOT_ALLOWED "The path has other methods"
         "The path exists, but not with this method; the Allow header lists its methods.";
     RequestTimeout "request_timeout" REQUEST_TIMEOUT "The body arrived too slowly"
@@ -67,7 +73,7 @@ codes! {
     VersionActive "version_active" CONFLICT "The version is active"
         "The active version cannot be deleted while the task has others.";
     RegistryFull "registry_full" CONFLICT "No room for another"
-        "The number of tasks or versions is at the server's limit.";
+        "The number of tasks, versions, files or batches is at the server's limit.";
     PreconditionFailed "precondition_failed" PRECONDITION_FAILED "The task has changed"
         "If-Match names another state of the task than the present one.";
     BodyTooLarge "body_too_large" PAYLOAD_TOO_LARGE "The body is too large"
