@@ -15,7 +15,7 @@ use super::{
 use crate::config::{Access, is_loopback_host};
 
 /// Open to everyone: nothing here shows or changes a task.
-pub(super) const OPEN: [&str; 5] = ["/health/live", "/health/ready", "/metrics", "/openapi.json", "/docs"];
+pub(super) const OPEN: [&str; 6] = ["/health/live", "/health/ready", "/metrics", "/openapi.json", "/docs", "/"];
 const ADMIN: &str = "/v1/admin";
 const FILES: &str = "/v1/files";
 
@@ -60,7 +60,7 @@ pub async fn check(State(app): State<AppState>, mut request: Request, next: Next
 }
 
 fn allow(access: &Access, path: &str, headers: &HeaderMap) -> Result<Caller, Problem> {
-    if OPEN.contains(&path) || path.starts_with("/docs/") {
+    if OPEN.contains(&path) || path.starts_with("/docs/") || path.starts_with("/page/") {
         return Ok(Caller::ANYONE);
     }
     if path.starts_with(ADMIN) { admin(access, headers) } else { caller(access, path, headers) }

@@ -16,6 +16,7 @@ pub mod lines;
 mod observe;
 pub mod openai;
 pub mod openapi;
+mod page;
 pub mod prepare;
 pub mod problem;
 pub mod running;
@@ -153,6 +154,7 @@ impl App {
 pub fn router(app: AppState) -> Router {
     let (router, spec) = routes().split_for_parts();
     router
+        .merge(page::routes())
         .merge(SwaggerUi::new("/docs").url("/openapi.json", openapi::finish(spec)))
         .fallback(not_found)
         .method_not_allowed_fallback(method_not_allowed)

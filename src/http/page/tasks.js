@@ -1,0 +1,85 @@
+// The tasks, and one task with its versions.
+import { call, copyAsCurl, metrics, quantile, sum } from "./api.js";
+import { bytes, el, milliseconds, say, table } from "./dom.js";
+
+export const FIRST_TOKEN = "softserve_time_to_first_token_seconds";
+
+/** The best of what was measured of a version, for people. */
+function score(metrics) {
+  const shown = Object.entries(metrics).filter(([name]) => /accuracy|f1|exact_match|brier|ece/.test(name));
+  return shown.map(([name, value]) => `${name.replaceAll("_", " ")} ${value}`).join(", ") || "–";
+}
+
+/** The tasks as the admin API has them, or as anyone may see them. */
+async function listed() {
+  try {
+    return [(await call("GET", "/v1/admin/tasks")).tasks, true];
+  } catch (problem) {
+    if (problem.status !== 401 && problem.status !== 403) throw problem;
+    const { tasks } = await call("GET", "/v1/tasks");
+    return [tasks.map((task) => ({ task: task.task, active: task.version, versions: [{ ...task, active: true }] })), false];
+  }
+}
+
+export default async function tasks(root, name) {
+  const [all, isAdmin] = await listed();
+  if (name) return one(root, all.find((task) => task.task === name), name, isAdmin);
+  const samples = await metrics();
+  const active = (task) => task.versions.find((version) => version.version === task.active);
+  root.append(
+    el("h1", {}, "Tasks"),
+    all.length === 0
+      ? el("p", {}, "There are no tasks yet. ", el("a", { href: "#/upload" }, "Upload a learned prompt"), " to have one.")
+      : table("Every task with its active version", [
+          ["Task", (t) => el("a", { href: `#/tasks/${encodeURIComponent(t.task)}` }, t.task)],
+          ["Type", (t) => active(t)?.peft_type],
+          ["Virtual tokens", (t) => active(t)?.virtual_tokens?.toString(), true],
+          ["Size", (t) => active(t)?.residency && bytes(active(t).residency.bytes), true],
+          ["Active version", (t) => t.active && el("code", {}, t.active)],
+          ["Cache", (t) => active(t)?.residency?.cache],
+          ["Requests", (t) => sum(samples, "softserve_request_input_tokens_count", t.task).toString(), true],
+          ["First token p50", (t) => milliseconds(quantile(samples, FIRST_TOKEN, t.task, 0.5)), true],
+          ["p95", (t) => milliseconds(quantile(samples, FIRST_TOKEN, t.task, 0.95)), true],
+        ], all),
+    copyAsCurl(() => ["GET", isAdmin ? "/v1/admin/tasks" : "/v1/tasks"]),
+  );
+}
+
+function one(root, task, name, isAdmin) {
+  if (!task) {
+    root.append(el("h1", {}, name), el("p", {}, "There is no such task."));
+    return;
+  }
+  const path = `/v1/admin/tasks/${encodeURIComponent(name)}`;
+  const current = task.versions.find((version) => version.version === task.active) ?? task.versions[0];
+  const activate = async (version) => {
+    await call("PUT", `${path}/active`, { version });
+    say(`${version} answers now.`);
+    location.reload();
+  };
+  const date = (seconds) => (seconds ? new Date(1000 * seconds).toLocaleString() : "–");
+  const newest = [...task.versions].sort((a, b) => (b.stored_at ?? 0) - (a.stored_at ?? 0));
+  // The one that was stored before the active one.
+  const previous = newest[newest.findIndex((version) => version.version === task.active) + 1];
+  const detail = (term, value) => value && [el("dt", {}, term), el("dd", {}, value)];
+  root.append(
+    el("h1", {}, name),
+    el("p", {}, current?.description ?? ""),
+    el("p", {}, el("a", { href: `#/try/${encodeURIComponent(name)}` }, "Try it"), " · ",
+      el("a", { href: `#/measure/${encodeURIComponent(name)}` }, "Measure it"), " · ",
+      el("a", { href: `#/upload/${encodeURIComponent(name)}` }, "Upload a version")),
+    el("dl", {}, detail("Template", el("code", {}, current?.template ?? (current?.fields ?? []).join(", "))),
+      detail("Labels", Object.keys(Array.isArray(current?.labels) ? Object.fromEntries(current.labels.map((l) => [l, 1])) : current?.labels ?? {}).join(", ")),
+      detail("Defaults", current?.defaults && el("code", {}, JSON.stringify(current.defaults)))),
+    table("Versions, the newest first", [
+      ["Version", (v) => el("code", {}, v.version)],
+      ["Stored", (v) => date(v.stored_at)],
+      ["Type", (v) => v.peft_type],
+      ["Virtual tokens", (v) => v.virtual_tokens?.toString(), true],
+      ["Measured", (v) => score(v.metrics ?? {})],
+      ["", (v) => (v.version === task.active ? el("strong", {}, "answers") : isAdmin && el("button", { onclick: () => activate(v.version) }, `Activate ${v.version}`))],
+    ], newest),
+    isAdmin && previous ? el("p", {}, el("button", { onclick: () => activate(previous.version) }, `Roll back to ${previous.version}`)) : "",
+    copyAsCurl(() => (isAdmin && current ? ["PUT", `${path}/active`, { version: current.version }] : ["GET", `/v1/tasks/${name}`])),
+  );
+}
