@@ -21,7 +21,8 @@ use super::{
     problem::Problem,
     running::{self, Finished, Piece, Running},
     types::{
-        BatchRequest, BatchResponse, ChoiceInfo, GenerateRequest, GenerateResponse, StreamEvent, TaskInfo, TaskList,
+        BatchRequest, BatchResponse, ChoiceInfo, Events, GenerateRequest, GenerateResponse, StreamEvent, TaskInfo,
+        TaskList,
     },
 };
 
@@ -37,7 +38,7 @@ const MAX_BATCH_REQUESTS: usize = 256;
     params(("task" = String, Path, description = "The task's name", example = "sentiment")),
     request_body = GenerateRequest,
     responses((status = 200, description = "The answer, whole or as events",
-        content((GenerateResponse = "application/json"), (StreamEvent = "text/event-stream")))),
+        content((GenerateResponse = "application/json"), (Events = "text/event-stream")))),
     extensions(("x-problems" = json!(["invalid_request", "input_too_long", "incomplete_body", "task_not_found",
         "version_not_found", "no_active_version", "request_timeout", "body_too_large", "unsupported_media_type",
         "logits_not_finite", "no_token_allowed", "overloaded", "unavailable"]))))]

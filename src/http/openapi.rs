@@ -16,9 +16,12 @@ use utoipa::{
 };
 
 use super::{
-    openai::error::{self, OpenAiError},
+    openai::{
+        answer::{Answer, ChatChunkChoice},
+        error::{self, OpenAiError},
+    },
     problem::{Code, Problem, ProblemBody, ProblemError},
-    types::BatchItem,
+    types::{BatchItem, StreamEvent},
 };
 use crate::sampling::PARAMETERS;
 
@@ -41,7 +44,7 @@ const EXAMPLE_ID: &str = "0199d4c8-7b1e-7d3a-a8f0-5b8a4c1d2e3f";
             listens on a loopback address and has no keys"),
         (name = "health", description = "For load balancers and monitoring; always open")
     ),
-    components(schemas(ProblemBody, ProblemError, BatchItem, OpenAiError)),
+    components(schemas(ProblemBody, ProblemError, BatchItem, OpenAiError, StreamEvent, Answer<ChatChunkChoice>)),
     modifiers(&Keys)
 )]
 struct Head;

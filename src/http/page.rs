@@ -8,10 +8,7 @@ use axum::{
     routing::get,
 };
 
-use super::{
-    AppState,
-    problem::{Code, Problem},
-};
+use super::problem::{Code, Problem};
 
 /// The page's own files, and nothing inline; the API is asked on the same origin only.
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; \
@@ -33,7 +30,7 @@ const FILES: [(&str, &str); 9] = [
 ];
 
 /// `/` and `/page/…`. They are no part of the API, so the specification does not have them.
-pub fn routes() -> Router<AppState> {
+pub fn routes<S: Clone + Send + Sync + 'static>() -> Router<S> {
     Router::new().route("/", get(html)).route("/page/{file}", get(file))
 }
 

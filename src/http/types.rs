@@ -8,7 +8,7 @@ mod task;
 mod tokens;
 
 pub use answer::{
-    BatchResponse, BatchResult, ChoiceInfo, Finish, GenerateResponse, OneOrSeveral, StreamEvent, TokenInfo,
+    BatchResponse, BatchResult, ChoiceInfo, Events, Finish, GenerateResponse, OneOrSeveral, StreamEvent, TokenInfo,
     TokenLogprob, Usage,
 };
 pub use request::{BatchItem, BatchRequest, GenerateRequest, InputSchema, stop_texts};

@@ -14,6 +14,7 @@ mod demo;
 mod diverged;
 mod encoder_decoder;
 mod engine;
+mod examples;
 mod families;
 mod fixtures;
 mod gguf;

@@ -24,6 +24,7 @@ use crate::{
         prepare::{Settings, Tokenized, tokenize, tokenize_chat},
         problem::Problem,
         running::Finished,
+        types::Events,
     },
     prompt::{Version, chat::Message, template::Input},
 };
@@ -38,7 +39,7 @@ const ASSISTANT: &str = "assistant";
 #[utoipa::path(post, path = "/v1/chat/completions", tag = "openai",
     request_body = ChatRequest,
     responses((status = 200, description = "The answers, whole or as events",
-        content((Answer<ChatChoice> = "application/json"), (Answer<ChatChunkChoice> = "text/event-stream")))),
+        content((Answer<ChatChoice> = "application/json"), (Events = "text/event-stream")))),
     extensions(("x-problems" = json!(["invalid_request", "input_too_long", "incomplete_body", "task_not_found",
         "version_not_found", "no_active_version", "request_timeout", "body_too_large", "unsupported_media_type",
         "logits_not_finite", "no_token_allowed", "overloaded", "unavailable", "timeout"]))))]

@@ -23,6 +23,7 @@ use crate::{
         extract::{Json, RequestId},
         prepare::{Settings, Tokenized, tokenize},
         problem::Problem,
+        types::Events,
     },
     prompt::template::Input,
 };
@@ -36,7 +37,7 @@ const MAX_PROMPTS: usize = 256;
 #[utoipa::path(post, path = "/v1/completions", tag = "openai",
     request_body = CompletionRequest,
     responses((status = 200, description = "The answers, whole or as events",
-        content((Answer<CompletionChoice> = "application/json"), (Answer<CompletionChoice> = "text/event-stream")))),
+        content((Answer<CompletionChoice> = "application/json"), (Events = "text/event-stream")))),
     extensions(("x-problems" = json!(["invalid_request", "input_too_long", "incomplete_body", "task_not_found",
         "version_not_found", "no_active_version", "request_timeout", "body_too_large", "unsupported_media_type",
         "logits_not_finite", "no_token_allowed", "overloaded", "unavailable", "timeout"]))))]

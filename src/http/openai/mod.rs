@@ -3,7 +3,7 @@
 //!
 //! Errors under these paths have OpenAI's shape; see [`error`].
 
-mod answer;
+pub mod answer;
 pub mod batches;
 mod chat;
 mod completions;

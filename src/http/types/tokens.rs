@@ -26,7 +26,7 @@ pub struct TokenizeRequest {
 
 /// A text's tokens.
 #[derive(Debug, Serialize, ToSchema)]
-#[schema(example = json!({"tokens": [464, 17141, 373, 4692, 13], "texts": ["The", " soup", " was", " cold", "."],
+#[schema(example = json!({"tokens": [526, 3713, 347, 2278, 16], "texts": ["The", " soup", " was", " cold", "."],
     "count": 5, "virtual_tokens": 20}))]
 pub struct TokenizeResponse {
     /// The ids of the text, special tokens included.
@@ -42,7 +42,7 @@ pub struct TokenizeResponse {
 /// Ids to make a text of.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
-#[schema(example = json!({"tokens": [464, 17141, 373, 4692, 13]}))]
+#[schema(example = json!({"tokens": [526, 3713, 347, 2278, 16]}))]
 pub struct DetokenizeRequest {
     /// Ids of the model's vocabulary.
     #[schema(max_items = 1048576)]
