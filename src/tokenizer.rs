@@ -125,6 +125,12 @@ impl Tokenizer {
         })
     }
 
+    /// The bytes of a text by itself that each of its tokens stands for.
+    pub fn offsets(&self, text: &str) -> Result<Vec<(usize, usize)>, TokenizerError> {
+        let encoding = self.literal().tokenizer.encode(text, false).map_err(TokenizerError::Tokenize)?;
+        Ok(encoding.get_offsets().to_vec())
+    }
+
     /// Ids of a text by itself: no special tokens are added, and those in the text are text.
     pub fn tokenize_plain(&self, text: &str) -> Result<Vec<u32>, TokenizerError> {
         let encoding = self.literal().tokenizer.encode_fast(text, false).map_err(TokenizerError::Tokenize)?;

@@ -22,6 +22,7 @@ pub mod problem;
 pub mod running;
 mod scoring;
 pub mod tokenize;
+mod truncation;
 pub mod types;
 
 pub use connections::serve;

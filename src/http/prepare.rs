@@ -11,6 +11,7 @@ use super::{
     App,
     access::Caller,
     problem::{Code, Problem, ProblemError},
+    truncation,
     types::GenerateRequest,
 };
 use crate::{
@@ -175,13 +176,20 @@ pub async fn tokenize(app: &App, version: &Arc<Version>, input: Input) -> Result
     let long = bytes + version.template.source().len() > LONG_TEXT;
     let tokenizer = app.tokenizer.clone();
     let version = Arc::clone(version);
+    let limit = truncation::limit(app.engine.token_budget(version.learned_prompt().map(Arc::as_ref)), &version);
     let work = move || -> Result<Tokenized, Problem> {
-        let ids = match version.spec.special_tokens.unwrap_or_default() {
-            SpecialTokens::Special => tokenizer.tokenize(&version.template.render(&input)?)?,
-            SpecialTokens::Text => {
-                let escaped = input.map(|text| tokenizer.escape(text));
-                tokenizer.tokenize_escaped(&version.template.render(&escaped)?)?
-            }
+        let ids_of = |input: &Input| -> Result<Vec<u32>, Problem> {
+            Ok(match version.spec.special_tokens.unwrap_or_default() {
+                SpecialTokens::Special => tokenizer.tokenize(&version.template.render(input)?)?,
+                SpecialTokens::Text => {
+                    let escaped = input.map(|text| tokenizer.escape(text));
+                    tokenizer.tokenize_escaped(&version.template.render(&escaped)?)?
+                }
+            })
+        };
+        let ids = match &version.spec.truncate {
+            Some(truncate) => truncation::fit(&tokenizer, truncate, &input, limit, ids_of)?,
+            None => ids_of(&input)?,
         };
         let fixed = match version.fixed_ids.get() {
             Some(fixed) => fixed,

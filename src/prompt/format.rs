@@ -238,6 +238,15 @@ fn read_words(spec: TaskSpec, fit: &Fit) -> Result<Words, Vec<Fault>> {
     let mut warnings = Vec::new();
     let template = PromptTemplate::parse(spec.template.as_deref().unwrap_or(DEFAULT_TEMPLATE))
         .map_err(|e| faults.push(task_fault(format!("template: {e}"))));
+    if let (Ok(template), Some(truncate)) = (&template, &spec.truncate)
+        && !template.fields().contains(&truncate.field)
+    {
+        let fields = template.fields().join(", ");
+        faults.push(task_fault(format!(
+            "truncate.field: found {:?}, expected a field of the template: {fields}",
+            truncate.field
+        )));
+    }
     let chat = match spec.chat_template.as_deref().map(ChatTemplate::parse).transpose() {
         Ok(chat) => chat,
         Err(error) => {

@@ -25,6 +25,10 @@ pub struct TaskSpec {
     /// conversation is one message of the user, which is the template's input.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub chat_template: Option<String>,
+    /// Which field of an input is shortened where its text would be too long for the task's limit or for the model's context. Without
+    /// it such an input is refused.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub truncate: Option<Truncation>,
     /// Each label with the words that stand for it in the model's output.
     #[serde(deserialize_with = "null_is_default", skip_serializing_if = "BTreeMap::is_empty")]
     pub labels: BTreeMap<String, Vec<String>>,
@@ -77,6 +81,28 @@ pub enum SpecialTokens {
 /// `null` means what a field that is left out means.
 fn null_is_default<'de, D: Deserializer<'de>, T: Deserialize<'de> + Default>(deserializer: D) -> Result<T, D::Error> {
     Ok(Option::deserialize(deserializer)?.unwrap_or_default())
+}
+
+/// How inputs that are too long are shortened: token by token, until the text fits. Nothing but this field is cut.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Truncation {
+    /// A field of the template.
+    pub field: String,
+    /// Where the field is cut.
+    #[serde(default)]
+    pub side: Side,
+}
+
+/// A side of a text.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Side {
+    /// Its beginning is cut off.
+    Left,
+    /// Its end is cut off.
+    #[default]
+    Right,
 }
 
 /// Limits of a task, in addition to the server's.

@@ -43,6 +43,7 @@ mod structured;
 mod support;
 mod tidy;
 mod tiny_model;
+mod truncation;
 mod tune;
 mod tune_encoder_decoder;
 mod tune_job;

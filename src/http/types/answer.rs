@@ -62,11 +62,13 @@ pub struct ChoiceInfo {
     pub tokens: Option<Vec<TokenInfo>>,
 }
 
-/// Server-sent events: lines `data: JSON`, each followed by an empty one, and `data: [DONE]` at the end. The JSON is a
-/// `StreamEvent`, or on OpenAI's routes the same schema as the whole answer's with what is new of a choice.
+/// A server-sent event of a stream. The last one's data is `[DONE]`.
 #[derive(Debug, ToSchema)]
-#[schema(value_type = String)]
-pub struct Events(#[expect(dead_code, reason = "for the specification")] String);
+#[expect(dead_code, reason = "for the specification")]
+pub struct Events {
+    /// JSON: a `StreamEvent`, or on OpenAI's routes what the whole answer is, with what is new of a choice.
+    data: String,
+}
 
 /// One event of a streamed answer. The last of each choice has `finish_reason`; the last of all
 /// has `usage`, and `data: [DONE]` follows it.
