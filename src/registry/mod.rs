@@ -1,5 +1,6 @@
 //! Task names to versions: publish, resolve, activate, retire. Names move; versions never change.
 
+mod composition;
 pub mod package;
 mod scan;
 mod state;
@@ -18,6 +19,7 @@ use crate::prompt::{
     Digest, TaskName, Version,
     format::{self, Fault, FaultKind, Faults, Fit, PromptFiles},
 };
+use composition::Compositions;
 use scan::Scan;
 use state::{Stored, TaskState};
 pub use state::{TaskEntry, VersionEntry};
@@ -54,6 +56,7 @@ pub struct Registry {
     writer: Mutex<Scan>,
     /// Told of each version that becomes the one that answers.
     listener: OnceLock<Listener>,
+    compositions: Compositions,
 }
 
 /// What [`Registry::on_active`] was given.
@@ -94,6 +97,9 @@ pub enum RegistryError {
     PreconditionFailed { expected: String, found: u64 },
     #[error("version {version} is active")]
     VersionActive { task: TaskName, version: String },
+    /// Several prompts cannot be one.
+    #[error("{name:?} cannot be combined: {reason}")]
+    Composition { name: String, reason: String },
     #[error("the registry is full: {what}")]
     Full { what: String },
     #[error("cannot write to the prompt store: {0}")]
@@ -106,14 +112,28 @@ impl Registry {
     pub fn open(config: RegistryConfig) -> Result<Arc<Self>, RegistryError> {
         let store = Store::open(&config.root)?;
         let (writer, listener) = (Mutex::new(Scan::default()), OnceLock::new());
-        let registry = Self { config, store, tasks: DashMap::new(), writer, listener };
+        let compositions = Compositions::default();
+        let registry = Self { config, store, tasks: DashMap::new(), writer, listener, compositions };
         registry.scan_all(&mut registry.writer())?;
         Ok(Arc::new(registry))
     }
 
     /// The version that answers: the active one, or the one named by its id or by the beginning of
-    /// its digest, at least [`MIN_VERSION_PREFIX`] hex digits. Never blocks.
+    /// its digest, at least [`MIN_VERSION_PREFIX`] hex digits. `task` may name the version itself, as `task@version`, and
+    /// several prompts that become one, as `task+task@version`. Never blocks on the disk.
     pub fn resolve(&self, task: &str, version: Option<&str>) -> Result<Arc<Version>, RegistryError> {
+        let refused = |reason| RegistryError::Composition { name: task.chars().take(200).collect(), reason };
+        let (task, version) = match (task.contains('+'), task.split_once('@'), version) {
+            (true, _, None) => {
+                let parts = task.split('+').map(|part| self.resolve(part, None)).collect::<Result<Vec<_>, _>>()?;
+                return self.compositions.compose(&parts).map_err(refused);
+            }
+            (true, _, Some(_)) | (false, Some(_), Some(_)) => {
+                return Err(refused("it names versions itself, and the request names another".to_owned()));
+            }
+            (false, Some((task, version)), None) => (task, Some(version)),
+            (false, None, version) => (task, version),
+        };
         let (name, state) = self.state(task)?;
         match version {
             Some(version) => state.find(&name, version).map(|stored| stored.version.clone()),

@@ -8,6 +8,7 @@ mod bounds;
 mod calibrate;
 mod candle_models;
 mod classify;
+mod composition;
 mod convert;
 mod convert_computed;
 mod demo;

@@ -42,11 +42,7 @@ pub fn other_routes() -> OpenApiRouter<AppState> {
 
 /// What a `model` means: a task's active version, the version after an `@`, or the base model.
 fn resolve(app: &App, model: &str) -> Result<Arc<Version>, Problem> {
-    let (task, version) = match model.split_once('@') {
-        Some((task, version)) => (task, Some(version)),
-        None => (model, None),
-    };
-    match app.registry.resolve(task, version) {
+    match app.registry.resolve(model, None) {
         Ok(version) => Ok(version),
         // A task goes first, should a model have its name.
         Err(_) if model == app.model.name => Ok(Arc::clone(&app.base)),

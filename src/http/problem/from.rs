@@ -104,6 +104,7 @@ impl From<RegistryError> for Problem {
                     "task {task} has no active version: name one with \"version\", or activate one with PUT /v1/admin/tasks/{task}/active"
                 ),
             ),
+            error @ RegistryError::Composition { .. } => Self::field("task", error.to_string()),
             RegistryError::Invalid(faults) => faults.into(),
             RegistryError::PreconditionFailed { expected, found } => Self::new(
                 Code::PreconditionFailed,
