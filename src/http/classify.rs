@@ -231,7 +231,7 @@ fn continuations(app: &App, texts: &[String]) -> Result<Vec<Vec<u32>>, Problem> 
 
 /// How many tokens of an input have to be given for the others to be scored: none where the rows of a learned prompt come
 /// before them.
-fn given_of_input(version: &Version) -> usize {
+pub fn given_of_input(version: &Version) -> usize {
     let has_rows = matches!(&*version.prompt, LearnedPrompt::Embeddings(_)) && version.prompt.num_virtual_tokens() > 0;
     usize::from(!has_rows)
 }

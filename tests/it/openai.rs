@@ -149,7 +149,7 @@ async fn errors_have_openais_shape_on_its_paths_only() {
         (json!({"model": TASK, "prompt": "a", "logprobs": 21}), "logprobs"),
         (json!({"model": TASK, "prompt": "a", "n": 17}), "n"),
         (json!({"model": TASK, "prompt": "a", "suffix": "b"}), "suffix"),
-        (json!({"model": TASK, "prompt": "a", "echo": true, "logprobs": 1}), "echo"),
+        (json!({"model": TASK, "prompt": "a", "echo": true, "logprobs": 1, "stream": true}), "echo"),
     ] {
         let found = error(server.post(COMPLETIONS, &body).await);
         assert_eq!(found["param"], param, "{body} {found}");
@@ -167,6 +167,30 @@ async fn errors_have_openais_shape_on_its_paths_only() {
     assert!(found["message"].as_str().unwrap().contains("no chat template"), "{found}");
     let found = error(server.get("/v1/models/nothing").await);
     assert_eq!((&found["code"], &found["param"]), (&json!("model_not_found"), &json!("model")));
+}
+
+#[tokio::test]
+async fn an_echoed_prompt_has_the_log_probabilities_that_score_gives() {
+    let server = Server::start();
+    for model in [TASK.to_owned(), server.app.model.name.clone()] {
+        let body = json!({"model": model, "prompt": ["the cat sat", "a dog"], "echo": true, "logprobs": 1, "max_tokens": 2,
+            "ignore_eos": true});
+        let answer = server.post(COMPLETIONS, &body).await.ok();
+        let logprobs = &answer["choices"][0]["logprobs"];
+        let ids = server.app.tokenizer.tokenize("the cat sat").unwrap();
+        let own = logprobs["token_logprobs"].as_array().unwrap();
+        assert_eq!(own.len(), ids.len() + 2);
+        // Virtual tokens come before the first one.
+        assert_eq!(own[0].is_null(), model != TASK);
+        assert!(own[1..].iter().all(|x| x.as_f64().unwrap() < 0.0) && logprobs["top_logprobs"][0].is_null());
+        assert_eq!(logprobs["tokens"].as_array().unwrap().len(), logprobs["text_offset"].as_array().unwrap().len());
+        if model == TASK {
+            let scored = server.post(&format!("/v1/tasks/{TASK}/score"), &json!({"input": "the cat sat"})).await.ok();
+            let scored = scored["tokens"].as_array().or(scored["scores"][0]["tokens"].as_array()).unwrap().clone();
+            let expected: Vec<&Value> = scored.iter().map(|token| &token["logprob"]).collect();
+            assert_eq!(own[..ids.len()].iter().collect::<Vec<_>>(), expected);
+        }
+    }
 }
 
 #[tokio::test]

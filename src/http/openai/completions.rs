@@ -20,12 +20,14 @@ use crate::{
         App, AppState,
         access::Caller,
         answered,
+        classify::given_of_input,
         extract::{Json, RequestId},
-        prepare::{Settings, Tokenized, tokenize},
+        prepare::{Scheduling, Settings, Tokenized, tokenize},
         problem::Problem,
+        scoring::{self, Scored},
         types::Events,
     },
-    prompt::template::Input,
+    prompt::{Version, template::Input},
 };
 
 /// The most prompts of one call.
@@ -51,16 +53,16 @@ pub async fn create(
     let request: CompletionRequest = read(body)?;
     let version = resolve(&app, &request.model)?;
     let echo = request.echo.unwrap_or(false);
-    if echo && request.logprobs.is_some() {
-        return Err(Problem::field(
-            "echo",
-            "found beside logprobs, expected one of the two: ask /v1/tasks/{task}/score for the log-probabilities of an input",
-        ));
+    let scores_prompts = echo && request.logprobs.is_some();
+    if scores_prompts && (request.stream.unwrap_or(false) || app.model.encoder.is_some()) {
+        let detail = "found beside logprobs and a stream or a model with an encoder, expected no log-probabilities of the prompt";
+        return Err(Problem::field("echo", detail));
     }
     let parameters = request.parameters(&app, request.logprobs, request.max_tokens)?;
     let settings = Settings::check(&app, caller, &version, &parameters).await?;
     let mut prompts = Vec::new();
     let mut echoes = Vec::new();
+    let mut scored = Vec::new();
     for (i, prompt) in inputs(&request.prompt)?.into_iter().enumerate() {
         let (tokenized, text) = match prompt {
             Given::Text(text) => (tokenize(&app, &version, Input::Text(text.clone())).await?, text),
@@ -69,6 +71,9 @@ pub async fn create(
                 (checked(&app, i, ids)?, text)
             }
         };
+        if scores_prompts {
+            scored.push(score(&app, caller, &version, &request, started, &tokenized)?);
+        }
         prompts.push(settings.clone().prepare(&app, caller, Arc::clone(&version), tokenized, started)?);
         echoes.push(if echo { text } else { String::new() });
     }
@@ -88,16 +93,52 @@ pub async fn create(
         return Ok(answered(&version, Sse::new(events).keep_alive(KeepAlive::default())));
     }
     let (finished, usage) = call.finish().await?;
+    let mut prompt_tokens = Vec::new();
+    for running in scored {
+        prompt_tokens.push(of_prompt(&app, running.finish().await?));
+    }
     let one = |(index, choice): (usize, crate::http::running::Finished)| {
         Ok(CompletionChoice {
             index,
-            logprobs: choice.tokens.as_deref().map(|tokens| CompletionLogprobs::new(tokens, 0)),
+            logprobs: choice.tokens.as_deref().map(|tokens| match prompt_tokens.get(index / choices) {
+                Some(prompt) => CompletionLogprobs::echoed(prompt, tokens),
+                None => CompletionLogprobs::new(tokens, 0),
+            }),
             text: format!("{}{}", echoes[index / choices], choice.output),
             finish_reason: Some(FinishReason::of(choice.finish)?),
         })
     };
     let choices = finished.into_iter().enumerate().map(one).collect::<Result<Vec<_>, Problem>>()?;
     Ok(answered(&version, axum::Json(Answer { head, choices, usage: Some(usage) })))
+}
+
+/// Begins to score a prompt's own tokens.
+fn score(
+    app: &App,
+    caller: Caller,
+    version: &Arc<Version>,
+    request: &CompletionRequest,
+    started: Instant,
+    tokenized: &Tokenized,
+) -> Result<scoring::Running, Problem> {
+    let scheduling = Scheduling::check(app, caller, request.timeout_ms, request.priority)?;
+    let call = scoring::Call { caller, version: Arc::clone(version), scheduling, started };
+    let given = given_of_input(version);
+    let own = tokenized.ids.get(given..).unwrap_or_default().to_vec();
+    if own.is_empty() {
+        let detail = "found a prompt without a token that another comes before, which has no log-probability";
+        return Err(Problem::field("echo", detail));
+    }
+    let tokenized = Tokenized { ids: tokenized.ids.clone(), num_public: tokenized.num_public };
+    call.start(app, tokenized, given, vec![own])
+}
+
+/// Each token of a prompt that was scored, with its log-probability where something comes before it.
+fn of_prompt(app: &App, scored: Scored) -> Vec<(String, Option<f32>)> {
+    let log_probs = scored.log_probs.into_iter().next().unwrap_or_default();
+    let unknown = scored.ids.len() - log_probs.len().min(scored.ids.len());
+    let all = std::iter::repeat_n(None, unknown).chain(log_probs.into_iter().map(Some));
+    scored.ids.iter().map(|&id| app.tokenizer.token_text(id)).zip(all).collect()
 }
 
 /// One prompt of a call.

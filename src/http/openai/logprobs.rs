@@ -11,9 +11,10 @@ use crate::http::types::{TokenInfo, TokenLogprob};
 #[derive(Debug, Clone, Default, PartialEq, Serialize, ToSchema)]
 pub struct CompletionLogprobs {
     pub tokens: Vec<String>,
-    pub token_logprobs: Vec<f32>,
-    /// The likeliest tokens at each position by their text; of two with one text the likelier.
-    pub top_logprobs: Vec<BTreeMap<String, f32>>,
+    /// Null for a token that nothing comes before.
+    pub token_logprobs: Vec<Option<f32>>,
+    /// The likeliest tokens at each position by their text; of two with one text the likelier. Null for tokens of an echoed prompt.
+    pub top_logprobs: Vec<Option<BTreeMap<String, f32>>>,
     /// Where each token begins in the answer's text, in characters.
     pub text_offset: Vec<usize>,
 }
@@ -26,13 +27,32 @@ impl CompletionLogprobs {
             all.text_offset.push(offset);
             offset += token.text.chars().count();
             all.tokens.push(token.text.clone());
-            all.token_logprobs.push(token.logprob);
+            all.token_logprobs.push(Some(token.logprob));
             let mut top = BTreeMap::new();
             for likely in top_logprobs {
                 top.entry(likely.text.clone()).or_insert(likely.logprob);
             }
-            all.top_logprobs.push(top);
+            all.top_logprobs.push(Some(top));
         }
+        all
+    }
+
+    /// Of the tokens of an echoed prompt, and then of the answer's.
+    pub fn echoed(prompt: &[(String, Option<f32>)], tokens: &[TokenInfo]) -> Self {
+        let mut all = Self::default();
+        let mut offset = 0;
+        for (text, logprob) in prompt {
+            all.text_offset.push(offset);
+            offset += text.chars().count();
+            all.tokens.push(text.clone());
+            all.token_logprobs.push(*logprob);
+            all.top_logprobs.push(None);
+        }
+        let Self { tokens, token_logprobs, top_logprobs, text_offset } = Self::new(tokens, offset);
+        all.tokens.extend(tokens);
+        all.token_logprobs.extend(token_logprobs);
+        all.top_logprobs.extend(top_logprobs);
+        all.text_offset.extend(text_offset);
         all
     }
 }

@@ -183,7 +183,7 @@ request! {
     #[schema(example = json!({"model": "sentiment", "prompt": "The food was cold and the waiter rude.", "max_tokens": 8}))]
     CompletionRequest {
         prompt: Prompt,
-        /// Begin the answer with the prompt.
+        /// Begin the answer with the prompt; with `logprobs`, tell of its tokens too, which are those of the template's text.
         echo: Option<bool>,
         /// Report the log-probability of each token, and of this many likeliest ones.
         #[schema(minimum = 0, maximum = 20)]
