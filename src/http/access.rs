@@ -198,10 +198,19 @@ mod tests {
     #[test]
     fn paths_that_are_not_listed_need_a_key_and_health_never_does() {
         let both = access(&["api-key-1"], &["admin-key-1"], false);
-        for path in ["/", "/anything", "/v1/models", "/v1/administrator", "/docsx", "/health"] {
+        for path in ["/anything", "/v1/models", "/v1/files", "/v1/administrator", "/docsx", "/health", "/pages"] {
             assert_eq!(code(&both, path, &[]), Some("unauthorized"), "{path}");
         }
-        for path in ["/health/live", "/health/ready", "/metrics", "/openapi.json", "/docs", "/docs/index.html"] {
+        for path in [
+            "/health/live",
+            "/health/ready",
+            "/metrics",
+            "/openapi.json",
+            "/docs",
+            "/docs/index.html",
+            "/",
+            "/page/app.js",
+        ] {
             assert_eq!(code(&both, path, &[]), None, "{path}");
         }
     }

@@ -352,7 +352,7 @@ mod tests {
         let message = faults.to_string();
         for part in [
             "line 3: \"input\" is a number",
-            "\"input\" is missing; found \"output\"",
+            "\"input\" is missing; found \"text\", \"output\"",
             "column",
             "unknown key",
             "the field \"q\"",
