@@ -5,7 +5,8 @@
 //! - [`http`]: the only module that knows the wire
 //! - [`registry`]: task names to immutable versions
 //! - [`prompt`]: what a task is: learned prompt, template, labels
-//! - [`text`]: the tokenizer
+//! - [`tokenizer`]: text to token ids and back
+//! - [`input`]: from the fields of an input to the positions that the model reads
 //! - [`sampling`]: the table of sampling parameters
 //! - [`engine`]: one thread that owns the device and batches sequences
 //! - [`model`]: the decoder, embeddings in and hidden states out
@@ -25,6 +26,7 @@ pub mod demo;
 pub mod engine;
 pub mod grammar;
 pub mod http;
+pub mod input;
 pub mod kernels;
 pub mod model;
 pub mod packing;

@@ -9,26 +9,8 @@ mod tests;
 
 use std::ops::Range;
 
+pub use crate::prompt::learned::InputToken;
 use crate::{model::ModelInfo, prompt::LearnedPrompt};
-
-/// One position of input: a token of the vocabulary, or a virtual token of the learned prompt.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum InputToken {
-    /// A token of the model's vocabulary.
-    Vocab(u32),
-    /// Virtual token i of the request's learned prompt: a row of embeddings, or keys and values.
-    Virtual(u32),
-}
-
-impl InputToken {
-    /// The vocabulary's id, if it is a token of text.
-    pub fn vocab(&self) -> Option<u32> {
-        match self {
-            Self::Vocab(id) => Some(*id),
-            Self::Virtual(_) => None,
-        }
-    }
-}
 
 /// A learned prompt's kind and its number of virtual tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -126,9 +108,33 @@ impl PromptShape {
 
     /// `[learned prompt][text]`: its virtual tokens, then the ids of a text, special tokens included.
     pub fn followed_by(self, ids: &[u32]) -> Vec<InputToken> {
-        let rows = (0..self.num_virtual_tokens() as u32).map(InputToken::Virtual);
-        rows.chain(ids.iter().map(|&id| InputToken::Vocab(id))).collect()
+        self.virtual_tokens().chain(ids.iter().map(|&id| InputToken::Vocab(id))).collect()
     }
+
+    /// The positions of a text in which virtual tokens may have their places: where they have none, they come first;
+    /// without a learned prompt, the text is alone.
+    pub fn applied_to(self, text: &[InputToken]) -> Vec<InputToken> {
+        let is_text = |token: &InputToken| token.vocab().is_some();
+        match self {
+            Self::None => text.iter().copied().filter(is_text).collect(),
+            _ if text.iter().all(is_text) => self.virtual_tokens().chain(text.iter().copied()).collect(),
+            _ => text.to_vec(),
+        }
+    }
+
+    fn virtual_tokens(self) -> impl Iterator<Item = InputToken> {
+        (0..self.num_virtual_tokens() as u32).map(InputToken::Virtual)
+    }
+}
+
+/// How many positions are tokens of text, not virtual tokens.
+pub fn text_len(tokens: &[InputToken]) -> usize {
+    tokens.iter().filter(|token| token.vocab().is_some()).count()
+}
+
+/// The ids of the tokens of text.
+pub fn text_ids(tokens: &[InputToken]) -> Vec<u32> {
+    tokens.iter().filter_map(InputToken::vocab).collect()
 }
 
 /// How many virtual tokens stand at the beginning.

@@ -14,6 +14,16 @@ use crate::model::{ModelError, ModelFiles};
 pub struct Tokenizer {
     inner: Arc<tokenizers::Tokenizer>,
     literal: Arc<OnceLock<Literal>>,
+    placing: Arc<OnceLock<PlacingTokenizer>>,
+}
+
+/// The same tokenizer, which knows one special token more: [`PLACE`], for something that is no text. What stands before and
+/// after it is tokenized as around any special token.
+#[derive(Debug, Clone)]
+pub struct PlacingTokenizer {
+    pub tokenizer: Tokenizer,
+    /// The id of [`PLACE`], which the model does not have.
+    pub place: u32,
 }
 
 /// The same tokenizer, which takes special tokens in a text as the characters they are written with.
@@ -25,6 +35,9 @@ struct Literal {
 
 /// Stands before and after the number of a special token in an escaped text. It is no character, so no text has it.
 const ESCAPE: char = '\u{10fffe}';
+
+/// Stands in a text for something that is no text. It is no character, so no text has it.
+pub const PLACE: char = '\u{10ffff}';
 
 /// Why a tokenizer cannot be read or a text cannot be tokenized.
 #[derive(Debug, thiserror::Error)]
@@ -47,7 +60,7 @@ impl Tokenizer {
             tokenizers::Tokenizer::from_bytes(files.read("tokenizer.json")?).map_err(TokenizerError::Parse)?;
         tokenizer.with_padding(None);
         tokenizer.with_truncation(None).map_err(TokenizerError::Parse)?;
-        Ok(Self { inner: Arc::new(tokenizer), literal: Arc::default() })
+        Ok(Self::from(tokenizer))
     }
 
     /// Ids with the special tokens that the tokenizer's own post-processor adds (BOS).
@@ -125,6 +138,17 @@ impl Tokenizer {
         })
     }
 
+    /// This tokenizer with a special token for [places](PLACE).
+    pub fn placing(&self) -> &PlacingTokenizer {
+        self.placing.get_or_init(|| {
+            let mut tokenizer = tokenizers::Tokenizer::clone(&self.inner);
+            let added = tokenizer.add_special_tokens([tokenizers::AddedToken::from(PLACE, true).normalized(false)]);
+            // An id that no token has, if it could not be added: then there is no place in any text.
+            let place = added.ok().and_then(|_| tokenizer.token_to_id(&PLACE.to_string())).unwrap_or(u32::MAX);
+            PlacingTokenizer { tokenizer: Self::from(tokenizer), place }
+        })
+    }
+
     /// The bytes of a text by itself that each of its tokens stands for.
     pub fn offsets(&self, text: &str) -> Result<Vec<(usize, usize)>, TokenizerError> {
         let encoding = self.literal().tokenizer.encode(text, false).map_err(TokenizerError::Tokenize)?;
@@ -179,6 +203,12 @@ impl Tokenizer {
             prefix_index: 0,
             stop: StopStrings::new(stop),
         }
+    }
+}
+
+impl From<tokenizers::Tokenizer> for Tokenizer {
+    fn from(tokenizer: tokenizers::Tokenizer) -> Self {
+        Self { inner: Arc::new(tokenizer), literal: Arc::default(), placing: Arc::default() }
     }
 }
 

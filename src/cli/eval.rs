@@ -114,12 +114,10 @@ pub fn run(args: &EvalArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     let evaluation = Evaluation {
         model: &model,
         tokenizer: &tokenizer,
-        template: &version.template,
-        special_tokens: version.spec.special_tokens.unwrap_or_default(),
+        version: &version,
         labels: labels.as_ref(),
         // A calibration is learned on what the model says by itself.
         calibration: version.spec.calibration.as_ref().filter(|_| !args.calibrate),
-        stop: version.spec.defaults.stop.as_deref().unwrap_or_default(),
         data: &data,
         max_tokens,
     };

@@ -13,6 +13,7 @@ use super::model::ModelArgs;
 use crate::{
     demo,
     model::Model,
+    packing::InputToken,
     prompt::format,
     tune::{TuneError, inference::Inference, job},
 };
@@ -102,8 +103,9 @@ fn judge(subject: &Subject, model: &Arc<Model>) -> anyhow::Result<ModelReport> {
     };
     if let Some(Ok(version)) = &read {
         // Values that are finite can still overflow on their way through the model.
+        let input = vec![InputToken::Vocab(0)];
         let tried = Inference::start(model, Some(&version.prompt), 1, 1)
-            .and_then(|inference| inference.greedy(&[vec![0]], 1, &mut |_| ()));
+            .and_then(|inference| inference.greedy(&[input], 1, None, &mut |_| ()));
         match tried {
             Ok(_) => {}
             Err(error @ TuneError::NotFinite) => faults.push(error.to_string()),

@@ -20,7 +20,11 @@ use super::{
 };
 use crate::{
     model::Model,
-    prompt::{TaskName, labels::Verbalizer},
+    prompt::{
+        TaskName,
+        labels::Verbalizer,
+        spec::{Side, Truncation},
+    },
     tune::{
         forward::Forward,
         init::Init,
@@ -78,10 +82,17 @@ pub struct TuneArgs {
     pub output: Option<PathBuf>,
 
     /// The template that turns the input's fields into the text after the prompt, in Jinja's syntax. It is
-    /// stored with the task, so that requests are rendered the same way [default: "{{ input }}" and, for a
+    /// stored with the task, so that requests are rendered the same way. {{ soft() }} puts the virtual tokens
+    /// where it stands, {{ soft(0, 8) }} the first eight of them; without it they come before the text [default: "{{ input }}" and, for a
     /// model without an encoder, a line break, which tells the model where the input ends]
     #[arg(long)]
     pub template: Option<String>,
+
+    /// The field of an input that is shortened where it is too long for the model's context, instead of an error:
+    /// FIELD, or FIELD:left to cut its beginning off. It is stored with the task, so that requests are shortened
+    /// in the same way
+    #[arg(long, value_name = "FIELD[:left|:right]")]
+    pub truncate: Option<String>,
 
     /// The labels, separated by commas. Where the model is to write other words than the label itself,
     /// they follow it: positive=great|good,negative=bad. The first word is the one that is trained
@@ -264,6 +275,7 @@ impl TuneArgs {
         Ok(Options {
             eval_data: self.eval_data.clone(),
             template: self.template.clone(),
+            truncate: self.truncate.as_deref().map(parse_truncation).transpose()?,
             labels: self.labels.as_deref().map(parse_labels).transpose()?,
             description: self.description.clone(),
             prompt_type,
@@ -327,6 +339,17 @@ impl TuneArgs {
             _ => bail!("--init is {how:?}, expected vocab, text:…, examples, task:NAME, task:DIR or random"),
         })
     }
+}
+
+/// `field`, `field:left` or `field:right`.
+fn parse_truncation(text: &str) -> anyhow::Result<Truncation> {
+    let (field, side) = match text.rsplit_once(':') {
+        None => (text, Side::default()),
+        Some((field, "left")) => (field, Side::Left),
+        Some((field, "right")) => (field, Side::Right),
+        Some((_, side)) => bail!("--truncate: found the side {side:?}, expected left or right"),
+    };
+    Ok(Truncation { field: field.to_owned(), side })
 }
 
 /// `a,b` or `a=word|word,b=word`.

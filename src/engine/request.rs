@@ -4,7 +4,10 @@ use std::{sync::Arc, time::Instant};
 
 use super::sampling::mask::TokenConstraint;
 pub use crate::packing::InputToken;
-use crate::{packing::PromptShape, prompt::LearnedPrompt};
+use crate::{
+    packing::{PromptShape, leading_virtual_tokens},
+    prompt::LearnedPrompt,
+};
 
 /// Names a sequence for as long as the engine runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -63,7 +66,7 @@ pub struct Request {
     /// Whose cached keys and values may be used; `None` shares nothing.
     pub namespace: Option<CacheNamespace>,
     /// The public prefix: how many positions, from the first on, hold nothing that a client sent. Their
-    /// keys and values are shared by all owners, those after them within one. The virtual tokens
+    /// keys and values are shared by all owners, those after them within one. Virtual tokens that the input begins with
     /// always belong to it.
     pub public_prefix: usize,
     pub tenant: Tenant,
@@ -76,18 +79,14 @@ impl Request {
     /// [`namespace`](Self::namespace) to its content's digest to share its keys and values.
     pub fn new(prompt: Option<Arc<LearnedPrompt>>, ids: &[u32], sampling: SamplingParams) -> Self {
         let tokens = PromptShape::of(prompt.as_deref()).followed_by(ids);
+        Self::of(prompt, tokens, Goal::Generate(sampling))
+    }
+
+    /// Positions as they are, with the virtual tokens of a learned prompt where they stand in them.
+    pub fn of(prompt: Option<Arc<LearnedPrompt>>, tokens: Vec<InputToken>, goal: Goal) -> Self {
         let namespace = prompt.is_none().then_some(CacheNamespace::TEXT);
-        let public_prefix = PromptShape::of(prompt.as_deref()).num_virtual_tokens();
-        Self {
-            tokens,
-            prompt,
-            goal: Goal::Generate(sampling),
-            deadline: None,
-            namespace,
-            public_prefix,
-            tenant: Tenant::default(),
-            priority: 0,
-        }
+        let public_prefix = leading_virtual_tokens(&tokens);
+        Self { tokens, prompt, goal, deadline: None, namespace, public_prefix, tenant: Tenant::default(), priority: 0 }
     }
 
     /// One token after one token, which tells whether the model's output is finite with this prompt. Nothing of it is

@@ -16,8 +16,9 @@ use super::{
     },
 };
 use crate::{
+    packing::text_ids,
     prompt::{
-        LearnedPrompt, Version,
+        Version,
         calibration::Calibration,
         label_scores::{LabelScores, LabelTokens, NoTokens},
         template::Input,
@@ -60,7 +61,7 @@ pub async fn classify(
     let continuations = labels.continuations();
     let start = |input: Input| async {
         let tokenized = call.tokenize(&app, input).await?;
-        let given = tokenized.ids.len();
+        let given = tokenized.tokens.len();
         call.start(&app, tokenized, given, continuations.clone())
     };
     let answer = |scored| classified(scored, &labels, &calibration, request.abstain_below.unwrap_or(0.0));
@@ -95,7 +96,7 @@ pub async fn score(
         let tokenized = call.tokenize(&app, input).await?;
         match &continuations {
             Some(continuations) => {
-                let given = tokenized.ids.len();
+                let given = tokenized.tokens.len();
                 call.start(&app, tokenized, given, continuations.clone())
             }
             None if app.model.encoder.is_some() => {
@@ -103,10 +104,10 @@ pub async fn score(
                 Err(Problem::field("continuations", detail))
             }
             None => {
-                let given = given_of_input(&call.version);
-                let own = tokenized.ids.get(given..).unwrap_or_default().to_vec();
+                let given = tokenized.num_given(&call.version);
+                let own = text_ids(tokenized.tokens.get(given..).unwrap_or_default());
                 if own.is_empty() {
-                    let found = tokenized.ids.len();
+                    let found = tokenized.text_len();
                     let detail = format!("found {found} tokens, expected at least one that another comes before");
                     return Err(Problem::field("input", detail));
                 }
@@ -227,13 +228,6 @@ fn continuations(app: &App, texts: &[String]) -> Result<Vec<Vec<u32>>, Problem> 
         ids => Ok(ids),
     };
     texts.iter().enumerate().map(ids).collect()
-}
-
-/// How many tokens of an input have to be given for the others to be scored: none where the rows of a learned prompt come
-/// before them.
-pub fn given_of_input(version: &Version) -> usize {
-    let has_rows = matches!(&*version.prompt, LearnedPrompt::Embeddings(_)) && version.prompt.num_virtual_tokens() > 0;
-    usize::from(!has_rows)
 }
 
 /// The answer for one input, whose continuations are given as texts and as ids, or which was scored itself.

@@ -22,7 +22,6 @@ pub mod problem;
 pub mod running;
 mod scoring;
 pub mod tokenize;
-mod truncation;
 pub mod types;
 
 pub use connections::serve;
@@ -106,7 +105,12 @@ impl App {
         let base = Arc::new(Version::without_prompt(&model.fingerprint, model.hidden_size, chat)?);
         let uploads = Semaphore::new(limits.max_concurrent_uploads);
         let warm = engine.clone();
-        registry.on_active(move |version| warm.warm_up(Arc::clone(&version.prompt), CacheNamespace(version.digest.0)));
+        registry.on_active(move |version| {
+            // Where a template places virtual tokens, what comes before them is not known yet.
+            if !version.template.places_virtual_tokens() {
+                warm.warm_up(Arc::clone(&version.prompt), CacheNamespace(version.digest.0));
+            }
+        });
         Ok(Arc::new(Self {
             grammars: Arc::new(Grammars::new(tokenizer.clone(), model.vocab_size, model.eos_token_ids.clone())),
             engine,

@@ -11,24 +11,22 @@ use super::{
     App,
     access::Caller,
     problem::{Code, Problem, ProblemError},
-    truncation,
     types::GenerateRequest,
 };
 use crate::{
     engine::{
-        request::{CacheNamespace, Request, SamplingParams, Tenant},
+        request::{CacheNamespace, Goal, Request, SamplingParams, Tenant},
         sampling::mask::TokenConstraint,
     },
-    packing::TokenBudget,
+    input::{InputEncoder, InputError, truncation},
+    packing::{self, InputToken, PromptShape, TokenBudget},
     prompt::{
-        TaskName, Version,
+        LearnedPrompt, TaskName, Version,
         chat::{EdgeTokens, Message},
         grammar::Grammar,
-        spec::SpecialTokens,
         template::Input,
     },
     sampling::{Fault, MAX_STOP_BYTES, SamplingOptions, SamplingValues},
-    tokenizer::Tokenizer,
 };
 
 /// The most answers to one request.
@@ -119,9 +117,10 @@ impl Settings {
         started: Instant,
     ) -> Result<Prepared, Problem> {
         let settings = &mut self;
-        let Tokenized { ids, num_public } = tokenized;
+        let prompt_tokens = tokenized.text_len();
+        let Tokenized { tokens, num_public } = tokenized;
         let virtual_tokens = version.prompt.num_virtual_tokens();
-        let most = max_answer_tokens(app, &version, ids.len())?;
+        let most = max_answer_tokens(app, &version, prompt_tokens)?;
         settings.sampling.max_tokens = settings.sampling.max_tokens.min(most);
         let tenant = tenant(app, caller, &version.task);
         let requests = (0..settings.choices)
@@ -132,10 +131,10 @@ impl Settings {
                 Request {
                     deadline,
                     namespace: Some(CacheNamespace(version.digest.0)),
-                    public_prefix: virtual_tokens + num_public,
+                    public_prefix: num_public,
                     tenant,
                     priority: settings.scheduling.priority,
-                    ..Request::new(version.learned_prompt().cloned(), &ids, sampling)
+                    ..Request::of(version.learned_prompt().cloned(), tokens.clone(), Goal::Generate(sampling))
                 }
             })
             .collect();
@@ -146,7 +145,7 @@ impl Settings {
             logprobs: settings.sampling.logprobs.is_some(),
             stop: self.stop,
             virtual_tokens,
-            prompt_tokens: ids.len(),
+            prompt_tokens,
         })
     }
 }
@@ -159,15 +158,53 @@ pub fn tenant(app: &App, caller: Caller, task: &TaskName) -> Tenant {
     Tenant { owner: caller.tenant, key: hash.finish(), weight: app.limits.task_weights.of(task.as_str()) }
 }
 
-/// A rendered input as token ids.
-#[derive(Debug)]
+/// An input as the positions that the model reads.
+#[derive(Debug, Clone)]
 pub struct Tokenized {
-    pub ids: Vec<u32>,
-    /// How many of the first ids are the template's own, whatever the input is.
+    /// `[learned prompt][text]`, unless the task's template places virtual tokens elsewhere.
+    pub tokens: Vec<InputToken>,
+    /// How many of the first positions are the same whatever the input is.
     pub num_public: usize,
 }
 
-/// Renders the input by the task's template and turns it into token ids.
+impl Tokenized {
+    /// The ids of a text that no template made.
+    ///
+    /// # Errors
+    /// The version's template says where virtual tokens stand.
+    pub fn of_ids(version: &Version, ids: &[u32], field: &str) -> Result<Self, Problem> {
+        let prompt = version.learned_prompt();
+        if prompt.is_some() && version.template.places_virtual_tokens() {
+            let detail =
+                "found token ids, expected a text: the task's template says where its virtual tokens stand in it";
+            return Err(Problem::field(field, detail));
+        }
+        let shape = PromptShape::of(prompt.map(Arc::as_ref));
+        Ok(Self { tokens: shape.followed_by(ids), num_public: shape.num_virtual_tokens() })
+    }
+
+    /// How many tokens of text there are.
+    pub fn text_len(&self) -> usize {
+        packing::text_len(&self.tokens)
+    }
+
+    /// The ids of the text.
+    pub fn text_ids(&self) -> Vec<u32> {
+        packing::text_ids(&self.tokens)
+    }
+
+    /// How many of the first positions come before the text that can be predicted from them: all up to the last virtual
+    /// token, if they consist of embeddings, and at least one token that is read.
+    pub fn num_given(&self, version: &Version) -> usize {
+        let rows = self.tokens.iter().rposition(|token| token.vocab().is_none()).map_or(0, |last| last + 1);
+        match &*version.prompt {
+            LearnedPrompt::Embeddings(_) => rows.max(1),
+            LearnedPrompt::KeyValues(_) => rows + 1,
+        }
+    }
+}
+
+/// Renders the input by the task's template and turns it into positions.
 pub async fn tokenize(app: &App, version: &Arc<Version>, input: Input) -> Result<Tokenized, Problem> {
     let bytes = match &input {
         Input::Text(text) => text.len(),
@@ -178,50 +215,23 @@ pub async fn tokenize(app: &App, version: &Arc<Version>, input: Input) -> Result
     let version = Arc::clone(version);
     let limit = truncation::limit(app.engine.token_budget(version.learned_prompt().map(Arc::as_ref)), &version);
     let work = move || -> Result<Tokenized, Problem> {
-        let ids_of = |input: &Input| -> Result<Vec<u32>, Problem> {
-            Ok(match version.spec.special_tokens.unwrap_or_default() {
-                SpecialTokens::Special => tokenizer.tokenize(&version.template.render(input)?)?,
-                SpecialTokens::Text => {
-                    let escaped = input.map(|text| tokenizer.escape(text));
-                    tokenizer.tokenize_escaped(&version.template.render(&escaped)?)?
-                }
-            })
-        };
-        let ids = match &version.spec.truncate {
-            Some(truncate) => truncation::fit(&tokenizer, truncate, &input, limit, ids_of)?,
-            None => ids_of(&input)?,
-        };
-        let fixed = match version.fixed_ids.get() {
+        let encoder = InputEncoder::of(&version, &tokenizer);
+        let tokens = encoder.encode(&input, limit)?;
+        let fixed = match version.fixed_beginning.get() {
             Some(fixed) => fixed,
             None => {
-                let fixed = fixed_ids(&tokenizer, version.template.fixed_beginning())?;
-                version.fixed_ids.get_or_init(|| fixed)
+                let fixed = encoder.fixed_beginning()?;
+                version.fixed_beginning.get_or_init(|| fixed)
             }
         };
         // All or nothing: how much of it another request shares must not depend on this one's input.
-        let num_public = if ids.starts_with(fixed) { fixed.len() } else { 0 };
-        Ok(Tokenized { ids, num_public })
+        let num_public = if tokens.starts_with(fixed) { fixed.len() } else { 0 };
+        Ok(Tokenized { tokens, num_public })
     };
     if long { super::blocking(work).await } else { work() }
 }
 
-/// The token ids that begin every text with this beginning: those that stay the same whatever follows it,
-/// but for the last one, which other texts may join to their own.
-fn fixed_ids(tokenizer: &Tokenizer, beginning: &str) -> Result<Vec<u32>, Problem> {
-    if beginning.is_empty() {
-        return Ok(Vec::new());
-    }
-    let mut fixed = tokenizer.tokenize(beginning)?;
-    for probe in ["a", "A", " a", "1", ".", "\n", "é", "中"] {
-        let longer = tokenizer.tokenize(&format!("{beginning}{probe}"))?;
-        let common = fixed.iter().zip(&longer).take_while(|(a, b)| a == b).count();
-        fixed.truncate(common);
-    }
-    fixed.pop();
-    Ok(fixed)
-}
-
-/// Turns a conversation into token ids by a version's chat template.
+/// Turns a conversation into positions by a version's chat template.
 ///
 /// # Errors
 /// The version has none, or it does not take these messages.
@@ -232,16 +242,15 @@ pub async fn tokenize_chat(app: &App, version: &Arc<Version>, messages: Vec<Mess
     };
     let long = messages.iter().map(|message| message.content.len()).sum::<usize>() > LONG_TEXT;
     let tokenizer = app.tokenizer.clone();
+    let version = Arc::clone(version);
     let edges = EdgeTokens { bos: app.model.chat.bos_token.clone(), eos: app.model.chat.eos_token.clone() };
-    let special = version.spec.special_tokens.unwrap_or_default();
     let work = move || -> Result<Tokenized, Problem> {
-        let escape = |message: Message| match special {
-            SpecialTokens::Special => message,
-            SpecialTokens::Text => Message { content: tokenizer.escape(&message.content), ..message },
-        };
-        let messages: Vec<Message> = messages.into_iter().map(escape).collect();
-        let text = chat.render(&messages, &edges).map_err(|error| Problem::field("messages", error.to_string()))?;
-        Ok(Tokenized { ids: tokenizer.tokenize_conversation(&text)?, num_public: 0 })
+        let encoder = InputEncoder::of(&version, &tokenizer);
+        let tokens = encoder.encode_conversation(&chat, &messages, &edges).map_err(|error| match error {
+            InputError::Template(error) => Problem::field("messages", error.to_string()),
+            error => error.into(),
+        })?;
+        Ok(Tokenized { tokens, num_public: 0 })
     };
     if long { super::blocking(work).await } else { work() }
 }

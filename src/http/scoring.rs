@@ -13,7 +13,7 @@ use super::{
 use crate::{
     engine::{
         EventStream, SubmitError,
-        request::{CacheNamespace, Event, FinishReason, Request},
+        request::{CacheNamespace, Event, FinishReason, Goal, Request},
     },
     prompt::{Version, template::Input},
 };
@@ -31,7 +31,7 @@ pub struct Call {
 #[derive(Debug)]
 pub struct Running {
     pub version: Arc<Version>,
-    /// The ids of the input.
+    /// The ids of the input's text.
     pub ids: Vec<u32>,
     events: EventStream,
 }
@@ -63,17 +63,17 @@ impl Call {
         Ok(Self { caller, version, scheduling, started })
     }
 
-    /// The token ids of an input.
+    /// The positions of an input.
     ///
     /// # Errors
     /// It does not fit the template, or leaves no room for a continuation.
     pub async fn tokenize(&self, app: &App, input: Input) -> Result<Tokenized, Problem> {
         let tokenized = prepare::tokenize(app, &self.version, input).await?;
-        prepare::max_answer_tokens(app, &self.version, tokenized.ids.len())?;
+        prepare::max_answer_tokens(app, &self.version, tokenized.text_len())?;
         Ok(tokenized)
     }
 
-    /// Hands the first `given` tokens of an input to the engine, to score continuations of them.
+    /// Hands the first `given` positions of an input to the engine, to score continuations of them.
     ///
     /// # Errors
     /// The engine does not take it.
@@ -85,26 +85,22 @@ impl Call {
         continuations: Vec<Vec<u32>>,
     ) -> Result<Running, Problem> {
         let request = self.request(app, &tokenized, given, continuations);
-        self.running(tokenized.ids, app.engine.submit(request))
+        self.running(tokenized.text_ids(), app.engine.submit(request))
     }
 
-    /// The engine's request to score continuations of the first `given` tokens of an input.
-    pub fn request(
-        &self,
-        app: &App,
-        Tokenized { ids, num_public }: &Tokenized,
-        given: usize,
-        continuations: Vec<Vec<u32>>,
-    ) -> Request {
+    /// The engine's request to score continuations of the first `given` positions of an input.
+    pub fn request(&self, app: &App, tokenized: &Tokenized, given: usize, continuations: Vec<Vec<u32>>) -> Request {
         let version = &self.version;
-        record_input(version.task.as_str(), ids.len());
+        let Tokenized { tokens, num_public } = tokenized;
+        record_input(version.task.as_str(), tokenized.text_len());
+        let given = given.min(tokens.len());
         Request {
             deadline: Some(self.started + self.scheduling.timeout),
             namespace: Some(CacheNamespace(version.digest.0)),
-            public_prefix: version.prompt.num_virtual_tokens() + (*num_public).min(given),
+            public_prefix: (*num_public).min(given),
             tenant: prepare::tenant(app, self.caller, &version.task),
             priority: self.scheduling.priority,
-            ..Request::score(version.learned_prompt().cloned(), &ids[..given.min(ids.len())], continuations)
+            ..Request::of(version.learned_prompt().cloned(), tokens[..given].to_vec(), Goal::Score(continuations))
         }
     }
 

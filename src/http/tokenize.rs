@@ -37,7 +37,7 @@ pub async fn tokenize(
             }
             let version = app.registry.resolve(&task, request.version.as_deref())?;
             let tokenized = prepare::tokenize(&app, &version, input).await?;
-            (tokenized.ids, version.prompt.num_virtual_tokens())
+            (tokenized.text_ids(), version.prompt.num_virtual_tokens())
         }
         (None, Input::Text(text)) => {
             if request.version.is_some() {

@@ -33,7 +33,7 @@ pub fn embed(model: &Model, sources: &[EmbeddingSource<'_>]) -> Result<Tensor> {
     let mut rows = Vec::new();
     let mut taken = 0;
     for source in sources {
-        for run in source.tokens.chunk_by(|a, b| is_virtual(a) == is_virtual(b)) {
+        for run in source.tokens.chunk_by(follows) {
             match (run[0], &words) {
                 (InputToken::Virtual(first), _) => {
                     let Some(prompt) = source.prompt_rows else {
@@ -53,6 +53,11 @@ pub fn embed(model: &Model, sources: &[EmbeddingSource<'_>]) -> Result<Tensor> {
     Tensor::cat(&rows, 0)
 }
 
-fn is_virtual(token: &InputToken) -> bool {
-    matches!(token, InputToken::Virtual(_))
+/// Whether two positions' rows stand side by side where they come from.
+fn follows(first: &InputToken, second: &InputToken) -> bool {
+    match (first, second) {
+        (InputToken::Vocab(_), InputToken::Vocab(_)) => true,
+        (InputToken::Virtual(a), InputToken::Virtual(b)) => a + 1 == *b,
+        _ => false,
+    }
 }

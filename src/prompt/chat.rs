@@ -7,7 +7,10 @@ use minijinja::{Environment, Error, ErrorKind, Value, context, syntax::SyntaxCon
 use serde::Serialize as _;
 use serde_json::ser::{Formatter, PrettyFormatter, Serializer};
 
-use super::template::{MAX_RENDERED_BYTES, MAX_TEMPLATE_BYTES, TemplateError, describe};
+use super::{
+    soft::{Rendered, Soft},
+    template::{MAX_RENDERED_BYTES, MAX_TEMPLATE_BYTES, TemplateError, describe},
+};
 
 /// minijinja's budget for one rendering: about one unit an instruction or 64 bytes of data.
 const FUEL: u64 = 2_000_000;
@@ -19,6 +22,8 @@ const NAME: &str = "chat_template";
 #[derive(Debug, Clone)]
 pub struct ChatTemplate {
     environment: Arc<Environment<'static>>,
+    /// Where it says itself where virtual tokens stand.
+    soft: Option<Soft>,
 }
 
 /// One message of a conversation.
@@ -68,15 +73,22 @@ impl ChatTemplate {
             Err(Error::new(ErrorKind::InvalidOperation, reason))
         });
         environment.add_function("strftime_now", |format: String| today(&format));
+        let soft = Soft::is_called(source).then(|| Soft::add_to(&mut environment));
         environment.add_template_owned(NAME, source.to_owned()).map_err(|e| TemplateError::Syntax(describe(&e)))?;
-        Ok(Self { environment: Arc::new(environment) })
+        Ok(Self { environment: Arc::new(environment), soft })
     }
 
-    /// The text of a conversation, up to where the assistant's next message begins.
+    /// Whether it calls `soft()`, which says where virtual tokens stand. Otherwise they come before all text.
+    pub fn places_virtual_tokens(&self) -> bool {
+        self.soft.is_some()
+    }
+
+    /// The text of a conversation, up to where the assistant's next message begins, with the places of virtual tokens
+    /// if the template says them.
     ///
     /// # Errors
     /// The template does not take these messages, or the text is too long.
-    pub fn render(&self, messages: &[Message], tokens: &EdgeTokens) -> Result<String, TemplateError> {
+    pub fn render(&self, messages: &[Message], tokens: &EdgeTokens) -> Result<Rendered, TemplateError> {
         let values = context! {
             messages => messages.iter().map(Message::value).collect::<Value>(),
             add_generation_prompt => true,
@@ -89,7 +101,10 @@ impl ChatTemplate {
             let detail = format!("it renders to {} bytes; the maximum is {MAX_RENDERED_BYTES}", text.len());
             return Err(TemplateError::Input(detail));
         }
-        Ok(text)
+        Ok(match &self.soft {
+            Some(soft) => soft.part(&text),
+            None => Rendered::text(text),
+        })
     }
 }
 
@@ -178,7 +193,7 @@ mod tests {
 
     fn render(source: &str, messages: &[Message]) -> Result<String, TemplateError> {
         let tokens = EdgeTokens { bos: "<s>".to_owned(), eos: "</s>".to_owned() };
-        ChatTemplate::parse(source).expect("parses").render(messages, &tokens)
+        ChatTemplate::parse(source).expect("parses").render(messages, &tokens).map(|rendered| rendered.text_with(None))
     }
 
     #[test]

@@ -127,6 +127,7 @@ pub fn read(task: TaskName, files: &PromptFiles, fit: &Fit) -> Result<Version, F
     let prompt = read_prompt(files, spec.as_ref().ok(), fit);
     match (prompt, spec.and_then(|spec| read_words(spec, fit))) {
         (Ok((prompt, peft_type, mut warnings)), Ok(words)) => {
+            words.check_places(&prompt).map_err(|reason| Faults(vec![task_fault(reason)]))?;
             warnings.extend(words.warnings);
             if words.spec.task_id.is_some() && peft_type != PeftType::Multitask {
                 warnings.push("task.json has a task_id, which only multitask prompts use; ignored".to_owned());
@@ -141,7 +142,7 @@ pub fn read(task: TaskName, files: &PromptFiles, fit: &Fit) -> Result<Version, F
                 labels: words.labels,
                 spec: words.spec,
                 warnings,
-                fixed_ids: OnceLock::new(),
+                fixed_beginning: OnceLock::new(),
                 label_tokens: OnceLock::new(),
             })
         }
@@ -220,6 +221,34 @@ struct Words {
     chat: Option<ChatTemplate>,
     labels: Option<Verbalizer>,
     warnings: Vec<String>,
+}
+
+impl Words {
+    /// Checks that templates that place virtual tokens place all of this prompt's.
+    fn check_places(&self, prompt: &LearnedPrompt) -> Result<(), String> {
+        let template = self.template.places_virtual_tokens();
+        if self.chat.as_ref().is_some_and(|chat| chat.places_virtual_tokens() != template) {
+            return Err(
+                "only one of template and chat_template calls soft(), which says where virtual tokens stand: call it \
+                        in both or in neither"
+                    .to_owned(),
+            );
+        }
+        if !template {
+            return Ok(());
+        }
+        if let LearnedPrompt::KeyValues(_) = prompt {
+            return Err(
+                "template: it calls soft(), which places rows of embeddings, and this prompt consists of keys and \
+                        values, which come before all text: leave soft() out"
+                    .to_owned(),
+            );
+        }
+        // A template that does not take the sample says so to each request.
+        let Some(sample) = self.template.sample() else { return Ok(()) };
+        sample.places(prompt.num_virtual_tokens()).map_err(|error| format!("template: {error}"))?;
+        Ok(())
+    }
 }
 
 fn task_fault(reason: String) -> Fault {

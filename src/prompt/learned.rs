@@ -2,6 +2,25 @@
 
 use candle_core::Tensor;
 
+/// One position of input: a token of the vocabulary, or a virtual token of the learned prompt.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum InputToken {
+    /// A token of the model's vocabulary.
+    Vocab(u32),
+    /// Virtual token i of the request's learned prompt: a row of embeddings, or keys and values.
+    Virtual(u32),
+}
+
+impl InputToken {
+    /// The vocabulary's id, if it is a token of text.
+    pub fn vocab(&self) -> Option<u32> {
+        match self {
+            Self::Vocab(id) => Some(*id),
+            Self::Virtual(_) => None,
+        }
+    }
+}
+
 /// The tensors of one version, on the host and in the model's dtype: whoever runs the model puts them on its device.
 #[derive(Debug, Clone)]
 pub enum LearnedPrompt {

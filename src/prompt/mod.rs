@@ -17,6 +17,7 @@ mod layout;
 pub mod learned;
 pub mod peft;
 pub mod peft_type;
+pub mod soft;
 pub mod spec;
 pub mod task;
 pub mod template;

@@ -15,7 +15,7 @@ use super::{
     chat::ChatTemplate,
     label_scores::LabelTokens,
     labels::Verbalizer,
-    learned::{Embeddings, LearnedPrompt},
+    learned::{Embeddings, InputToken, LearnedPrompt},
     peft_type::PeftType,
     spec::TaskSpec,
     template::{DEFAULT_TEMPLATE, PromptTemplate},
@@ -142,8 +142,8 @@ pub struct Version {
     pub spec: TaskSpec,
     /// What was odd about its files but not wrong, for a log and the admin API.
     pub warnings: Vec<String>,
-    /// The token ids of the template's fixed beginning, once the first request has tokenized it.
-    pub fixed_ids: OnceLock<Vec<u32>>,
+    /// The positions that every input begins with, once the first request has tokenized them.
+    pub fixed_beginning: OnceLock<Vec<InputToken>>,
     /// The token ids of its labels, once the first request has tokenized them.
     pub label_tokens: OnceLock<LabelTokens>,
 }
@@ -170,7 +170,7 @@ impl Version {
             labels: None,
             spec: TaskSpec::default(),
             warnings: Vec::new(),
-            fixed_ids: OnceLock::new(),
+            fixed_beginning: OnceLock::new(),
             label_tokens: OnceLock::new(),
         })
     }

@@ -4,6 +4,8 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use minijinja::{Environment, ErrorKind, UndefinedBehavior, Value, syntax::SyntaxConfig};
 
+use super::soft::{Rendered, Soft};
+
 /// The template of a task that has none: the input as it is.
 pub const DEFAULT_TEMPLATE: &str = "{{ input }}";
 
@@ -25,6 +27,8 @@ pub struct PromptTemplate {
     source: String,
     fields: Vec<String>,
     environment: Arc<Environment<'static>>,
+    /// Where it says itself where virtual tokens stand.
+    soft: Option<Soft>,
 }
 
 /// What a request hands to the template.
@@ -73,6 +77,7 @@ impl PromptTemplate {
         environment.set_syntax(syntax);
         environment.set_fuel(Some(FUEL));
         environment.remove_global("debug");
+        let soft = Soft::is_called(source).then(|| Soft::add_to(&mut environment));
         environment.add_template_owned(NAME, source.to_owned()).map_err(|e| TemplateError::Syntax(describe(&e)))?;
 
         let globals: Vec<String> = environment.globals().map(|(name, _)| name.to_owned()).collect();
@@ -86,7 +91,7 @@ impl PromptTemplate {
             let detail = "it uses no field, so no input could change its text; write {{ input }} where the input goes";
             return Err(TemplateError::Syntax(detail.to_owned()));
         }
-        let template = Self { source: source.to_owned(), fields, environment: Arc::new(environment) };
+        let template = Self { source: source.to_owned(), fields, environment: Arc::new(environment), soft };
         template.check_names()?;
         Ok(template)
     }
@@ -96,13 +101,45 @@ impl PromptTemplate {
         &self.source
     }
 
-    /// The fixed beginning: what every text of this template begins with, whatever the input is. It ends
-    /// before the template's first tag, so it may be shorter than it could be.
-    pub fn fixed_beginning(&self) -> &str {
-        let first = ["{{", "{%", "{#"].iter().filter_map(|tag| self.source.find(tag)).min();
-        let (fixed, tag) = self.source.split_at(first.unwrap_or(0));
+    /// Whether it calls `soft()`, which says where virtual tokens stand. Otherwise they come before all text.
+    pub fn places_virtual_tokens(&self) -> bool {
+        self.soft.is_some()
+    }
+
+    /// The fixed beginning: what every text of this template begins with, whatever the input is. It ends before the
+    /// template's first tag that is no call of `soft`, so it may be shorter than it could be.
+    pub fn fixed_beginning(&self) -> Rendered {
+        let (fixed, rest) = self.source.split_at(self.fixed_len());
         // A minus takes the white space before the tag away.
-        if tag.get(2..).is_some_and(|rest| rest.starts_with('-')) { fixed.trim_end() } else { fixed }
+        let is_trimmed = rest.get(2..).is_some_and(|rest| rest.starts_with('-'));
+        match &self.soft {
+            Some(soft) => {
+                let rendered = self.environment.render_str(fixed, ()).unwrap_or_default();
+                soft.part(if is_trimmed { rendered.trim_end() } else { &rendered })
+            }
+            None => Rendered::text(if is_trimmed { fixed.trim_end() } else { fixed }.to_owned()),
+        }
+    }
+
+    /// Where the first tag begins that is no call of `soft`; 0 where there is none.
+    fn fixed_len(&self) -> usize {
+        let mut at = 0;
+        loop {
+            let rest = &self.source[at..];
+            let Some(tag) = ["{{", "{%", "{#"].iter().filter_map(|tag| rest.find(tag)).min() else { return 0 };
+            let Some((inside, _)) = rest[tag..].strip_prefix("{{").and_then(|rest| rest.split_once("}}")) else {
+                return at + tag;
+            };
+            let call = inside.trim_matches(['-', '+']).trim();
+            let arguments = call.strip_prefix("soft").and_then(|call| call.trim_start().strip_prefix('('));
+            let is_soft = arguments
+                .and_then(|rest| rest.strip_suffix(')'))
+                .is_some_and(|numbers| numbers.chars().all(|c| c.is_ascii_digit() || c == ',' || c == ' '));
+            if self.soft.is_none() || !is_soft {
+                return at + tag;
+            }
+            at += tag + 4 + inside.len();
+        }
     }
 
     /// The names of the fields it uses, sorted; never empty.
@@ -110,9 +147,9 @@ impl PromptTemplate {
         &self.fields
     }
 
-    /// The text that follows the learned prompt. A plain text goes to the template's only field,
-    /// whatever it is called; fields must be exactly the template's.
-    pub fn render(&self, input: &Input) -> Result<String, TemplateError> {
+    /// The text of an input, with the places of virtual tokens if the template says them. A plain text goes to the
+    /// template's only field, whatever it is called; fields must be exactly the template's.
+    pub fn render(&self, input: &Input) -> Result<Rendered, TemplateError> {
         let values = match input {
             Input::Text(text) => self.text_value(text)?,
             Input::Fields(fields) => self.field_values(fields)?,
@@ -122,7 +159,23 @@ impl PromptTemplate {
             let detail = format!("it renders to {} bytes; the maximum is {MAX_RENDERED_BYTES}", text.len());
             return Err(TemplateError::Input(detail));
         }
-        Ok(text)
+        Ok(self.part(text))
+    }
+
+    fn part(&self, text: String) -> Rendered {
+        match &self.soft {
+            Some(soft) => soft.part(&text),
+            None => Rendered::text(text),
+        }
+    }
+
+    /// The template with a text in each field, to see what its places are; nothing if it does not take such a text.
+    pub fn sample(&self) -> Option<Rendered> {
+        Some(self.part(self.execute(self.sample_fields()).ok()?))
+    }
+
+    fn sample_fields(&self) -> Value {
+        context(self.fields.iter().map(|field| (field.as_str(), "text")))
     }
 
     fn text_value(&self, text: &str) -> Result<Value, TemplateError> {
@@ -167,8 +220,7 @@ impl PromptTemplate {
     /// Names of filters and tests are looked up when they run, so a trial run finds the wrong ones.
     /// Other errors may come from the trial's values and are no fault of the template.
     fn check_names(&self) -> Result<(), TemplateError> {
-        let values = context(self.fields.iter().map(|field| (field.as_str(), "text")));
-        match self.execute(values) {
+        match self.execute(self.sample_fields()) {
             Err(e)
                 if matches!(
                     e.kind(),
@@ -207,10 +259,11 @@ fn quoted(names: &[impl AsRef<str>]) -> String {
 
 #[cfg(test)]
 mod tests {
+    use super::super::soft::{Piece, Place};
     use super::*;
 
     fn render(source: &str, input: &Input) -> Result<String, TemplateError> {
-        PromptTemplate::parse(source).expect("parses").render(input)
+        PromptTemplate::parse(source).expect("parses").render(input).map(|rendered| rendered.text_with(None))
     }
 
     fn text(text: &str) -> Input {
@@ -239,11 +292,39 @@ mod tests {
             ("{% raw %}a{% endraw %}{{ input }}", ""),
         ] {
             let template = PromptTemplate::parse(source).expect("parses");
-            assert_eq!(template.fixed_beginning(), fixed, "{source}");
+            assert_eq!(template.fixed_beginning().text_with(None), fixed, "{source}");
             for input in ["x", " x", "\nx"] {
-                assert!(template.render(&text(input)).expect("renders").starts_with(fixed), "{source}");
+                let rendered = template.render(&text(input)).expect("renders").text_with(None);
+                assert!(rendered.starts_with(fixed), "{source}");
             }
         }
+    }
+
+    #[test]
+    fn the_fixed_beginning_goes_on_through_places_of_virtual_tokens() {
+        let piece = |text: &str| Piece::Text(text.to_owned());
+        let range = |start, end| Piece::Virtual(Place::Range(start..end));
+        for (source, fixed) in [
+            ("{{ soft() }}{{ input }}", vec![Piece::Virtual(Place::All)]),
+            (
+                "a {{ soft(0, 2) }} b {{soft(2,4)}}{{ input }}",
+                vec![piece("a "), range(0, 2), piece(" b "), range(2, 4)],
+            ),
+            ("a {{- soft(0, 2) -}} b \n{{- input }}", vec![piece("a"), range(0, 2), piece("b")]),
+            ("a {{ soft(0, input | length) }}{{ input }}", vec![piece("a ")]),
+        ] {
+            let template = PromptTemplate::parse(source).expect("parses");
+            assert!(template.places_virtual_tokens());
+            assert_eq!(template.fields(), ["input"]);
+            assert_eq!(template.fixed_beginning().pieces, fixed, "{source}");
+        }
+    }
+
+    #[test]
+    fn a_field_may_be_called_soft() {
+        let template = PromptTemplate::parse("{{ soft }}").expect("parses");
+        assert!(!template.places_virtual_tokens());
+        assert_eq!(template.fields(), ["soft"]);
     }
 
     #[test]

@@ -64,7 +64,7 @@ impl Compositions {
             labels: first.labels.clone(),
             spec: first.spec.clone(),
             warnings: Vec::new(),
-            fixed_ids: OnceLock::new(),
+            fixed_beginning: OnceLock::new(),
             label_tokens: OnceLock::new(),
         });
         self.keep(Arc::clone(&version));

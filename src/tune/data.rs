@@ -18,12 +18,12 @@ use json::kind;
 
 use crate::{
     content,
-    packing::TokenBudget,
+    input::InputEncoder,
+    packing::{InputToken, PromptShape, TokenBudget, text_ids, text_len},
     prompt::{
         labels::{LabelError, Verbalizer},
-        template::{Input, PromptTemplate},
+        template::Input,
     },
-    tokenizer::Tokenizer,
 };
 
 /// The most faults that an error message lists; the rest are counted.
@@ -262,37 +262,55 @@ fn with_label(answer: Answer, labels: Option<&Verbalizer>) -> Result<(String, Op
 /// An example as the model sees it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TokenizedExample {
-    /// The rendered input, special tokens included.
-    pub input_ids: Vec<u32>,
+    /// The input's tokens, special tokens included, with virtual tokens where they have their places.
+    pub input: Vec<InputToken>,
     /// The answer with EOS; never empty.
     pub answer: Vec<u32>,
 }
 
-/// Renders and tokenizes examples. One that is longer than `budget` is a fault.
+impl TokenizedExample {
+    /// An input of these ids, special tokens included, after the learned prompt.
+    pub fn of_ids(ids: &[u32], answer: Vec<u32>) -> Self {
+        Self { input: PromptShape::None.followed_by(ids), answer }
+    }
+
+    /// The ids of the input's text.
+    pub fn text_ids(&self) -> Vec<u32> {
+        text_ids(&self.input)
+    }
+}
+
+/// Renders and tokenizes examples. Where the task names a field to shorten, it is shortened so that the longest answer still
+/// has room. An example that is longer than `budget` is a fault.
 pub fn tokenize(
     path: &Path,
     examples: &[Example],
-    template: &PromptTemplate,
-    tokenizer: &Tokenizer,
+    encoder: &InputEncoder<'_>,
     eos: u32,
     budget: TokenBudget,
 ) -> Result<Vec<TokenizedExample>, DataError> {
-    let one = |example: &Example| -> Result<TokenizedExample, String> {
-        let rendered = template.render(&example.input).map_err(|e| e.to_string())?;
-        let input_ids = tokenizer.tokenize(&rendered).map_err(|e| e.to_string())?;
-        let mut answer = tokenizer.tokenize_continuation(&example.output).map_err(|e| e.to_string())?;
+    let answer = |example: &Example| -> Result<Vec<u32>, String> {
+        let mut answer = encoder.tokenizer.tokenize_continuation(&example.output).map_err(|e| e.to_string())?;
         if answer.is_empty() {
             return Err(format!("the answer {} has no tokens", quote(&example.output)));
         }
         answer.push(eos);
-        let fits = budget.check(input_ids.len(), answer.len());
+        Ok(answer)
+    };
+    let answers: Vec<_> = examples.iter().map(answer).collect();
+    let longest = answers.iter().flatten().map(Vec::len).max().unwrap_or(1);
+    let limit = if budget.shared { budget.output.saturating_sub(longest) } else { budget.input };
+    let one = |example: &Example, answer: Result<Vec<u32>, String>| -> Result<TokenizedExample, String> {
+        let answer = answer?;
+        let input = encoder.encode(&example.input, limit).map_err(|e| e.to_string())?;
+        let fits = budget.check(text_len(&input), answer.len());
         fits.map_err(|fault| format!("{fault}; shorten it, or take fewer virtual tokens"))?;
-        Ok(TokenizedExample { input_ids, answer })
+        Ok(TokenizedExample { input, answer })
     };
     let mut faults = Vec::new();
     let mut tokenized = Vec::with_capacity(examples.len());
-    for example in examples {
-        match one(example) {
+    for (example, answer) in examples.iter().zip(answers) {
+        match one(example, answer) {
             Ok(e) => tokenized.push(e),
             Err(fault) => faults.push((example.line, fault)),
         }
@@ -317,13 +335,13 @@ pub fn held_out(examples: &[TokenizedExample], seed: u64) -> Vec<bool> {
         return out;
     }
     let wanted = (examples.len() / 10).max(SPLIT_AT_LEAST);
-    let mut same: HashMap<&[u32], Vec<usize>> = HashMap::new();
+    let mut same: HashMap<&[InputToken], Vec<usize>> = HashMap::new();
     for (i, example) in examples.iter().enumerate() {
-        same.entry(&example.input_ids).or_default().push(i);
+        same.entry(&example.input).or_default().push(i);
     }
     let mut taken = 0;
     for i in super::order::shuffled(examples.len(), seed, super::order::SPLIT) {
-        let group = &same[examples[i].input_ids.as_slice()];
+        let group = &same[examples[i].input.as_slice()];
         // A large group would take far more than was wanted.
         if taken < wanted && group[0] == i && taken + group.len() <= 2 * wanted {
             group.iter().for_each(|&j| out[j] = true);
@@ -434,7 +452,7 @@ mod tests {
 
     #[test]
     fn a_split_keeps_equal_inputs_on_one_side_and_takes_a_tenth_but_at_least_eight() {
-        let example = |i: u32| TokenizedExample { input_ids: vec![i / 2], answer: vec![1] };
+        let example = |i: u32| TokenizedExample::of_ids(&[i / 2], vec![1]);
         let few: Vec<_> = (0..39).map(example).collect();
         assert!(held_out(&few, 1).iter().all(|&out| !out));
         let many: Vec<_> = (0..100).map(example).collect();

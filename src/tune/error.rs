@@ -6,7 +6,7 @@ use std::{fmt, io, path::PathBuf};
 use super::{checkpoint::CheckpointError, data::DataError, init::InitError};
 use crate::{
     engine::{StartError, SubmitError},
-    prompt::{format::Faults, template::TemplateError},
+    prompt::{format::Faults, grammar::GrammarError, soft::PlaceError, template::TemplateError},
 };
 
 /// Why a prompt was not tuned or measured. Whatever was in the output folder is still there.
@@ -20,6 +20,8 @@ pub enum TuneError {
     Checkpoint(#[from] CheckpointError),
     #[error("the template: {0}")]
     Template(#[from] TemplateError),
+    #[error("the template: {0}")]
+    Place(#[from] PlaceError),
     /// A number is out of its range.
     #[error("{setting} is {found}, expected {expected}")]
     OutOfRange { setting: Setting, found: String, expected: String },
@@ -68,11 +70,15 @@ pub enum TuneError {
         "the model's output is not finite: with this prompt values overflow in the forward pass; tune it again with a lower learning rate"
     )]
     NotFinite,
+    #[error("the task's grammar cannot be used: {0}")]
+    Grammar(#[from] GrammarError),
+    #[error("the task's grammar allows no next token: {reason}")]
+    NoTokenAllowed { reason: String },
     #[error("the engine failed while it answered the inputs; its log has the cause")]
     EngineFailed,
 }
 
-/// The numbers that a run is set by.
+/// What a run is set by.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Setting {
     VirtualTokens,
@@ -91,6 +97,8 @@ pub enum Setting {
     EncoderHidden,
     Steps,
     Epochs,
+    /// The field of an input that is shortened.
+    Truncate,
 }
 
 impl fmt::Display for Setting {
@@ -107,6 +115,7 @@ impl fmt::Display for Setting {
             Self::EncoderHidden => "the number of units in the prompt encoder's layers",
             Self::Steps => "the number of steps",
             Self::Epochs => "the number of epochs",
+            Self::Truncate => "the field to shorten",
         })
     }
 }

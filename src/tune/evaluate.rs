@@ -12,15 +12,16 @@ use super::{
     metrics,
 };
 use crate::{
+    engine::sampling::mask::TokenConstraint,
+    grammar::Grammars,
+    input::{InputEncoder, truncation},
     model::Model,
-    packing::{Packing, PromptShape},
+    packing::{InputToken, Packing, PromptShape, text_len},
     prompt::{
         LearnedPrompt, Version,
         calibration::Calibration,
         label_scores::{LabelTokens, NoTokens},
         labels::Verbalizer,
-        spec::SpecialTokens,
-        template::PromptTemplate,
     },
     tokenizer::Tokenizer,
 };
@@ -83,13 +84,11 @@ pub const NO_LABEL: &str = "(no label)";
 pub struct Evaluation<'a> {
     pub model: &'a Arc<Model>,
     pub tokenizer: &'a Tokenizer,
-    pub template: &'a PromptTemplate,
-    pub special_tokens: SpecialTokens,
+    /// The version whose template, special tokens, truncation, grammar and stop strings count.
+    pub version: &'a Version,
     pub labels: Option<&'a Verbalizer>,
     /// What corrects the learned prompt's label probabilities.
     pub calibration: Option<&'a Calibration>,
-    /// The texts that end an answer, beside the end-of-sequence token.
-    pub stop: &'a [String],
     pub data: &'a Dataset,
     /// The most new tokens of an answer.
     pub max_tokens: usize,
@@ -104,12 +103,12 @@ impl Evaluation<'_> {
     pub fn column(&self, variant: &PromptVariant<'_>, done: &mut dyn FnMut(usize)) -> Result<Column, TuneError> {
         let inputs = self.inputs(variant)?;
         let prompt = variant.learned();
-        let longest = inputs.iter().map(Vec::len).max().unwrap_or(0);
+        let longest = inputs.iter().map(|input| text_len(input)).max().unwrap_or(0);
         let words = self.labels.map(|labels| self.label_tokens(labels, variant)).transpose()?;
         let continuations = words.as_ref().map_or_else(Vec::new, LabelTokens::continuations);
         let longest_word = continuations.iter().map(Vec::len).max().unwrap_or(0);
         let engine = Inference::start(self.model, prompt, longest, self.max_tokens.max(longest_word))?;
-        let generated = engine.greedy(&inputs, self.max_tokens, done)?;
+        let generated = engine.greedy(&inputs, self.max_tokens, self.constraint()?.as_ref(), done)?;
         let mut outputs = Vec::with_capacity(generated.len());
         for ids in &generated {
             let output = self.tokenizer.decode(ids).map_err(super::init::InitError::Tokenizer)?;
@@ -128,27 +127,39 @@ impl Evaluation<'_> {
         }
     }
 
-    fn inputs(&self, variant: &PromptVariant<'_>) -> Result<Vec<Vec<u32>>, TuneError> {
+    /// What the task's grammar makes of answers, which a server holds every variant to as well.
+    fn constraint(&self) -> Result<Option<Arc<dyn TokenConstraint>>, TuneError> {
+        let Some(grammar) = &self.version.spec.grammar else { return Ok(None) };
+        let info = self.model.info();
+        let grammars = Grammars::new(self.tokenizer.clone(), info.vocab_size, info.eos_token_ids.clone());
+        Ok(Some(grammars.compile(grammar)?))
+    }
+
+    fn inputs(&self, variant: &PromptVariant<'_>) -> Result<Vec<Vec<InputToken>>, TuneError> {
         let shape = PromptShape::of(variant.learned().map(Arc::as_ref));
         let budget = Packing::of(self.model.info()).budget(shape);
+        let encoder = InputEncoder {
+            tokenizer: self.tokenizer,
+            template: &self.version.template,
+            special_tokens: self.version.spec.special_tokens.unwrap_or_default(),
+            truncate: self.version.spec.truncate.as_ref(),
+            shape,
+        };
+        let limit = truncation::limit(budget, self.version);
+        let instruction = match variant {
+            PromptVariant::Instruction(instruction) => format!("{instruction}\n"),
+            PromptVariant::Learned(_) | PromptVariant::NoPrompt => String::new(),
+        };
         let mut faults = Vec::new();
         let mut inputs = Vec::new();
         for example in &self.data.examples {
-            let input = match self.special_tokens {
-                SpecialTokens::Special => example.input.clone(),
-                SpecialTokens::Text => example.input.map(|text| self.tokenizer.escape(text)),
-            };
-            let ids = self.template.render(&input).map_err(|e| e.to_string()).and_then(|rendered| {
-                let text = match variant {
-                    PromptVariant::Instruction(instruction) => format!("{instruction}\n{rendered}"),
-                    PromptVariant::Learned(_) | PromptVariant::NoPrompt => rendered,
-                };
-                let ids = self.tokenizer.tokenize_escaped(&text).map_err(|e| e.to_string())?;
-                budget.check(ids.len(), 1).map_err(|fault| format!("{fault}; shorten it"))?;
-                Ok(ids)
+            let input = encoder.encode_after(&instruction, &example.input, limit).map_err(|e| e.to_string());
+            let fits = input.and_then(|input| {
+                budget.check(text_len(&input), 1).map_err(|fault| format!("{fault}; shorten it"))?;
+                Ok(input)
             });
-            match ids {
-                Ok(ids) => inputs.push(ids),
+            match fits {
+                Ok(input) => inputs.push(input),
                 Err(fault) => faults.push((example.line, fault)),
             }
         }
@@ -212,7 +223,15 @@ impl Evaluation<'_> {
         let tokens = |text: &str| self.tokenizer.tokenize_continuation(text).map_err(super::init::InitError::Tokenizer);
         let ends = match variant {
             PromptVariant::Learned(_) => {
-                let stops = self.stop.iter().map(|stop| tokens(stop)).collect::<Result<Vec<_>, _>>()?;
+                let stops = self
+                    .version
+                    .spec
+                    .defaults
+                    .stop
+                    .iter()
+                    .flatten()
+                    .map(|stop| tokens(stop))
+                    .collect::<Result<Vec<_>, _>>()?;
                 stops.into_iter().chain(self.model.info().eos_token_ids.iter().map(|&id| vec![id])).collect()
             }
             PromptVariant::NoPrompt | PromptVariant::Instruction(_) => Vec::new(),

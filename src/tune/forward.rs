@@ -3,7 +3,7 @@
 
 use std::{collections::HashMap, ops::Range, sync::Arc};
 
-use candle_core::{Result, Tensor, bail};
+use candle_core::{Result, Tensor};
 
 use super::data::TokenizedExample;
 use crate::{
@@ -18,7 +18,6 @@ use crate::{
     packing::{
         InputToken, PackedInput, Packing, PromptShape,
         embed::{EmbeddingSource, embed},
-        leading_virtual_tokens,
     },
     prompt::learned::{KeyValues, LearnedPrompt},
 };
@@ -58,7 +57,8 @@ impl Forward {
     }
 
     /// The logits that predict the answers' tokens, `[answer tokens, vocab]`, with the answers given
-    /// (teacher forcing), and the kernels of the pass. `prompt` is in any float type; with none, the model answers on its own.
+    /// (teacher forcing), and the kernels of the pass. `prompt` is in any float type; with none, the model answers
+    /// to the texts alone.
     ///
     /// # Errors
     /// An example has nothing to read before its answer.
@@ -69,7 +69,7 @@ impl Forward {
     ) -> Result<(Tensor, Box<dyn Kernels>)> {
         let shape = PromptShape::of(prompt);
         let pack = |example: &&TokenizedExample| {
-            let tokens = shape.followed_by(&example.input_ids);
+            let tokens = shape.applied_to(&example.input);
             let mut input = self.packing.pack(shape, tokens).map_err(candle_core::Error::wrap)?;
             let predicting = input.continued_by(&example.answer);
             Ok(PackedExample { input, predicting })
@@ -127,8 +127,8 @@ impl Forward {
     }
 
     /// The decoder over a batch: the final hidden states of the rows that predict the answers, `[answer
-    /// tokens, hidden]`. The learned prompt's rows, if the decoder reads it, are computed once for the whole
-    /// batch.
+    /// tokens, hidden]`. What all examples begin with, up to the last of the learned prompt's rows in it, is computed once
+    /// for the whole batch.
     fn decode(
         &self,
         prompt: Option<&LearnedPrompt>,
@@ -136,14 +136,11 @@ impl Forward {
         encoded: Option<EncodedBatch>,
     ) -> Result<(Tensor, Box<dyn Kernels>)> {
         let device = &self.model.info().device;
-        let n = batch.first().map_or(0, |example| leading_virtual_tokens(&example.input.decoder));
-        let mut tokens: Vec<InputToken> = (0..n as u32).map(InputToken::Virtual).collect();
+        let n = shared_beginning(batch);
+        let mut tokens = batch.first().map_or_else(Vec::new, |example| example.input.decoder[..n].to_vec());
         let mut layout = BatchLayout { shared: n, ..Default::default() };
         for PackedExample { input, predicting } in batch {
             let text = &input.decoder[n..];
-            if text.is_empty() {
-                bail!("an example has no input and an answer of one token; its template should add a text");
-            }
             // Position n of this example is this row of the batch.
             let first = tokens.len();
             tokens.extend(text);
@@ -151,7 +148,8 @@ impl Forward {
             let row = |position: usize| if position < n { position } else { first + position - n };
             layout.wanted.extend(predicting.clone().map(|position| row(position) as u32));
         }
-        let (past, prompt_rows) = match prompt.filter(|_| n > 0) {
+        let reads_prompt = tokens.iter().any(|token| token.vocab().is_none());
+        let (past, prompt_rows) = match prompt.filter(|_| reads_prompt) {
             Some(LearnedPrompt::Embeddings(embeddings)) => (None, Some(embeddings.rows.clone())),
             // Attention reads the past key values; what the rows in their positions hold does not matter.
             Some(LearnedPrompt::KeyValues(prompt)) => {
@@ -165,6 +163,18 @@ impl Forward {
         let mut kernels = self.tuning.kernels(&layout, past, encoded)?;
         Ok((self.model.forward(&x, &layout, kernels.as_mut())?, kernels))
     }
+}
+
+/// How many positions all examples begin with, up to the last virtual token among them. At least one position of each
+/// example is its own.
+fn shared_beginning(batch: &[PackedExample]) -> usize {
+    let Some((first, others)) = batch.split_first() else { return 0 };
+    let first = &first.input.decoder;
+    let common = |other: &PackedExample| first.iter().zip(&other.input.decoder).take_while(|(a, b)| a == b).count();
+    let shared = others.iter().map(common).min().unwrap_or(first.len());
+    let shortest = batch.iter().map(|example| example.input.decoder.len()).min().unwrap_or(0);
+    let prompt = first[..shared].iter().rposition(|token| token.vocab().is_none()).map_or(0, |last| last + 1);
+    prompt.min(shortest.saturating_sub(1))
 }
 
 fn past_key_values(prompt: &KeyValues) -> Result<PastKeyValues> {

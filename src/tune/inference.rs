@@ -7,11 +7,12 @@ use super::TuneError;
 use crate::{
     engine::{
         Engine, EngineConfig, EngineThread, EventStream, SubmitError,
-        request::{CacheNamespace, Event, Request, SamplingParams},
+        request::{CacheNamespace, Event, Goal, Request, SamplingParams},
+        sampling::mask::TokenConstraint,
     },
     kernels::layout::BLOCK_SIZE,
     model::Model,
-    packing::PromptShape,
+    packing::{InputToken, PromptShape},
     prompt::LearnedPrompt,
 };
 
@@ -36,7 +37,7 @@ pub struct Inference {
 }
 
 impl Inference {
-    /// Starts an engine for inputs of at most `max_input` tokens and as many as `max_new` new tokens.
+    /// Starts an engine for inputs of at most `max_input` tokens of text and as many as `max_new` new tokens.
     ///
     /// # Errors
     /// The engine does not start.
@@ -61,20 +62,24 @@ impl Inference {
 
     /// The likeliest tokens after each input, up to the end-of-sequence token, which is left out, or to
     /// `max_new`, or to the end of the context. An input that has nothing to predict from (no text, and no
-    /// rows before it) has no answer. `done` is told how many inputs are answered.
+    /// rows before it) has no answer. Answers obey `constraint`. `done` is told how many inputs are answered.
     ///
     /// # Errors
     /// An input is too long, or a forward pass fails.
     pub fn greedy(
         &self,
-        inputs: &[Vec<u32>],
+        inputs: &[Vec<InputToken>],
         max_new: usize,
+        constraint: Option<&Arc<dyn TokenConstraint>>,
         done: &mut dyn FnMut(usize),
     ) -> Result<Vec<Vec<u32>>, TuneError> {
-        let sampling =
-            SamplingParams { max_tokens: max_new, stop_tokens: self.stop_tokens.clone(), ..SamplingParams::default() };
-        let request = |input: &Vec<u32>| Request::new(self.prompt.clone(), input, sampling.clone());
-        let answers = self.answer(inputs, request, collect, done)?;
+        let sampling = SamplingParams {
+            max_tokens: max_new,
+            stop_tokens: self.stop_tokens.clone(),
+            constraint: constraint.cloned(),
+            ..SamplingParams::default()
+        };
+        let answers = self.answer(inputs, &Goal::Generate(sampling), collect, done)?;
         Ok(answers.into_iter().map(Option::unwrap_or_default).collect())
     }
 
@@ -85,22 +90,26 @@ impl Inference {
     /// An input is too long, there are too many continuations, or a forward pass fails.
     pub fn score(
         &self,
-        inputs: &[Vec<u32>],
+        inputs: &[Vec<InputToken>],
         continuations: &[Vec<u32>],
     ) -> Result<Vec<Option<Vec<Vec<f32>>>>, TuneError> {
-        let request = |input: &Vec<u32>| Request::score(self.prompt.clone(), input, continuations.to_vec());
-        self.answer(inputs, request, scores, &mut |_| ())
+        self.answer(inputs, &Goal::Score(continuations.to_vec()), scores, &mut |_| ())
     }
 
     /// What `read` makes of the answer to each input, `None` where there is nothing to predict from. As many as the
     /// batch takes run at once.
     fn answer<T>(
         &self,
-        inputs: &[Vec<u32>],
-        request: impl Fn(&Vec<u32>) -> Request,
+        inputs: &[Vec<InputToken>],
+        goal: &Goal,
         read: impl Fn(EventStream) -> Result<T, TuneError>,
         done: &mut dyn FnMut(usize),
     ) -> Result<Vec<Option<T>>, TuneError> {
+        let shape = PromptShape::of(self.prompt.as_deref());
+        let request = |input: &[InputToken]| Request {
+            namespace: Some(NAMESPACE),
+            ..Request::of(self.prompt.clone(), shape.applied_to(input), goal.clone())
+        };
         let mut answers: Vec<Option<T>> = inputs.iter().map(|_| None).collect();
         let mut running: VecDeque<(usize, EventStream)> = VecDeque::new();
         let mut waiting = inputs.iter().enumerate();
@@ -108,7 +117,7 @@ impl Inference {
             while running.len() < 2 * BATCH
                 && let Some((i, input)) = waiting.next()
             {
-                match self.engine.submit(Request { namespace: Some(NAMESPACE), ..request(input) }) {
+                match self.engine.submit(request(input)) {
                     Ok(stream) => running.push_back((i, stream)),
                     Err(SubmitError::Empty | SubmitError::NoText) => {}
                     Err(error) => return Err(error.into()),
@@ -141,7 +150,8 @@ fn collect(mut stream: EventStream) -> Result<Vec<u32>, TuneError> {
             Some(Event::Token(token)) => ids.push(token.id),
             Some(Event::Finished { .. }) => return Ok(ids),
             Some(Event::NotFinite) => return Err(TuneError::NotFinite),
-            Some(Event::Scored { .. } | Event::NoTokenAllowed(_) | Event::Failed) | None => {
+            Some(Event::NoTokenAllowed(reason)) => return Err(TuneError::NoTokenAllowed { reason }),
+            Some(Event::Scored { .. } | Event::Failed) | None => {
                 return Err(TuneError::EngineFailed);
             }
         }

@@ -143,8 +143,9 @@ impl Source<'_> {
                 let line_break = self.tokenizer.tokenize_continuation("\n")?;
                 let mut ids = Vec::new();
                 for i in order::shuffled(self.examples.len(), self.seed, order::INIT) {
-                    let TokenizedExample { input_ids, answer } = &self.examples[i];
-                    ids.extend(input_ids.iter().chain(answer).filter(|id| !self.tokenizer.is_special(**id)));
+                    let example = &self.examples[i];
+                    let words = example.text_ids().into_iter().chain(example.answer.iter().copied());
+                    ids.extend(words.filter(|id| !self.tokenizer.is_special(*id)));
                     ids.extend(&line_break);
                     if ids.len() >= n {
                         break;

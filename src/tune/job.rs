@@ -153,6 +153,7 @@ fn spec(model: &Model, plan: &Plan, settings: &Settings, state: &State, validati
     let labels = plan.labels.iter().flat_map(|l| l.iter()).map(|(l, words)| (l.to_owned(), words.to_vec())).collect();
     TaskSpec {
         description: plan.description.clone(),
+        truncate: plan.truncate.clone(),
         template: Some(plan.template.source().to_owned()),
         labels,
         defaults: SamplingOptions { max_tokens: Some(plan.max_tokens), ..SamplingOptions::default() },

@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{
     model::Model,
-    prompt::{TaskName, labels::Verbalizer},
+    prompt::{TaskName, labels::Verbalizer, spec::Truncation},
 };
 
 /// The least units of an encoder where none are asked for. As many as there are rows make any rows.
@@ -63,6 +63,8 @@ pub struct Options {
     pub eval_data: Option<PathBuf>,
     /// minijinja source; [`default_template`](super::plan::default_template) where there is none.
     pub template: Option<String>,
+    /// Which field of an input that is too long is shortened, in tuning as in serving.
+    pub truncate: Option<Truncation>,
     pub labels: Option<Verbalizer>,
     pub description: Option<String>,
     pub prompt_type: PromptType,
@@ -103,6 +105,7 @@ impl Options {
             data: data.into(),
             eval_data: None,
             template: None,
+            truncate: None,
             labels: None,
             description: None,
             prompt_type: PromptType::Prompt,

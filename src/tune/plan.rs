@@ -17,12 +17,15 @@ use super::{
     trainer::Settings,
 };
 use crate::{
+    input::InputEncoder,
     model::Model,
     packing::PromptShape,
     prompt::{
         TaskName,
         format::Fit,
         labels::Verbalizer,
+        soft::PlaceError,
+        spec::{SpecialTokens, Truncation},
         template::{DEFAULT_TEMPLATE, PromptTemplate},
     },
     tokenizer::Tokenizer,
@@ -83,6 +86,8 @@ pub struct Plan {
     pub task: TaskName,
     pub description: Option<String>,
     pub template: PromptTemplate,
+    /// Which field of an input that is too long is shortened.
+    pub truncate: Option<Truncation>,
     pub labels: Option<Verbalizer>,
     pub train: Vec<TokenizedExample>,
     pub held_out: Vec<TokenizedExample>,
@@ -130,17 +135,25 @@ impl Plan {
         if method == Method::PrefixTuning && fit.num_layers > fit.key_values_layers() {
             return Err(TuneError::DeeperDecoder { encoder: fit.key_values_layers(), decoder: fit.num_layers });
         }
-        let budget = forward.packing().budget(match method {
+        let shape = match method {
             Method::PromptTuning | Method::PTuning(_) => PromptShape::Embeddings(n),
             Method::PrefixTuning => PromptShape::KeyValues(n),
-        });
-        let tokenize =
-            |path: &Path, data: &Dataset| data::tokenize(path, &data.examples, &template, tokenizer, eos, budget);
+        };
+        check_template(&template, shape, options.truncate.as_ref())?;
+        let budget = forward.packing().budget(shape);
+        let encoder = InputEncoder {
+            tokenizer,
+            template: &template,
+            special_tokens: SpecialTokens::default(),
+            truncate: options.truncate.as_ref(),
+            shape,
+        };
+        let tokenize = |path: &Path, data: &Dataset| data::tokenize(path, &data.examples, &encoder, eos, budget);
         let all = tokenize(&options.data, &data)?;
         let (train, held_out, held_out_is) = match &eval {
             Some((path, eval)) => {
                 let held_out = tokenize(path, eval)?;
-                let shared = held_out.iter().filter(|h| all.iter().any(|t| t.input_ids == h.input_ids)).count();
+                let shared = held_out.iter().filter(|h| all.iter().any(|t| t.input == h.input)).count();
                 if shared > 0 {
                     warnings.push(Warning::SharedInputs { shared, held_out: held_out.len() });
                 }
@@ -181,6 +194,7 @@ impl Plan {
             parameters,
             initial,
             labels: data.labels.clone(),
+            truncate: options.truncate.clone(),
             template,
             train,
             held_out,
@@ -196,6 +210,28 @@ impl Plan {
     /// What the part of exact answers is called: for labels it is the accuracy.
     pub fn metric(&self) -> &'static str {
         if self.labels.is_some() { "accuracy" } else { "exact_match" }
+    }
+}
+
+/// Checks what a template says of virtual tokens and of the field to shorten.
+fn check_template(
+    template: &PromptTemplate,
+    shape: PromptShape,
+    truncate: Option<&Truncation>,
+) -> Result<(), TuneError> {
+    if template.places_virtual_tokens() {
+        match shape {
+            PromptShape::KeyValues(_) => return Err(PlaceError::KeyValues.into()),
+            shape => template.sample().map(|sample| sample.places(shape.num_virtual_tokens())).transpose()?,
+        };
+    }
+    match truncate.filter(|truncate| !template.fields().contains(&truncate.field)) {
+        Some(Truncation { field, .. }) => Err(TuneError::OutOfRange {
+            setting: Setting::Truncate,
+            found: field.clone(),
+            expected: format!("a field of the template: {}", template.fields().join(", ")),
+        }),
+        None => Ok(()),
     }
 }
 
@@ -248,6 +284,7 @@ fn identity(plan: &Plan, model: &Model, options: &Options, data: &Dataset, eval:
         ("data", data.digest.clone()),
         ("held-out data", eval.map_or("a split".to_owned(), |e| e.digest.clone())),
         ("template", format!("{:?}", plan.template.source())),
+        ("truncation", options.truncate.as_ref().map_or("none".to_owned(), |t| format!("{} ({:?})", t.field, t.side))),
         ("labels", labels.map_or("none".to_owned(), |l| l.collect::<Vec<_>>().join(","))),
         ("type", plan.parameters.method().name().to_owned()),
         ("encoder", encoder),

@@ -98,3 +98,26 @@ fn what_cannot_be_calibrated_is_refused_and_changes_nothing() {
     let (code, _, log) = eval(home, &["--task", "topic", "--data", "few.jsonl", "--calibrate"]);
     assert!(code != Some(0) && log.contains("--calibrate") && log.contains("cannot be used"), "{log}");
 }
+
+#[test]
+fn an_evaluation_shortens_inputs_and_obeys_the_grammar_as_a_server_does() {
+    let home = tempfile::tempdir().unwrap();
+    let home = home.path();
+    let long = json!({"input": "soup ".repeat(5000), "label": "food"}).to_string();
+    let short = json!({"input": "The match was lost.", "label": "sport"}).to_string();
+    fs::write(home.join("long.jsonl"), format!("{long}\n{short}\n")).unwrap();
+    let arguments = ["--prompt", "out/topic", "--data", "long.jsonl", "--json", "--max-tokens", "16"];
+    let (code, _, log) = eval(home, &arguments);
+    assert!(code != Some(0) && log.contains("line 1") && log.contains("shorten it"), "{log}");
+    let mut spec = task_json(home, "topic");
+    spec["truncate"] = json!({"field": "input"});
+    spec["grammar"] = json!({"choice": ["travel"]});
+    fs::write(home.join("out/topic/task.json"), spec.to_string()).unwrap();
+    let (code, report, log) = eval(home, &arguments);
+    assert_eq!(code, Some(0), "{log}");
+    let report: Value = serde_json::from_str(&report).unwrap();
+    let columns = report["columns"].as_array().unwrap();
+    assert_eq!(columns[0]["confusion"], json!({"food": {"travel": 1}, "sport": {"travel": 1}}), "{report}");
+    // Beside the long input there is no room for a word that is spelled in many tokens, as without a prompt it may be.
+    assert!(columns.iter().all(|column| column["confusion"]["sport"] == json!({"travel": 1})), "{report}");
+}

@@ -8,8 +8,9 @@ use softserve::{
     demo,
     engine::{
         Engine, EngineConfig, EngineThread, EventStream,
-        request::{Event, Request, SamplingParams},
+        request::{Event, Goal, Request, SamplingParams},
     },
+    input::InputEncoder,
     kernels,
     model::Model,
     prompt::{
@@ -50,13 +51,14 @@ impl Demo {
 
     fn submit(&self, task: &str, input: &str) -> EventStream {
         let version = &self.versions[task];
-        let ids = self.tokenizer.tokenize(&version.template.render(&Input::Text(input.to_owned())).unwrap()).unwrap();
+        let tokens =
+            InputEncoder::of(version, &self.tokenizer).encode(&Input::Text(input.to_owned()), usize::MAX).unwrap();
         let sampling = SamplingParams {
             max_tokens: version.spec.defaults.max_tokens.unwrap(),
             stop_tokens: self.eos.clone(),
             ..Default::default()
         };
-        self.engine.submit(Request::new(Some(version.prompt.clone()), &ids, sampling)).unwrap()
+        self.engine.submit(Request::of(Some(version.prompt.clone()), tokens, Goal::Generate(sampling))).unwrap()
     }
 
     fn answer(&self, mut stream: EventStream) -> (Vec<u32>, String) {

@@ -89,7 +89,7 @@ fn tokens_are_those_of_peft_alone_in_a_mixed_batch_and_in_small_chunks() {
 fn gradients_of_rows_and_of_key_values_are_those_of_central_differences() {
     const ROWS: usize = 2;
     // Longer than the windows there are.
-    let example = TokenizedExample { input_ids: (40..66).collect(), answer: vec![70, 2] };
+    let example = TokenizedExample::of_ids(&(40..66).collect::<Vec<_>>(), vec![70, 2]);
     for name in fixtures::families() {
         let [plain, fast] = [DType::F64, DType::F32].map(|dtype| Forward::new(fixtures::load(&name, dtype)));
         for method in [Method::PromptTuning, Method::PrefixTuning] {

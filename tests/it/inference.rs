@@ -9,6 +9,7 @@ use softserve::{
         Engine, EngineConfig, StartError,
         request::{Request, SamplingParams},
     },
+    packing::PromptShape,
     tune::inference::Inference,
 };
 
@@ -24,7 +25,8 @@ fn inputs_beyond_a_batch_are_answered_in_their_order_as_the_server_would_and_one
     for prompt in [None, Some(&prompt)] {
         let inference = Inference::start(&model, prompt, 7, 4).unwrap();
         let mut told = Vec::new();
-        let answers = inference.greedy(&inputs, 4, &mut |done| told.push(done)).unwrap();
+        let texts: Vec<_> = inputs.iter().map(|ids| PromptShape::None.followed_by(ids)).collect();
+        let answers = inference.greedy(&texts, 4, None, &mut |done| told.push(done)).unwrap();
         assert_eq!(told.last(), Some(&150));
         assert!(told.is_sorted());
         for (i, (input, answer)) in inputs.iter().zip(&answers).enumerate() {

@@ -39,6 +39,7 @@ mod run;
 mod score;
 mod sharing;
 mod soak;
+mod soft;
 mod strangers;
 mod structured;
 mod support;

@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 use modules::{Modules, room};
 
 /// Each room (a folder or file of `src`), and the rooms that it may name.
-const ARROWS: [(&str, &[&str]); 19] = [
+const ARROWS: [(&str, &[&str]); 20] = [
     // One table, plain data, for all who name its parameters.
     ("sampling", &[]),
     // Only for the facts of the model that a prompt must fit.
@@ -18,13 +18,18 @@ const ARROWS: [(&str, &[&str]); 19] = [
     ("tokenizer", &["model"]),
     // What the model and a prompt are together, as positions; no kernels.
     ("packing", &["model", "prompt"]),
+    // What an input is as positions, for who serves, tunes and evaluates.
+    ("input", &["packing", "prompt", "sampling", "tokenizer"]),
     ("engine", &["model", "kernels", "packing", "prompt"]),
     // What the engine obeys without knowing text.
     ("grammar", &["engine", "prompt", "tokenizer"]),
     ("records", &[]),
     ("registry", &["content", "prompt"]),
     ("demo", &["model"]),
-    ("tune", &["content", "engine", "kernels", "model", "packing", "prompt", "sampling", "tokenizer"]),
+    (
+        "tune",
+        &["content", "engine", "grammar", "input", "kernels", "model", "packing", "prompt", "sampling", "tokenizer"],
+    ),
     ("convert", &["content", "prompt"]),
     // It knows nothing but bytes.
     ("content", &[]),
@@ -40,6 +45,7 @@ const ARROWS: [(&str, &[&str]); 19] = [
             "content",
             "engine",
             "grammar",
+            "input",
             "model",
             "packing",
             "prompt",
@@ -61,6 +67,7 @@ const ARROWS: [(&str, &[&str]); 19] = [
             "engine",
             "http",
             "model",
+            "packing",
             "prompt",
             "registry",
             "sampling",

@@ -36,9 +36,9 @@ fn tokens(text: &str) -> Vec<u32> {
 }
 
 fn example(input: &str, output: &str) -> TokenizedExample {
-    let input_ids = [BOS].into_iter().chain(tokens(input)).collect();
+    let ids: Vec<u32> = [BOS].into_iter().chain(tokens(input)).collect();
     let answer = tokens(output).into_iter().chain([EOS]).collect();
-    TokenizedExample { input_ids, answer }
+    TokenizedExample::of_ids(&ids, answer)
 }
 
 fn examples() -> Vec<TokenizedExample> {

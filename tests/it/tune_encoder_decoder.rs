@@ -45,7 +45,7 @@ fn noise(n: usize) -> Vec<f32> {
 }
 
 fn example(input: &[u32], answer: &[u32]) -> TokenizedExample {
-    TokenizedExample { input_ids: [input, &[END]].concat(), answer: [answer, &[END]].concat() }
+    TokenizedExample::of_ids(&[input, &[END]].concat(), [answer, &[END]].concat())
 }
 
 /// Inputs of several lengths, two of them equal.
@@ -182,8 +182,7 @@ fn a_prefix_of_words_begins_as_what_the_decoder_has_after_it_wrote_them() {
     let prefix = parameters.prompt_of(&initial, &Device::Cpu).unwrap();
 
     let loss_of = |prompt: Option<&LearnedPrompt>, answer: &[u32]| {
-        let example =
-            TokenizedExample { input_ids: tokenizer.tokenize("the dog ran").unwrap(), answer: answer.to_vec() };
+        let example = TokenizedExample::of_ids(&tokenizer.tokenize("the dog ran").unwrap(), answer.to_vec());
         loss::scalar(&loss::score(&forward, prompt, &[&example]).unwrap().sum).unwrap()
     };
     let written = [words.as_slice(), &[0]].concat();
@@ -291,7 +290,7 @@ fn a_run_of_each_type_is_resumed_bit_for_bit_and_answers_as_it_was_measured() {
             };
             let outcome = job::run(&forward, &plan, &paths("whole"), &mut { NEVER }).unwrap();
             assert_eq!(outcome.version.spec.template.as_deref(), Some("{{ input }}"));
-            let inputs: Vec<Vec<u32>> = plan.train.iter().map(|e| e.input_ids.clone()).collect();
+            let inputs: Vec<Vec<u32>> = plan.train.iter().map(TokenizedExample::text_ids).collect();
             assert!(inputs.iter().all(|ids| ids.last() == Some(&END)), "an input ends as one that is served");
             let outputs = answers(&forward, Some(&outcome.version.prompt), &inputs, 5);
             let right =

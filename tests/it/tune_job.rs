@@ -6,11 +6,13 @@ use candle_core::{DType, Device};
 use softserve::{
     kernels,
     model::Model,
+    packing::PromptShape,
     prompt::{LearnedPrompt, format::Fit},
     tokenizer::Tokenizer,
     tune::{
         TuneError,
         checkpoint::CheckpointError,
+        data::TokenizedExample,
         forward::Forward,
         inference::Inference,
         init::Init,
@@ -45,14 +47,14 @@ impl Observer for StopAt {
 
 pub const NEVER: StopAt = StopAt(usize::MAX);
 
-struct TestRun {
+pub struct TestRun {
     dir: tempfile::TempDir,
-    forward: Forward,
-    tokenizer: Tokenizer,
+    pub forward: Forward,
+    pub tokenizer: Tokenizer,
 }
 
 impl TestRun {
-    fn new() -> Self {
+    pub fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let (_model_dir, files) = TinyModel::default().temp();
         let forward = Forward::new(Model::load(&files, kernels::cpu(), DType::F32).unwrap());
@@ -67,7 +69,7 @@ impl TestRun {
         Self { dir, forward, tokenizer }
     }
 
-    fn options(&self) -> Options {
+    pub fn options(&self) -> Options {
         Options {
             virtual_tokens: Some(8),
             rate: Some(0.1),
@@ -79,7 +81,7 @@ impl TestRun {
         }
     }
 
-    fn paths(&self, name: &str) -> OutputPaths {
+    pub fn paths(&self, name: &str) -> OutputPaths {
         let output = self.dir.path().join(name).join("colour");
         OutputPaths { checkpoint: job::default_checkpoint(&output), output, resume: false }
     }
@@ -105,7 +107,8 @@ pub fn answers(
 ) -> Vec<Vec<u32>> {
     let longest = inputs.iter().map(Vec::len).max().unwrap();
     let inference = Inference::start(forward.model(), prompt, longest, max_new).unwrap();
-    inference.greedy(inputs, max_new, &mut |_| {}).unwrap()
+    let inputs: Vec<_> = inputs.iter().map(|ids| PromptShape::None.followed_by(ids)).collect();
+    inference.greedy(&inputs, max_new, None, &mut |_| {}).unwrap()
 }
 
 /// The types beside plain rows.
@@ -154,11 +157,11 @@ fn greedy_answers_on_the_serving_kernels_are_those_that_tuning_counts_as_exact()
     let plan = Plan::new(&run.forward, &run.tokenizer, &options).unwrap();
     assert_eq!(plan.held_out_is, HeldOut::Training);
     let outcome = job::run(&run.forward, &plan, &run.paths("out"), &mut { NEVER }).unwrap();
-    let inputs: Vec<Vec<u32>> = plan.train.iter().map(|e| e.input_ids.clone()).collect();
+    let inputs: Vec<_> = plan.train.iter().map(|example| example.input.clone()).collect();
     let mut answered = 0;
     let longest = inputs.iter().map(Vec::len).max().unwrap();
     let inference = Inference::start(run.forward.model(), Some(&outcome.version.prompt), longest, 5).unwrap();
-    let outputs = inference.greedy(&inputs, 5, &mut |done| answered = done).unwrap();
+    let outputs = inference.greedy(&inputs, 5, None, &mut |done| answered = done).unwrap();
     assert_eq!(answered, 8);
     let right = outputs.iter().zip(&plan.train).filter(|(o, e)| o[..] == e.answer[..e.answer.len() - 1]).count();
     assert_eq!(right as f64 / 8.0, outcome.after.exact);
@@ -189,7 +192,7 @@ fn each_type_is_written_as_peft_writes_it_read_back_and_answers_as_it_was_measur
         assert_eq!(config["num_attention_heads"], heads);
         assert!(config.get(own).is_some(), "{config}");
 
-        let inputs: Vec<Vec<u32>> = plan.train.iter().map(|e| e.input_ids.clone()).collect();
+        let inputs: Vec<Vec<u32>> = plan.train.iter().map(TokenizedExample::text_ids).collect();
         let outputs = answers(&run.forward, Some(&outcome.version.prompt), &inputs, 5);
         let right = outputs.iter().zip(&plan.train).filter(|(o, e)| o[..] == e.answer[..e.answer.len() - 1]).count();
         assert_eq!(right as f64 / 8.0, outcome.after.exact, "{prompt_type:?}");
@@ -257,7 +260,7 @@ fn a_prefix_of_words_begins_as_the_words_themselves_in_front_of_the_input() {
     };
     let plan = Plan::new(&run.forward, &run.tokenizer, &options).unwrap();
     let prefix = Arc::new(plan.parameters.prompt_of(&plan.initial, &Device::Cpu).unwrap());
-    let inputs: Vec<Vec<u32>> = plan.train.iter().map(|e| e.input_ids.clone()).collect();
+    let inputs: Vec<Vec<u32>> = plan.train.iter().map(TokenizedExample::text_ids).collect();
     let behind = answers(&run.forward, Some(&prefix), &inputs, 8);
     let whole: Vec<Vec<u32>> = inputs.iter().map(|input| [words.as_slice(), input].concat()).collect();
     assert_eq!(behind, answers(&run.forward, None, &whole, 8));

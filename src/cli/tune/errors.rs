@@ -9,6 +9,7 @@ pub(super) fn explain(error: TuneError) -> anyhow::Error {
             format!("{} is {found}, expected {expected}", option(*setting))
         }
         TuneError::Template(reason) => format!("--template: {reason}"),
+        TuneError::Place(reason) => format!("--template: {reason}"),
         _ => match advice(&error) {
             Some(advice) => format!("{error}; {advice}"),
             None => return error.into(),
@@ -31,6 +32,7 @@ fn option(setting: Setting) -> &'static str {
         Setting::EncoderHidden => "--encoder-hidden",
         Setting::Steps => "--steps",
         Setting::Epochs => "--epochs",
+        Setting::Truncate => "--truncate",
     }
 }
 

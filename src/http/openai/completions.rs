@@ -20,13 +20,13 @@ use crate::{
         App, AppState,
         access::Caller,
         answered,
-        classify::given_of_input,
         extract::{Json, RequestId},
         prepare::{Scheduling, Settings, Tokenized, tokenize},
         problem::Problem,
         scoring::{self, Scored},
         types::Events,
     },
+    packing::text_ids,
     prompt::{Version, template::Input},
 };
 
@@ -68,7 +68,7 @@ pub async fn create(
             Given::Text(text) => (tokenize(&app, &version, Input::Text(text.clone())).await?, text),
             Given::Ids(ids) => {
                 let text = if echo { app.tokenizer.decode(&ids)? } else { String::new() };
-                (checked(&app, i, ids)?, text)
+                (checked(&app, &version, i, &ids)?, text)
             }
         };
         if scores_prompts {
@@ -123,14 +123,13 @@ fn score(
 ) -> Result<scoring::Running, Problem> {
     let scheduling = Scheduling::check(app, caller, request.timeout_ms, request.priority)?;
     let call = scoring::Call { caller, version: Arc::clone(version), scheduling, started };
-    let given = given_of_input(version);
-    let own = tokenized.ids.get(given..).unwrap_or_default().to_vec();
+    let given = tokenized.num_given(version);
+    let own = text_ids(tokenized.tokens.get(given..).unwrap_or_default());
     if own.is_empty() {
         let detail = "found a prompt without a token that another comes before, which has no log-probability";
         return Err(Problem::field("echo", detail));
     }
-    let tokenized = Tokenized { ids: tokenized.ids.clone(), num_public: tokenized.num_public };
-    call.start(app, tokenized, given, vec![own])
+    call.start(app, tokenized.clone(), given, vec![own])
 }
 
 /// Each token of a prompt that was scored, with its log-probability where something comes before it.
@@ -161,11 +160,11 @@ fn inputs(prompt: &Prompt) -> Result<Vec<Given>, Problem> {
 }
 
 /// Ids that the model has.
-fn checked(app: &App, index: usize, ids: Vec<u32>) -> Result<Tokenized, Problem> {
+fn checked(app: &App, version: &Version, index: usize, ids: &[u32]) -> Result<Tokenized, Problem> {
     let vocab = app.model.vocab_size;
     if let Some(id) = ids.iter().find(|&&id| id as usize >= vocab) {
         let detail = format!("found the token id {id} in prompt {index}, expected 0 to {}", vocab - 1);
         return Err(Problem::field("prompt", detail));
     }
-    Ok(Tokenized { ids, num_public: 0 })
+    Tokenized::of_ids(version, ids, "prompt")
 }

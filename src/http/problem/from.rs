@@ -3,6 +3,7 @@
 use super::{Code, Problem, ProblemError};
 use crate::{
     engine::SubmitError,
+    input::InputError,
     prompt::{
         format::{FaultKind, Faults},
         task::InvalidTaskName,
@@ -134,6 +135,16 @@ impl From<PackageError> for Problem {
             | PackageError::NoPrompt { .. } => Code::InvalidUpload,
         };
         Self::new(code, error.to_string())
+    }
+}
+
+impl From<InputError> for Problem {
+    fn from(error: InputError) -> Self {
+        match error {
+            InputError::Template(error) => error.into(),
+            InputError::Tokenizer(error) => error.into(),
+            InputError::Place(_) => Self::field("input", error.to_string()),
+        }
     }
 }
 

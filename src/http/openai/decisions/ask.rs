@@ -114,12 +114,12 @@ impl Asking<'_> {
         while !ready.is_empty() {
             let requests = ready.iter().map(|ready| {
                 let Ready { call, tokenized, continuations, .. } = ready;
-                call.request(self.app, tokenized, tokenized.ids.len(), continuations.clone())
+                call.request(self.app, tokenized, tokenized.tokens.len(), continuations.clone())
             });
             let submitted = self.app.engine.submit_all(requests.collect());
             let mut round = Vec::with_capacity(submitted.len());
             for (ready, submitted) in ready.iter().zip(submitted) {
-                match ready.call.running(ready.tokenized.ids.clone(), submitted) {
+                match ready.call.running(ready.tokenized.text_ids(), submitted) {
                     Ok(running) => round.push(running),
                     Err(problem) if problem.code == Code::Overloaded && !round.is_empty() => break,
                     Err(problem) => return Err(problem),

@@ -2,9 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use super::problem::Problem;
 use crate::{
-    packing::TokenBudget,
+    packing::{InputToken, TokenBudget, text_len},
     prompt::{
         Version,
         spec::{Side, Truncation},
@@ -26,24 +25,24 @@ pub fn limit(budget: TokenBudget, version: &Version) -> usize {
     version.spec.limits.max_input_tokens.map_or(fits, |limit| limit.min(fits))
 }
 
-/// The ids of an input, whose field has as much text as fits into `limit` tokens; all of it, where that is so anyway. Ids that
-/// are too many if the field is not to blame.
+/// The positions of an input, whose field has as much text as fits into `limit` tokens; all of it, where that is so anyway. Positions
+/// that are too many if the field is not to blame.
 ///
 /// # Errors
-/// `tokenize` fails.
-pub fn fit(
+/// `encode` fails.
+pub(super) fn fit<E: From<TokenizerError>>(
     tokenizer: &Tokenizer,
     truncation: &Truncation,
     input: &Input,
     limit: usize,
-    tokenize: impl Fn(&Input) -> Result<Vec<u32>, Problem>,
-) -> Result<Vec<u32>, Problem> {
-    let whole = tokenize(input)?;
+    encode: impl Fn(&Input) -> Result<Vec<InputToken>, E>,
+) -> Result<Vec<InputToken>, E> {
+    let whole = encode(input)?;
     let text = match input {
         Input::Text(text) => Some(text),
         Input::Fields(fields) => fields.get(&truncation.field),
     };
-    let Some(text) = text.filter(|_| whole.len() > limit) else { return Ok(whole) };
+    let Some(text) = text.filter(|_| text_len(&whole) > limit) else { return Ok(whole) };
     let ends = tokenizer.token_ends(text)?;
     let with = |kept: usize| {
         let part = match truncation.side {
@@ -65,9 +64,9 @@ pub fn fit(
     let (mut fits, mut least, mut most) = (None, 1, ends.len().saturating_sub(1));
     while least <= most {
         let middle = least.midpoint(most);
-        let ids = tokenize(&with(middle))?;
-        if ids.len() <= limit {
-            fits = Some(ids);
+        let positions = encode(&with(middle))?;
+        if text_len(&positions) <= limit {
+            fits = Some(positions);
             least = middle + 1;
         } else {
             most = middle - 1;
