@@ -7,6 +7,7 @@
 //! - `decode`: what does a step cost that computes one token for each of so many requests?
 //! - `sampling`: what does each way to choose a token cost beside greedy, for 16 requests and large vocabularies?
 //! - `constrained`: what do answers that obey a JSON schema cost beside free ones, 16 at once?
+//! - `lookup`: what do guesses from earlier tokens bring where an answer repeats itself, and cost where it does not?
 //! - `score`: what do 77 continuations of 2 to 6 tokens cost beside one generated token, after an input of 40 tokens?
 //! - `decide`: what do eight questions of eight tasks about one input cost beside one question, after inputs of so many tokens?
 //!
@@ -49,7 +50,8 @@ fn load() -> Load {
 }
 
 fn start(files: &ModelFiles, dtype: DType) -> Load {
-    start_with(files, dtype, EngineConfig::default())
+    // Random weights repeat themselves, and guesses of what is repeated would flatter.
+    start_with(files, dtype, EngineConfig { draft_tokens: Some(0), ..EngineConfig::default() })
 }
 
 fn start_with(files: &ModelFiles, dtype: DType, config: EngineConfig) -> Load {
@@ -244,6 +246,31 @@ fn constrained(bencher: Bencher, which: &str) {
         }
     });
     std::fs::remove_dir_all(&folder).expect("the folder of this benchmark");
+}
+
+/// One request of 96 tokens, with and without guesses: of random weights by the likeliest token, which soon repeats itself, and
+/// drawn at random among a few tokens, so that pairs come again and what follows them does not.
+#[divan::bench(args = ["repeats_without", "repeats_with", "differs_without", "differs_with"], sample_count = 9)]
+fn lookup(bencher: Bencher, which: &str) {
+    const TOKENS: usize = 96;
+    let draft_tokens = Some(if which.ends_with("_with") { 7 } else { 0 });
+    let files = ModelFiles::random(RandomModel::open("smollm2-135m").expect("a shape that ships"));
+    let load = start_with(&files, DType::BF16, EngineConfig { draft_tokens, ..EngineConfig::default() });
+    let ids: Vec<u32> = (300..300 + TEXT_TOKENS).collect();
+    let differs = which.starts_with("differs");
+    let mut seed = 0;
+    bencher.counter(ItemsCount::new(TOKENS)).bench_local(|| {
+        seed += 1;
+        let sampling = SamplingParams {
+            max_tokens: TOKENS,
+            seed,
+            temperature: if differs { 1.0 } else { 0.0 },
+            logit_bias: if differs { (400..408).map(|id| (id, 100.0)).collect() } else { Vec::new() },
+            ..Default::default()
+        };
+        let mut stream = load.engine.submit(Request::new(None, &ids, sampling)).expect("a place");
+        while stream.blocking_next().is_some() {}
+    });
 }
 
 #[divan::bench(args = SETTINGS, sample_count = 5)]

@@ -57,6 +57,8 @@ pub const PROMPT_TOKENS: &str = "softserve_engine_prompt_tokens_total";
 /// Input positions found in the cache, virtual tokens included.
 pub const CACHED_TOKENS: &str = "softserve_engine_cached_tokens_total";
 /// Tokens generated.
+pub const DRAFT_TOKENS: &str = "softserve_engine_draft_tokens_total";
+pub const DRAFT_TOKENS_ACCEPTED: &str = "softserve_engine_draft_tokens_accepted_total";
 pub const GENERATED_TOKENS: &str = "softserve_engine_generated_tokens_total";
 /// Tasks with an active version.
 pub const TASKS: &str = "softserve_tasks";
@@ -136,6 +138,11 @@ fn describe() {
     describe_counter!(STEPS, "Forward passes");
     describe_counter!(PROMPT_TOKENS, "Input positions computed, virtual tokens included");
     describe_counter!(CACHED_TOKENS, "Input positions found in the cache, virtual tokens included");
+    describe_counter!(
+        DRAFT_TOKENS,
+        "Tokens guessed from earlier ones and checked (prompt-lookup speculative decoding)"
+    );
+    describe_counter!(DRAFT_TOKENS_ACCEPTED, "Guessed tokens that were right");
     describe_counter!(GENERATED_TOKENS, "Tokens generated");
     describe_gauge!(TASKS, "Tasks with an active version");
 }

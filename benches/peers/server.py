@@ -20,7 +20,9 @@ class Server:
         self.output_tokens = setting.output_tokens
         command = [
             program, "serve", "--model", setting.model, "--prompts", prompts, "--dtype", dtype, "--threads",
-            setting.threads, "--listen", "127.0.0.1:0", "--log-level", "warn", "--log-format", "text", *options,
+            setting.threads, "--listen", "127.0.0.1:0", "--log-level", "warn", "--log-format", "text",
+            # Random weights repeat themselves: guesses of what is repeated would flatter.
+            "--draft-tokens", "0", *options,
         ]
         self.process = subprocess.Popen([str(part) for part in command], stdout=subprocess.PIPE, text=True)
         for line in self.process.stdout:

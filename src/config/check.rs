@@ -20,6 +20,7 @@ use crate::engine::EngineConfig;
 
 /// More requests or tokens at once than any machine has memory for; sums of these cannot overflow.
 const MAX_COUNT: usize = 1_000_000;
+const MAX_DRAFT_TOKENS: usize = 64;
 const MAX_THREADS: usize = 1024;
 const MOMENT: Time = Time(Duration::from_millis(1));
 const MAX_CONCURRENT_UPLOADS: usize = 4;
@@ -92,6 +93,7 @@ impl ServeArgs {
                     .fair_step_tokens
                     .map(|n| within("fair-step-tokens", n, 1..=MAX_COUNT))
                     .transpose()?,
+                draft_tokens: args.draft_tokens.map(|n| within("draft-tokens", n, 0..=MAX_DRAFT_TOKENS)).transpose()?,
                 prefix_sharing: args.prefix_sharing != Some(Switch::Off),
                 kv_cache_bytes: usize::try_from(at_least("kv-cache", kv_cache, ByteSize(1 << 20))?.0)
                     .unwrap_or(usize::MAX),
@@ -242,6 +244,7 @@ mod tests {
             (ServeArgs { max_waiting: Some(usize::MAX), ..Default::default() }, "--max-waiting"),
             (ServeArgs { max_step_tokens: Some(usize::MAX), ..Default::default() }, "--max-step-tokens"),
             (ServeArgs { max_prefill_tokens: Some(usize::MAX), ..Default::default() }, "--max-prefill-tokens"),
+            (ServeArgs { draft_tokens: Some(65), ..Default::default() }, "--draft-tokens"),
             (ServeArgs { fair_step_tokens: Some(usize::MAX), ..Default::default() }, "--fair-step-tokens"),
             (ServeArgs { gpu_memory: Some(0.0), ..Default::default() }, "--gpu-memory: found 0, expected a number"),
             (ServeArgs { gpu_memory: Some(f64::NAN), ..Default::default() }, "--gpu-memory"),

@@ -16,6 +16,9 @@ pub struct EngineConfig {
     /// tenants quick beside busy ones, more gives busy ones more throughput. `None` is as many as
     /// can be computed in about twice the time of one, which is measured at the start.
     pub fair_step_tokens: Option<usize>,
+    /// The most tokens of a sequence that are guessed from its earlier tokens and checked in one step
+    /// ([`draft`](super::draft)); 0 guesses none. `None` is 7 on a CPU and 0 elsewhere.
+    pub draft_tokens: Option<usize>,
     /// Bytes for keys and values; with an encoder half of them for those of its output.
     pub kv_cache_bytes: usize,
     /// Whether keys and values are shared among sequences of one namespace, and what an encoder makes of
@@ -31,6 +34,7 @@ impl Default for EngineConfig {
             max_step_tokens: 2048,
             max_prefill_tokens: 512,
             fair_step_tokens: None,
+            draft_tokens: None,
             kv_cache_bytes: 512 << 20,
             prefix_sharing: true,
         }

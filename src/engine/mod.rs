@@ -7,6 +7,7 @@ mod admission;
 pub mod block_manager;
 pub mod cache;
 pub mod config;
+pub mod draft;
 pub mod encoder;
 mod error;
 pub mod fairness;
@@ -56,6 +57,9 @@ pub use stats::EngineStats;
 
 /// Learned prompts that may wait to be warmed; more are computed at their first use.
 const MAX_WARM_UPS: usize = 1024;
+
+/// Tokens that are guessed of a sequence in a step on a CPU: eight rows cost little more than one there.
+const CPU_DRAFT_TOKENS: usize = 7;
 
 /// Blocks of the cache beyond what the batch can fill: millions of positions of prompts and texts that
 /// may come again. A bound for what is known of blocks, however small they are.
@@ -110,6 +114,7 @@ impl Engine {
         let (model, config) = (model.into(), config.at_least_one());
         let block_bytes = model.backend().block_bytes(&model.kv_shape());
         let context = model.info().context_length;
+        let is_cpu = model.info().device.is_cpu();
         // Every slot in the batch at full length, and what is kept of prompts and texts beside them.
         let useful = config.max_batch * context.div_ceil(crate::kernels::layout::BLOCK_SIZE) + MAX_KEPT_BLOCKS;
         let (kv_cache_bytes, encoder) = EncoderLimits::of(&model, &config)?;
@@ -145,6 +150,7 @@ impl Engine {
             num_blocks,
             fair_step_tokens: fair_step_tokens.max(1),
             max_encoded: shared.encoder.as_ref().map_or(0, |encoder| encoder.max_positions),
+            draft_tokens: config.draft_tokens.unwrap_or(if is_cpu { CPU_DRAFT_TOKENS } else { 0 }),
         };
         let worker = worker::Worker::new(runner, limits, inbox, shared.clone());
         let thread = std::thread::Builder::new()

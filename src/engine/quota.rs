@@ -64,6 +64,11 @@ impl Quota {
         granted
     }
 
+    /// Takes positions that count for no tenant: they cost next to nothing.
+    pub fn spend(&mut self, positions: usize) {
+        self.left = self.left.saturating_sub(positions);
+    }
+
     /// Positions left in the step.
     pub fn remaining(&self) -> usize {
         self.left

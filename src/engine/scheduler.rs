@@ -10,6 +10,7 @@
 //! the tenant's counter ([`fairness`](super::fairness)), then age.
 
 mod batch;
+mod draft;
 mod encoded;
 mod fill;
 mod warm_up;
@@ -37,6 +38,8 @@ pub struct Limits {
     pub fair_step_tokens: usize,
     /// Positions of encoders' inputs whose output is kept at once; 0 without an encoder.
     pub max_encoded: usize,
+    /// The most tokens of a sequence that are guessed in a step.
+    pub draft_tokens: usize,
 }
 
 /// One step's work: first the copies, in order, then for each sequence the positions to compute.
@@ -169,12 +172,14 @@ impl Scheduler {
         step
     }
 
-    /// Records that a step was computed and which token each sampling chunk got.
+    /// Records that a step was computed and which tokens each sampling chunk got: one, and one more for each guess that was
+    /// right.
     pub fn commit(&mut self, step: &Step, tokens: &[(SequenceId, u32)]) {
         self.cache.end_copies();
         for chunk in &step.chunks {
             if let Some(sequence) = self.sequences.get_mut(&chunk.id) {
                 sequence.num_computed = chunk.start + chunk.len;
+                Self::end_draft(sequence, chunk, tokens);
                 sequence.encoded |= chunk.encodes;
                 self.cache.commit(sequence);
                 if self.warming != Some(chunk.id) {
@@ -187,7 +192,11 @@ impl Scheduler {
         self.share_encoded(step);
         for (id, token) in tokens {
             if let Some(sequence) = self.sequences.get_mut(id) {
-                sequence.tokens.push(InputToken::Vocab(*token));
+                // A guess that was right is there already.
+                match &mut sequence.drafting {
+                    Some(drafting) if drafting.right > 0 => drafting.right -= 1,
+                    _ => sequence.tokens.push(InputToken::Vocab(*token)),
+                }
                 self.ledger.charge(sequence.priority, sequence.tenant, OUTPUT_COST);
             }
         }

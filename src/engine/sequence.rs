@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::{
+    draft::Drafting,
     encoder::{EncoderInput, InputKey},
     prefix::ChainHash,
     request::{CacheNamespace, InputToken, Tenant},
@@ -30,6 +31,8 @@ pub struct Sequence {
     pub encoded: bool,
     /// The first position whose logits are wanted, of a sequence that is scored; of others it is the last.
     pub scored_from: Option<usize>,
+    /// What is guessed of its next tokens, where that is wanted.
+    pub drafting: Option<Drafting>,
     /// The tree of continuations that it ends with, of a sequence that is scored.
     pub tree: Option<Arc<TokenTree>>,
     /// Positions whose keys and values are in `blocks`; it catches up with `tokens`.
@@ -65,6 +68,7 @@ impl Sequence {
             encoder: None,
             encoded: false,
             scored_from: None,
+            drafting: None,
             tree: None,
             num_computed: 0,
             blocks: Vec::new(),
@@ -87,6 +91,11 @@ impl Sequence {
     /// Positions still to compute before a token can be chosen, without those of an encoder.
     pub fn num_pending(&self) -> usize {
         self.tokens.len() - self.num_computed
+    }
+
+    /// Guesses at the end of its tokens, while a step is computed.
+    pub fn num_guessed(&self) -> usize {
+        self.drafting.map_or(0, |drafting| drafting.guessed)
     }
 
     /// The first position whose logits are wanted: it has to be computed whatever the cache holds.

@@ -27,6 +27,10 @@ pub struct EngineStats {
     /// Input positions found in the cache, virtual tokens included.
     pub cached_tokens: u64,
     pub generated_tokens: u64,
+    /// Tokens that were guessed from earlier ones and checked.
+    pub draft_tokens: u64,
+    /// Those of them that were right.
+    pub draft_tokens_accepted: u64,
     /// Blocks whose content had to make room for other content.
     pub evictions: u64,
     /// Running sequences that were preempted: queued again to make room for others.
@@ -46,6 +50,8 @@ pub(super) struct Counters {
     pub cached_tokens: AtomicU64,
     pub evictions: AtomicU64,
     pub generated_tokens: AtomicU64,
+    pub draft_tokens: AtomicU64,
+    pub draft_tokens_accepted: AtomicU64,
     pub preemptions: AtomicU64,
 }
 
@@ -67,6 +73,8 @@ impl Counters {
             prompt_tokens: self.prompt_tokens.load(Relaxed),
             cached_tokens: self.cached_tokens.load(Relaxed),
             generated_tokens: self.generated_tokens.load(Relaxed),
+            draft_tokens: self.draft_tokens.load(Relaxed),
+            draft_tokens_accepted: self.draft_tokens_accepted.load(Relaxed),
             evictions: self.evictions.load(Relaxed),
             preemptions: self.preemptions.load(Relaxed),
             ..EngineStats::default()

@@ -17,6 +17,7 @@ use tokio::sync::mpsc::{self, error::TryRecvError};
 
 use super::{
     admission::Slot,
+    draft::Drafting,
     encoder::{EncoderInput, InputKey},
     mail::{Job, Mail, Shared, WarmUp, Work},
     request::{Event, FinishReason, GeneratedToken, InputToken, Request, SequenceId},
@@ -149,6 +150,9 @@ impl Worker {
             Work::Generate(sampling) => {
                 let (stop_tokens, remaining) = (sampling.stop_tokens.clone(), sampling.max_tokens);
                 let mask = sampling.constraint.as_ref().map(|constraint| constraint.start());
+                // A mask is computed beside the forward pass, for one token.
+                let drafting = mask.is_none().then(|| Drafting::new(sequence.num_input + sampling.max_tokens));
+                let sequence = Sequence { drafting, ..sequence };
                 let sampler = Box::new(Sampler::new(sampling, text.into_iter()).with_mask(mask));
                 self.jobs.insert(id, running(Task::Generate { sampler, stop_tokens, remaining }));
                 self.scheduler.add(id, sequence);
@@ -275,6 +279,10 @@ impl Worker {
                     continue;
                 }
             };
+            // After the end of an answer nothing counts that guesses brought.
+            if ended.last().is_some_and(|(last, _)| *last == id) {
+                continue;
+            }
             let Some(job) = self.jobs.get_mut(&id) else { continue };
             let Task::Generate { stop_tokens, remaining, sampler } = &mut job.task else { continue };
             if stop_tokens.contains(&token.id) {
@@ -296,9 +304,14 @@ impl Worker {
             step.chunks.iter().map(|c| (c.start + c.len).min(input(c.id)).saturating_sub(c.start)).sum();
         let encoder = |id| self.scheduler.get(id).map_or(0, |s| s.num_encoder());
         let encoded: usize = step.chunks.iter().filter(|c| c.encodes).map(|c| encoder(c.id)).sum();
+        let guessed: usize = step.chunks.iter().filter_map(|c| Some(self.scheduler.get(c.id)?.num_guessed())).sum();
+        let sequences = chosen.chunk_by(|a, b| a.0 == b.0).count();
+        let right = if guessed > 0 { chosen.len() - sequences } else { 0 };
         self.scheduler.commit(step, &chosen);
         self.shared.counters.prompt_tokens.fetch_add((computed + encoded) as u64, Relaxed);
         self.shared.counters.generated_tokens.fetch_add(chosen.len() as u64, Relaxed);
+        self.shared.counters.draft_tokens.fetch_add(guessed as u64, Relaxed);
+        self.shared.counters.draft_tokens_accepted.fetch_add(right as u64, Relaxed);
         for (id, reason) in ended {
             let event = match reason {
                 Ok(reason) => self.finished(id, reason),

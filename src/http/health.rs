@@ -74,4 +74,6 @@ fn record_engine(stats: &EngineStats, tasks: usize) {
     counter!(telemetry::PROMPT_TOKENS).absolute(stats.prompt_tokens);
     counter!(telemetry::CACHED_TOKENS).absolute(stats.cached_tokens);
     counter!(telemetry::GENERATED_TOKENS).absolute(stats.generated_tokens);
+    counter!(telemetry::DRAFT_TOKENS).absolute(stats.draft_tokens);
+    counter!(telemetry::DRAFT_TOKENS_ACCEPTED).absolute(stats.draft_tokens_accepted);
 }

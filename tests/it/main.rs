@@ -13,6 +13,7 @@ mod convert;
 mod convert_computed;
 mod demo;
 mod diverged;
+mod draft;
 mod encoder_decoder;
 mod engine;
 mod examples;

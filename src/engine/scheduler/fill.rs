@@ -55,6 +55,7 @@ impl Scheduler {
         order.sort_unstable();
         let mut inputs_left = self.limits.config.max_step_tokens;
         let mut encoding = HashSet::new();
+        let mut guesses_left = self.draft_budget();
         for (is_input, .., id) in order {
             let Some(sequence) = self.sequences.get_mut(&id) else { continue };
             let (key, tenant) = (sequence.encoder_key(), sequence.tenant.key);
@@ -73,12 +74,19 @@ impl Scheduler {
                 inputs_left = self.limits.config.max_prefill_tokens;
             }
             if taken > 0 {
-                let len = taken.saturating_sub(unencoded).max(1);
+                let mut len = taken.saturating_sub(unencoded).max(1);
+                let wanted_from = sequence.wanted_from();
+                if !is_input && guesses_left > 0 {
+                    let guessed = Self::draft(sequence, guesses_left.min(self.limits.draft_tokens));
+                    guesses_left -= guessed;
+                    quota.spend(guessed);
+                    len += guessed;
+                }
                 encoding.extend(key.filter(|_| unencoded > 0));
                 let start = sequence.num_computed;
                 self.turns += 1;
                 sequence.last_turn = self.turns;
-                let wanted = (start + len).saturating_sub(start.max(sequence.wanted_from()));
+                let wanted = (start + len).saturating_sub(start.max(wanted_from));
                 step.chunks.push(Chunk { id, start, len, wanted, encodes: unencoded > 0 });
             }
         }

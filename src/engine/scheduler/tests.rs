@@ -12,7 +12,7 @@ use crate::engine::request::Tenant;
 fn limits(change: impl FnOnce(&mut Limits)) -> Limits {
     let config =
         EngineConfig { max_batch: 4, max_step_tokens: 256, max_prefill_tokens: 256, ..EngineConfig::default() };
-    let mut limits = Limits { config, fair_step_tokens: 32, num_blocks: 64, max_encoded: 0 };
+    let mut limits = Limits { config, fair_step_tokens: 32, num_blocks: 64, max_encoded: 0, draft_tokens: 0 };
     change(&mut limits);
     limits
 }

@@ -7,47 +7,51 @@ use std::{
 };
 
 use super::{Running, Task, Worker};
-use crate::{
-    engine::{
-        request::{GeneratedToken, SequenceId},
-        runner::Output,
-        sampling::{NoToken, Sampler, Scratch},
-        scheduler::{Chunk, Step},
-    },
-    kernels::{Largest, rows::RowKernels},
+use crate::engine::{
+    request::{GeneratedToken, InputToken, SequenceId},
+    runner::Output,
+    sampling::{NoToken, Sampler, Scratch},
+    scheduler::{Chunk, Step},
 };
 
-/// What is to be made of one row.
-enum Row<'a> {
-    Choose {
-        id: SequenceId,
-        sampler: &'a mut Sampler,
-    },
-    /// Its sequence is gone.
-    Nobodys,
+/// What is to be made of rows that follow each other in one sequence.
+enum Rows<'a> {
+    /// The next token of the first row; and as long as a token is the one that was guessed, that of the row after it.
+    Choose { id: SequenceId, sampler: &'a mut Sampler, guesses: &'a [InputToken] },
+    /// Their sequence is gone.
+    Nobodys { count: usize },
 }
 
-/// What was made of it: the token, or why there is none.
-type Made = Result<GeneratedToken, NoToken>;
+/// What was made of them: tokens, or why there is no further one.
+type Made = Vec<Result<GeneratedToken, NoToken>>;
 
-impl Row<'_> {
-    /// Whether the largest logit and its log-probability are all that is made use of.
-    fn needs_largest_only(&self) -> bool {
-        matches!(self, Row::Choose { sampler, .. } if sampler.is_greedy())
-    }
-
-    fn make_of_largest(&mut self, largest: Largest) -> Option<Made> {
+impl Rows<'_> {
+    fn len(&self) -> usize {
         match self {
-            Row::Choose { sampler, .. } if sampler.is_greedy() => Some(sampler.take_largest(largest)),
-            _ => None,
+            Rows::Choose { guesses, .. } => 1 + guesses.len(),
+            Rows::Nobodys { count } => *count,
         }
     }
 
-    fn make(&mut self, logits: &[f32], kernels: &dyn RowKernels) -> Option<Made> {
-        Scratch::with(|scratch| match self {
-            Row::Choose { sampler, .. } => Some(sampler.next(logits, kernels, scratch)),
-            Row::Nobodys => None,
-        })
+    /// Whether the largest logits and their log-probabilities are all that is made use of.
+    fn need_largest_only(&self) -> bool {
+        matches!(self, Rows::Choose { sampler, .. } if sampler.is_greedy())
+    }
+
+    /// Chooses tokens by `next`, which is told the row.
+    fn make(&mut self, mut next: impl FnMut(&mut Sampler, usize) -> Result<GeneratedToken, NoToken>) -> Made {
+        let Rows::Choose { sampler, guesses, .. } = self else { return Vec::new() };
+        let mut made = Vec::with_capacity(1);
+        for row in 0..=guesses.len() {
+            let token = next(sampler, row);
+            let was_guessed =
+                matches!((&token, guesses.get(row)), (Ok(token), Some(guess)) if guess.vocab() == Some(token.id));
+            made.push(token);
+            if !was_guessed {
+                break;
+            }
+        }
+        made
     }
 }
 
@@ -88,8 +92,9 @@ impl Worker {
         not_finite
     }
 
-    /// Chooses the next token of each sequence that waits for one, and records the log-probabilities of continuations.
-    /// Returns the tokens, and why a sequence has to end without one.
+    /// Chooses the next token of each sequence that waits for one, and those after it that were guessed, and records the
+    /// log-probabilities of continuations. Returns the tokens, those of a sequence in order, and why a sequence has to end
+    /// without one.
     pub(super) fn use_rows(
         &mut self,
         step: &Step,
@@ -97,41 +102,64 @@ impl Worker {
     ) -> candle_core::Result<Vec<(SequenceId, Result<GeneratedToken, NoToken>)>> {
         let not_finite = self.use_scores(step, scores);
         let mut jobs: HashMap<SequenceId, &mut Running> = self.jobs.iter_mut().map(|(id, job)| (*id, job)).collect();
-        let mut rows = Vec::new();
+        let mut all = Vec::new();
+        // The first row of each.
+        let mut firsts = Vec::new();
+        let mut num_rows = 0;
         for chunk in step.chunks.iter().filter(|chunk| chunk.wanted > 0) {
-            match jobs.remove(&chunk.id).map(|job| &mut job.task) {
-                Some(Task::Generate { sampler, .. }) => rows.push(Row::Choose { id: chunk.id, sampler }),
-                Some(Task::Score { .. }) => {}
-                None => rows.extend((0..chunk.wanted).map(|_| Row::Nobodys)),
-            }
+            let rows = match jobs.remove(&chunk.id).map(|job| &mut job.task) {
+                Some(Task::Generate { sampler, .. }) => {
+                    let tokens = self.scheduler.get(chunk.id).map_or(&[][..], |sequence| &sequence.tokens);
+                    let guesses = tokens.len().saturating_sub(chunk.wanted - 1)..;
+                    Rows::Choose { id: chunk.id, sampler, guesses: &tokens[guesses] }
+                }
+                Some(Task::Score { .. }) => continue,
+                None => Rows::Nobodys { count: chunk.wanted },
+            };
+            firsts.push(num_rows);
+            num_rows += rows.len();
+            all.push(Mutex::new((rows, Made::new())));
         }
         let backend = self.runner.model().backend();
-        if logits.num_rows() != rows.len() {
-            candle_core::bail!("{} rows of logits were computed and {} are wanted", logits.num_rows(), rows.len());
+        if logits.num_rows() != num_rows {
+            candle_core::bail!("{} rows of logits were computed and {num_rows} are wanted", logits.num_rows());
         }
-        let mut rows: Vec<Mutex<(Row, Option<Made>)>> = rows.into_iter().map(|row| Mutex::new((row, None))).collect();
         // Where the largest logits are found on the device, what needs nothing else is not copied to the host.
-        let mut left: Vec<usize> = (0..rows.len()).collect();
-        if rows.iter_mut().any(|row| row.get_mut().is_ok_and(|(row, _)| row.needs_largest_only()))
+        let mut is_made = vec![false; all.len()];
+        if all.iter_mut().any(|own| own.get_mut().is_ok_and(|(rows, _)| rows.need_largest_only()))
             && let Some(largest) = logits.largest(&**backend)?
         {
-            for (row, largest) in rows.iter_mut().zip(largest) {
-                let (row, made) = row.get_mut().unwrap_or_else(PoisonError::into_inner);
-                *made = row.make_of_largest(largest);
+            for ((own, first), is_made) in all.iter_mut().zip(&firsts).zip(&mut is_made) {
+                let (rows, made) = own.get_mut().unwrap_or_else(PoisonError::into_inner);
+                if rows.need_largest_only() {
+                    *made = rows.make(|sampler, row| sampler.take_largest(largest[first + row]));
+                    *is_made = true;
+                }
             }
-            left.retain(|&i| rows[i].get_mut().is_ok_and(|(row, made)| made.is_none() && !matches!(row, Row::Nobodys)));
         }
-        logits.with_rows(&left, |logits| {
+        // Of those that are left, their rows on the host, and where those of each begin.
+        let (mut left, mut host_rows) = (Vec::new(), Vec::new());
+        for (i, own) in all.iter_mut().enumerate() {
+            let (rows, _) = own.get_mut().unwrap_or_else(PoisonError::into_inner);
+            if !is_made[i] && matches!(rows, Rows::Choose { .. }) {
+                left.push((i, host_rows.len()));
+                host_rows.extend(firsts[i]..firsts[i] + rows.len());
+            }
+        }
+        logits.with_rows(&host_rows, |logits| {
             backend.parallel(left.len(), &|i| {
-                let mut row = rows[left[i]].lock().unwrap_or_else(PoisonError::into_inner);
-                row.1 = row.0.make(logits[i], backend.row_kernels());
+                let (own, first) = left[i];
+                let mut own = all[own].lock().unwrap_or_else(PoisonError::into_inner);
+                own.1 = Scratch::with(|scratch| {
+                    own.0.make(|sampler, row| sampler.next(logits[first + row], backend.row_kernels(), scratch))
+                });
             });
             Ok(())
         })?;
         let mut tokens: Vec<_> = not_finite.into_iter().map(|id| (id, Err(NoToken::NotFinite))).collect();
-        for row in rows {
-            if let (Row::Choose { id, .. }, Some(made)) = row.into_inner().unwrap_or_else(PoisonError::into_inner) {
-                tokens.push((id, made));
+        for own in all {
+            if let (Rows::Choose { id, .. }, made) = own.into_inner().unwrap_or_else(PoisonError::into_inner) {
+                tokens.extend(made.into_iter().map(|made| (id, made)));
             }
         }
         Ok(tokens)

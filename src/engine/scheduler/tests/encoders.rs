@@ -164,7 +164,7 @@ proptest! {
         fail_at in prop::option::weighted(0.3, 1usize..40),
     ) {
         let config = EngineConfig { max_batch, max_step_tokens, max_prefill_tokens, ..EngineConfig::default() };
-        let limits = Limits { config, fair_step_tokens, num_blocks, max_encoded };
+        let limits = Limits { config, fair_step_tokens, num_blocks, max_encoded, draft_tokens: 0 };
         let mut s = Scheduler::new(limits);
         let mut encoded: HashSet<InputKey> = HashSet::new();
         let mut ended = HashSet::new();

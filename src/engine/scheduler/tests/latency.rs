@@ -29,6 +29,7 @@ fn waits(busy: usize, floor: usize, fair: usize) -> (Vec<usize>, Vec<usize>) {
         fair_step_tokens: fair,
         num_blocks: 4096,
         max_encoded: 0,
+        draft_tokens: 0,
     });
     let mut numbers = Numbers(7);
     let mut clock = 0;

@@ -148,7 +148,7 @@ proptest! {
         num_blocks in 3usize..24,
     ) {
         let config = EngineConfig { max_batch, max_step_tokens, max_prefill_tokens, ..EngineConfig::default() };
-        let limits = Limits { config, fair_step_tokens, num_blocks, max_encoded: 0 };
+        let limits = Limits { config, fair_step_tokens, num_blocks, max_encoded: 0, draft_tokens: 0 };
         let mut s = Scheduler::new(limits);
         let mut next = 0;
         let most = tenants.iter().map(|&(n, new, _)| n + 2 * new).max().unwrap_or(0);

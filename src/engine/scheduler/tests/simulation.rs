@@ -6,7 +6,10 @@ use std::collections::{BTreeMap, HashSet};
 use proptest::prelude::*;
 
 use super::super::*;
-use crate::{engine::request::Tenant, kernels::layout::BlockId};
+use crate::{
+    engine::{draft::Drafting, request::Tenant},
+    kernels::layout::BlockId,
+};
 
 /// Warm-ups have names from here on.
 const WARM_UPS: u64 = 1000;
@@ -48,6 +51,7 @@ impl Arrival {
             tenant: Tenant { owner: self.owner, key: u64::from(self.namespace) % 3 + 3 * self.owner, weight },
             priority: self.priority,
             public_prefix: self.rows() as usize + self.public(),
+            drafting: Some(Drafting::new(self.rows() as usize + self.common + self.own + self.new)),
             ..Sequence::new(rows.chain(words.map(InputToken::Vocab)).collect())
         }
     }
@@ -161,7 +165,9 @@ fn check(s: &Scheduler, step: &Step, limits: Limits) -> Result<(), TestCaseError
         prop_assert!(c.len > 0 && c.start + c.len <= q.tokens.len());
         prop_assert!(q.tokens.len() <= q.blocks.len() * BLOCK_SIZE);
         let is_warm_up = c.id.0 >= WARM_UPS;
-        prop_assert_eq!(c.wanted, usize::from(!is_warm_up && c.start + c.len == q.tokens.len()));
+        let is_last = !is_warm_up && c.start + c.len == q.tokens.len();
+        prop_assert_eq!(c.wanted, if is_last { 1 + q.num_guessed() } else { 0 });
+        prop_assert!(q.num_guessed() <= limits.draft_tokens);
         for block in &q.blocks[c.start / BLOCK_SIZE..=(c.start + c.len - 1) / BLOCK_SIZE] {
             prop_assert_eq!(holders[block], 1, "block {} is written and shared", block);
         }
@@ -179,6 +185,17 @@ fn check(s: &Scheduler, step: &Step, limits: Limits) -> Result<(), TestCaseError
     Ok(())
 }
 
+/// The tokens that a sequence gets in a step: they repeat themselves, with surprises. One, and one more for each guess that
+/// is right.
+fn chosen(s: &Scheduler, id: SequenceId) -> Vec<(SequenceId, u32)> {
+    let q = s.get(id).unwrap();
+    let first = q.tokens.len() - q.num_guessed();
+    let token =
+        |position: usize| if (7 * position + id.0 as usize).is_multiple_of(5) { 6 } else { position as u32 % 4 };
+    let right = q.tokens[first..].iter().zip(first..).take_while(|(guess, p)| guess.vocab() == Some(token(*p))).count();
+    (first..=first + right).map(|position| (id, token(position))).collect()
+}
+
 proptest! {
     /// Every request ends, in bounded time, with exactly its tokens, and each position is computed
     /// over what it should be computed over, however blocks are shared, copied and evicted.
@@ -192,11 +209,12 @@ proptest! {
         spare_blocks in 0usize..24,
         prefix_sharing in prop::bool::weighted(0.9),
         fail_at in prop::option::weighted(0.3, 1usize..60),
+        draft_tokens in 0usize..5,
     ) {
         let num_blocks = MOST_BLOCKS + spare_blocks;
         let config =
             EngineConfig { max_batch, max_step_tokens, max_prefill_tokens, prefix_sharing, ..EngineConfig::default() };
-        let limits = Limits { config, fair_step_tokens, num_blocks, max_encoded: 0 };
+        let limits = Limits { config, fair_step_tokens, num_blocks, max_encoded: 0, draft_tokens };
         let mut s = Scheduler::new(limits);
         let mut memory = Memory(vec![[NOTHING; BLOCK_SIZE]; num_blocks]);
         let mut given: BTreeMap<SequenceId, usize> = BTreeMap::new();
@@ -230,9 +248,9 @@ proptest! {
                 continue;
             }
             memory.run(&s, &step)?;
-            let token = |id: SequenceId| (s.get(id).unwrap().tokens.len() as u32) % 4;
-            let tokens: Vec<_> = step.chunks.iter().filter(|c| c.wanted > 0).map(|c| (c.id, token(c.id))).collect();
+            let tokens: Vec<_> = step.chunks.iter().filter(|c| c.wanted > 0).flat_map(|c| chosen(&s, c.id)).collect();
             s.commit(&step, &tokens);
+            prop_assert!(step.chunks.iter().filter_map(|c| s.get(c.id)).all(|q| q.num_guessed() == 0));
             for (id, _) in tokens {
                 let n = given.entry(id).or_default();
                 *n += 1;
