@@ -53,9 +53,11 @@ impl ModelArgs {
     /// Reads the model and its tokenizer.
     pub fn load(&self) -> anyhow::Result<(Model, Tokenizer)> {
         let files = model_source::files(&self.source()?)?.with_context_length(self.context);
-        let backend = model_source::backend(self.device.unwrap_or_default(), self.backend.unwrap_or_default())?;
+        let dtype = self.dtype.unwrap_or_default();
+        let (device, backend) = (self.device.unwrap_or_default(), self.backend.unwrap_or_default());
+        let backend = model_source::backend(device, backend, dtype)?;
         let tokenizer = Tokenizer::load(&files)?;
-        let dtype = model_source::dtype(self.dtype.unwrap_or_default(), &*backend);
+        let dtype = model_source::dtype(dtype, &*backend);
         let model = Model::load(&files, backend, dtype)?;
         Ok((model, tokenizer))
     }

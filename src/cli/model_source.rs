@@ -7,7 +7,7 @@ use candle_core::{DType, Device};
 use crate::{
     config::{BackendChoice, DeviceChoice, DtypeChoice, ModelSource},
     demo,
-    kernels::{self, Backend, BackendKind},
+    kernels::{self, Backend, BackendKind, QuantisedProducts},
     model::{ModelError, ModelFiles, random::RandomModel},
 };
 
@@ -65,10 +65,19 @@ fn hub(id: &str, revision: Option<&str>) -> Result<ModelFiles, SourceError> {
 }
 
 /// What the model runs on: the one place that chooses.
-pub fn backend(device: DeviceChoice, choice: BackendChoice) -> Result<Arc<dyn Backend>, SourceError> {
+pub fn backend(
+    device: DeviceChoice,
+    choice: BackendChoice,
+    dtype: DtypeChoice,
+) -> Result<Arc<dyn Backend>, SourceError> {
     let kind = match choice {
         BackendChoice::Auto => BackendKind::Own,
         BackendChoice::Reference => BackendKind::Reference,
+    };
+    // Who asks for f32 gets every value as it is.
+    let quantised = match dtype {
+        DtypeChoice::Auto => QuantisedProducts::Integers,
+        DtypeChoice::F32 | DtypeChoice::Bf16 | DtypeChoice::F16 => QuantisedProducts::Exact,
     };
     let device = match device {
         DeviceChoice::Cpu => Device::Cpu,
@@ -76,7 +85,7 @@ pub fn backend(device: DeviceChoice, choice: BackendChoice) -> Result<Arc<dyn Ba
         DeviceChoice::Cuda(ordinal) => gpu(ordinal)?,
         DeviceChoice::Auto if !kernels::HAS_CUDA => Device::Cpu,
         DeviceChoice::Auto => {
-            let opened = gpu(0).and_then(|device| Ok(kernels::open(kind, &device)?));
+            let opened = gpu(0).and_then(|device| Ok(kernels::open(kind, &device, quantised)?));
             match opened {
                 Ok(backend) => return Ok(backend),
                 Err(error) => {
@@ -86,7 +95,7 @@ pub fn backend(device: DeviceChoice, choice: BackendChoice) -> Result<Arc<dyn Ba
             }
         }
     };
-    Ok(kernels::open(kind, &device)?)
+    Ok(kernels::open(kind, &device, quantised)?)
 }
 
 fn gpu(ordinal: usize) -> Result<Device, SourceError> {

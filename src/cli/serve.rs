@@ -65,7 +65,7 @@ pub(super) struct Loaded {
 /// Loads the model and the prompts, and starts the engine.
 pub(super) fn load(config: &Config) -> anyhow::Result<Loaded> {
     let files = model_source::files(&config.model)?.with_context_length(config.context);
-    let backend = model_source::backend(config.device, config.backend)?;
+    let backend = model_source::backend(config.device, config.backend, config.dtype)?;
     tracing::info!(model = files.name(), from = files.location(), "loading the model");
     let started = Instant::now();
     let tokenizer = Tokenizer::load(&files)?;

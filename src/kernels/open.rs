@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use candle_core::{Device, Result, bail};
 
-use super::{Backend, cpu::CpuBackend, reference::ReferenceBackend};
+use super::{Backend, QuantisedProducts, cpu::CpuBackend, reference::ReferenceBackend};
 
 /// Which backend to run on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -15,14 +15,14 @@ pub enum BackendKind {
     Reference,
 }
 
-/// Opens a backend on `device`.
+/// Opens a backend on `device`. How products of quantised weights are computed is a question of the CPU's own kernels only.
 ///
 /// # Errors
 /// The backend does not run on that device.
-pub fn open(kind: BackendKind, device: &Device) -> Result<Arc<dyn Backend>> {
+pub fn open(kind: BackendKind, device: &Device, quantised: QuantisedProducts) -> Result<Arc<dyn Backend>> {
     match (kind, device) {
         (BackendKind::Reference, _) => Ok(Arc::new(ReferenceBackend::new(device))),
-        (BackendKind::Own, Device::Cpu) => Ok(Arc::new(CpuBackend::new())),
+        (BackendKind::Own, Device::Cpu) => Ok(Arc::new(CpuBackend::new().with_quantised(quantised))),
         #[cfg(feature = "cuda")]
         (BackendKind::Own, Device::Cuda(_)) => Ok(Arc::new(super::cuda::CudaBackend::new(device)?)),
         (BackendKind::Own, other) => bail!("there are no kernels for {:?}", other.location()),

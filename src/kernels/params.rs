@@ -59,3 +59,12 @@ impl Activation {
         }
     }
 }
+
+/// How products of a GGUF file's quantised weights are computed on a CPU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum QuantisedProducts {
+    /// With the values that the blocks stand for, in f32.
+    Exact,
+    /// With activations that are rounded to 8 bits, as integers: several times as fast.
+    Integers,
+}

@@ -24,7 +24,9 @@ fn subjects() -> Vec<(Arc<dyn Backend>, DType, f32)> {
 fn on_gpu() -> Vec<Arc<dyn Backend>> {
     static OPENED: OnceLock<Vec<Arc<dyn Backend>>> = OnceLock::new();
     let open = || match super::gpu(0) {
-        Ok(device) => [BackendKind::Own, BackendKind::Reference].map(|kind| super::open(kind, &device).unwrap()).into(),
+        Ok(device) => [BackendKind::Own, BackendKind::Reference]
+            .map(|kind| super::open(kind, &device, super::QuantisedProducts::Exact).unwrap())
+            .into(),
         Err(error) if std::env::var_os("SOFTSERVE_TEST_GPU").is_some() => panic!("there is no GPU to test: {error}"),
         Err(_) => Vec::new(),
     };

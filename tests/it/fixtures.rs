@@ -109,7 +109,9 @@ pub fn load_on(model: &str, dtype: DType, backend: Arc<dyn Backend>) -> Model {
 pub fn gpu() -> Option<Arc<dyn Backend>> {
     static OPENED: std::sync::OnceLock<Option<Arc<dyn Backend>>> = std::sync::OnceLock::new();
     let open = || match kernels::gpu(0) {
-        Ok(device) => Some(kernels::open(kernels::BackendKind::Own, &device).unwrap()),
+        Ok(device) => {
+            Some(kernels::open(kernels::BackendKind::Own, &device, kernels::QuantisedProducts::Exact).unwrap())
+        }
         Err(error) if std::env::var_os("SOFTSERVE_TEST_GPU").is_some() => panic!("there is no GPU to test: {error}"),
         Err(_) => None,
     };

@@ -14,7 +14,7 @@ use super::{
     vocabulary::CpuRows,
 };
 use crate::kernels::{
-    Backend, Kernels, KvCache, Tuning,
+    Backend, Kernels, KvCache, QuantisedProducts, Tuning,
     cross::CrossKeyValues,
     host::with_values,
     layout::{BatchLayout, KvShape},
@@ -26,11 +26,18 @@ use crate::kernels::{
 #[derive(Debug)]
 pub struct CpuBackend {
     rows: CpuRows,
+    quantised: QuantisedProducts,
 }
 
 impl CpuBackend {
+    /// With exact products of quantised weights.
     pub fn new() -> Self {
-        Self { rows: CpuRows(Isa::best()) }
+        Self { rows: CpuRows(Isa::best()), quantised: QuantisedProducts::Exact }
+    }
+
+    /// With these products of quantised weights.
+    pub fn with_quantised(self, quantised: QuantisedProducts) -> Self {
+        Self { quantised, ..self }
     }
 }
 
@@ -53,10 +60,13 @@ impl Backend for CpuBackend {
         DType::F32
     }
 
-    /// f16 is kept as f32, which holds it exactly. Blocks stay as they are where they are computed with as f32.
+    /// f16 is kept as f32, which holds it exactly. Blocks stay quantised where they are computed with as f32 or as integers.
     fn weight(&self, matrix: Matrix, dtype: DType) -> Result<Weight> {
         let (n, k) = matrix.dims2()?;
         let packed = match (matrix, dtype) {
+            (Matrix::Blocks(blocks), DType::F32) if self.quantised == QuantisedProducts::Integers => {
+                PackedMatrix::from_blocks_as_integers(blocks.format, blocks.bytes, n, k)?
+            }
             (Matrix::Blocks(blocks), DType::F32) => PackedMatrix::from_blocks(blocks.format, blocks.bytes, n, k),
             (matrix, DType::F32) => pack_f32(&matrix.values()?, n, k)?,
             (matrix, DType::F16) => pack_f32(&matrix.values()?.to_dtype(DType::F16)?, n, k)?,

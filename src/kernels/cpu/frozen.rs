@@ -10,7 +10,7 @@ use std::{
 use candle_core::{CpuStorage, CustomOp1, Device, Layout, Result, Shape, Tensor, bail};
 
 use super::{
-    Isa, PackedMatrix, Precision,
+    Isa, Operands, PackedMatrix,
     log_probabilities::log_probabilities,
     matmul::{Product, multiply, multiply_gated, multiply_mlp},
     pool,
@@ -207,9 +207,9 @@ fn transposed(matrix: &PackedMatrix) -> Result<PackedMatrix> {
         matrix.row(i, &mut row);
         values[i..].iter_mut().step_by(n).zip(&row).for_each(|(to, x)| *to = *x);
     }
-    Ok(match matrix.precision() {
-        Precision::F32 => PackedMatrix::from_f32(&values, k, n)?,
-        Precision::Bf16 => PackedMatrix::from_f32_rounded(&values, k, n)?,
+    Ok(match matrix.operands() {
+        Operands::F32 | Operands::Int8 => PackedMatrix::from_f32(&values, k, n)?,
+        Operands::Bf16 => PackedMatrix::from_f32_rounded(&values, k, n)?,
     })
 }
 

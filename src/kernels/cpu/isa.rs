@@ -41,13 +41,14 @@ impl Isa {
         let mut all = vec![Self::PORTABLE];
         #[cfg(target_arch = "x86_64")]
         if !cfg!(miri) {
-            let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+            let avx2 =
+                is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
             let avx512 = avx2
                 && is_x86_feature_detected!("avx512f")
                 && is_x86_feature_detected!("avx512bw")
                 && is_x86_feature_detected!("avx512dq")
                 && is_x86_feature_detected!("avx512vl");
-            let bf16 = avx512 && is_x86_feature_detected!("avx512bf16");
+            let bf16 = avx512 && is_x86_feature_detected!("avx512bf16") && is_x86_feature_detected!("avx512vnni");
             let amx = bf16 && amx::usable();
             let found = [(avx2, Kind::Avx2), (avx512, Kind::Avx512), (bf16, Kind::Avx512Bf16), (amx, Kind::Amx)];
             all.extend(found.into_iter().filter(|(has, _)| *has).map(|(_, kind)| Self(kind)));

@@ -16,8 +16,9 @@ use super::{
     Buffer, Isa,
     block::{BLOCK_COLUMNS, BLOCK_ROWS},
     dispatch, elements,
-    packed::{PackedMatrix, Precision, TILE_K},
+    packed::{Operands, PackedMatrix, TILE_K},
     pool::Pool,
+    rows,
     tensors::written,
 };
 use crate::kernels::Activation;
@@ -38,22 +39,29 @@ pub struct Product<'a> {
 /// Multiplies `x` `[rows, k]` with each matrix: `[rows, n]` each.
 ///
 /// # Panics
-/// If a shape does not fit, or the matrices have different precisions.
+/// If a shape does not fit.
 pub fn multiply(isa: Isa, pool: &Pool, x: &[f32], rows: usize, products: &[Product]) -> Vec<Vec<f32>> {
     let Some(first) = products.first() else { return Vec::new() };
-    let (k, precision) = (first.weight.k(), first.weight.precision());
-    with_activations(isa, pool, x, [rows, k], precision, |x| multiply_activations(isa, pool, x, rows, products))
+    let (k, operands) = (first.weight.k(), first.weight.operands());
+    if products.iter().any(|product| product.weight.operands() != operands) {
+        // A file may keep some matrices quantised and others not.
+        return products
+            .iter()
+            .flat_map(|product| multiply(isa, pool, x, rows, std::slice::from_ref(product)))
+            .collect();
+    }
+    with_activations(isa, pool, x, [rows, k], operands, |x| multiply_activations(isa, pool, x, rows, products))
 }
 
 /// As [`multiply`], of at least one matrix.
 fn multiply_activations(isa: Isa, pool: &Pool, x: Activations, rows: usize, products: &[Product]) -> Vec<Vec<f32>> {
-    let (k, precision) = (products[0].weight.k(), products[0].weight.precision());
+    let (k, operands) = (products[0].weight.k(), products[0].weight.operands());
     let mut outs: Vec<Vec<f32>> =
         products.iter().map(|p| Vec::with_capacity(elements(&[rows, p.weight.n()]))).collect();
     let mut targets = Vec::with_capacity(products.len());
     for (p, out) in products.iter().zip(&mut outs) {
         let n = p.weight.n();
-        assert!(p.weight.k() == k && p.weight.precision() == precision, "matrices of one width and precision");
+        assert!(p.weight.k() == k && p.weight.operands() == operands, "matrices of one width and of the same operands");
         assert!(p.bias.is_none_or(|b| b.len() == n) && p.residual.is_none_or(|r| r.len() == rows * n));
         targets.push(Target {
             column_tiles: p.weight.panels().div_ceil(2),
@@ -95,7 +103,7 @@ pub fn multiply_slices(
     let (n, k) = (weight.n(), weight.k());
     assert!(columns.is_multiple_of(BLOCK_COLUMNS) && columns > 0, "{columns}");
     assert!(bias.is_none_or(|bias| bias.len() == n));
-    with_activations(isa, pool, x, [rows, k], weight.precision(), |x| {
+    with_activations(isa, pool, x, [rows, k], weight.operands(), |x| {
         let x = &x;
         pool.run(n.div_ceil(columns), &|task| {
             let slice = task * columns..n.min((task + 1) * columns);
@@ -134,7 +142,15 @@ pub fn multiply_gated(
     up: &PackedMatrix,
 ) -> Vec<f32> {
     let (n, k) = (gate.n(), gate.k());
-    with_activations(isa, pool, x, [rows, k], gate.precision(), |x| {
+    if gate.operands() != up.operands() {
+        assert!(gate.n() == up.n() && gate.k() == up.k(), "matrices of one width");
+        let product =
+            |weight| multiply(isa, pool, x, rows, &[Product { weight, bias: None, residual: None }]).remove(0);
+        let mut gates = rows::activate(isa, pool, activation, &product(gate), n);
+        gates.iter_mut().zip(product(up)).for_each(|(gate, up)| *gate *= up);
+        return gates;
+    }
+    with_activations(isa, pool, x, [rows, k], gate.operands(), |x| {
         let fill = |out| {
             let target = gated_target(gate, up, out);
             // SAFETY: the target is as long as both matrices are wide, and so is `out`.
@@ -148,10 +164,13 @@ pub fn multiply_gated(
 /// The micro-panels of a gate and of what it lets through, side by side.
 ///
 /// # Panics
-/// If the matrices are not of one width and precision.
+/// If the matrices are not of one width and of the same operands.
 fn gated_target<'a>(gate: &'a PackedMatrix, up: &'a PackedMatrix, out: *mut f32) -> Target<'a> {
     let (n, k) = (gate.n(), gate.k());
-    assert!(up.n() == n && up.k() == k && up.precision() == gate.precision(), "matrices of one width and precision");
+    assert!(
+        up.n() == n && up.k() == k && up.operands() == gate.operands(),
+        "matrices of one width and of the same operands"
+    );
     Target {
         column_tiles: gate.panels(),
         n,
@@ -178,15 +197,15 @@ pub fn multiply_mlp(
     down: Product,
 ) -> Vec<f32> {
     thread_local!(static INNER: RefCell<Buffer<u32>> = const { RefCell::new(Buffer::empty()) });
-    let precisions = [gate.precision(), down.weight.precision()];
+    let both = [gate.operands(), down.weight.operands()];
     let (n, k) = (gate.n(), gate.k());
-    if precisions != [Precision::Bf16; 2] || !isa.multiplies_bf16() || down.weight.k() != n {
+    if both != [Operands::Bf16; 2] || !isa.multiplies_bf16() || down.weight.k() != n {
         let inner = multiply_gated(isa, pool, activation, x, rows, gate, up);
         return multiply(isa, pool, &inner, rows, &[down]).remove(0);
     }
     INNER.with_borrow_mut(|scratch| {
         let tiles = scratch.scratch(elements(&[rows.div_ceil(BLOCK_ROWS), BLOCK_ROWS, n.div_ceil(TILE_K), TILE_K / 2]));
-        with_activations(isa, pool, x, [rows, k], gate.precision(), |x| {
+        with_activations(isa, pool, x, [rows, k], gate.operands(), |x| {
             let target = gated_target(gate, up, std::ptr::null_mut());
             let epilogue = Epilogue::GateTiles(activation, tiles.as_mut_ptr());
             // SAFETY: the target is as long as both matrices are wide, and the scratch holds the tiles.
@@ -196,7 +215,7 @@ pub fn multiply_mlp(
     })
 }
 
-/// Calls `f` with `x` `[rows, k]` as matrices of `precision` are multiplied with it.
+/// Calls `f` with `x` `[rows, k]` as matrices of these operands are multiplied with it.
 ///
 /// # Panics
 /// If `x` is not of that shape.
@@ -205,12 +224,12 @@ fn with_activations<R>(
     pool: &Pool,
     x: &[f32],
     [rows, k]: [usize; 2],
-    precision: Precision,
+    operands: Operands,
     f: impl FnOnce(Activations) -> R,
 ) -> R {
     thread_local!(static ACTIVATIONS: RefCell<Buffer<u32>> = const { RefCell::new(Buffer::empty()) });
     assert_eq!(x.len(), elements(&[rows, k]));
-    ACTIVATIONS.with_borrow_mut(|scratch| f(Activations::new(isa, pool, x, [rows, k], precision, scratch)))
+    ACTIVATIONS.with_borrow_mut(|scratch| f(Activations::new(isa, pool, x, [rows, k], operands, scratch)))
 }
 
 /// Computes all targets: splits them into tasks for the pool.
@@ -225,7 +244,7 @@ unsafe fn run(isa: Isa, pool: &Pool, x: Activations, rows: usize, k: usize, targ
     let job = Job::new(isa, x, rows, k, targets, epilogue);
     let column_tiles: usize = targets.iter().map(|t| t.column_tiles).sum();
     let blocks = rows.div_ceil(BLOCK_ROWS);
-    let bytes = BLOCK_ROWS * k * if matches!(x, Activations::Bf16(_)) { 2 } else { 4 };
+    let bytes = BLOCK_ROWS * k * if matches!(x, Activations::Bf16(_) | Activations::Int8(_)) { 2 } else { 4 };
     let blocks_per_task = (ACTIVATION_BYTES / bytes.max(1)).clamp(1, blocks);
     let row_tasks = blocks.div_ceil(blocks_per_task);
     let blocks_per_task = blocks.div_ceil(row_tasks);

@@ -14,6 +14,7 @@ mod backend;
 mod block;
 mod buffer;
 pub mod frozen;
+pub mod integer;
 mod isa;
 pub mod kv_cache;
 pub mod log_probabilities;
@@ -32,7 +33,7 @@ pub use backend::CpuBackend;
 pub use buffer::Buffer;
 pub use frozen::FrozenMatrix;
 pub use isa::Isa;
-pub use packed::{PackedMatrix, Precision};
+pub use packed::{Operands, PackedMatrix, Precision};
 pub use pool::set_threads;
 
 /// Calls `$generic::<S, …>(args)` compiled for the instructions that `$isa` has.
@@ -43,19 +44,19 @@ pub use pool::set_threads;
 macro_rules! dispatch {
     ($isa:expr, $generic:ident($($arg:ident: $ty:ty),* $(,)?)) => {{
         #[cfg(target_arch = "x86_64")]
-        #[target_feature(enable = "avx2,fma")]
+        #[target_feature(enable = "avx2,fma,f16c")]
         unsafe fn avx2($($arg: $ty),*) {
             // SAFETY: as the caller of `dispatch!` says.
             unsafe { $generic::<$crate::kernels::cpu::simd::Avx2>($($arg),*) }
         }
         #[cfg(target_arch = "x86_64")]
-        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
         unsafe fn avx512($($arg: $ty),*) {
             // SAFETY: as the caller of `dispatch!` says.
             unsafe { $generic::<$crate::kernels::cpu::simd::Avx512>($($arg),*) }
         }
         #[cfg(target_arch = "x86_64")]
-        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")]
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,avx2,fma,f16c")]
         unsafe fn avx512_bf16($($arg: $ty),*) {
             // SAFETY: as the caller of `dispatch!` says.
             unsafe { $generic::<$crate::kernels::cpu::simd::Avx512Bf16>($($arg),*) }

@@ -6,6 +6,7 @@ use rayon::prelude::*;
 use super::{
     buffer::Buffer,
     elements,
+    integer::IntegerMatrix,
     simd::{LANES, bf16 as round},
 };
 use crate::kernels::quantized::{self, BlockFormat};
@@ -18,12 +19,21 @@ pub(super) const TILE_K: usize = 32;
 /// Words of four bytes, pairs, in a tile of bf16: 16 pairs of inner values by 16 columns. One tile is 1 KiB.
 pub(super) const TILE_WORDS: usize = TILE_K / 2 * PANEL_WIDTH;
 
-/// The number format that a matrix is kept in.
+/// The number format that keys and values, or a matrix's values, are kept in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Precision {
     F32,
+    Bf16,
+}
+
+/// What a product's two operands are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Operands {
+    F32,
     /// Weights and activations are rounded to bf16 and their products added in f32.
     Bf16,
+    /// Weights are ggml's quantised values, activations are rounded to 8 bits, and their products added as integers.
+    Int8,
 }
 
 /// A packed weight matrix `W` `[n, k]`, for products `x Wᵀ`. Micro-panels of 16 rows of `W` lie one after another; in a
@@ -44,6 +54,7 @@ pub(super) enum Data {
     F32(Buffer<f32>),
     Bf16(Buffer<u32>),
     Blocks(BlockFormat, Vec<u8>),
+    Integers(IntegerMatrix),
 }
 
 impl PackedMatrix {
@@ -121,6 +132,21 @@ impl PackedMatrix {
         Self { n, k, data: Data::Blocks(format, bytes) }
     }
 
+    /// Keeps rows of `k` quantised values as integers, whose products are computed as integers; blocks of floats stay as they
+    /// are, as [`from_blocks`](Self::from_blocks) keeps them.
+    ///
+    /// # Errors
+    /// There is no memory.
+    ///
+    /// # Panics
+    /// If `bytes` are not the blocks of `n` rows.
+    pub fn from_blocks_as_integers(format: BlockFormat, bytes: Vec<u8>, n: usize, k: usize) -> std::io::Result<Self> {
+        match IntegerMatrix::new(format, &bytes, n, k)? {
+            Some(matrix) => Ok(Self { n, k, data: Data::Integers(matrix) }),
+            None => Ok(Self::from_blocks(format, bytes, n, k)),
+        }
+    }
+
     /// Rows of the matrix: the width of the product.
     pub fn n(&self) -> usize {
         self.n
@@ -131,11 +157,12 @@ impl PackedMatrix {
         self.k
     }
 
-    /// The precision that products are computed in.
-    pub fn precision(&self) -> Precision {
+    /// What its products are computed of.
+    pub fn operands(&self) -> Operands {
         match self.data {
-            Data::F32(_) | Data::Blocks(..) => Precision::F32,
-            Data::Bf16(_) => Precision::Bf16,
+            Data::F32(_) | Data::Blocks(..) => Operands::F32,
+            Data::Bf16(_) => Operands::Bf16,
+            Data::Integers(_) => Operands::Int8,
         }
     }
 
@@ -145,6 +172,7 @@ impl PackedMatrix {
             Data::F32(data) => size_of_val(data.as_slice()),
             Data::Bf16(data) => size_of_val(data.as_slice()),
             Data::Blocks(_, bytes) => bytes.len(),
+            Data::Integers(matrix) => matrix.num_bytes(),
         }
     }
 
@@ -173,6 +201,7 @@ impl PackedMatrix {
                 let size = bytes.len() / self.n;
                 format.dequantize(&bytes[i * size..][..size], out);
             }
+            Data::Integers(matrix) => matrix.row(i, out),
         }
     }
 

@@ -26,6 +26,10 @@ pub trait Simd: Copy {
     type V: Copy;
     /// Sixteen pairs of bf16 values, the first of each pair in the low half.
     type P: Copy;
+    /// Sixteen integers of 32 bits.
+    type I: Copy;
+    /// 64 bytes, four to a lane.
+    type B: Copy;
     /// Vectors of sixteen lanes that the processor's registers hold.
     const REGISTERS: usize;
 
@@ -57,6 +61,24 @@ pub trait Simd: Copy {
     unsafe fn widen(pairs: Self::P) -> [Self::V; 2];
     /// Adds to each lane the two products of its pair in `w` with the pair `x`.
     unsafe fn dot(acc: Self::V, w: Self::P, x: u32) -> Self::V;
+    unsafe fn splat_i32(x: i32) -> Self::I;
+    unsafe fn to_f32(x: Self::I) -> Self::V;
+    /// Sixteen values of f16.
+    unsafe fn load_f16(from: *const u16) -> Self::V;
+    unsafe fn load_i8(from: *const i8) -> Self::V;
+    unsafe fn load_u8(from: *const u8) -> Self::V;
+    unsafe fn load_bytes(from: *const u8) -> Self::B;
+    unsafe fn splat_u8(x: u8) -> Self::B;
+    unsafe fn and(a: Self::B, b: Self::B) -> Self::B;
+    unsafe fn or(a: Self::B, b: Self::B) -> Self::B;
+    /// Shifts bytes by 0 to 7 bits; what comes in from a byte's neighbour is not defined.
+    unsafe fn shift_left(a: Self::B, bits: i32) -> Self::B;
+    unsafe fn shift_right(a: Self::B, bits: i32) -> Self::B;
+    /// Adds to each lane the products of its four bytes in `w`, which are at most 63, with the four signed bytes `x`, none of
+    /// which is -128.
+    unsafe fn dot_u6(acc: Self::I, w: Self::B, x: u32) -> Self::I;
+    /// As [`dot_u6`](Self::dot_u6), of any bytes.
+    unsafe fn dot_u8(acc: Self::I, w: Self::B, x: u32) -> Self::I;
 
     /// `e^x`, to about two units in the last place, for x within -87 and 88 and as if it were.
     #[inline(always)]
@@ -108,6 +130,8 @@ fn high(pair: u32) -> f32 {
 impl Simd for Portable {
     type V = [f32; LANES];
     type P = [u32; LANES];
+    type I = [i32; LANES];
+    type B = [[u8; 4]; LANES];
     const REGISTERS: usize = 8;
 
     #[inline(always)]
@@ -192,5 +216,63 @@ impl Simd for Portable {
     unsafe fn dot(acc: Self::V, w: Self::P, x: u32) -> Self::V {
         let (first, second) = (low(x), high(x));
         each(|i| acc[i] + low(w[i]) * first + high(w[i]) * second)
+    }
+    #[inline(always)]
+    unsafe fn splat_i32(x: i32) -> Self::I {
+        [x; LANES]
+    }
+    #[inline(always)]
+    unsafe fn to_f32(x: Self::I) -> Self::V {
+        x.map(|x| x as f32)
+    }
+    #[inline(always)]
+    unsafe fn load_f16(from: *const u16) -> Self::V {
+        // SAFETY: the caller vouches for 16 readable values.
+        unsafe { from.cast::<[u16; LANES]>().read_unaligned() }.map(|bits| half::f16::from_bits(bits).to_f32())
+    }
+    #[inline(always)]
+    unsafe fn load_i8(from: *const i8) -> Self::V {
+        // SAFETY: the caller vouches for 16 readable values.
+        unsafe { from.cast::<[i8; LANES]>().read() }.map(f32::from)
+    }
+    #[inline(always)]
+    unsafe fn load_u8(from: *const u8) -> Self::V {
+        // SAFETY: the caller vouches for 16 readable values.
+        unsafe { from.cast::<[u8; LANES]>().read() }.map(f32::from)
+    }
+    #[inline(always)]
+    unsafe fn load_bytes(from: *const u8) -> Self::B {
+        // SAFETY: the caller vouches for 64 readable bytes.
+        unsafe { from.cast::<Self::B>().read() }
+    }
+    #[inline(always)]
+    unsafe fn splat_u8(x: u8) -> Self::B {
+        [[x; 4]; LANES]
+    }
+    #[inline(always)]
+    unsafe fn and(a: Self::B, b: Self::B) -> Self::B {
+        std::array::from_fn(|i| std::array::from_fn(|j| a[i][j] & b[i][j]))
+    }
+    #[inline(always)]
+    unsafe fn or(a: Self::B, b: Self::B) -> Self::B {
+        std::array::from_fn(|i| std::array::from_fn(|j| a[i][j] | b[i][j]))
+    }
+    #[inline(always)]
+    unsafe fn shift_left(a: Self::B, bits: i32) -> Self::B {
+        a.map(|lane| lane.map(|byte| byte << bits))
+    }
+    #[inline(always)]
+    unsafe fn shift_right(a: Self::B, bits: i32) -> Self::B {
+        a.map(|lane| lane.map(|byte| byte >> bits))
+    }
+    #[inline(always)]
+    unsafe fn dot_u6(acc: Self::I, w: Self::B, x: u32) -> Self::I {
+        let x = x.to_le_bytes().map(|x| i32::from(x.cast_signed()));
+        std::array::from_fn(|i| acc[i] + w[i].iter().zip(x).map(|(w, x)| i32::from(*w) * x).sum::<i32>())
+    }
+    #[inline(always)]
+    unsafe fn dot_u8(acc: Self::I, w: Self::B, x: u32) -> Self::I {
+        // SAFETY: any bytes are fine here.
+        unsafe { Self::dot_u6(acc, w, x) }
     }
 }

@@ -4,7 +4,8 @@ use super::super::{
     Buffer, Isa,
     block::{BLOCK_ROWS, TILE_ROWS},
     dispatch, elements,
-    packed::{Precision, TILE_K, TILE_WORDS},
+    integer::{Group, quantise},
+    packed::{Operands, TILE_K, TILE_WORDS},
     pool::Pool,
     rows,
     simd::{LANES, Simd},
@@ -19,25 +20,28 @@ pub(super) enum Activations {
     Rounded(*const f32),
     /// `[row tiles][k / 32][16][16 pairs]`
     Bf16(*const u32),
+    /// `[rows][k / 32]`
+    Int8(*const Group),
 }
 
 // SAFETY: it is only read.
 unsafe impl Sync for Activations {}
 
 impl Activations {
-    /// `x` `[rows, k]` as matrices of `precision` are multiplied with it. It points to `x` or to `scratch`.
+    /// `x` `[rows, k]` as matrices of these operands are multiplied with it. It points to `x` or to `scratch`.
     pub(super) fn new(
         isa: Isa,
         pool: &Pool,
         x: &[f32],
         [rows, k]: [usize; 2],
-        precision: Precision,
+        operands: Operands,
         scratch: &mut Buffer<u32>,
     ) -> Self {
-        match precision {
-            Precision::F32 => Self::F32(x.as_ptr()),
-            Precision::Bf16 if isa.multiplies_bf16() => Self::Bf16(pack(isa, pool, x, rows, k, scratch)),
-            Precision::Bf16 => Self::Rounded(round(isa, pool, x, k, scratch)),
+        match operands {
+            Operands::F32 => Self::F32(x.as_ptr()),
+            Operands::Bf16 if isa.multiplies_bf16() => Self::Bf16(pack(isa, pool, x, rows, k, scratch)),
+            Operands::Int8 => Self::Int8(quantise(isa, pool, x, k, scratch)),
+            Operands::Bf16 => Self::Rounded(round(isa, pool, x, k, scratch)),
         }
     }
 }

@@ -8,6 +8,7 @@ use super::{
         block::{
             Ahead, BLOCK_COLUMNS, BLOCK_ROWS, FEW_ROWS, TILE_ROWS, block_bf16, block_f32, few_rows_widened, widen_panel,
         },
+        integer::{self, STRIPE},
         packed::{Data, PANEL_WIDTH, PackedMatrix, TILE_K, TILE_WORDS},
         rows,
         simd::{LANES, Simd},
@@ -45,6 +46,7 @@ impl<'a> MicroPanels<'a> {
             Data::Bf16(data) => (data.as_slice().as_ptr(), weight.tiles() * TILE_WORDS),
             // Each micro-panel is dequantised when it is its turn.
             Data::Blocks(..) => (std::ptr::null(), 0),
+            Data::Integers(matrix) => (matrix.data.as_slice().as_ptr(), matrix.scheme.panel_bytes(weight.k()) / 4),
         };
         Self { weight, first, size, from, last: weight.panels().saturating_sub(1) }
     }
@@ -71,7 +73,7 @@ impl<'a> MicroPanels<'a> {
             Data::Bf16(_) if job.widens => unsafe {
                 widen_panel::<S>(self.get(tile, step), job.k, scratch.as_mut_ptr());
             },
-            Data::F32(_) | Data::Bf16(_) => return self.get(tile, step),
+            Data::F32(_) | Data::Bf16(_) | Data::Integers(_) => return self.get(tile, step),
         }
         scratch.as_ptr().cast()
     }
@@ -161,6 +163,15 @@ pub(super) unsafe fn run_blocks<S: Simd>(job: &Job, tiles: Range<usize>, blocks:
                         }
                         Activations::F32(x) | Activations::Rounded(x) => {
                             block_f32::<S>(x.add(row * job.k), rows, job.k, [b0.cast(), b1.cast()], sums);
+                        }
+                        Activations::Int8(groups) => {
+                            let x = groups.add(row * (job.k / STRIPE));
+                            for (i, (p, b)) in [(p0, b0), (p1, b1)].into_iter().enumerate() {
+                                if let Data::Integers(matrix) = &p.weight.data {
+                                    let sums = sums.add(i * PANEL_WIDTH);
+                                    integer::panel::<S>(matrix.scheme, x, rows, job.k, b.cast(), sums);
+                                }
+                            }
                         }
                         Activations::Bf16(packed) => {
                             let k_tiles = job.k.div_ceil(TILE_K);

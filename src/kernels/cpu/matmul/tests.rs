@@ -48,11 +48,11 @@ fn products_equal_plain_ones_on_odd_shapes() {
         let (x, w) = (random(rows * k, 1), random(n * k, 2));
         let (bias, residual) = (random(n, 3), random(rows * n, 4));
         for isa in Isa::available() {
-            for precision in [Precision::F32, Precision::Bf16] {
-                let what = format!("{isa:?} {precision:?} {rows} {n} {k}");
-                let (weight, exact) = match precision {
-                    Precision::F32 => (PackedMatrix::from_f32(&w, n, k).unwrap(), plain(&x, &w, rows, n, k)),
-                    Precision::Bf16 => {
+            for is_rounded in [false, true] {
+                let what = format!("{isa:?} rounded {is_rounded} {rows} {n} {k}");
+                let (weight, exact) = match is_rounded {
+                    false => (PackedMatrix::from_f32(&w, n, k).unwrap(), plain(&x, &w, rows, n, k)),
+                    true => {
                         let exact = plain(&rounded(&x), &rounded(&w), rows, n, k);
                         (PackedMatrix::from_f32_rounded(&w, n, k).unwrap(), exact)
                     }
@@ -118,7 +118,7 @@ fn a_row_is_the_same_bit_for_bit_alone_and_among_others() {
                 let bits = |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
                 for row in (0..rows).step_by(1 + rows / 128) {
                     let x = &x[row * k..][..k];
-                    let what = format!("{isa:?} {:?} {rows} {n} {k}, row {row}", weight.precision());
+                    let what = format!("{isa:?} {:?} {rows} {n} {k}, row {row}", weight.operands());
                     let alone = &multiply(isa, &pool, x, 1, &[product])[0];
                     assert!(bits(alone) == bits(&all[row * n..][..n]), "{what}");
                     let alone = multiply_gated(isa, &pool, Activation::Silu, x, 1, &weight, &weight);
@@ -187,12 +187,10 @@ fn what_does_not_fit_is_refused() {
         assert!(is_refused(|| run(&x, 4, &[product])), "too many rows");
         assert!(is_refused(|| run(&x, 3, &[Product { bias: Some(&bias[1..]), ..product }])));
         assert!(is_refused(|| run(&x, 3, &[Product { residual: Some(&residual[1..]), ..product }])));
-        for weight in [&other_k, &bf16] {
-            assert!(is_refused(|| run(&x, 3, &[product, Product { weight, bias: None, residual: None }])));
-        }
+        assert!(is_refused(|| run(&x, 3, &[product, Product { weight: &other_k, bias: None, residual: None }])));
         let bare = Product { bias: None, residual: None, ..product };
         assert!(is_refused(|| run(&[], usize::MAX / 8 + 1, &[bare])), "as many values as none, once they overflow");
-        for up in [&other_n, &other_k, &bf16] {
+        for up in [&other_n, &other_k] {
             assert!(is_refused(|| multiply_gated(isa, &pool, Activation::Silu, &x, 3, &weight, up)));
         }
         assert!(is_refused(|| multiply_gated(isa, &pool, Activation::Silu, &x, 2, &weight, &weight)));

@@ -62,6 +62,8 @@ macro_rules! both {
 impl Simd for Avx2 {
     type V = [__m256; 2];
     type P = [__m256i; 2];
+    type I = [__m256i; 2];
+    type B = [__m256i; 2];
     const REGISTERS: usize = 8;
 
     both! {
@@ -149,6 +151,99 @@ impl Simd for Avx2 {
             let [first, second] = Self::widen(w);
             let acc = Self::fma(first, Self::splat(super::low(x)), acc);
             Self::fma(second, Self::splat(super::high(x)), acc)
+        }
+    }
+    #[inline(always)]
+    unsafe fn splat_i32(x: i32) -> Self::I {
+        // SAFETY: as `both`.
+        unsafe { [_mm256_set1_epi32(x); 2] }
+    }
+    #[inline(always)]
+    unsafe fn to_f32(x: Self::I) -> Self::V {
+        // SAFETY: as `both`.
+        unsafe { [_mm256_cvtepi32_ps(x[0]), _mm256_cvtepi32_ps(x[1])] }
+    }
+    #[inline(always)]
+    unsafe fn load_f16(from: *const u16) -> Self::V {
+        // SAFETY: the caller vouches for F16C; 16 values are readable.
+        unsafe {
+            let half = |at: usize| _mm_loadu_si128(from.add(at).cast());
+            [_mm256_cvtph_ps(half(0)), _mm256_cvtph_ps(half(8))]
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_i8(from: *const i8) -> Self::V {
+        // SAFETY: as `both`; 16 values are readable.
+        unsafe {
+            let all = _mm_loadu_si128(from.cast());
+            Self::to_f32([_mm256_cvtepi8_epi32(all), _mm256_cvtepi8_epi32(_mm_srli_si128::<8>(all))])
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_u8(from: *const u8) -> Self::V {
+        // SAFETY: as `both`; 16 values are readable.
+        unsafe {
+            let all = _mm_loadu_si128(from.cast());
+            Self::to_f32([_mm256_cvtepu8_epi32(all), _mm256_cvtepu8_epi32(_mm_srli_si128::<8>(all))])
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_bytes(from: *const u8) -> Self::B {
+        // SAFETY: as `both`; 64 bytes are readable.
+        unsafe { [_mm256_loadu_si256(from.cast()), _mm256_loadu_si256(from.add(32).cast())] }
+    }
+    #[inline(always)]
+    unsafe fn splat_u8(x: u8) -> Self::B {
+        // SAFETY: as `both`.
+        unsafe { [_mm256_set1_epi8(x.cast_signed()); 2] }
+    }
+    #[inline(always)]
+    unsafe fn and(a: Self::B, b: Self::B) -> Self::B {
+        // SAFETY: as `both`.
+        unsafe { [_mm256_and_si256(a[0], b[0]), _mm256_and_si256(a[1], b[1])] }
+    }
+    #[inline(always)]
+    unsafe fn or(a: Self::B, b: Self::B) -> Self::B {
+        // SAFETY: as `both`.
+        unsafe { [_mm256_or_si256(a[0], b[0]), _mm256_or_si256(a[1], b[1])] }
+    }
+    #[inline(always)]
+    unsafe fn shift_left(a: Self::B, bits: i32) -> Self::B {
+        // SAFETY: as `both`.
+        unsafe {
+            let bits = _mm_cvtsi32_si128(bits);
+            [_mm256_sll_epi16(a[0], bits), _mm256_sll_epi16(a[1], bits)]
+        }
+    }
+    #[inline(always)]
+    unsafe fn shift_right(a: Self::B, bits: i32) -> Self::B {
+        // SAFETY: as `both`.
+        unsafe {
+            let bits = _mm_cvtsi32_si128(bits);
+            [_mm256_srl_epi16(a[0], bits), _mm256_srl_epi16(a[1], bits)]
+        }
+    }
+    #[inline(always)]
+    unsafe fn dot_u6(acc: Self::I, w: Self::B, x: u32) -> Self::I {
+        // SAFETY: as `both`. Two products of at most 63 and 127 fit 16 bits.
+        unsafe {
+            let (x, ones) = (_mm256_set1_epi32(x.cast_signed()), _mm256_set1_epi16(1));
+            let add = |acc, w| _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), ones));
+            [add(acc[0], w[0]), add(acc[1], w[1])]
+        }
+    }
+    #[inline(always)]
+    unsafe fn dot_u8(acc: Self::I, w: Self::B, x: u32) -> Self::I {
+        // SAFETY: as `both`. The low and the high halves of bytes by themselves.
+        unsafe {
+            let low = Self::splat_u8(15);
+            let high = Self::and(Self::shift_right(w, 4), low);
+            let sixteenths = Self::dot_u6(Self::splat_i32(0), high, x);
+            let acc = [
+                _mm256_add_epi32(acc[0], _mm256_slli_epi32::<4>(sixteenths[0])),
+                _mm256_add_epi32(acc[1], _mm256_slli_epi32::<4>(sixteenths[1])),
+            ];
+            Self::dot_u6(acc, Self::and(w, low), x)
         }
     }
 }

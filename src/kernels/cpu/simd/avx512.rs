@@ -8,7 +8,7 @@ use super::Simd;
 #[derive(Debug, Clone, Copy)]
 pub struct Avx512;
 
-/// AVX-512 with bf16 products.
+/// AVX-512 with products of bf16 (BF16) and of bytes (VNNI).
 #[derive(Debug, Clone, Copy)]
 pub struct Avx512Bf16;
 
@@ -17,6 +17,8 @@ macro_rules! avx512 {
     () => {
         type V = __m512;
         type P = __m512i;
+        type I = __m512i;
+        type B = __m512i;
         const REGISTERS: usize = 32;
 
         #[inline(always)]
@@ -112,6 +114,61 @@ macro_rules! avx512 {
                 [_mm512_castsi512_ps(_mm512_slli_epi32::<16>(pairs)), _mm512_castsi512_ps(high)]
             }
         }
+        #[inline(always)]
+        unsafe fn splat_i32(x: i32) -> __m512i {
+            // SAFETY: as `splat`.
+            unsafe { _mm512_set1_epi32(x) }
+        }
+        #[inline(always)]
+        unsafe fn to_f32(x: __m512i) -> __m512 {
+            // SAFETY: as `splat`.
+            unsafe { _mm512_cvtepi32_ps(x) }
+        }
+        #[inline(always)]
+        unsafe fn load_f16(from: *const u16) -> __m512 {
+            // SAFETY: as `splat`; 16 values are readable.
+            unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(from.cast())) }
+        }
+        #[inline(always)]
+        unsafe fn load_i8(from: *const i8) -> __m512 {
+            // SAFETY: as `splat`; 16 values are readable.
+            unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from.cast()))) }
+        }
+        #[inline(always)]
+        unsafe fn load_u8(from: *const u8) -> __m512 {
+            // SAFETY: as `splat`; 16 values are readable.
+            unsafe { _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(from.cast()))) }
+        }
+        #[inline(always)]
+        unsafe fn load_bytes(from: *const u8) -> __m512i {
+            // SAFETY: as `splat`; 64 bytes are readable.
+            unsafe { _mm512_loadu_si512(from.cast()) }
+        }
+        #[inline(always)]
+        unsafe fn splat_u8(x: u8) -> __m512i {
+            // SAFETY: as `splat`.
+            unsafe { _mm512_set1_epi8(x.cast_signed()) }
+        }
+        #[inline(always)]
+        unsafe fn and(a: __m512i, b: __m512i) -> __m512i {
+            // SAFETY: as `splat`.
+            unsafe { _mm512_and_si512(a, b) }
+        }
+        #[inline(always)]
+        unsafe fn or(a: __m512i, b: __m512i) -> __m512i {
+            // SAFETY: as `splat`.
+            unsafe { _mm512_or_si512(a, b) }
+        }
+        #[inline(always)]
+        unsafe fn shift_left(a: __m512i, bits: i32) -> __m512i {
+            // SAFETY: as `splat`.
+            unsafe { _mm512_sll_epi16(a, _mm_cvtsi32_si128(bits)) }
+        }
+        #[inline(always)]
+        unsafe fn shift_right(a: __m512i, bits: i32) -> __m512i {
+            // SAFETY: as `splat`.
+            unsafe { _mm512_srl_epi16(a, _mm_cvtsi32_si128(bits)) }
+        }
     };
 }
 
@@ -142,6 +199,24 @@ impl Simd for Avx512 {
             _mm512_fmadd_ps(second, _mm512_set1_ps(super::high(x)), acc)
         }
     }
+    #[inline(always)]
+    unsafe fn dot_u6(acc: __m512i, w: __m512i, x: u32) -> __m512i {
+        // SAFETY: as `splat`. Two products of at most 63 and 127 fit 16 bits.
+        unsafe {
+            let products = _mm512_maddubs_epi16(w, _mm512_set1_epi32(x.cast_signed()));
+            _mm512_add_epi32(acc, _mm512_madd_epi16(products, _mm512_set1_epi16(1)))
+        }
+    }
+    #[inline(always)]
+    unsafe fn dot_u8(acc: __m512i, w: __m512i, x: u32) -> __m512i {
+        // SAFETY: as `splat`. The low and the high halves of bytes by themselves.
+        unsafe {
+            let low = Self::splat_u8(15);
+            let sixteenths = Self::dot_u6(_mm512_setzero_si512(), Self::and(Self::shift_right(w, 4), low), x);
+            let acc = _mm512_add_epi32(acc, _mm512_slli_epi32::<4>(sixteenths));
+            Self::dot_u6(acc, Self::and(w, low), x)
+        }
+    }
 }
 
 impl Simd for Avx512Bf16 {
@@ -164,5 +239,15 @@ impl Simd for Avx512Bf16 {
             let x = std::mem::transmute::<__m512i, __m512bh>(_mm512_set1_epi32(x as i32));
             _mm512_dpbf16_ps(acc, w, x)
         }
+    }
+    #[inline(always)]
+    unsafe fn dot_u6(acc: __m512i, w: __m512i, x: u32) -> __m512i {
+        // SAFETY: the caller vouches for AVX-512 VNNI.
+        unsafe { _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(x.cast_signed())) }
+    }
+    #[inline(always)]
+    unsafe fn dot_u8(acc: __m512i, w: __m512i, x: u32) -> __m512i {
+        // SAFETY: any bytes are fine for the instruction.
+        unsafe { Self::dot_u6(acc, w, x) }
     }
 }
