@@ -73,6 +73,7 @@ fn embedded(task: &TaskName) -> Option<PromptFiles> {
         adapter_config: file(files::ADAPTER_CONFIG),
         weights: file(files::WEIGHTS),
         task: file(files::TASK),
+        ..PromptFiles::default()
     };
     found.weights.is_some().then_some(found)
 }

@@ -91,7 +91,7 @@ fn package(path: &Path) -> Result<(&'static str, Vec<u8>)> {
 /// The files of a version; anything else in a folder stays where it is.
 fn tar(folder: &Path) -> Result<Vec<u8>> {
     let files = PromptFiles::read_users_dir(folder)?;
-    if files.num_bytes() == 0 {
+    if files.content().next().is_none() {
         bail!("{} holds none of {ADAPTER_CONFIG}, {WEIGHTS}, {TASK}", folder.display());
     }
     let mut tar = tar::Builder::new(Vec::new());

@@ -14,6 +14,7 @@ use tokio::sync::mpsc;
 use super::{
     admission::{Admission, Slot},
     encoder::EncoderLimits,
+    nearest::Search,
     prefix::ChainHash,
     request::{CacheNamespace, Event, InputToken, Request, SamplingParams},
     score::ScorePlan,
@@ -27,6 +28,8 @@ pub(super) enum Mail {
     /// Requests that are seen at once, so that they share a step if they fit into one.
     Jobs(Vec<Job>),
     WarmUp(WarmUp),
+    /// Rows to compare with the vocabulary.
+    Nearest(Search),
     /// Nothing but a reason to look at [`Shared`] again.
     Wake,
 }
@@ -70,6 +73,8 @@ pub(super) struct Shared {
     /// Requests submitted and not yet in the batch.
     pub waiting: Arc<Admission>,
     pub warm_ups: Arc<Admission>,
+    /// Comparisons with the vocabulary that wait or run.
+    pub searches: Arc<Admission>,
     /// The learned prompts whose keys and values are in the cache as a whole.
     pub cached_prompts: Mutex<HashSet<CacheNamespace>>,
     pub ready: AtomicBool,

@@ -12,6 +12,7 @@ pub mod encoder;
 mod error;
 pub mod fairness;
 mod mail;
+mod nearest;
 pub mod prefix;
 pub mod prompts;
 pub mod queue;
@@ -36,10 +37,16 @@ use std::{
     time::Instant,
 };
 
-use tokio::sync::mpsc::{self, error::TrySendError};
+use tokio::sync::{
+    mpsc::{self, error::TrySendError},
+    oneshot,
+};
 
 use crate::{
-    model::Model,
+    model::{
+        Model,
+        neighbours::{Nearest, Neighbours},
+    },
     packing::{Packing, PromptShape, TokenBudget},
     prompt::LearnedPrompt,
 };
@@ -48,6 +55,7 @@ pub use config::EngineConfig;
 use encoder::EncoderLimits;
 pub use error::{StartError, SubmitError};
 use mail::{Job, Mail, Shared, WarmUp, Work};
+use nearest::{MAX_SEARCHES, Search};
 use request::{CacheNamespace, Event, Goal, Request, Tenant};
 use runner::Runner;
 use scheduler::Limits;
@@ -137,6 +145,7 @@ impl Engine {
             encoder,
             waiting: Admission::for_requests(config.max_waiting),
             warm_ups: Admission::new(MAX_WARM_UPS, MAX_WARM_UPS),
+            searches: Admission::new(MAX_SEARCHES, MAX_SEARCHES),
             cached_prompts: Mutex::new(HashSet::new()),
             ready: AtomicBool::new(true),
             drain_by: Mutex::new(None),
@@ -144,7 +153,7 @@ impl Engine {
             counters: Counters::new(num_blocks),
         });
         // A letter for each slot, and one to wake the thread.
-        let (mail, inbox) = mpsc::channel(config.max_waiting + MAX_WARM_UPS + 1);
+        let (mail, inbox) = mpsc::channel(config.max_waiting + MAX_WARM_UPS + MAX_SEARCHES + 1);
         let limits = Limits {
             config,
             num_blocks,
@@ -186,11 +195,12 @@ impl Engine {
     }
 
     fn send(&self, jobs: Vec<Job>) -> Result<(), SubmitError> {
-        if jobs.is_empty() {
-            return Ok(());
-        }
-        self.mail.try_send(Mail::Jobs(jobs)).map_err(|e| match e {
-            TrySendError::Full(_) => SubmitError::Full { limit: self.shared.waiting.limit() },
+        if jobs.is_empty() { Ok(()) } else { self.post(Mail::Jobs(jobs), &self.shared.waiting) }
+    }
+
+    fn post(&self, mail: Mail, slots: &Admission) -> Result<(), SubmitError> {
+        self.mail.try_send(mail).map_err(|e| match e {
+            TrySendError::Full(_) => SubmitError::Full { limit: slots.limit() },
             TrySendError::Closed(_) => SubmitError::Closed,
         })
     }
@@ -249,6 +259,23 @@ impl Engine {
             // If the thread is gone, so is the cache.
             let _ = self.mail.try_send(Mail::WarmUp(WarmUp { prompt, namespace, _slot: slot }));
         }
+    }
+
+    /// Compares rows with the model's vocabulary, a chunk of it between two steps: requests are held up by no more, and
+    /// neither what they are answered nor who is next depends on it. Never waits. Dropping the receiver ends it; it gets
+    /// an error where no answer comes, because the engine drains or died.
+    pub fn nearest(
+        &self,
+        neighbours: Neighbours,
+    ) -> Result<oneshot::Receiver<candle_core::Result<Nearest>>, SubmitError> {
+        let slots = &self.shared.searches;
+        if self.shared.draining.load(Relaxed) {
+            return Err(SubmitError::Closed);
+        }
+        let slot = Admission::take(slots, Tenant::default()).map_err(|limit| SubmitError::Full { limit })?;
+        let (answer, found) = oneshot::channel();
+        self.post(Mail::Nearest(Search { neighbours, answer, _slot: slot }), slots)?;
+        Ok(found)
     }
 
     /// Whether all keys and values of the learned prompt with this namespace are in the cache.

@@ -20,6 +20,7 @@ use super::{
     draft::Drafting,
     encoder::{EncoderInput, InputKey},
     mail::{Job, Mail, Shared, WarmUp, Work},
+    nearest::Searches,
     request::{Event, FinishReason, GeneratedToken, InputToken, Request, SequenceId},
     runner::{Output, Part, Runner},
     sampling::{NoToken, Sampler},
@@ -40,6 +41,8 @@ pub(super) struct Worker {
     encoded: HashMap<InputKey, CrossKeyValues>,
     /// The prompts that the scheduler is to warm.
     warm_ups: HashMap<SequenceId, WarmUp>,
+    /// What is compared with the vocabulary between steps.
+    searches: Searches,
     inbox: mpsc::Receiver<Mail>,
     shared: Arc<Shared>,
     next_id: u64,
@@ -74,8 +77,8 @@ enum Task {
 impl Worker {
     pub(super) fn new(runner: Runner, limits: Limits, inbox: mpsc::Receiver<Mail>, shared: Arc<Shared>) -> Self {
         let scheduler = Scheduler::new(limits);
-        let (jobs, groups, encoded, warm_ups) = Default::default();
-        Self { runner, scheduler, jobs, groups, encoded, warm_ups, inbox, shared, next_id: 0 }
+        let (jobs, groups, encoded, warm_ups, searches) = Default::default();
+        Self { runner, scheduler, jobs, groups, encoded, warm_ups, searches, inbox, shared, next_id: 0 }
     }
 
     /// Runs until drained, or until every handle is dropped and nothing is left to do.
@@ -87,11 +90,15 @@ impl Worker {
             self.retire();
             if !open {
                 self.scheduler.cancel_warm_ups();
+                self.searches.clear();
             }
+            self.searches.run_chunk(self.runner.model());
             if !self.scheduler.is_empty() {
                 self.step();
             } else if !open {
                 return;
+            } else if !self.searches.is_empty() {
+                // Nothing else to do: the next chunk.
             } else if let Some(mail) = self.inbox.blocking_recv() {
                 self.open(mail);
             }
@@ -125,6 +132,7 @@ impl Worker {
                     self.warm_ups.insert(id, warm_up);
                 }
             }
+            Mail::Nearest(search) => self.searches.push(search),
             Mail::Wake => {}
         }
     }

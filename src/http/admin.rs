@@ -1,6 +1,7 @@
-//! Uploading, activating and deleting tasks. The registry blocks on the disk, so its calls run off
+//! Uploading, activating, deleting and looking into tasks. The registry blocks on the disk, so its calls run off
 //! the async threads.
 
+mod contents;
 mod types;
 mod upload;
 
@@ -31,6 +32,8 @@ pub(super) fn routes() -> OpenApiRouter<AppState> {
     OpenApiRouter::new()
         .routes(routes!(upload, list_versions))
         .routes(routes!(get_version, delete_version))
+        .routes(routes!(contents::curve))
+        .routes(routes!(contents::nearest))
         .routes(routes!(list_all))
         .routes(routes!(activate))
         .routes(routes!(delete_task))

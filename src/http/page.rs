@@ -10,19 +10,21 @@ use axum::{
 
 use super::problem::{Code, Problem};
 
-/// The page's own files, and nothing inline; the API is asked on the same origin only.
-const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; \
+/// The page's own files, and nothing inline; the API is asked on the same origin only. A picture that the API gives is shown
+/// as a blob, since only a request of the page itself carries the key.
+const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data: blob:; \
                       form-action 'none'; base-uri 'none'; frame-ancestors 'none'";
 
 const HTML: &str = include_str!("page/index.html");
 
 /// The files by name.
-const FILES: [(&str, &str); 9] = [
+const FILES: [(&str, &str); 10] = [
     ("page.css", include_str!("page/page.css")),
     ("app.js", include_str!("page/app.js")),
     ("api.js", include_str!("page/api.js")),
     ("dom.js", include_str!("page/dom.js")),
     ("tasks.js", include_str!("page/tasks.js")),
+    ("contents.js", include_str!("page/contents.js")),
     ("try.js", include_str!("page/try.js")),
     ("measure.js", include_str!("page/measure.js")),
     ("upload.js", include_str!("page/upload.js")),

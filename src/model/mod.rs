@@ -11,6 +11,7 @@ pub mod gguf;
 pub mod hub;
 mod layer;
 mod names;
+pub mod neighbours;
 pub mod random;
 mod relative;
 mod source;

@@ -113,7 +113,12 @@ fn encode<const N: usize>(
     .into();
     adapter_config.extend(own);
     let task = if *spec == TaskSpec::default() { None } else { Some(json_bytes(spec)?) };
-    Ok(PromptFiles { adapter_config: Some(json_bytes(&adapter_config)?), weights: Some(weights.into()), task })
+    Ok(PromptFiles {
+        adapter_config: Some(json_bytes(&adapter_config)?),
+        weights: Some(weights.into()),
+        task,
+        curve: None,
+    })
 }
 
 fn json_bytes(value: &impl serde::Serialize) -> Result<bytes::Bytes> {

@@ -20,6 +20,9 @@ pub const ADAPTER_CONFIG: &str = "adapter_config.json";
 pub const WEIGHTS: &str = "adapter_model.safetensors";
 /// The name of what a task's author says beside the tensors.
 pub const TASK: &str = "task.json";
+/// The name of the picture that a tuning run draws of its losses. It says how the prompt came about and is no part of
+/// what a version is.
+pub const CURVE: &str = "loss.svg";
 /// PEFT's older format, a Python pickle. It is never opened.
 pub const PICKLE: &str = "adapter_model.bin";
 
@@ -27,6 +30,18 @@ pub const PICKLE: &str = "adapter_model.bin";
 pub const MAX_JSON_BYTES: u64 = 1024 * 1024;
 /// The most bytes of `adapter_model.safetensors` in a folder.
 pub const MAX_WEIGHTS_BYTES: u64 = 1024 * 1024 * 1024;
+
+/// The most bytes of `loss.svg`.
+pub const MAX_CURVE_BYTES: u64 = 1024 * 1024;
+
+/// The most bytes of a file of this name.
+fn limit(name: &str) -> u64 {
+    match name {
+        WEIGHTS => MAX_WEIGHTS_BYTES,
+        CURVE => MAX_CURVE_BYTES,
+        _ => MAX_JSON_BYTES,
+    }
+}
 
 /// One version's files, as uploaded or as they lie in a folder.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -37,13 +52,15 @@ pub struct PromptFiles {
     pub weights: Option<Bytes>,
     /// `task.json`
     pub task: Option<Bytes>,
+    /// `loss.svg`, which is kept beside the others and does not count for the version.
+    pub curve: Option<Bytes>,
 }
 
 impl PromptFiles {
     /// The content's digest: equal files give equal versions, however they were packed.
     pub fn digest(&self) -> Digest {
         let mut hash = Sha256::new();
-        for (name, bytes) in self.present() {
+        for (name, bytes) in self.content() {
             for part in [name.as_bytes(), bytes.as_ref()] {
                 hash.update((part.len() as u64).to_le_bytes());
                 hash.update(part);
@@ -54,9 +71,16 @@ impl PromptFiles {
 
     /// The files that are there, by name, in a fixed order.
     pub fn present(&self) -> impl Iterator<Item = (&'static str, &Bytes)> {
-        [(ADAPTER_CONFIG, &self.adapter_config), (WEIGHTS, &self.weights), (TASK, &self.task)]
-            .into_iter()
-            .filter_map(|(name, bytes)| Some((name, bytes.as_ref()?)))
+        self.all().into_iter().filter_map(|(name, bytes)| Some((name, bytes.as_ref()?)))
+    }
+
+    /// The files that make the version, which its digest names: all that are there but the curve.
+    pub fn content(&self) -> impl Iterator<Item = (&'static str, &Bytes)> {
+        self.present().filter(|(name, _)| *name != CURVE)
+    }
+
+    fn all(&self) -> [(&'static str, &Option<Bytes>); 4] {
+        [(ADAPTER_CONFIG, &self.adapter_config), (WEIGHTS, &self.weights), (TASK, &self.task), (CURVE, &self.curve)]
     }
 
     /// Bytes of all files.
@@ -77,7 +101,6 @@ impl PromptFiles {
 
     /// What is over the bounds of [`read_dir`](Self::read_dir): it could not be read again.
     pub(super) fn size_faults(&self) -> Vec<Fault> {
-        let limit = |name: &str| if name == WEIGHTS { MAX_WEIGHTS_BYTES } else { MAX_JSON_BYTES };
         self.present()
             .filter(|(name, bytes)| bytes.len() as u64 > limit(name))
             .map(|(name, bytes)| malformed(format!("{name} has {} bytes; the maximum is {}", bytes.len(), limit(name))))
@@ -98,33 +121,30 @@ impl PromptFiles {
     }
 
     fn read_with(dir: &Path, links: Links) -> Result<Self, Faults> {
+        let (root, folder) = locate(dir).map_err(|fault| Faults(vec![fault]))?;
         let mut faults = Vec::new();
-        let root = match dir.canonicalize() {
-            Ok(root) if root.is_dir() => root,
-            Ok(_) => return Err(Faults(vec![malformed(format!("{} is not a folder", dir.display()))])),
-            Err(e) => return Err(Faults(vec![malformed(format!("cannot open {}: {e}", dir.display()))])),
-        };
-        let folder = match &adapter_folders(&root)[..] {
-            [] => PathBuf::new(),
-            [folder] => folder.clone(),
-            several => return Err(Faults(vec![several_fault(dir, several)])),
-        };
-        let mut read = |folder: &Path, name, limit| {
-            read_file(&root, &folder.join(name), limit, links).unwrap_or_else(|e| {
-                let name = folder.join(name);
-                faults.push(malformed(format!("cannot read {} of {}: {e}", name.display(), dir.display())));
+        let mut read = |folder: &Path, name| {
+            read_file(&root, dir, &folder.join(name), links).unwrap_or_else(|fault| {
+                faults.push(fault);
                 None
             })
         };
         let files = Self {
-            adapter_config: read(&folder, ADAPTER_CONFIG, MAX_JSON_BYTES),
-            weights: read(&folder, WEIGHTS, MAX_WEIGHTS_BYTES),
-            task: read(&folder, TASK, MAX_JSON_BYTES).or_else(|| read(Path::new(""), TASK, MAX_JSON_BYTES)),
+            adapter_config: read(&folder, ADAPTER_CONFIG),
+            weights: read(&folder, WEIGHTS),
+            task: read(&folder, TASK).or_else(|| read(Path::new(""), TASK)),
+            curve: read(&folder, CURVE),
         };
         if faults.is_empty() && files.weights.is_none() && root.join(&folder).join(PICKLE).exists() {
             faults.push(pickle_fault());
         }
         if faults.is_empty() { Ok(files) } else { Err(Faults(faults)) }
+    }
+
+    /// Reads only the curve of a plain PEFT directory, as [`read_dir`](Self::read_dir) does; `None` if there is none.
+    pub fn read_curve(dir: &Path) -> Result<Option<Bytes>, Fault> {
+        let (root, folder) = locate(dir)?;
+        read_file(&root, dir, &folder.join(CURVE), Links::Within)
     }
 
     /// Writes a plain PEFT directory and waits until the disk has it. The directory is made if it
@@ -136,7 +156,7 @@ impl PromptFiles {
             io::Write::write_all(&mut file, bytes)?;
             file.sync_all()?;
         }
-        for (name, bytes) in [(ADAPTER_CONFIG, &self.adapter_config), (WEIGHTS, &self.weights), (TASK, &self.task)] {
+        for (name, bytes) in self.all() {
             if bytes.is_none() {
                 match fs::remove_file(dir.join(name)) {
                     Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
@@ -145,6 +165,20 @@ impl PromptFiles {
             }
         }
         sync_dir(dir)
+    }
+}
+
+/// A PEFT directory without links in its path, and where in it its only adapter is, if it has one.
+fn locate(dir: &Path) -> Result<(PathBuf, PathBuf), Fault> {
+    let root = match dir.canonicalize() {
+        Ok(root) if root.is_dir() => root,
+        Ok(_) => return Err(malformed(format!("{} is not a folder", dir.display()))),
+        Err(e) => return Err(malformed(format!("cannot open {}: {e}", dir.display()))),
+    };
+    match &adapter_folders(&root)[..] {
+        [] => Ok((root, PathBuf::new())),
+        [folder] => Ok((root, folder.clone())),
+        several => Err(several_fault(dir, several)),
     }
 }
 
@@ -210,7 +244,14 @@ enum Links {
     Anywhere,
 }
 
-fn read_file(root: &Path, name: &Path, limit: u64, links: Links) -> io::Result<Option<Bytes>> {
+/// Reads a file of the folder `dir`, which is `root` without links, within the bound of its name.
+fn read_file(root: &Path, dir: &Path, name: &Path, links: Links) -> Result<Option<Bytes>, Fault> {
+    let bound = limit(&name.file_name().unwrap_or_default().to_string_lossy());
+    read_bounded(root, name, bound, links)
+        .map_err(|e| malformed(format!("cannot read {} of {}: {e}", name.display(), dir.display())))
+}
+
+fn read_bounded(root: &Path, name: &Path, limit: u64, links: Links) -> io::Result<Option<Bytes>> {
     let path = match root.join(name).canonicalize() {
         Ok(path) => path,
         Err(e) if e.kind() == io::ErrorKind::NotFound && root.join(name).symlink_metadata().is_err() => {
@@ -239,19 +280,35 @@ mod tests {
     use super::*;
 
     fn files() -> PromptFiles {
-        PromptFiles { adapter_config: Some("{}".into()), weights: Some("w".into()), task: None }
+        PromptFiles { adapter_config: Some("{}".into()), weights: Some("w".into()), ..PromptFiles::default() }
     }
 
     #[test]
     fn the_digest_tells_files_apart_by_name_and_content() {
         let other_name = PromptFiles { task: Some("{}".into()), adapter_config: None, ..files() };
-        let other_cut = PromptFiles { adapter_config: Some("{".into()), weights: Some("}w".into()), task: None };
+        let other_cut = PromptFiles { adapter_config: Some("{".into()), weights: Some("}w".into()), ..files() };
         let with_task = PromptFiles { task: Some("".into()), ..files() };
         let digests = [&files(), &other_name, &other_cut, &with_task].map(PromptFiles::digest);
         for (i, a) in digests.iter().enumerate() {
             assert!(!digests[i + 1..].contains(a));
         }
         assert_eq!(files().digest(), files().digest());
+    }
+
+    #[test]
+    fn a_curve_is_kept_beside_the_files_and_does_not_change_what_they_are() {
+        let dir = tempfile::tempdir().expect("temp dir");
+        let drawn = PromptFiles { curve: Some("<svg/>".into()), ..files() };
+        assert_eq!(drawn.digest(), files().digest());
+        assert_eq!((drawn.num_bytes(), drawn.content().count()), (files().num_bytes() + 6, 2));
+        drawn.write_dir(dir.path()).expect("writes");
+        assert_eq!(PromptFiles::read_dir(dir.path()).expect("reads"), drawn);
+        assert_eq!(PromptFiles::read_curve(dir.path()).expect("reads"), drawn.curve);
+        fs::write(dir.path().join(CURVE), vec![b' '; MAX_CURVE_BYTES as usize + 1]).expect("writes");
+        let faults = PromptFiles::read_dir(dir.path()).expect_err("refused").to_string();
+        assert!(faults.contains("loss.svg") && faults.contains("more than 1048576 bytes"), "{faults}");
+        files().write_dir(dir.path()).expect("another prompt's curve goes");
+        assert_eq!(PromptFiles::read_curve(dir.path()).expect("reads"), None);
     }
 
     #[test]

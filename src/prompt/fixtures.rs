@@ -63,5 +63,9 @@ pub(crate) fn config(n: usize, changes: Value) -> Bytes {
 
 /// A good prompt of five rows; another `value` is another version.
 pub(crate) fn prompt(value: f32) -> PromptFiles {
-    PromptFiles { adapter_config: Some(config(5, json!({}))), weights: Some(weights(5, value)), task: None }
+    PromptFiles {
+        adapter_config: Some(config(5, json!({}))),
+        weights: Some(weights(5, value)),
+        ..PromptFiles::default()
+    }
 }

@@ -1,6 +1,7 @@
 //! Task names to versions: publish, resolve, activate, retire. Names move; versions never change.
 
 mod composition;
+mod curve;
 pub mod package;
 mod scan;
 mod state;
@@ -16,7 +17,7 @@ use std::{
 use dashmap::DashMap;
 
 use crate::prompt::{
-    Digest, TaskName, Version,
+    TaskName, Version,
     format::{self, Fault, FaultKind, Faults, Fit, PromptFiles},
 };
 use composition::Compositions;
@@ -189,7 +190,7 @@ impl Registry {
         if let Some(state) = &old
             && let Some(found) = state.versions.iter().find(|stored| stored.version.digest.id() == digest.id())
         {
-            return self.publish_again(&task, state, found.version.clone(), digest, activate);
+            return self.publish_again(state, found.version.clone(), &version, &files, activate);
         }
         self.check_room(&task, old.as_deref())?;
 
@@ -323,12 +324,13 @@ impl Registry {
 
     fn publish_again(
         &self,
-        task: &TaskName,
         state: &Arc<TaskState>,
         version: Arc<Version>,
-        digest: Digest,
+        again: &Version,
+        files: &PromptFiles,
         activate: bool,
     ) -> Result<Published, RegistryError> {
+        let (task, digest) = (&again.task, again.digest);
         if version.digest != digest {
             let detail = format!(
                 "another version has the same id {digest}, whose first {} hex digits are equal; change the prompt's \
@@ -336,6 +338,9 @@ impl Registry {
                 digest.id().len()
             );
             return Err(Faults(vec![Fault { kind: FaultKind::Malformed, detail }]).into());
+        }
+        if let Some(curve) = &files.curve {
+            self.store.add_curve(task, &digest.id(), curve)?;
         }
         let state = if activate { self.make_active(task, state, version.clone())? } else { state.clone() };
         let active = state.active.as_ref().is_some_and(|active| active.digest == digest);

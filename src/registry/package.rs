@@ -10,7 +10,7 @@ use bytes::Bytes;
 
 use crate::content;
 use crate::prompt::{
-    files::{ADAPTER_CONFIG, PICKLE, TASK, WEIGHTS},
+    files::{ADAPTER_CONFIG, CURVE, PICKLE, TASK, WEIGHTS},
     format::PromptFiles,
 };
 
@@ -112,7 +112,7 @@ struct Unpacked {
 }
 
 /// Names of interest; a pickle only to say that it is not read.
-const WANTED: [&str; 4] = [ADAPTER_CONFIG, WEIGHTS, TASK, PICKLE];
+const WANTED: [&str; 5] = [ADAPTER_CONFIG, WEIGHTS, TASK, CURVE, PICKLE];
 
 impl Unpacked {
     fn new(limit: u64) -> Self {
@@ -166,7 +166,7 @@ impl Unpacked {
     }
 
     fn into_prompt(mut self) -> Result<PromptFiles, PackageError> {
-        let holds_prompt = |files: &BTreeMap<&str, Bytes>| files.keys().any(|name| *name != TASK);
+        let holds_prompt = |files: &BTreeMap<&str, Bytes>| files.keys().any(|name| ![TASK, CURVE].contains(name));
         let prompts: Vec<String> =
             self.folders.iter().filter(|(_, files)| holds_prompt(files)).map(|(folder, _)| folder.clone()).collect();
         let folder = match &prompts[..] {
@@ -184,6 +184,7 @@ impl Unpacked {
             adapter_config: files.remove(ADAPTER_CONFIG),
             weights: files.remove(WEIGHTS),
             task: files.remove(TASK).or(top_task),
+            curve: files.remove(CURVE),
         };
         if prompt.weights.is_none() && files.contains_key(PICKLE) {
             return Err(PackageError::NoPrompt { found: crate::prompt::files::pickle_fault().detail });

@@ -17,7 +17,7 @@ use tempfile::TempDir;
 
 use crate::prompt::{
     Digest, TaskName,
-    files::{ADAPTER_CONFIG, PICKLE, PromptFiles, TASK, WEIGHTS, adapter_folders, sync_dir},
+    files::{ADAPTER_CONFIG, CURVE, PICKLE, PromptFiles, TASK, WEIGHTS, adapter_folders, sync_dir},
     format::Faults,
 };
 
@@ -157,7 +157,7 @@ impl Store {
             return None;
         }
         let of_folder =
-            |folder: PathBuf| [ADAPTER_CONFIG, WEIGHTS, PICKLE, TASK].map(|name| dir.join(&folder).join(name));
+            |folder: PathBuf| [ADAPTER_CONFIG, WEIGHTS, PICKLE, TASK, CURVE].map(|name| dir.join(&folder).join(name));
         let paths = folders.into_iter().flat_map(of_folder).chain([dir.join(TASK)]);
         Some(Stamp(paths.map(stamp).collect()))
     }
@@ -266,7 +266,7 @@ impl Store {
         let dir = self.task_dir(task);
         let folders = adapter_folders(&dir);
         // The configuration last: while it is there, an interrupted removal shows as a fault.
-        for name in [WEIGHTS, TASK, PICKLE, ADAPTER_CONFIG] {
+        for name in [WEIGHTS, TASK, CURVE, PICKLE, ADAPTER_CONFIG] {
             for folder in folders.iter().map(|folder| dir.join(folder)) {
                 rename_if_there(&folder.join(name), &staging.path().join(name))?;
             }
@@ -282,7 +282,8 @@ impl Store {
         sync_dir(&self.root)
     }
 
-    fn staging(&self) -> io::Result<TempDir> {
+    /// A hidden folder for what is not whole yet.
+    pub fn staging(&self) -> io::Result<TempDir> {
         tempfile::Builder::new().prefix(STAGING).tempdir_in(&self.root)
     }
 

@@ -24,9 +24,6 @@ use crate::{
     },
 };
 
-/// The curve's name in the prompt's folder.
-pub const CURVE: &str = "loss.svg";
-
 /// Checks that a prompt can be written to `output`, before hours are spent on it.
 pub fn check(output: &Path) -> Result<(), TuneError> {
     if output.join("versions").exists() {
@@ -84,7 +81,7 @@ pub fn write(output: &Path, task: &TaskName, encoded: &PromptFiles, fit: &Fit) -
 
 /// Draws the run into the prompt's folder.
 pub fn write_curve(output: &Path, plan: &Plan, state: &State) -> Result<(), TuneError> {
-    let path = output.join(CURVE);
+    let path = output.join(files::CURVE);
     let svg = report::curve(plan, state).map_err(|reason| TuneError::Curve { path: path.clone(), reason })?;
     fs::write(&path, svg).map_err(|source| TuneError::Write { path, source })
 }

@@ -23,7 +23,7 @@ pub fn files(value: f32) -> PromptFiles {
     PromptFiles {
         adapter_config: Some(config.to_string().into()),
         weights: Some(safetensors::serialize([("prompt_embeddings", rows)], None).unwrap().into()),
-        task: None,
+        ..PromptFiles::default()
     }
 }
 

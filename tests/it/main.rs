@@ -9,6 +9,7 @@ mod calibrate;
 mod candle_models;
 mod classify;
 mod composition;
+mod contents;
 mod convert;
 mod convert_computed;
 mod demo;

@@ -215,6 +215,15 @@ async fn versions(server: &Server, provoked: &mut Provoked) {
     let one = "/v1/admin/tasks/{task}/versions/{version}";
     provoked.add(one, "delete", &server.delete(&format!("/v1/admin/tasks/later/versions/{version}")).await);
     provoked.add(one, "get", &server.get("/v1/admin/tasks/later/versions/000000000000").await);
+    let (curve, nearest) = (format!("{one}/loss.svg"), format!("{one}/nearest"));
+    let of = |version: &str, what: &str| format!("/v1/admin/tasks/later/versions/{version}/{what}");
+    provoked.add(&curve, "get", &server.get(&of(&version, "loss.svg")).await);
+    provoked.add(&curve, "get", &server.get(&of("000000000000", "loss.svg")).await);
+    provoked.add(&nearest, "get", &server.get(&of(&version, "nearest?count=21")).await);
+    provoked.add(&nearest, "get", &server.get(&of(&version, "nearest?count=many")).await);
+    provoked.add(&nearest, "get", &server.get(&of("000000000000", "nearest")).await);
+    let prefix = server.app.registry.publish("later".parse().unwrap(), diverged::files(0.5), false).unwrap();
+    provoked.add(&nearest, "get", &server.get(&of(&prefix.version.digest.id(), "nearest")).await);
     let active = "/v1/admin/tasks/{task}/active";
     provoked.add(active, "put", &server.activate("later", &version, Some("\"999\"")).await);
     provoked.add(active, "put", &server.activate("later", &version, Some("yesterday")).await);

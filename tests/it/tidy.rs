@@ -90,6 +90,7 @@ const CIRCLES: &[&[&str]] = &[
         "http",
         "http::access",
         "http::admin",
+        "http::admin::contents",
         "http::admin::types",
         "http::admin::upload",
         "http::classify",

@@ -5,7 +5,7 @@
 // Starts PROGRAM with the demo. Needs Chromium at $CHROMIUM or /usr/bin/chromium.
 import assert from "node:assert/strict";
 import { spawn } from "node:child_process";
-import { mkdtempSync, readFileSync, readdirSync, rmSync } from "node:fs";
+import { mkdtempSync, readFileSync, readdirSync, rmSync, writeFileSync } from "node:fs";
 import { createRequire } from "node:module";
 import { tmpdir } from "node:os";
 import { dirname, join } from "node:path";
@@ -57,7 +57,27 @@ async function accessible(page, what) {
 }
 
 async function shot(page, name) {
-  if (shots && scheme === "light") await page.screenshot({ path: join(shots, `${name}.png`), fullPage: true });
+  if (!shots || scheme !== "light") return;
+  // Without what was just told.
+  await page.waitForFunction(() => !document.getElementById("status").textContent);
+  await page.screenshot({ path: join(shots, `${name}.png`), fullPage: true });
+}
+
+/** A prompt of keys and values for the demo: its configuration and its tensors, as files. */
+function keysAndValues() {
+  const model = JSON.parse(readFileSync(join(here, "../../models/demo/config.json"), "utf8"));
+  const [layers, heads] = [model.num_hidden_layers, model.num_key_value_heads];
+  const width = heads * (model.head_dim ?? model.hidden_size / model.num_attention_heads);
+  const config = { peft_type: "PREFIX_TUNING", task_type: "CAUSAL_LM", num_virtual_tokens: 2, num_layers: layers, num_attention_heads: heads, token_dim: width };
+  const rows = new Float32Array(2 * layers * 2 * width).fill(0.01);
+  const header = JSON.stringify({ prompt_embeddings: { dtype: "F32", shape: [2, layers * 2 * width], data_offsets: [0, rows.byteLength] } });
+  const length = Buffer.alloc(8);
+  length.writeBigUInt64LE(BigInt(header.length));
+  const files = [["adapter_config.json", Buffer.from(JSON.stringify(config))], ["adapter_model.safetensors", Buffer.concat([length, Buffer.from(header), Buffer.from(rows.buffer)])]];
+  return files.map(([name, content]) => {
+    writeFileSync(join(home, name), content);
+    return [name, join(home, name)];
+  });
 }
 
 const checks = {
@@ -70,6 +90,31 @@ const checks = {
     await page.waitForSelector("h1:has-text('sentiment')");
     assert.match(await page.textContent("table"), /accuracy/);
     await accessible(page, "a task");
+  },
+
+  async "what is in a version"(page) {
+    await page.goto(`${url}/#/tasks/sentiment`);
+    await page.waitForSelector("h2:has-text('What is in a version')");
+    // By keyboard: the choice, then its button.
+    await page.getByLabel("Version", { exact: true }).focus();
+    await page.keyboard.press("Tab");
+    assert.equal(await page.evaluate(() => document.activeElement.textContent), "Show what is in it");
+    await page.keyboard.press("Enter");
+    const curve = page.getByAltText(/^Loss curve of version/);
+    await curve.waitFor();
+    await page.waitForFunction(() => document.querySelector("img.curve").naturalWidth > 100);
+    const table = page.getByRole("table", { name: /virtual tokens/ });
+    assert.equal(await table.locator("tbody tr").count(), 32);
+    // The number, the norm, and five words with their similarity.
+    const row = await table.locator("tbody tr").first().innerText();
+    assert.match(row, /^0\s+\d+\.\d{3}\s+("|#\d)/);
+    assert.equal(row.match(/ 0\.\d\d(?=,|$)/g)?.length, 5, row);
+    await page.waitForFunction(() => document.getElementById("status").textContent.startsWith("What is in version"));
+    await accessible(page, "what is in a version");
+    await shot(page, "page-contents");
+    await page.getByRole("button", { name: "Copy as curl" }).last().click();
+    await page.waitForSelector("text=Copied.");
+    assert.match(await page.evaluate(() => navigator.clipboard.readText()), /^curl '.*\/versions\/[0-9a-f]{12}\/nearest\?count=5'$/);
   },
 
   async "try it, with probabilities, labels and another side"(page) {
@@ -143,6 +188,18 @@ const checks = {
     await page.waitForFunction((before) => document.querySelector("tbody strong")?.closest("tr").querySelector("code").textContent !== before, before);
     assert.notEqual(await active(), before);
     await shot(page, "page-task");
+    // Both were stored without a curve.
+    await page.getByRole("button", { name: "Show what is in it" }).click();
+    await page.waitForSelector("text=No loss curve was stored with it");
+    assert.equal(await page.locator("img").count(), 0);
+    await page.goto(`${url}/#/upload/layers`);
+    await page.waitForSelector("h1:has-text('Upload')");
+    await drop(keysAndValues());
+    await page.waitForSelector("text=Stored as version");
+    await page.goto(`${url}/#/tasks/layers`);
+    await page.getByRole("button", { name: "Show what is in it" }).click();
+    await page.waitForSelector("text=It is a PREFIX_TUNING prompt");
+    await accessible(page, "what is in a prompt of keys and values");
   },
 
   async "the server"(page) {
@@ -189,6 +246,12 @@ const checks = {
     await page.getByLabel("Key").fill("the-api-key");
     await page.getByRole("button", { name: "Use" }).click();
     await page.waitForSelector("text=question-answering");
+    // What only an administrator may see is shown with an admin's key, the picture too.
+    await page.getByLabel("Key").fill("the-admin-key");
+    await page.getByRole("button", { name: "Use" }).click();
+    await page.goto(`${guardedUrl}/#/tasks/topic`);
+    await page.getByRole("button", { name: "Show what is in it" }).click();
+    await page.waitForFunction(() => document.querySelector("img.curve")?.naturalWidth > 100);
     await page.close();
   },
 };

@@ -136,7 +136,7 @@ impl Report {
             path: path.display().to_string(),
             format: subject.format.clone(),
             version: subject.files.digest().id(),
-            bytes: subject.files.num_bytes(),
+            bytes: subject.files.content().map(|(_, bytes)| bytes.len() as u64).sum(),
             peft_type: text("peft_type"),
             task_type: text("task_type"),
             peft_version: text("peft_version").filter(|_| !subject.is_foreign),

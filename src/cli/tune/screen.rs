@@ -165,7 +165,7 @@ pub(super) fn write_result(
         started.elapsed().as_secs_f64(),
         paths.output.display(),
         outcome.version.digest,
-        paths.output.join(crate::tune::output::CURVE).display(),
+        paths.output.join(crate::prompt::files::CURVE).display(),
         paths.output.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")).display(),
     )
 }

@@ -56,6 +56,10 @@ pub struct UploadForm {
     adapter_model: String,
     #[serde(rename = "task.json")]
     task: Option<String>,
+    /// The picture of the tuning run; it does not count for the version.
+    #[serde(rename = "loss.svg")]
+    #[schema(content_media_type = "image/svg+xml")]
+    curve: Option<String>,
 }
 
 /// The bytes of a file.

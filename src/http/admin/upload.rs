@@ -128,6 +128,7 @@ async fn form(parts: Parts, body: Bytes) -> Result<PromptFiles, Problem> {
             Some("adapter_config.json") => &mut files.adapter_config,
             Some("adapter_model.safetensors") => &mut files.weights,
             Some("task.json") => &mut files.task,
+            Some("loss.svg") => &mut files.curve,
             _ => {
                 let found: String = names[0].chars().take(80).collect();
                 let detail = format!("found a part named {found:?}, expected one of: {}", KNOWN_FILES.join(", "));
@@ -143,4 +144,4 @@ async fn form(parts: Parts, body: Bytes) -> Result<PromptFiles, Problem> {
     Ok(files)
 }
 
-const KNOWN_FILES: [&str; 3] = ["adapter_config.json", "adapter_model.safetensors", "task.json"];
+const KNOWN_FILES: [&str; 4] = ["adapter_config.json", "adapter_model.safetensors", "task.json", "loss.svg"];

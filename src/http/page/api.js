@@ -39,6 +39,12 @@ export async function call(method, path, body, headers) {
   return Object.assign(answer, { etag: response.headers.get("etag") ?? undefined });
 }
 
+/** The address of a picture in this tab; whoever shows it revokes it. */
+export async function picture(path) {
+  const response = await checked(await fetch(path, options("GET")));
+  return URL.createObjectURL(await response.blob());
+}
+
 /** Calls `each` with every event of a stream. */
 export async function stream(path, body, each) {
   const response = await checked(await fetch(path, options("POST", { ...body, stream: true })));

@@ -1,5 +1,6 @@
 // The tasks, and one task with its versions.
 import { call, copyAsCurl, metrics, quantile, sum } from "./api.js";
+import { contents } from "./contents.js";
 import { bytes, el, milliseconds, say, table } from "./dom.js";
 
 export const FIRST_TOKEN = "softserve_time_to_first_token_seconds";
@@ -81,5 +82,6 @@ function one(root, task, name, isAdmin) {
     ], newest),
     isAdmin && previous ? el("p", {}, el("button", { onclick: () => activate(previous.version) }, `Roll back to ${previous.version}`)) : "",
     copyAsCurl(() => (isAdmin && current ? ["PUT", `${path}/active`, { version: current.version }] : ["GET", `/v1/tasks/${name}`])),
+    ...(isAdmin && newest.length ? contents(path, newest, task.active) : []),
   );
 }

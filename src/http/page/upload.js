@@ -20,7 +20,7 @@ export default async function upload(root, name) {
     title: "lower-case letters, digits, - and _" }));
   const [filesField, chosen] = field("Files", el("input", { type: "file", multiple: true }));
   const [activateField, activate] = field("Answer with it at once", el("input", { type: "checkbox", checked: true }));
-  const dropped = el("p", { class: "quiet" }, "A zip or tar of a PEFT folder, its files (adapter_config.json, adapter_model.safetensors, task.json), or one .safetensors file.");
+  const dropped = el("p", { class: "quiet" }, "A zip or tar of a PEFT folder, its files (adapter_config.json, adapter_model.safetensors, task.json, loss.svg), or one .safetensors file.");
   const report = el("section", { "aria-live": "polite" });
   let files = [];
   const take = (list) => {

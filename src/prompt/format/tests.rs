@@ -91,7 +91,7 @@ fn another_hidden_size_is_refused_by_the_tensor_and_by_the_configuration() {
     let files = PromptFiles {
         adapter_config: Some(config(5, json!({"token_dim": 6}))),
         weights: Some(tensor(Dtype::F32, &[5, 6], &[0; 120])),
-        task: None,
+        ..PromptFiles::default()
     };
     let faults = check(&files).expect_err("another model's");
     assert_eq!(faults.0.iter().map(|f| f.kind).collect::<Vec<_>>(), [FaultKind::Shape; 2], "{faults}");
@@ -177,7 +177,11 @@ fn rows_must_be_as_many_as_the_configuration_says() {
 
 #[test]
 fn a_prompt_needs_one_row_and_leaves_room_for_text_and_answer() {
-    let of = |n| PromptFiles { adapter_config: Some(config(n, json!({}))), weights: Some(weights(n, 0.5)), task: None };
+    let of = |n| PromptFiles {
+        adapter_config: Some(config(n, json!({}))),
+        weights: Some(weights(n, 0.5)),
+        ..PromptFiles::default()
+    };
     refused(&of(0), FaultKind::Shape, "no rows");
     refused(&of(63), FaultKind::Shape, "63 virtual tokens");
     refused(&of(100_000), FaultKind::Shape, "100000 virtual tokens");
@@ -270,6 +274,7 @@ fn every_fault_is_listed_and_the_gravest_is_first() {
         adapter_config: Some(config(5, json!({"token_dim": 6}))),
         weights: Some(tensor(Dtype::F32, &[1, 6], &nan)),
         task: Some(json!({"template": "", "base_model": {"fingerprint": "x"}}).to_string().into()),
+        ..PromptFiles::default()
     };
     let faults = check(&files).expect_err("all wrong");
     let kinds: Vec<_> = faults.0.iter().map(|f| f.kind).collect();
@@ -328,7 +333,7 @@ proptest! {
         bf16 in any::<bool>(),
     ) {
         let fit = Fit { dtype: if bf16 { DType::BF16 } else { DType::F32 }, ..fit() };
-        let files = PromptFiles { adapter_config, weights: Some(weights), task };
+        let files = PromptFiles { adapter_config, weights: Some(weights), task, curve: None };
         match read("task".parse().expect("a name"), &files, &fit) {
             Ok(version) => {
                 let rows = rows(&version);
@@ -342,7 +347,7 @@ proptest! {
     #[test]
     fn any_f32_row_is_accepted_if_and_only_if_it_is_finite(bits in proptest::array::uniform8(any::<u32>())) {
         let data: Vec<u8> = bits.iter().flat_map(|b| b.to_le_bytes()).collect();
-        let files = PromptFiles { adapter_config: None, weights: Some(tensor(Dtype::F32, &[1, 8], &data)), task: None };
+        let files = PromptFiles { adapter_config: None, weights: Some(tensor(Dtype::F32, &[1, 8], &data)), ..PromptFiles::default() };
         prop_assert_eq!(check(&files).is_ok(), bits.iter().all(|b| f32::from_bits(*b).is_finite()));
     }
 }

@@ -42,7 +42,7 @@ fn prefix_config(n: usize, changes: Value) -> Bytes {
 
 fn prefix(changes: Value) -> PromptFiles {
     let weights = safetensors(&[("prompt_embeddings", Dtype::F32, &[3, 16], &counted(48))]);
-    PromptFiles { adapter_config: Some(prefix_config(3, changes)), weights: Some(weights), task: None }
+    PromptFiles { adapter_config: Some(prefix_config(3, changes)), weights: Some(weights), ..PromptFiles::default() }
 }
 
 /// Three tasks of rank 1: the rows of task t are multiplied by `(t + 1) * (row + 1)`.
@@ -57,7 +57,7 @@ fn multitask(task: Option<Value>, changes: Value) -> PromptFiles {
         "prompt_tuning_init": "EXACT_SOURCE_TASK", "prompt_tuning_init_state_dict_path": "/etc/passwd"});
     all.as_object_mut().expect("an object").extend(changes.as_object().expect("an object").clone());
     let task = task.map(|task| task.to_string().into());
-    PromptFiles { adapter_config: Some(config(2, all)), weights: Some(weights), task }
+    PromptFiles { adapter_config: Some(config(2, all)), weights: Some(weights), task, curve: None }
 }
 
 fn rows(version: &Version) -> Vec<Vec<f32>> {
@@ -91,7 +91,7 @@ fn heads_lie_side_by_side_in_a_row() {
     let fit = Fit { num_layers: 1, num_kv_heads: 2, head_dim: 2, ..fit() };
     let weights = safetensors(&[("prompt_embeddings", Dtype::F32, &[1, 8], &counted(8))]);
     let config = prefix_config(1, json!({"num_layers": 1, "num_attention_heads": 2}));
-    let files = PromptFiles { adapter_config: Some(config), weights: Some(weights), task: None };
+    let files = PromptFiles { adapter_config: Some(config), weights: Some(weights), ..PromptFiles::default() };
     let version = check(&files, &fit).expect("good");
     let LearnedPrompt::KeyValues(kv) = version.prompt.as_ref() else { panic!("not key-values") };
     assert_eq!(kv.layers[0].keys.to_vec3::<f32>().expect("keys"), [[[0.0, 1.0]], [[2.0, 3.0]]]);
@@ -240,7 +240,7 @@ proptest! {
         task_id in 0usize..5,
     ) {
         let task = (!is_prefix).then(|| json!({"task_id": task_id}).to_string().into());
-        let files = PromptFiles { adapter_config: Some(config), weights: Some(weights), task };
+        let files = PromptFiles { adapter_config: Some(config), weights: Some(weights), task, curve: None };
         match check(&files, &fit()) {
             Ok(version) => {
                 prop_assert!(all_finite(&version.prompt));
