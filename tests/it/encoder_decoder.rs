@@ -193,8 +193,9 @@ fn alone_mixed_in_small_steps_and_put_off_all_types_answer_as_peft_does() {
         let versions: Vec<_> = cases.iter().map(|case| version(name, &fit, case)).collect();
         let longest = cases.iter().map(|case| case.input_ids.len()).max().unwrap() + 40;
         // Half for the encoder's output: of the longest input and little more.
-        let small =
-            EngineConfig { kv_cache_bytes: 2 * longest.div_ceil(BLOCK_SIZE) * block_bytes, ..Default::default() };
+        let kv_cache_bytes = 2 * longest.div_ceil(BLOCK_SIZE) * block_bytes;
+        // Without guesses, so that all run long enough to get into each other's way.
+        let small = EngineConfig { kv_cache_bytes, draft_tokens: Some(0), ..Default::default() };
         let tiny_steps = EngineConfig { max_step_tokens: 5, ..Default::default() };
         let both = EngineConfig { max_step_tokens: 5, ..small };
         let mut alone = Vec::new();

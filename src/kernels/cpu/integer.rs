@@ -1,6 +1,6 @@
 //! Products of quantised weights as integers: the blocks of a GGUF file, laid out in micro-panels, times activations that are
-//! rounded to 8 bits in groups of 32, as ggml multiplies them. Sums within a group are exact; groups are added in f32, in one
-//! order, so that a row's result is the same whichever rows it is multiplied with.
+//! rounded to 8 bits, much as ggml multiplies them. Sums of 16 products are exact; those are added in f32, in one order, so
+//! that a row's result is the same whichever rows it is multiplied with.
 
 mod activations;
 mod codes;
@@ -14,7 +14,7 @@ pub use codes::IntegerMatrix;
 pub(super) use product::panel;
 pub(super) use scheme::Scheme;
 
-/// Inner values that share a scale of the activations, and that lie together in a micro-panel: a stripe.
+/// Inner values that lie together in a micro-panel: a stripe.
 pub(super) const STRIPE: usize = 32;
 /// Steps of four inner values in a stripe.
 const STEPS: usize = STRIPE / 4;

@@ -34,15 +34,13 @@ struct Vocabulary<'a> {
     metadata: &'a Metadata,
     tokens: Vec<&'a str>,
     kinds: Vec<Kind>,
-    /// Of SentencePiece: what is unknown and has no bytes.
-    pieces: bool,
 }
 
 /// The whole `tokenizer.json`.
 pub fn tokenizer_json(metadata: &Metadata) -> Result<Value, String> {
     match metadata.text("tokenizer.ggml.model")? {
-        Some("gpt2") => Vocabulary::read(metadata, false)?.byte_level(),
-        Some("llama") => Vocabulary::read(metadata, true)?.sentence_pieces(),
+        Some("gpt2") => Vocabulary::read(metadata)?.byte_level(),
+        Some("llama") => Vocabulary::read(metadata)?.sentence_pieces(),
         Some(other) => Err(format!("tokenizer.ggml.model {other:?} is not supported; supported are gpt2, llama")),
         None => Err("tokenizer.ggml.model is missing: the file has no tokenizer".to_owned()),
     }
@@ -79,7 +77,7 @@ pub fn special_id(metadata: &Metadata, name: &str) -> Result<Option<usize>, Stri
 }
 
 impl<'a> Vocabulary<'a> {
-    fn read(metadata: &'a Metadata, pieces: bool) -> Result<Self, String> {
+    fn read(metadata: &'a Metadata) -> Result<Self, String> {
         let array = metadata.array("tokenizer.ggml.tokens")?.ok_or("tokenizer.ggml.tokens is missing")?;
         if array.len() > MAX_TOKENS {
             return Err(format!("it has {} tokens, expected at most {MAX_TOKENS}", array.len()));
@@ -111,7 +109,7 @@ impl<'a> Vocabulary<'a> {
                 ));
             }
         };
-        let mut vocabulary = Self { metadata, tokens, kinds, pieces };
+        let mut vocabulary = Self { metadata, tokens, kinds };
         for name in ["bos", "eos", "eot", "padding"] {
             // Not all writers mark them.
             if let Some(id) = vocabulary.special(name)? {
@@ -182,13 +180,7 @@ impl<'a> Vocabulary<'a> {
         if scores.len() != self.tokens.len() {
             return Err(format!("tokenizer.ggml.scores has {} values for {} tokens", scores.len(), self.tokens.len()));
         }
-        // The converter writes the spaces of such tokens as spaces.
-        let spaces: Vec<(usize, String)> =
-            self.of_spaces().map(|id| (id, SPACE.repeat(self.tokens[id].len()))).collect();
-        let mut vocabulary: BTreeMap<&str, usize> = self.unique();
-        for (id, text) in &spaces {
-            vocabulary.entry(text).or_insert(*id);
-        }
+        let vocabulary: BTreeMap<&str, usize> = self.unique();
         let merges = self.merges(&vocabulary, &scores)?;
         let unknown = self.special("unknown")?.map(|id| self.tokens[id]);
         let prefix = self.metadata.bool("tokenizer.ggml.add_space_prefix")?.unwrap_or(true);
@@ -256,22 +248,10 @@ impl<'a> Vocabulary<'a> {
         vocabulary
     }
 
-    /// Ids of tokens that a user defined and that are spaces only.
-    fn of_spaces(&self) -> impl Iterator<Item = usize> {
-        let spaces = |id: &usize| {
-            let token = self.tokens[*id];
-            self.pieces && self.kinds[*id] == Kind::UserDefined && !token.is_empty() && token.bytes().all(|b| b == b' ')
-        };
-        (0..self.tokens.len()).filter(spaces)
-    }
-
-    /// Tokens that are found in a text before anything else is done with it.
+    /// Tokens that are found in a text before anything else is done with it, the longest first: runs of spaces among them.
     fn added(&self) -> Vec<Value> {
-        let spaces: Vec<usize> = self.of_spaces().collect();
         let added = |id: &usize| {
-            matches!(self.kinds[*id], Kind::Control | Kind::Unknown | Kind::UserDefined)
-                && !self.tokens[*id].is_empty()
-                && spaces.binary_search(id).is_err()
+            matches!(self.kinds[*id], Kind::Control | Kind::Unknown | Kind::UserDefined) && !self.tokens[*id].is_empty()
         };
         (0..self.tokens.len())
             .filter(added)
@@ -315,5 +295,71 @@ impl<'a> Vocabulary<'a> {
         json!({"version": "1.0", "truncation": null, "padding": null, "added_tokens": self.added(),
                "normalizer": normalizer, "pre_tokenizer": pre, "post_processor": post, "decoder": decoder,
                "model": model})
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{
+        super::{header::Header, metadata::Metadata},
+        *,
+    };
+
+    /// The bytes of a text, and of an array of numbers of four bytes.
+    fn text(text: &str) -> Vec<u8> {
+        [&(text.len() as u64).to_le_bytes(), text.as_bytes()].concat()
+    }
+
+    fn array(kind: u32, values: &[[u8; 4]]) -> Vec<u8> {
+        [&9u32.to_le_bytes()[..], &kind.to_le_bytes(), &(values.len() as u64).to_le_bytes(), &values.concat()].concat()
+    }
+
+    /// SentencePiece's tokens with their kinds and scores, as a file has them.
+    fn metadata(tokens: &[(&str, i32, f32)]) -> Metadata {
+        let texts: Vec<u8> = tokens.iter().flat_map(|(token, ..)| text(token)).collect();
+        let texts =
+            [&9u32.to_le_bytes()[..], &8u32.to_le_bytes(), &(tokens.len() as u64).to_le_bytes(), &texts].concat();
+        let kinds: Vec<[u8; 4]> = tokens.iter().map(|token| token.1.to_le_bytes()).collect();
+        let scores: Vec<[u8; 4]> = tokens.iter().map(|token| token.2.to_le_bytes()).collect();
+        let entries = [
+            ("tokenizer.ggml.model", [&8u32.to_le_bytes()[..], &text("llama")].concat()),
+            ("tokenizer.ggml.tokens", texts),
+            ("tokenizer.ggml.token_type", array(5, &kinds)),
+            ("tokenizer.ggml.scores", array(6, &scores)),
+            ("tokenizer.ggml.add_space_prefix", [&7u32.to_le_bytes()[..], &[0]].concat()),
+        ];
+        let mut bytes =
+            [&b"GGUF"[..], &3u32.to_le_bytes(), &0u64.to_le_bytes(), &(entries.len() as u64).to_le_bytes()].concat();
+        entries.iter().for_each(|(key, value)| bytes.extend([text(key), value.clone()].concat()));
+        Header::read(&bytes[..], bytes.len() as u64).expect("a header").metadata
+    }
+
+    #[test]
+    fn runs_of_spaces_that_a_user_defined_are_found_before_words_the_longest_first() {
+        let (normal, user) = (1, 4);
+        let tokens = [
+            ("<unk>", 2, 0.0),
+            ("<s>", 3, 0.0),
+            ("</s>", 3, 0.0),
+            ("▁", normal, -3.0),
+            ("a", normal, -4.0),
+            ("b", normal, -5.0),
+            ("▁b", normal, -1.0),
+            ("  ", user, -1000.0),
+            ("   ", user, -1000.0),
+        ];
+        let json = tokenizer_json(&metadata(&tokens)).expect("a tokenizer");
+        let tokenizer = tokenizers::Tokenizer::from_bytes(json.to_string()).expect("reads");
+        for (text, ids) in [
+            ("a b", vec![4, 6]),
+            ("a  b", vec![4, 7, 5]),
+            ("a   b", vec![4, 8, 5]),
+            ("a    b", vec![4, 8, 6]),
+            ("  b  ", vec![7, 5, 7]),
+        ] {
+            let found = tokenizer.encode(text, false).expect("encodes");
+            assert_eq!(found.get_ids(), ids, "{text:?}");
+            assert_eq!(tokenizer.decode(&ids, true).expect("decodes"), text);
+        }
     }
 }

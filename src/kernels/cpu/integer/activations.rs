@@ -1,4 +1,5 @@
-//! Activations as integers of 8 bits, in groups of 32 with a scale each.
+//! Activations as integers of 8 bits, in halves of 16 with a scale each. (With a scale for each 32, as ggml has it, the
+//! perplexity of a small model rises by a third more.)
 
 use super::{
     super::{
@@ -9,7 +10,7 @@ use super::{
     STRIPE,
 };
 
-/// 32 inner values of a row, each `scale * code`.
+/// 32 inner values of a row, in two halves: each value is its half's scale times its code.
 #[derive(Debug, Clone, Copy, Default)]
 #[repr(C, align(64))]
 pub struct Group {
@@ -17,7 +18,7 @@ pub struct Group {
     pub codes: [i8; STRIPE],
     /// The sums of the first and of the second half's codes.
     pub sums: [i32; 2],
-    pub scale: f32,
+    pub scales: [f32; 2],
     /// The sums in values, and their sum.
     pub values: [f32; 2],
     pub value: f32,
@@ -70,30 +71,30 @@ unsafe fn quantise_groups<S: Simd>(from: &[f32], to: *mut Group) {
 /// As for [`Simd`].
 #[inline(always)]
 unsafe fn quantised<S: Simd>(x: &[f32; STRIPE]) -> Group {
-    // SAFETY: two vectors are 32 values.
-    unsafe {
-        let (a, b) = (S::load(x.as_ptr()), S::load(x.as_ptr().add(LANES)));
-        let zero = S::splat(0.0);
-        let sizes = S::max(S::max(a, S::sub(zero, a)), S::max(b, S::sub(zero, b)));
-        let largest = S::largest(sizes);
-        let scale = largest / 127.0;
-        // What is not finite makes the whole group so, and its row with it.
-        let is_finite = S::sum(S::mul(S::add(a, b), zero)) == 0.0 && largest.is_finite();
-        if !is_finite {
-            return Group { scale: f32::NAN, values: [f32::NAN; 2], value: f32::NAN, ..Group::default() };
-        }
-        if scale < f32::MIN_POSITIVE {
-            return Group::default();
-        }
-        let inverse = S::splat(127.0 / largest);
-        let mut rounded = [0f32; STRIPE];
-        S::store(rounded.as_mut_ptr(), S::round(S::mul(a, inverse)));
-        S::store(rounded.as_mut_ptr().add(LANES), S::round(S::mul(b, inverse)));
-        let mut codes = [0i8; STRIPE];
+    let mut group = Group::default();
+    for half in 0..2 {
+        // SAFETY: a vector is half of the values.
+        let (rounded, scale) = unsafe {
+            let x = S::load(x.as_ptr().add(half * LANES));
+            let zero = S::splat(0.0);
+            let largest = S::largest(S::max(x, S::sub(zero, x)));
+            // What is not finite makes the whole group so, and its row with it.
+            if S::sum(S::mul(x, zero)) != 0.0 || !largest.is_finite() {
+                return Group { scales: [f32::NAN; 2], values: [f32::NAN; 2], value: f32::NAN, ..Group::default() };
+            }
+            let scale = largest / 127.0;
+            if scale < f32::MIN_POSITIVE {
+                continue;
+            }
+            let mut rounded = [0f32; LANES];
+            S::store(rounded.as_mut_ptr(), S::round(S::mul(x, S::splat(127.0 / largest))));
+            (rounded, scale)
+        };
+        let codes = &mut group.codes[half * LANES..][..LANES];
         codes.iter_mut().zip(rounded).for_each(|(code, x)| *code = (x as i32).clamp(-127, 127) as i8);
-        let sum = |codes: &[i8]| codes.iter().map(|&code| i32::from(code)).sum::<i32>();
-        let sums = [sum(&codes[..STRIPE / 2]), sum(&codes[STRIPE / 2..])];
-        let values = sums.map(|sum| sum as f32 * scale);
-        Group { codes, sums, scale, values, value: (sums[0] + sums[1]) as f32 * scale }
+        let sum: i32 = codes.iter().map(|&code| i32::from(code)).sum();
+        (group.sums[half], group.scales[half], group.values[half]) = (sum, scale, sum as f32 * scale);
     }
+    group.value = group.values[0] + group.values[1];
+    group
 }

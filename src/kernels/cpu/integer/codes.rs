@@ -9,7 +9,7 @@ use half::f16;
 use rayon::prelude::*;
 
 use super::{
-    super::{Buffer, elements, packed::PANEL_WIDTH},
+    super::{Buffer, elements, simd::LANES},
     NEST, STEP_BYTES, STEPS, STRIPE, Scheme,
 };
 use crate::kernels::quantized::BlockFormat;
@@ -111,7 +111,7 @@ impl Codes {
                 self.d = half(b, 108);
                 let (high, qs, scales) = (&b[..32], &b[32..96], &b[96..108]);
                 for group in 0..16 {
-                    let low = if group < 8 { scales[group] & 15 } else { scales[group - 8] >> 4 };
+                    let low = scales[group % 8] >> (group / 8 * 4) & 15;
                     let scale = low | (scales[8 + group % 4] >> (group / 4 * 2) & 3) << 4;
                     self.nested_scales[group] = scale.cast_signed() - 32;
                     let (shift, at) = (group % 8 / 2 * 2, group % 2 * 16);
@@ -144,8 +144,8 @@ impl Codes {
             BlockFormat::Q6K => {
                 self.d = half(b, 208);
                 let (low, high, scales) = (&b[..128], &b[128..192], &b[192..208]);
-                for group in 0..16 {
-                    self.nested_scales[group] = scales[group].cast_signed();
+                for (group, scale) in scales.iter().enumerate() {
+                    self.nested_scales[group] = scale.cast_signed();
                     let (part, quarter, at) = (group / 8, group % 8 / 2, group % 2 * 16);
                     let (low, high) = (&low[part * 64 + quarter % 2 * 32 + at..], &high[part * 32 + at..]);
                     let code = |j: usize| low[j] >> (quarter / 2 * 4) & 15 | (high[j] >> (quarter * 2) & 3) << 4;
@@ -171,7 +171,7 @@ impl Codes {
             put_half(head, 0, self.d);
             if scheme.minimum {
                 // What is taken away is added so.
-                put_half(head, 2 * PANEL_WIDTH, -self.m);
+                put_half(head, 2 * LANES, -self.m);
             }
         }
         let [low, high] = scheme.code_bytes();
@@ -194,16 +194,16 @@ impl Codes {
             if scheme.nested {
                 let groups = STRIPE / scheme.group;
                 for group in 0..groups {
-                    let at = group * PANEL_WIDTH + column;
+                    let at = group * LANES + column;
                     after[at] = self.nested_scales[i * groups + group].cast_unsigned();
                     if scheme.minimum {
-                        after[groups * PANEL_WIDTH + at] = self.nested_minima[i * groups + group];
+                        after[groups * LANES + at] = self.nested_minima[i * groups + group];
                     }
                 }
             } else {
                 put_half(after, 0, self.scales[i]);
                 if scheme.minimum {
-                    put_half(after, 2 * PANEL_WIDTH, self.minima[i]);
+                    put_half(after, 2 * LANES, self.minima[i]);
                 }
             }
         }
@@ -224,7 +224,7 @@ impl IntegerMatrix {
         assert_eq!(Some(bytes.len()), row_bytes.and_then(|row| n.checked_mul(row)));
         let row_bytes = row_bytes.unwrap_or(0);
         let panel_bytes = scheme.panel_bytes(k);
-        let mut data = Buffer::zeroed(elements(&[n.div_ceil(PANEL_WIDTH), panel_bytes / 4]))?;
+        let mut data = Buffer::zeroed(elements(&[n.div_ceil(LANES), panel_bytes / 4]))?;
         // What one column's codes are read of at once.
         let values = NEST * STRIPE;
         let chunk_bytes = scheme.head_bytes() + NEST * scheme.stripe_bytes();
@@ -232,7 +232,7 @@ impl IntegerMatrix {
             let panels = data.as_mut_slice().par_chunks_exact_mut(panel_bytes / 4).enumerate();
             panels.for_each(|(panel, out): (_, &mut [u32])| {
                 let out: &mut [u8] = bytemuck::cast_slice_mut(out);
-                let rows = bytes[panel * PANEL_WIDTH * row_bytes..].chunks_exact(row_bytes).take(PANEL_WIDTH);
+                let rows = bytes[panel * LANES * row_bytes..].chunks_exact(row_bytes).take(LANES);
                 for (column, row) in rows.enumerate() {
                     let blocks = row.chunks(values / format.values() * format.bytes());
                     for (blocks, out) in blocks.zip(out.chunks_mut(chunk_bytes)) {
@@ -256,7 +256,7 @@ impl IntegerMatrix {
     pub fn row(&self, i: usize, out: &mut [f32]) {
         assert_eq!(out.len(), self.k);
         let scheme = self.scheme;
-        let (panel, column) = (i / PANEL_WIDTH, i % PANEL_WIDTH);
+        let (panel, column) = (i / LANES, i % LANES);
         let panel_bytes = scheme.panel_bytes(self.k);
         let bytes: &[u8] = bytemuck::cast_slice(self.data.as_slice());
         let bytes = &bytes[panel * panel_bytes..][..panel_bytes];
@@ -269,14 +269,14 @@ impl IntegerMatrix {
             for (stripe, out) in stripes.chunks_exact(scheme.stripe_bytes()).zip(out.chunks_mut(STRIPE)) {
                 let after = &stripe[low + high..];
                 for (j, out) in out.iter_mut().enumerate() {
-                    let at = j / scheme.group * PANEL_WIDTH + column;
+                    let at = j / scheme.group * LANES + column;
                     let (d, m) = match scheme.nested {
                         true => {
                             let d = half(head, 0) * f32::from(after[at].cast_signed());
-                            let least = || half(head, 2 * PANEL_WIDTH) * f32::from(after[groups * PANEL_WIDTH + at]);
+                            let least = || half(head, 2 * LANES) * f32::from(after[groups * LANES + at]);
                             (d, scheme.minimum.then(least))
                         }
-                        false => (half(after, 0), scheme.minimum.then(|| half(after, 2 * PANEL_WIDTH))),
+                        false => (half(after, 0), scheme.minimum.then(|| half(after, 2 * LANES))),
                     };
                     let x = (i32::from(code(scheme, stripe, j, column)) - scheme.zero) as f32 * d;
                     *out = m.map_or(x, |m| x + m);

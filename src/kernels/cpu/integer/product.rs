@@ -118,25 +118,22 @@ unsafe fn few_rows<
                     let least = if MINIMUM { S::mul(m, S::load_u8(of(groups))) } else { zero };
                     (S::mul(d, S::load_i8(of(0).cast())), least)
                 } else {
-                    (
-                        S::load_f16(after.cast()),
-                        if MINIMUM { S::load_f16(after.add(2 * PANEL_WIDTH).cast()) } else { zero },
-                    )
+                    let least = if MINIMUM { S::load_f16(after.add(2 * PANEL_WIDTH).cast()) } else { zero };
+                    (S::load_f16(after.cast()), least)
                 };
                 for (r, acc) in acc.iter_mut().enumerate() {
                     let x = &*x.add(r * stripes + stripe);
-                    let (sum, value) = match GROUP {
-                        16 => (x.sums[group], x.values[group]),
-                        _ => (x.sums[0] + x.sums[1], x.value),
-                    };
-                    let mut dot = S::splat_i32(-ZERO * sum);
-                    let steps = &steps[group * GROUP / 4..][..GROUP / 4];
-                    for (t, step) in steps.iter().enumerate() {
-                        let codes = x.codes.as_ptr().add(group * GROUP + 4 * t).cast::<u32>().read_unaligned();
-                        dot = if BITS == 8 { S::dot_u8(dot, *step, codes) } else { S::dot_u6(dot, *step, codes) };
+                    for half in if groups == 1 { 0..2 } else { group..group + 1 } {
+                        let mut dot = S::splat_i32(-ZERO * x.sums[half]);
+                        let own = steps.iter().enumerate().skip(half * STEPS / 2).take(STEPS / 2);
+                        for (t, step) in own {
+                            let codes = x.codes.as_ptr().add(4 * t).cast::<u32>().read_unaligned();
+                            dot = if BITS == 8 { S::dot_u8(dot, *step, codes) } else { S::dot_u6(dot, *step, codes) };
+                        }
+                        *acc = S::fma(S::to_f32(dot), S::mul(scale, S::splat(x.scales[half])), *acc);
                     }
-                    *acc = S::fma(S::to_f32(dot), S::mul(scale, S::splat(x.scale)), *acc);
                     if MINIMUM {
+                        let value = if groups == 1 { x.value } else { x.values[group] };
                         *acc = S::fma(least, S::splat(value), *acc);
                     }
                 }

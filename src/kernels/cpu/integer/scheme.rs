@@ -1,6 +1,6 @@
 //! How the quantised values of each of ggml's formats are kept: a value is `d * (code - zero)`, or `d * code + m`.
 
-use super::{super::packed::PANEL_WIDTH, NEST, STEP_BYTES, STEPS, STRIPE};
+use super::{super::simd::LANES, NEST, STEP_BYTES, STEPS, STRIPE};
 use crate::kernels::quantized::BlockFormat;
 
 /// What is the same for all values of a matrix.
@@ -50,13 +50,13 @@ impl Scheme {
 
     /// Bytes of a stripe: codes, then scales, then least values; a byte each where they are nested, else f16.
     pub(super) fn stripe_bytes(self) -> usize {
-        let of_each = if self.nested { STRIPE / self.group * PANEL_WIDTH } else { 2 * PANEL_WIDTH };
+        let of_each = if self.nested { STRIPE / self.group * LANES } else { 2 * LANES };
         self.code_bytes().iter().sum::<usize>() + of_each * (1 + usize::from(self.minimum))
     }
 
     /// Bytes before each eight stripes of a nested scheme: what scales and least values are multiplied by, in f16.
     pub(super) fn head_bytes(self) -> usize {
-        if self.nested { 2 * PANEL_WIDTH * (1 + usize::from(self.minimum)) } else { 0 }
+        if self.nested { 2 * LANES * (1 + usize::from(self.minimum)) } else { 0 }
     }
 
     /// Bytes of a micro-panel of `k` inner values.

@@ -54,7 +54,8 @@ fn rounded(x: &[f32], k: usize) -> Vec<f32> {
     let groups = quantise(Isa::PORTABLE, pool::global(), x, k, &mut scratch);
     // SAFETY: there is a group for each 32 values, and the scratch lives on.
     let groups: &[Group] = unsafe { std::slice::from_raw_parts(groups, x.len() / STRIPE) };
-    groups.iter().flat_map(|group| group.codes.map(|code| f32::from(code) * group.scale)).collect()
+    let value = |group: &Group, j: usize| f32::from(group.codes[j]) * group.scales[2 * j / STRIPE];
+    groups.iter().flat_map(|group| (0..STRIPE).map(move |j| value(group, j))).collect()
 }
 
 #[test]
@@ -91,14 +92,17 @@ fn activations_are_rounded_to_a_hundred_and_twenty_seventh_of_their_groups_large
         for (i, values) in x.chunks(STRIPE).enumerate() {
             // SAFETY: there is a group for each 32 values.
             let group = unsafe { *groups.add(i) };
-            let largest = values.iter().fold(0f32, |m, x| m.max(x.abs()));
-            for (code, x) in group.codes.iter().zip(values) {
-                let error = (f32::from(*code) * group.scale - x).abs();
-                assert!(error <= largest / 127.0 * 0.501 || largest < 1e-37, "{isa:?}: {code} of {x} and {largest}");
+            for (half, values) in values.chunks(STRIPE / 2).enumerate() {
+                let largest = values.iter().fold(0f32, |m, x| m.max(x.abs()));
+                for (code, x) in group.codes[half * STRIPE / 2..].iter().zip(values) {
+                    let error = (f32::from(*code) * group.scales[half] - x).abs();
+                    assert!(error <= largest / 127.0 * 0.501 || largest < 1e-37, "{isa:?}: {code} of {x}, {largest}");
+                }
             }
             let sum = |codes: &[i8]| codes.iter().map(|&x| i32::from(x)).sum::<i32>();
             assert_eq!(group.sums, [sum(&group.codes[..16]), sum(&group.codes[16..])]);
-            assert_eq!(group.value, sum(&group.codes) as f32 * group.scale);
+            let values = [0, 1].map(|half| group.sums[half] as f32 * group.scales[half]);
+            assert_eq!((group.values, group.value), (values, values[0] + values[1]));
         }
         for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
             let mut x = x.clone();
@@ -106,7 +110,7 @@ fn activations_are_rounded_to_a_hundred_and_twenty_seventh_of_their_groups_large
             let groups = quantise(isa, pool::global(), &x, k, &mut scratch);
             // SAFETY: there is a group for each 32 values.
             let group = unsafe { *groups.add(2) };
-            assert!(group.scale.is_nan() && group.value.is_nan(), "{isa:?}: {group:?}");
+            assert!(group.scales[0].is_nan() && group.value.is_nan(), "{isa:?}: {group:?}");
         }
     }
 }
