@@ -38,8 +38,9 @@ pub struct ModelArgs {
     pub backend: Option<BackendChoice>,
 
     /// The number format of the weights in memory. auto means f32 on a CPU and bf16 on a GPU; bf16 takes
-    /// half the memory and is several times as fast on a processor with AVX512-BF16 or AMX
-    /// [default: auto]
+    /// half the memory and is several times as fast on a processor with AVX512-BF16 or AMX. Quantised
+    /// weights of a GGUF file are multiplied as integers on a CPU; f32 computes with their exact values
+    /// instead [default: auto]
     #[arg(long, env = "SOFTSERVE_DTYPE")]
     pub dtype: Option<DtypeChoice>,
 }

@@ -177,6 +177,30 @@ fn a_file_is_served_by_its_path_or_by_its_folder() {
     assert!(code != Some(0) && log.contains("models/none.gguf"), "{log}");
 }
 
+#[test]
+fn quantised_weights_are_multiplied_as_integers_unless_f32_is_asked_for() {
+    let home = tempfile::tempdir().unwrap();
+    let mut logprobs = Vec::new();
+    for dtype in ["f32", "auto", "auto"] {
+        let mut serve = softserve(home.path());
+        serve.args(["serve", "--listen=127.0.0.1:0", "--kv-cache=8MiB", "--prompts=none", "--dtype", dtype, "--model"]);
+        serve.arg(path("llama-k"));
+        let server = Process::start(serve);
+        let body = serde_json::json!({"model": "llama-k", "prompt": "the cat sat on the mat and the dog ran", "echo": true,
+            "logprobs": 0, "max_tokens": 1});
+        let answer = ureq::post(format!("{}/v1/completions", server.url)).send_json(&body).unwrap();
+        let answer: serde_json::Value = answer.into_body().read_json().unwrap();
+        let found = answer["choices"][0]["logprobs"]["token_logprobs"].as_array().unwrap().clone();
+        logprobs.push(found.iter().filter_map(serde_json::Value::as_f64).collect::<Vec<f64>>());
+    }
+    let [exact, integers, again] = &logprobs[..] else { panic!("three runs") };
+    assert!(exact.len() > 8 && exact.len() == integers.len());
+    assert_eq!(integers, again);
+    let far = exact.iter().zip(integers).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+    // Activations of 8 bits are near and not the same.
+    assert!(far > 1e-6 && far < 0.2, "{far}: {exact:?} {integers:?}");
+}
+
 /// The parts of a model in a folder of their own, the first one first.
 fn parts_in(folder: &Path) -> Vec<PathBuf> {
     let from = path("qwen2-q8_0").with_file_name("parts");
