@@ -22,7 +22,10 @@ use std::{
 
 use clap::{Parser, Subcommand};
 
-use crate::config::{ConfigError, ServeArgs};
+use crate::{
+    config::{ConfigError, ServeArgs},
+    kernels::prepare_process,
+};
 
 /// Many tuned prompts, one frozen model, one server.
 ///
@@ -57,6 +60,7 @@ enum Command {
 /// Runs what was typed. The code is 0 when all went well, 1 when it failed, 2 when an option or
 /// the configuration file is wrong.
 pub fn run() -> ExitCode {
+    prepare_process();
     let done = match Cli::parse() {
         Cli { command: Some(Command::Serve(args)), .. } => serve::run(*args),
         Cli { command: None, serve: args } => serve::run(args),

@@ -25,7 +25,7 @@ use candle_core::{D, DType, Device, Result, Tensor};
 
 use cross::{CrossKeyValues, EncodedBatch};
 use layout::{BatchLayout, BlockId, KvShape};
-pub use open::{BackendKind, HAS_CUDA, cpu, gpu, open, reference, set_threads};
+pub use open::{BackendKind, HAS_CUDA, cpu, gpu, open, prepare_process, reference, set_threads};
 pub use params::{Activation, AttentionParams, QuantisedProducts};
 use past::PastKeyValues;
 use rows::{PortableRows, RowKernels};

@@ -53,6 +53,11 @@ pub fn reference() -> Arc<dyn Backend> {
     Arc::new(ReferenceBackend::new(&Device::Cpu))
 }
 
+/// Settings of the process that computing is fastest with; to be called before it starts a thread.
+pub fn prepare_process() {
+    super::cpu::process::leave_threads_to_our_pool();
+}
+
 /// Sets how many threads the CPU backend computes with. Only the first call before any work has an effect.
 pub fn set_threads(threads: usize) {
     super::cpu::set_threads(threads);

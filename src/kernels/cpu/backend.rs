@@ -103,6 +103,7 @@ impl Backend for CpuBackend {
     }
 
     fn tuning(&self) -> Arc<dyn Tuning> {
+        super::process::keep_freed_memory();
         Arc::new(CpuTuning::default())
     }
 

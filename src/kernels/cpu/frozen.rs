@@ -186,6 +186,23 @@ impl Transposes {
         x.contiguous()?.apply_op1(op)
     }
 
+    /// The gradient of `x` from that of `x Wᵀ`, `grad` `[rows, n]`, plus `residual` `[rows, k]`.
+    ///
+    /// # Errors
+    /// There is no memory for what gradients are computed with.
+    pub fn input_gradient(
+        &self,
+        matrix: &FrozenMatrix,
+        grad: &[f32],
+        rows: usize,
+        residual: Option<&[f32]>,
+    ) -> Result<Vec<f32>> {
+        let transposed = self.of(matrix)?;
+        let product = Product { weight: &transposed, bias: None, residual };
+        let products = multiply(Isa::best(), pool::global(), grad, rows, &[product]);
+        Ok(products.into_iter().next().unwrap_or_default())
+    }
+
     fn of(&self, frozen: &FrozenMatrix) -> Result<Arc<PackedMatrix>> {
         let key = Arc::as_ptr(&frozen.0) as usize;
         // Held while a copy is made: nobody else may make the same one.
@@ -243,10 +260,9 @@ impl CustomOp1 for FrozenProduct {
     }
 
     fn bwd(&self, _x: &Tensor, _y: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        let transposed = self.transposes.of(&self.matrix)?;
         let rows = grad.dim(0)?;
-        let values = with_values(grad, |grad| Ok(product(&transposed, grad, rows)))?;
-        Ok(Some(Tensor::from_vec(values, (rows, transposed.n()), grad.device())?))
+        let values = with_values(grad, |grad| self.transposes.input_gradient(&self.matrix, grad, rows, None))?;
+        Ok(Some(Tensor::from_vec(values, (rows, self.matrix.matrix().k()), grad.device())?))
     }
 }
 

@@ -21,6 +21,7 @@ pub mod log_probabilities;
 pub mod matmul;
 pub mod packed;
 pub mod pool;
+pub mod process;
 pub mod rows;
 pub mod serving;
 mod simd;

@@ -82,6 +82,64 @@ unsafe fn norm_row<S: Simd>(x: &[f32], weight: &[f32], eps: f32, to: *mut f32) {
     }
 }
 
+/// The gradient of `x` from that of its root-mean-square norm, `grad` `[rows, weight.len()]`.
+///
+/// # Panics
+/// If a length does not fit.
+pub fn rms_norm_gradient(isa: Isa, pool: &Pool, x: &[f32], weight: &[f32], eps: f32, grad: &[f32]) -> Vec<f32> {
+    let width = weight.len();
+    assert!(x.len() == grad.len() && (x.is_empty() || x.len().is_multiple_of(width)));
+    let fill = |out: *mut f32| {
+        let out = Out(out);
+        split(pool, x.len() / width.max(1), width, &|rows| {
+            let out = &out;
+            for row in rows {
+                let (x, grad) = (&x[row * width..][..width], &grad[row * width..][..width]);
+                // SAFETY: the row is within `out`, which is as long as `x`.
+                let to = unsafe { out.0.add(row * width) };
+                // SAFETY: `x`, `weight`, `grad` and `to` are of one length.
+                unsafe {
+                    dispatch!(isa, norm_gradient(x: &[f32], weight: &[f32], eps: f32, grad: &[f32], to: *mut f32));
+                }
+            }
+        });
+    };
+    // SAFETY: the rows are all of `x`, and each is written whole.
+    unsafe { written(x.len(), fill) }
+}
+
+/// # Safety
+/// `weight`, `grad` and `to` are as long as `x`.
+#[inline(always)]
+unsafe fn norm_gradient<S: Simd>(x: &[f32], weight: &[f32], eps: f32, grad: &[f32], to: *mut f32) {
+    let (n, whole) = (x.len(), x.len() / LANES * LANES);
+    let (x, weight, grad) = (x.as_ptr(), weight.as_ptr(), grad.as_ptr());
+    // SAFETY: every index is below `n`.
+    unsafe {
+        let (mut squares, mut along) = (S::splat(0.0), S::splat(0.0));
+        for i in (0..whole).step_by(LANES) {
+            let v = S::load(x.add(i));
+            squares = S::fma(v, v, squares);
+            along = S::fma(S::mul(S::load(grad.add(i)), S::load(weight.add(i))), v, along);
+        }
+        let (mut squares, mut along) = (S::sum(squares), S::sum(along));
+        for i in whole..n {
+            squares += *x.add(i) * *x.add(i);
+            along += *grad.add(i) * *weight.add(i) * *x.add(i);
+        }
+        let scale = (squares / n as f32 + eps).sqrt().recip();
+        let along = along * scale * scale / n as f32;
+        for i in (0..whole).step_by(LANES) {
+            let g = S::mul(S::load(grad.add(i)), S::load(weight.add(i)));
+            let y = S::sub(g, S::mul(S::load(x.add(i)), S::splat(along)));
+            S::store(to.add(i), S::mul(y, S::splat(scale)));
+        }
+        for i in whole..n {
+            *to.add(i) = scale * (*grad.add(i) * *weight.add(i) - *x.add(i) * along);
+        }
+    }
+}
+
 /// Layer norm of each row of `x` `[rows, weight.len()]`, by `weight` and `bias`.
 ///
 /// # Panics

@@ -2,6 +2,8 @@
 //! They compute what the reference's tuning kernels do, several times as fast.
 
 mod attention;
+mod linear;
+mod mlp;
 mod ops;
 
 use candle_core::{CpuStorage, Layout, Result, Tensor, bail};
@@ -12,7 +14,9 @@ use crate::kernels::{
     weight::Linear,
 };
 use attention::{Sequences, attend};
-use ops::{Gated, LogProbabilities, RmsNorm, Rope, gelu_tanh, relu, silu};
+use linear::Added;
+use mlp::GatedMlp;
+use ops::{LogProbabilities, RmsNorm, Rope};
 
 /// A tuning job on the CPU: it keeps the transposed copies that gradients read.
 #[derive(Debug, Default)]
@@ -48,13 +52,12 @@ impl Kernels for CpuTuningKernels {
             return frozen::linear(x, layers, residual);
         }
         let one = |layer: &&Linear| {
-            let mut y = self.transposes.product(x, layer)?;
-            if let Some(bias) = &layer.bias {
-                y = y.broadcast_add(bias)?;
-            }
             match residual {
-                Some(residual) => residual + y,
-                None => Ok(y),
+                Some(residual) => Added::new(layer, self.transposes.clone())?.forward(x, residual),
+                None => match &layer.bias {
+                    Some(bias) => self.transposes.product(x, layer)?.broadcast_add(bias),
+                    None => self.transposes.product(x, layer),
+                },
             }
         };
         layers.iter().map(one).collect()
@@ -64,8 +67,24 @@ impl Kernels for CpuTuningKernels {
         if !x.track_op() && gate.bias.is_none() && up.bias.is_none() {
             return frozen::gated_linear(activation, gate, up, x);
         }
-        let (gate, up) = (gate.forward(x, self)?, up.forward(x, self)?);
-        gated(activation, &gate, &up)
+        activation.apply(&gate.forward(x, self)?)? * up.forward(x, self)?
+    }
+
+    fn gated_mlp(
+        &mut self,
+        activation: Activation,
+        [gate, up]: [&Linear; 2],
+        down: &Linear,
+        x: &Tensor,
+        residual: Option<&Tensor>,
+    ) -> Result<Tensor> {
+        let has_biases = gate.bias.is_some() || up.bias.is_some();
+        let has_gradient = x.track_op() || residual.is_some_and(Tensor::track_op);
+        if has_biases || !has_gradient {
+            let inner = self.gated_linear(activation, gate, up, x)?;
+            return Ok(self.linear(&inner, &[down], residual)?.remove(0));
+        }
+        GatedMlp::new(activation, [gate, up], down, self.transposes.clone())?.forward(x, residual)
     }
 
     fn rms_norm(&mut self, x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
@@ -102,23 +121,6 @@ impl Kernels for CpuTuningKernels {
     fn log_probabilities(&mut self, logits: &Tensor, targets: &[u32]) -> Result<Tensor> {
         logits.contiguous()?.apply_op1(LogProbabilities { targets: targets.to_vec() })
     }
-}
-
-/// `activation(gate) * up`
-fn gated(activation: Activation, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
-    let value_and_slope = match activation {
-        Activation::Silu => silu,
-        Activation::GeluTanh => gelu_tanh,
-        Activation::Relu => relu,
-        // Phi is left to candle.
-        Activation::Gelu => return activation.apply(gate)? * up,
-    };
-    gate.contiguous()?.apply_op2(&up.contiguous()?, Gated(value_and_slope))
-}
-
-/// `out += factor * x`
-fn add(out: &mut [f32], factor: f32, x: &[f32]) {
-    out.iter_mut().zip(x).for_each(|(out, x)| *out += factor * x);
 }
 
 fn slice<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {

@@ -1,85 +1,36 @@
 //! Attention with its gradient by hand: of rows to rows of their own sequence, before or around them,
 //! and to an encoder's output.
+//!
+//! A task is one sequence's queries of one key head: small dense products of all of them with all of its keys, in
+//! which keys that a query does not see have weight zero.
 
-use std::ops::Range;
+mod head;
+mod seen;
+
+use std::sync::{Mutex, PoisonError};
 
 use candle_core::{CpuStorage, CustomOp3, Device, Layout, Result, Shape, Tensor, bail};
-use rayon::prelude::*;
 
-use super::{add, host, slice};
-use crate::kernels::{AttentionParams, host::dot, layout::BatchLayout};
-
-/// Sequences in packed rows: first those that all share, then each one's own.
-#[derive(Debug, Clone)]
-pub(super) struct Sequences {
-    prefix: usize,
-    own: Vec<Range<usize>>,
-}
-
-/// The keys that a query attends to, in their order: of the shared rows, then of its own.
-#[derive(Debug, Clone)]
-pub(super) struct Seen {
-    shared: Range<usize>,
-    own: Range<usize>,
-    /// The query's place among them.
-    place: usize,
-}
-
-impl Sequences {
-    pub fn new(batch: &BatchLayout) -> Self {
-        Self { prefix: batch.shared, own: batch.rows().collect() }
-    }
-
-    /// How many sequences there are.
-    pub fn len(&self) -> usize {
-        self.own.len()
-    }
-
-    /// What each row sees of its own sequence.
-    pub fn seen(&self, params: &AttentionParams) -> Vec<Seen> {
-        let of = |row: usize, shared: usize, own: &Range<usize>| {
-            let end = if params.causal { row + 1 } else { own.end };
-            let all = shared + end - own.start;
-            let hidden = params.window.map_or(0, |window| all.saturating_sub(window));
-            Seen {
-                shared: hidden.min(shared)..shared,
-                own: own.start + hidden.saturating_sub(shared)..end,
-                place: shared + row - own.start - hidden,
-            }
-        };
-        let first = (0..self.prefix).map(|row| of(row, 0, &(0..self.prefix)));
-        first.chain(self.own.iter().flat_map(|own| own.clone().map(|row| of(row, self.prefix, own)))).collect()
-    }
-
-    /// What each row sees of other rows, `inputs`, one for each sequence. Shared rows see none.
-    pub fn seen_of(&self, inputs: &[Range<usize>]) -> Vec<Seen> {
-        let all = |input: &Range<usize>| Seen { shared: 0..0, own: input.clone(), place: 0 };
-        let first = (0..self.prefix).map(|_| all(&(0..0)));
-        let own = self.own.iter().zip(inputs).flat_map(|(own, input)| own.clone().map(|_| all(input)));
-        first.chain(own).collect()
-    }
-}
-
-impl Seen {
-    fn keys(&self) -> impl Iterator<Item = usize> + Clone + use<> {
-        self.shared.clone().chain(self.own.clone())
-    }
-}
+use self::head::{HeadGradients, HeadTask};
+use super::{super::{Isa, pool, tensors::written}, slice};
+use crate::kernels::{AttentionParams, host::with_array_of_values};
+pub(super) use seen::{Seen, Sequences};
 
 /// Of `q` `[t, heads, head_dim]`, each row to what it sees of `k` and `v`, both `[keys, kv_heads,
 /// head_dim]`: `[t, heads * head_dim]`. A row that sees nothing comes out zero.
 pub(super) fn attend(q: &Tensor, k: &Tensor, v: &Tensor, seen: Vec<Seen>, params: &AttentionParams) -> Result<Tensor> {
     let ((t, heads, head_dim), (keys, kv_heads, _)) = (q.dims3()?, k.dims3()?);
-    let end = seen.iter().map(|s| s.own.end.max(s.shared.end)).max().unwrap_or(0);
-    if t != seen.len() || end > keys || k.dims() != [keys, kv_heads, head_dim] || v.dims() != k.dims() {
-        bail!("attention was given {:?} and {:?} for {} rows that see {end}", q.dims(), k.dims(), seen.len());
+    let end = seen.iter().map(|s| s.own.end.max(s.shared)).max().unwrap_or(0);
+    let rows: usize = seen.iter().map(|s| s.rows.len()).sum();
+    if t != rows || end > keys || k.dims() != [keys, kv_heads, head_dim] || v.dims() != k.dims() {
+        bail!("attention was given {:?} and {:?} for {rows} rows that see {end}", q.dims(), k.dims());
     }
     let op = Attention { seen, keys, heads, kv_heads, head_dim, params: params.clone() };
     q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, op)
 }
 
 struct Attention {
-    /// For each query.
+    /// For each sequence.
     seen: Vec<Seen>,
     keys: usize,
     heads: usize,
@@ -88,92 +39,70 @@ struct Attention {
     params: AttentionParams,
 }
 
-/// Gradients of one key head and its query heads, each `[rows, …, head_dim]`.
-struct HeadGradients {
-    q: Vec<f32>,
-    k: Vec<f32>,
-    v: Vec<f32>,
-}
+/// Where tasks write rows that are theirs alone.
+struct Out(*mut f32);
+
+// SAFETY: every task writes the queries of its own sequence and its own heads.
+unsafe impl Sync for Out {}
 
 impl Attention {
-    /// The part of row `row` that belongs to a head, of `[rows, heads, head_dim]`.
-    fn head<'a>(&self, x: &'a [f32], heads: usize, row: usize, head: usize) -> &'a [f32] {
-        &x[(row * heads + head) * self.head_dim..][..self.head_dim]
+    fn task<'a>(&'a self, task: usize, [q, k, v]: [&'a [f32]; 3]) -> HeadTask<'a> {
+        HeadTask {
+            seen: &self.seen[task / self.kv_heads],
+            kv_head: task % self.kv_heads,
+            heads: self.heads,
+            kv_heads: self.kv_heads,
+            head_dim: self.head_dim,
+            params: &self.params,
+            q,
+            k,
+            v,
+        }
     }
 
-    /// The softmax of a query's scores over the rows it sees, in their order; `slopes` becomes how
-    /// much each score moves with the product of query and key.
-    fn weights(&self, q: &[f32], k: &[f32], row: usize, head: usize, out: &mut Vec<f32>, slopes: &mut Vec<f32>) {
-        let AttentionParams { scale, softcap, alibi_slopes, relative_position_bias, .. } = &self.params;
-        let kv_head = head / (self.heads / self.kv_heads);
-        let seen = &self.seen[row];
-        out.clear();
-        out.extend(seen.keys().map(|j| dot(q, self.head(k, self.kv_heads, j, kv_head)) * scale));
-        slopes.clear();
-        match softcap {
-            Some(softcap) => slopes.extend(out.iter_mut().map(|score| {
-                let t = (*score / softcap).tanh();
-                *score = t * softcap;
-                (1.0 - t * t) * scale
-            })),
-            None => slopes.resize(out.len(), *scale),
-        }
-        if let Some(alibi) = alibi_slopes {
-            out.iter_mut().enumerate().for_each(|(i, score)| *score -= alibi[head] * (seen.place - i) as f32);
-        }
-        if let Some(bias) = relative_position_bias {
-            out.iter_mut().enumerate().for_each(|(i, score)| *score += bias.at(head, seen.place, i));
-        }
-        let max = out.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        let mut sum = 0.0;
-        for weight in out.iter_mut() {
-            *weight = (*weight - max).exp();
-            sum += *weight;
-        }
-        out.iter_mut().for_each(|weight| *weight /= sum);
+    fn forward(&self, values: [&[f32]; 3]) -> Vec<f32> {
+        let len = values[0].len();
+        let fill = |out: *mut f32| {
+            let out = Out(out);
+            pool::global().run(self.seen.len() * self.kv_heads, &|task| {
+                let out = &out;
+                // SAFETY: `out` has room for all queries, and this task alone has its own.
+                unsafe { self.task(task, values).forward(Isa::best(), out.0) };
+            });
+        };
+        // SAFETY: the sequences' rows are all rows, and the tasks of a sequence write all heads of each.
+        unsafe { written(len, fill) }
     }
 
-    fn forward(&self, q: &[f32], k: &[f32], v: &[f32]) -> Vec<f32> {
-        let (width, groups) = (self.heads * self.head_dim, self.heads / self.kv_heads);
-        let mut out = vec![0f32; q.len()];
-        let memory = || (Vec::new(), Vec::new());
-        out.par_chunks_exact_mut(width).enumerate().for_each_init(memory, |(weights, slopes), (row, out)| {
-            for (head, out) in out.chunks_exact_mut(self.head_dim).enumerate() {
-                self.weights(self.head(q, self.heads, row, head), k, row, head, weights, slopes);
-                for (j, &weight) in self.seen[row].keys().zip(weights.iter()) {
-                    add(out, weight, self.head(v, self.kv_heads, j, head / groups));
-                }
-            }
-        });
-        out
-    }
-
-    /// The gradients that flow through one key head. Rows that several sequences share sum up in
-    /// one order, so the result does not depend on the threads.
-    fn backward(&self, kv_head: usize, q: &[f32], k: &[f32], v: &[f32], grad: &[f32]) -> HeadGradients {
-        let (dim, groups) = (self.head_dim, self.heads / self.kv_heads);
-        let zeros = |rows: usize| vec![0f32; rows * dim];
-        let mut out = HeadGradients { q: zeros(self.seen.len() * groups), k: zeros(self.keys), v: zeros(self.keys) };
-        let (mut weights, mut slopes, mut grads) = (Vec::new(), Vec::new(), Vec::new());
-        for (row, seen) in self.seen.iter().enumerate() {
-            for group in 0..groups {
-                let head = kv_head * groups + group;
-                let (query, grad) = (self.head(q, self.heads, row, head), self.head(grad, self.heads, row, head));
-                self.weights(query, k, row, head, &mut weights, &mut slopes);
-                grads.clear();
-                grads.extend(seen.keys().map(|j| dot(grad, self.head(v, self.kv_heads, j, kv_head))));
-                let mean: f32 = weights.iter().zip(&grads).map(|(w, g)| w * g).sum();
-                let dq = &mut out.q[(row * groups + group) * dim..][..dim];
-                for (i, j) in seen.keys().enumerate() {
-                    let weight = weights[i];
-                    let score = weight * (grads[i] - mean) * slopes[i];
-                    add(dq, score, self.head(k, self.kv_heads, j, kv_head));
-                    add(&mut out.k[j * dim..][..dim], score, query);
-                    add(&mut out.v[j * dim..][..dim], weight, grad);
+    /// The gradients of queries, keys and values. Keys that several sequences see sum up in the sequences' order, so the
+    /// result does not depend on the threads.
+    fn backward(&self, values: [&[f32]; 3], grad: &[f32]) -> [Vec<f32>; 3] {
+        let tasks = self.seen.len() * self.kv_heads;
+        let of_keys: Vec<Mutex<HeadGradients>> = (0..tasks).map(|_| Mutex::default()).collect();
+        let fill = |out: *mut f32| {
+            let out = Out(out);
+            pool::global().run(tasks, &|task| {
+                let out = &out;
+                // SAFETY: as in `forward`.
+                let gradients = unsafe { self.task(task, values).backward(Isa::best(), grad, out.0) };
+                *of_keys[task].lock().unwrap_or_else(PoisonError::into_inner) = gradients;
+            });
+        };
+        // SAFETY: as in `forward`.
+        let of_queries = unsafe { written(values[0].len(), fill) };
+        let width = self.kv_heads * self.head_dim;
+        let (mut to_k, mut to_v) = (vec![0f32; self.keys * width], vec![0f32; self.keys * width]);
+        for (task, gradients) in of_keys.into_iter().enumerate() {
+            let gradients = gradients.into_inner().unwrap_or_else(PoisonError::into_inner);
+            let keys = self.seen[task / self.kv_heads].keys();
+            for (to, from) in [(&mut to_k, &gradients.k), (&mut to_v, &gradients.v)] {
+                for (row, from) in keys.clone().zip(from.chunks_exact(self.head_dim)) {
+                    let to = &mut to[row * width + task % self.kv_heads * self.head_dim..][..self.head_dim];
+                    to.iter_mut().zip(from).for_each(|(to, from)| *to += from);
                 }
             }
         }
-        out
+        [of_queries, to_k, to_v]
     }
 }
 
@@ -191,8 +120,9 @@ impl CustomOp3 for Attention {
         v: &CpuStorage,
         v_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let out = self.forward(slice(q, q_layout)?, slice(k, k_layout)?, slice(v, v_layout)?);
-        Ok((CpuStorage::F32(out), (self.seen.len(), self.heads * self.head_dim).into()))
+        let out = self.forward([slice(q, q_layout)?, slice(k, k_layout)?, slice(v, v_layout)?]);
+        let rows = q_layout.shape().dims3()?.0;
+        Ok((CpuStorage::F32(out), (rows, self.heads * self.head_dim).into()))
     }
 
     fn bwd(
@@ -203,19 +133,9 @@ impl CustomOp3 for Attention {
         _out: &Tensor,
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let (qs, ks, vs, grads) = (host(q)?, host(k)?, host(v)?, host(grad)?);
-        let heads: Vec<HeadGradients> =
-            (0..self.kv_heads).into_par_iter().map(|head| self.backward(head, &qs, &ks, &vs, &grads)).collect();
-        let joined = |part: fn(&HeadGradients) -> &Vec<f32>, like: &Tensor| {
-            let width = like.elem_count() / like.dim(0)?.max(1) / self.kv_heads;
-            let mut out = vec![0f32; like.elem_count()];
-            for (row, out) in out.chunks_exact_mut(width * self.kv_heads).enumerate() {
-                for (head, out) in heads.iter().zip(out.chunks_exact_mut(width)) {
-                    out.copy_from_slice(&part(head)[row * width..][..width]);
-                }
-            }
-            Tensor::from_vec(out, like.shape(), &Device::Cpu)
-        };
-        Ok((Some(joined(|h| &h.q, q)?), Some(joined(|h| &h.k, k)?), Some(joined(|h| &h.v, v)?)))
+        let [to_q, to_k, to_v] =
+            with_array_of_values([q, k, v, grad], |[q, k, v, grad]| Ok(self.backward([q, k, v], grad)))?;
+        let tensor = |values, like: &Tensor| Tensor::from_vec(values, like.shape(), &Device::Cpu).map(Some);
+        Ok((tensor(to_q, q)?, tensor(to_k, k)?, tensor(to_v, v)?))
     }
 }

@@ -1,22 +1,20 @@
-//! Norm, rope, gate and log-probabilities in one pass each, with their gradients by hand.
+//! Norm, rope and log-probabilities in one pass each, with their gradients by hand.
 
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, Device, Layout, Result, Shape, Tensor, bail};
-use rayon::prelude::*;
+use candle_core::{CpuStorage, CustomOp1, Device, Layout, Result, Shape, Tensor, bail};
 
-use super::{host, slice};
-use crate::kernels::{host::dot, params::GELU_TANH};
+use super::{
+    super::{
+        Isa, dispatch, pool, rows,
+        simd::{LANES, Simd},
+    },
+    slice,
+};
+use crate::kernels::host::{with_array_of_values, with_values};
 
 /// Root-mean-square norm.
 pub(super) struct RmsNorm {
     pub weight: Vec<f32>,
     pub eps: f32,
-}
-
-impl RmsNorm {
-    /// One over a row's root mean square.
-    fn scale(&self, x: &[f32]) -> f32 {
-        (dot(x, x) / x.len() as f32 + self.eps).sqrt().recip()
-    }
 }
 
 impl CustomOp1 for RmsNorm {
@@ -25,34 +23,14 @@ impl CustomOp1 for RmsNorm {
     }
 
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let x = slice(x, layout)?;
-        let width = self.weight.len();
-        let mut out = vec![0f32; x.len()];
-        out.par_chunks_exact_mut(width).zip(x.par_chunks_exact(width)).for_each(|(out, x)| {
-            let scale = self.scale(x);
-            for ((out, x), weight) in out.iter_mut().zip(x).zip(&self.weight) {
-                *out = x * scale * weight;
-            }
-        });
+        let out = rows::rms_norm(Isa::best(), pool::global(), slice(x, layout)?, &self.weight, self.eps);
         Ok((CpuStorage::F32(out), layout.shape().clone()))
     }
 
     fn bwd(&self, x: &Tensor, _y: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        let (values, grads) = (host(x)?, host(grad)?);
-        let width = self.weight.len();
-        let mut out = vec![0f32; values.len()];
-        out.par_chunks_exact_mut(width)
-            .zip(values.par_chunks_exact(width).zip(grads.par_chunks_exact(width)))
-            .for_each(|(out, (x, grad))| {
-                let scale = self.scale(x);
-                for ((out, grad), weight) in out.iter_mut().zip(grad).zip(&self.weight) {
-                    *out = grad * weight;
-                }
-                let along = dot(out, x) * scale * scale / width as f32;
-                for (out, x) in out.iter_mut().zip(x) {
-                    *out = scale * (*out - x * along);
-                }
-            });
+        let out = with_array_of_values([x, grad], |[x, grad]| {
+            Ok(rows::rms_norm_gradient(Isa::best(), pool::global(), x, &self.weight, self.eps, grad))
+        })?;
         Ok(Some(Tensor::from_vec(out, x.shape(), &Device::Cpu)?))
     }
 }
@@ -63,29 +41,6 @@ pub(super) struct Rope {
     pub sin: Vec<f32>,
 }
 
-impl Rope {
-    fn rotate(&self, x: &[f32], rows: usize, head_dim: usize, sign: f32) -> Vec<f32> {
-        let half = self.cos.len() / rows.max(1);
-        let width = x.len() / rows.max(1);
-        let mut out = x.to_vec();
-        out.par_chunks_exact_mut(width.max(1)).zip(x.par_chunks_exact(width.max(1))).enumerate().for_each(
-            |(row, (out, x))| {
-                let (cos, sin) = (&self.cos[row * half..][..half], &self.sin[row * half..][..half]);
-                for (out, x) in out.chunks_exact_mut(head_dim).zip(x.chunks_exact(head_dim)) {
-                    let (first, second) = out.split_at_mut(half);
-                    let (a, b) = x.split_at(half);
-                    for i in 0..half {
-                        let sin = sign * sin[i];
-                        first[i] = a[i] * cos[i] - b[i] * sin;
-                        second[i] = b[i] * cos[i] + a[i] * sin;
-                    }
-                }
-            },
-        );
-        out
-    }
-}
-
 impl CustomOp1 for Rope {
     fn name(&self) -> &'static str {
         "tuning-rope"
@@ -93,80 +48,18 @@ impl CustomOp1 for Rope {
 
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let (rows, _, head_dim) = layout.shape().dims3()?;
-        Ok((CpuStorage::F32(self.rotate(slice(x, layout)?, rows, head_dim, 1.0)), layout.shape().clone()))
+        let x = slice(x, layout)?;
+        let out = rows::rope(Isa::best(), pool::global(), x, rows, head_dim, &self.cos, &self.sin);
+        Ok((CpuStorage::F32(out), layout.shape().clone()))
     }
 
     fn bwd(&self, x: &Tensor, _y: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         let (rows, _, head_dim) = x.dims3()?;
-        let out = self.rotate(&host(grad)?, rows, head_dim, -1.0);
+        let back: Vec<f32> = self.sin.iter().map(|sin| -sin).collect();
+        let out = with_values(grad, |grad| {
+            Ok(rows::rope(Isa::best(), pool::global(), grad, rows, head_dim, &self.cos, &back))
+        })?;
         Ok(Some(Tensor::from_vec(out, x.shape(), &Device::Cpu)?))
-    }
-}
-
-/// `activation(gate) * up`, by the activation's value and slope.
-pub(super) struct Gated(pub fn(f32) -> (f32, f32));
-
-fn sigmoid(x: f32) -> f32 {
-    (1.0 + (-x).exp()).recip()
-}
-
-pub(super) fn silu(x: f32) -> (f32, f32) {
-    let s = sigmoid(x);
-    (x * s, s * (1.0 + x * (1.0 - s)))
-}
-
-pub(super) fn gelu_tanh(x: f32) -> (f32, f32) {
-    let [a, b] = GELU_TANH;
-    let s = sigmoid(a * x * (1.0 + b * x * x));
-    (x * s, s + x * s * (1.0 - s) * a * (1.0 + 3.0 * b * x * x))
-}
-
-pub(super) fn relu(x: f32) -> (f32, f32) {
-    if x > 0.0 { (x, 1.0) } else { (0.0, 0.0) }
-}
-
-/// Values that one thread works on at a time.
-const CHUNK: usize = 4096;
-
-impl CustomOp2 for Gated {
-    fn name(&self) -> &'static str {
-        "tuning-gated"
-    }
-
-    fn cpu_fwd(
-        &self,
-        gate: &CpuStorage,
-        gate_layout: &Layout,
-        up: &CpuStorage,
-        up_layout: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        let (gate, up) = (slice(gate, gate_layout)?, slice(up, up_layout)?);
-        let mut out = vec![0f32; gate.len()];
-        out.par_chunks_mut(CHUNK).zip(gate.par_chunks(CHUNK).zip(up.par_chunks(CHUNK))).for_each(
-            |(out, (gate, up))| {
-                for ((out, g), u) in out.iter_mut().zip(gate).zip(up) {
-                    *out = (self.0)(*g).0 * u;
-                }
-            },
-        );
-        Ok((CpuStorage::F32(out), gate_layout.shape().clone()))
-    }
-
-    fn bwd(&self, gate: &Tensor, up: &Tensor, _y: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let (gates, ups, grads) = (host(gate)?, host(up)?, host(grad)?);
-        let (mut to_gate, mut to_up) = (vec![0f32; gates.len()], vec![0f32; gates.len()]);
-        let inputs = gates.par_chunks(CHUNK).zip(ups.par_chunks(CHUNK)).zip(grads.par_chunks(CHUNK));
-        to_gate.par_chunks_mut(CHUNK).zip(to_up.par_chunks_mut(CHUNK)).zip(inputs).for_each(
-            |((to_gate, to_up), ((gate, up), grad))| {
-                for i in 0..gate.len() {
-                    let (value, slope) = (self.0)(gate[i]);
-                    to_up[i] = grad[i] * value;
-                    to_gate[i] = grad[i] * up[i] * slope;
-                }
-            },
-        );
-        let tensor = |values| Tensor::from_vec(values, gate.shape(), &Device::Cpu);
-        Ok((Some(tensor(to_gate)?), Some(tensor(to_up)?)))
     }
 }
 
@@ -175,12 +68,6 @@ impl CustomOp2 for Gated {
 pub(super) struct LogProbabilities {
     /// A column for each row.
     pub targets: Vec<u32>,
-}
-
-/// A row's largest value, and the logarithm of the sum of exponentials above it.
-fn log_sum(row: &[f32]) -> (f32, f32) {
-    let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    (max, row.iter().map(|x| (x - max).exp()).sum::<f32>().ln())
 }
 
 impl CustomOp1 for LogProbabilities {
@@ -194,24 +81,90 @@ impl CustomOp1 for LogProbabilities {
             bail!("{} targets do not fit logits [{rows}, {vocab}]", self.targets.len());
         }
         let logits = slice(logits, layout)?;
-        let rows = logits.par_chunks_exact(vocab).zip(&self.targets);
-        let out: Vec<f32> = rows
-            .map(|(row, &target)| {
-                let (max, log_sum) = log_sum(row);
-                row[target as usize] - max - log_sum
-            })
-            .collect();
+        let (isa, mut out) = (Isa::best(), vec![0f32; rows]);
+        let to = Out(out.as_mut_ptr());
+        pool::global().run(rows, &|i| {
+            let to = &to;
+            let (row, target) = (&logits[i * vocab..][..vocab], self.targets[i] as usize);
+            let mut sums = [0f32; 2];
+            let result = &mut sums;
+            // SAFETY: the instructions are there.
+            unsafe { dispatch!(isa, log_sum(row: &[f32], result: &mut [f32; 2])) };
+            // SAFETY: there is a value for each row, and this task alone has it.
+            unsafe { *to.0.add(i) = row[target] - sums[0] - sums[1] };
+        });
         Ok((CpuStorage::F32(out), self.targets.len().into()))
     }
 
     fn bwd(&self, logits: &Tensor, _y: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         let vocab = logits.dim(1)?;
-        let (mut values, grads) = (host(logits)?, host(grad)?);
-        values.par_chunks_exact_mut(vocab).zip(&self.targets).zip(&grads).for_each(|((row, &target), grad)| {
-            let (max, log_sum) = log_sum(row);
-            row.iter_mut().for_each(|x| *x = -grad * (*x - max - log_sum).exp());
-            row[target as usize] += grad;
-        });
+        let (isa, mut values) = (Isa::best(), vec![0f32; logits.elem_count()]);
+        let to = Out(values.as_mut_ptr());
+        with_array_of_values([logits, grad], |[logits, grads]| {
+            pool::global().run(self.targets.len(), &|i| {
+                let (row, grad) = (&logits[i * vocab..][..vocab], grads[i]);
+                let to = &to;
+                // SAFETY: there is a row for each target, and this task alone has it.
+                let to = unsafe { to.0.add(i * vocab) };
+                // SAFETY: `to` is as long as the row.
+                unsafe { dispatch!(isa, softmax_gradient(row: &[f32], grad: f32, to: *mut f32)) };
+                // SAFETY: a target is a column, which the forward pass has checked.
+                unsafe { *to.add(self.targets[i] as usize) += grad };
+            });
+            Ok(())
+        })?;
         Ok(Some(Tensor::from_vec(values, logits.shape(), &Device::Cpu)?))
+    }
+}
+
+/// A pointer that threads write disjoint rows behind.
+struct Out(*mut f32);
+
+// SAFETY: every task has its own row.
+unsafe impl Sync for Out {}
+
+/// A row's largest value, and the logarithm of the sum of exponentials above it.
+///
+/// # Safety
+/// The processor has the instructions of `S`.
+#[inline(always)]
+unsafe fn log_sum<S: Simd>(row: &[f32], result: &mut [f32; 2]) {
+    let (chunks, last) = row.as_chunks::<LANES>();
+    // SAFETY: a chunk is of 16 values.
+    unsafe {
+        let mut largest = S::splat(f32::NEG_INFINITY);
+        for chunk in chunks {
+            largest = S::max(largest, S::load(chunk.as_ptr()));
+        }
+        let max = last.iter().copied().fold(S::largest(largest), f32::max);
+        let mut sum = S::splat(0.0);
+        for chunk in chunks {
+            sum = S::add(sum, S::exp(S::sub(S::load(chunk.as_ptr()), S::splat(max))));
+        }
+        let sum = S::sum(sum) + last.iter().map(|x| (x - max).exp()).sum::<f32>();
+        *result = [max, sum.ln()];
+    }
+}
+
+/// `-grad * softmax(row)`
+///
+/// # Safety
+/// `to` is as long as the row.
+#[inline(always)]
+unsafe fn softmax_gradient<S: Simd>(row: &[f32], grad: f32, to: *mut f32) {
+    let mut sums = [0f32; 2];
+    // SAFETY: every index is within the row, and the processor has the instructions.
+    unsafe {
+        log_sum::<S>(row, &mut sums);
+        let shift = sums[0] + sums[1];
+        let (chunks, last) = row.as_chunks::<LANES>();
+        let factor = S::splat(-grad);
+        for (i, chunk) in chunks.iter().enumerate() {
+            let p = S::exp(S::sub(S::load(chunk.as_ptr()), S::splat(shift)));
+            S::store(to.add(i * LANES), S::mul(p, factor));
+        }
+        for (i, x) in last.iter().enumerate() {
+            *to.add(chunks.len() * LANES + i) = -grad * (x - shift).exp();
+        }
     }
 }

@@ -2,10 +2,13 @@
 
 use std::sync::Arc;
 
-use candle_core::{Device, Shape, Var};
+use candle_core::{DType, Device, Shape, Var};
 
 use super::*;
-use crate::kernels::{reference::tuning::ReferenceTuning, relative_position_bias::RelativePositionBias};
+use crate::kernels::{
+    Backend as _, cpu::CpuBackend, reference::tuning::ReferenceTuning, relative_position_bias::RelativePositionBias,
+    weight::Matrix,
+};
 
 fn random(shape: impl Into<Shape>) -> Var {
     Var::randn(0f32, 1.0, shape, &Device::Cpu).unwrap()
@@ -93,7 +96,7 @@ fn log_probabilities_and_their_gradient_equal_those_of_log_softmax() {
 }
 
 #[test]
-fn norm_rope_and_gate_and_their_gradients_equal_the_plain_ones() {
+fn norm_and_rope_and_their_gradients_equal_the_plain_ones() {
     let (x, weight) = (random((14, 24)), random(24));
     compare(&[&x], |kernels| kernels.rms_norm(&x, weight.as_tensor(), 1e-5).unwrap());
     let (x, cos, sin) = (random((14, 3, 8)), random((14, 4)), random((14, 4)));
@@ -102,12 +105,62 @@ fn norm_rope_and_gate_and_their_gradients_equal_the_plain_ones() {
     compare(&[&partial], |kernels| {
         kernels.rope(&partial, &cos.as_detached_tensor(), &sin.as_detached_tensor()).unwrap()
     });
-    let (gate, up) = (random((14, 40)), random((14, 40)));
+}
+
+/// A layer of this backend, and its weight.
+fn layer(out: usize, inputs: usize, bias: bool) -> (Linear, Tensor) {
+    let weight = (random((out, inputs)).as_detached_tensor() * 0.3).unwrap();
+    let packed = CpuBackend::new().weight(Matrix::Values(weight.clone()), DType::F32).unwrap();
+    let bias = bias.then(|| random(out).as_detached_tensor());
+    (Linear { name: "layer".to_owned(), weight: packed, bias }, weight)
+}
+
+/// `x Wᵀ + bias`, by candle.
+fn plain((layer, weight): &(Linear, Tensor), x: &Tensor) -> Tensor {
+    let y = x.matmul(&weight.t().unwrap()).unwrap();
+    layer.bias.as_ref().map_or(y.clone(), |bias| y.broadcast_add(bias).unwrap())
+}
+
+#[test]
+fn a_gated_mlp_and_its_gradients_equal_the_plain_ones() {
+    let (x, residual) = (random((14, 24)), random((14, 20)));
     for activation in [Activation::Silu, Activation::Gelu, Activation::GeluTanh, Activation::Relu] {
+        for (with_residual, bias) in [(true, false), (false, false), (true, true)] {
+            let (gate, up, down) = (layer(37, 24, bias), layer(37, 24, false), layer(20, 37, true));
+            let mut own = true;
+            let inputs: &[&Var] = if with_residual { &[&x, &residual] } else { &[&x] };
+            compare(inputs, |kernels| {
+                let residual = with_residual.then_some(residual.as_tensor());
+                if std::mem::replace(&mut own, false) {
+                    return kernels.gated_mlp(activation, [&gate.0, &up.0], &down.0, &x, residual).unwrap();
+                }
+                let inner = (activation.apply(&plain(&gate, &x)).unwrap() * plain(&up, &x)).unwrap();
+                let y = plain(&down, &inner);
+                residual.map_or(y.clone(), |residual| (residual + y).unwrap())
+            });
+        }
+    }
+}
+
+#[test]
+fn a_linear_layer_with_a_residual_and_its_gradients_equal_the_plain_ones() {
+    let (x, residual) = (random((14, 24)), random((14, 20)));
+    for bias in [true, false] {
+        let linear = layer(20, 24, bias);
         let mut own = true;
-        compare(&[&gate, &up], |_| match std::mem::replace(&mut own, false) {
-            true => gated(activation, &gate, &up).unwrap(),
-            false => (activation.apply(&gate).unwrap() * up.as_tensor()).unwrap(),
+        compare(&[&x, &residual], |kernels| match std::mem::replace(&mut own, false) {
+            true => kernels.linear(&x, &[&linear.0], Some(&residual)).unwrap().remove(0),
+            false => (residual.as_tensor() + plain(&linear, &x)).unwrap(),
         });
     }
+}
+
+#[test]
+fn an_mlp_whose_gradient_is_asked_for_twice_gives_the_same_twice() {
+    let (x, residual) = (random((5, 24)), random((5, 24)));
+    let (gate, up, down) = (layer(37, 24, false), layer(37, 24, false), layer(24, 37, false));
+    let mut kernels = CpuTuning::default().kernels(&BatchLayout::of_lengths(0, &[5]), None, None).unwrap();
+    let y = kernels.gated_mlp(Activation::Silu, [&gate.0, &up.0], &down.0, &x, Some(&residual)).unwrap();
+    let gradient = || host(y.sum_all().unwrap().backward().unwrap().get(x.as_tensor()).unwrap()).unwrap();
+    assert_eq!(gradient(), gradient());
 }
