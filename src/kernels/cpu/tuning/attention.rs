@@ -11,7 +11,8 @@ use std::sync::{Mutex, PoisonError};
 
 use candle_core::{CpuStorage, CustomOp3, Device, Layout, Result, Shape, Tensor, bail};
 
-use self::head::{HeadGradients, HeadTask};
+use self::head::HeadGradients;
+pub(super) use self::head::HeadTask;
 use super::{super::{Isa, pool, tensors::written}, slice};
 use crate::kernels::{AttentionParams, host::with_array_of_values};
 pub(super) use seen::{Seen, Sequences};

@@ -242,17 +242,16 @@ unsafe fn value_and_slope<S: Simd>(activation: Activation, x: S::V) -> (S::V, S:
     // SAFETY: as the caller says; the arrays hold 16 values.
     unsafe {
         let one = S::splat(1.0);
-        let sigmoid = |x: S::V| S::div(one, S::add(one, S::exp(S::sub(S::splat(0.0), x))));
         match activation {
             Activation::Silu => {
-                let s = sigmoid(x);
+                let s = sigmoid::<S>(x);
                 let value = S::mul(x, s);
                 (value, S::fma(value, S::sub(one, s), s))
             }
             Activation::GeluTanh => {
-                let [a, b] = GELU_TANH.map(|c| S::splat(c));
+                let (a, b) = (S::splat(GELU_TANH[0]), S::splat(GELU_TANH[1]));
                 let squared = S::mul(S::mul(x, x), b);
-                let s = sigmoid(S::mul(S::mul(x, a), S::add(squared, one)));
+                let s = sigmoid::<S>(S::mul(S::mul(x, a), S::add(squared, one)));
                 let value = S::mul(x, s);
                 let inner = S::mul(a, S::fma(squared, S::splat(3.0), one));
                 (value, S::fma(S::mul(value, S::sub(one, s)), inner, s))
@@ -268,6 +267,14 @@ unsafe fn value_and_slope<S: Simd>(activation: Activation, x: S::V) -> (S::V, S:
             }
         }
     }
+}
+
+/// # Safety
+/// As the methods of [`Simd`].
+#[inline(always)]
+unsafe fn sigmoid<S: Simd>(x: S::V) -> S::V {
+    // SAFETY: as the caller says.
+    unsafe { S::div(S::splat(1.0), S::add(S::splat(1.0), S::exp(S::sub(S::splat(0.0), x)))) }
 }
 
 fn relu(x: f32) -> (f32, f32) {

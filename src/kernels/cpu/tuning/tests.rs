@@ -4,7 +4,11 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Shape, Var};
 
-use super::*;
+use super::{
+    super::{Isa, pool, rows},
+    attention::HeadTask,
+    *,
+};
 use crate::kernels::{
     Backend as _, cpu::CpuBackend, reference::tuning::ReferenceTuning, relative_position_bias::RelativePositionBias,
     weight::Matrix,
@@ -163,4 +167,47 @@ fn an_mlp_whose_gradient_is_asked_for_twice_gives_the_same_twice() {
     let y = kernels.gated_mlp(Activation::Silu, [&gate.0, &up.0], &down.0, &x, Some(&residual)).unwrap();
     let gradient = || host(y.sum_all().unwrap().backward().unwrap().get(x.as_tensor()).unwrap()).unwrap();
     assert_eq!(gradient(), gradient());
+}
+
+#[test]
+fn every_instruction_set_gives_what_portable_code_gives() {
+    let values = |n: usize, step: f32| (0..n).map(|i| (i as f32 * step).sin()).collect::<Vec<f32>>();
+    let close = |what: &str, isa: Isa, a: &[f32], b: &[f32]| {
+        assert_eq!(a.len(), b.len());
+        a.iter().zip(b).for_each(|(a, b)| assert!((a - b).abs() < 1e-4, "{what}, {isa:?}: {a} {b}"));
+    };
+    let (pool, n) = (pool::global(), 5 * 37);
+    let (x, grad, weight) = (values(n, 0.7), values(n, 0.3), values(37, 0.9));
+    let (heads, kv_heads, head_dim, rows) = (6, 2, 20, 9);
+    let [q, k, v] = [(heads, 0.37), (kv_heads, 0.51), (kv_heads, 0.83)].map(|(n, step)| values(rows * n * head_dim, step));
+    let attention = |isa: Isa| {
+        let params = AttentionParams { window: Some(5), ..AttentionParams::scaled(0.3) };
+        let seen = Sequences::new(&BatchLayout::of_lengths(3, &[2, 4])).seen(&params);
+        let mut all = vec![0f32; 2 * q.len()];
+        let (out, to_q) = all.split_at_mut(q.len());
+        let mut of_keys = Vec::new();
+        for (seen, kv_head) in seen.iter().flat_map(|seen| (0..kv_heads).map(move |head| (seen, head))) {
+            let task = HeadTask { seen, kv_head, heads, kv_heads, head_dim, params: &params, q: &q, k: &k, v: &v };
+            // SAFETY: both are as long as the queries, and there is one thread.
+            let gradients = unsafe {
+                task.forward(isa, out.as_mut_ptr());
+                task.backward(isa, &q, to_q.as_mut_ptr())
+            };
+            of_keys.extend([gradients.k, gradients.v].concat());
+        }
+        [all, of_keys].concat()
+    };
+    let all = |isa: Isa| {
+        let mut gradients = [x.clone(), grad.clone()];
+        mlp::gated_gradient(isa, Activation::Silu, &mut gradients, &x);
+        let gated = mlp::gated(isa, Activation::GeluTanh, &[x.clone(), grad.clone()]);
+        let norm = rows::rms_norm_gradient(isa, pool, &x, &weight, 1e-5, &grad);
+        [("gradient of a gate", gradients.concat()), ("gate", gated), ("norm", norm), ("attention", attention(isa))]
+    };
+    let plain = all(Isa::PORTABLE);
+    for isa in Isa::available() {
+        for ((what, ours), (_, plain)) in all(isa).iter().zip(&plain) {
+            close(what, isa, ours, plain);
+        }
+    }
 }
