@@ -162,7 +162,7 @@ pub(super) unsafe fn run_blocks<S: Simd>(job: &Job, tiles: Range<usize>, blocks:
                             few_rows_widened::<S>(x.add(row * job.k), rows, job.k, [b0, b1], sums);
                         }
                         Activations::F32(x) | Activations::Rounded(x) => {
-                            block_f32::<S>(x.add(row * job.k), rows, job.k, [b0.cast(), b1.cast()], sums);
+                            block_f32::<S>(x.add(row * job.k), rows, job.k, job.k, [b0.cast(), b1.cast()], sums);
                         }
                         Activations::Int8(groups) => {
                             let x = groups.add(row * (job.k / STRIPE));
