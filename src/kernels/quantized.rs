@@ -2,6 +2,8 @@
 //! they become f32. The layouts and the order of operations are ggml's (`ggml-quants.c`), so that
 //! every value is the one that ggml computes, bit for bit.
 
+use std::ops::Range;
+
 use half::{bf16, f16};
 
 /// The format of a matrix's values in a GGUF file: plain floats, or blocks of quantised values.
@@ -101,6 +103,14 @@ impl BlockFormat {
     pub fn dequantize_panel(self, bytes: &[u8], k: usize, out: &mut [f32]) {
         by_format!(self, panel(bytes, k, out));
     }
+
+    /// Dequantises the values `columns` of rows of `k` values, which lie one after another in `bytes`, to micro-panels whose
+    /// columns they are: 16 of row `i` are at `16 * i` of a micro-panel, and the next 16 in the next micro-panel, `size` values
+    /// after it. What fills the last micro-panel up is zero. `columns` are whole blocks.
+    #[inline(always)]
+    pub fn dequantize_columns(self, bytes: &[u8], k: usize, columns: Range<usize>, size: usize, out: &mut [f32]) {
+        by_format!(self, side_by_side(bytes, k, columns, size, out));
+    }
 }
 
 #[inline(always)]
@@ -133,6 +143,31 @@ fn panel<const SIZE: usize, const VALUES: usize>(
         let (out, _) = out[start * PANEL_WIDTH..(start + n) * PANEL_WIDTH].as_chunks_mut::<PANEL_WIDTH>();
         for (j, out) in out.iter_mut().enumerate() {
             out.iter_mut().zip(&values).for_each(|(out, row)| *out = row[j]);
+        }
+    }
+}
+
+#[inline(always)]
+fn side_by_side<const SIZE: usize, const VALUES: usize>(
+    bytes: &[u8],
+    k: usize,
+    columns: Range<usize>,
+    size: usize,
+    out: &mut [f32],
+    block: impl Fn(&[u8; SIZE], &mut [f32; VALUES]),
+) {
+    let run = if VALUES == 1 { RUN } else { VALUES };
+    let mut values = [0f32; SUPER];
+    for (i, bytes) in bytes.chunks_exact((k / VALUES * SIZE).max(1)).enumerate() {
+        for start in columns.clone().step_by(run) {
+            let n = run.min(columns.end - start);
+            let filled = n.next_multiple_of(PANEL_WIDTH);
+            row(&bytes[start / VALUES * SIZE..][..n / VALUES * SIZE], &mut values[..n], &block);
+            values[n..filled].fill(0.0);
+            let first = (start - columns.start) / PANEL_WIDTH;
+            for (j, values) in values[..filled].as_chunks::<PANEL_WIDTH>().0.iter().enumerate() {
+                out[(first + j) * size + i * PANEL_WIDTH..][..PANEL_WIDTH].copy_from_slice(values);
+            }
         }
     }
 }
@@ -318,6 +353,26 @@ pub(crate) mod tests {
         random_bytes(rows * format.row_bytes(k).unwrap(), seed).into_iter().map(|b| b & 0xbf).collect()
     }
 
+    /// Blocks whose values are of an order that products do not overflow.
+    pub fn modest_blocks(format: BlockFormat, rows: usize, k: usize, seed: u64) -> Vec<u8> {
+        let mut bytes = random_blocks(format, rows, k, seed);
+        let halves: &[usize] = match format {
+            BlockFormat::Q2K => &[80, 82],
+            BlockFormat::Q3K => &[108],
+            BlockFormat::Q6K => &[208],
+            BlockFormat::Q4_1 | BlockFormat::Q5_1 | BlockFormat::Q4K | BlockFormat::Q5K => &[0, 2],
+            _ => &[0],
+        };
+        let mut rng = StdRng::seed_from_u64(seed + 1);
+        for block in bytes.chunks_exact_mut(format.bytes()) {
+            for &at in halves {
+                let x = f16::from_f32(rng.random_range(-0.01..0.01));
+                block[at..at + 2].copy_from_slice(&x.to_le_bytes());
+            }
+        }
+        bytes
+    }
+
     #[test]
     #[cfg_attr(miri, ignore = "there is no unsafe code in it, and all that candle does is interpreted")]
     fn every_bit_pattern_means_what_it_means_in_ggml() {
@@ -351,6 +406,31 @@ pub(crate) mod tests {
             for (i, x) in panel.iter().enumerate() {
                 let (column, at) = (i % 16, i / 16);
                 assert_eq!(*x, if column < rows { plain[column * k + at] } else { 0.0 }, "{format:?} at {i}");
+            }
+        }
+    }
+
+    #[test]
+    fn columns_are_micro_panels_of_the_rows_themselves() {
+        for (format, _) in FORMATS {
+            let (rows, k) = (5, if format.values() == 1 { 300 } else { 1024 });
+            let bytes = random_blocks(format, rows, k, 3);
+            let mut plain = vec![0f32; rows * k];
+            format.dequantize(&bytes, &mut plain);
+            for columns in [0..k, 256..k, 256..256 + format.values().min(k - 256)] {
+                let size = 6 * 16;
+                let panels = columns.len().div_ceil(16);
+                let mut out = vec![7f32; panels * size];
+                format.dequantize_columns(&bytes, k, columns.clone(), size, &mut out);
+                for (i, x) in out.iter().enumerate() {
+                    let (row, column) = (i % size / 16, i / size * 16 + i % 16);
+                    let expected = match row {
+                        5 => 7.0,
+                        _ if column < columns.len() => plain[row * k + columns.start + column],
+                        _ => 0.0,
+                    };
+                    assert_eq!(*x, expected, "{format:?} {columns:?} at {i}");
+                }
             }
         }
     }

@@ -1,7 +1,7 @@
 //! The decoder, one for all families, by config: embeddings and positions, layers, and the output
 //! matrix, over packed rows.
 
-use candle_core::{DType, Result, Tensor};
+use candle_core::{D, DType, Device, Result, Tensor};
 use rayon::prelude::*;
 
 use super::{
@@ -16,6 +16,9 @@ use crate::kernels::{
     layout::BatchLayout,
     weight::{Linear, Weight},
 };
+
+/// Rows of the embedding table that are in floats at a time when all are gone through.
+const EMBEDDINGS_AT_A_TIME: usize = 1024;
 
 /// The layers of a decoder and the tables around them.
 #[derive(Debug)]
@@ -93,9 +96,16 @@ impl Decoder {
         self.dtype
     }
 
-    /// `[vocab, hidden]`, as [`embed`](Self::embed) gives them.
-    pub fn embedding_table(&self) -> Result<Tensor> {
-        self.scaled(self.embeddings.to_tensor()?)
+    /// See [`Model::embedding_mean_square`](super::Model::embedding_mean_square).
+    pub fn embedding_mean_square(&self) -> Result<f64> {
+        let (vocab, hidden) = self.embeddings.dims();
+        let mut sum = 0.0;
+        for first in (0..vocab).step_by(EMBEDDINGS_AT_A_TIME) {
+            let ids = Tensor::arange(first as u32, vocab.min(first + EMBEDDINGS_AT_A_TIME) as u32, &Device::Cpu)?;
+            let squares = self.embed(&ids)?.to_dtype(DType::F32)?.sqr()?.sum(D::Minus1)?;
+            sum += squares.to_dtype(DType::F64)?.sum_all()?.to_scalar::<f64>()?;
+        }
+        Ok(sum / (vocab * hidden) as f64)
     }
 
     /// What token embeddings are multiplied with.
@@ -170,7 +180,7 @@ impl Decoder {
 
 /// As a value of the weights' type, which transformers multiplies embeddings with.
 fn rounded(x: f64, dtype: DType) -> Result<f64> {
-    let x = Tensor::new(x, &candle_core::Device::Cpu)?;
+    let x = Tensor::new(x, &Device::Cpu)?;
     x.to_dtype(dtype)?.to_dtype(DType::F64)?.to_scalar()
 }
 

@@ -152,9 +152,10 @@ impl Model {
         self.decoder.embed(ids)
     }
 
-    /// The token embedding table, `[vocab, hidden]`, as [`embed`](Self::embed) gives it.
-    pub fn embedding_table(&self) -> Result<Tensor> {
-        self.decoder.embedding_table()
+    /// The mean of the squares of all values that [`embed`](Self::embed) gives. The table is gone through in parts: of a
+    /// quantised one, all values in f32 would be the largest thing in memory.
+    pub fn embedding_mean_square(&self) -> Result<f64> {
+        self.decoder.embedding_mean_square()
     }
 
     /// Packed embeddings `[t, hidden]` of any number of sequences to the final hidden states of the rows that are wanted,

@@ -199,8 +199,7 @@ fn root_mean_square(values: &[f32]) -> f64 {
 /// and so of its learning rate. Models differ in it by a factor of a hundred.
 pub fn embedding_scale(model: &Model) -> Result<f64> {
     // Rows past the tokenizer's vocabulary are often zero, but few.
-    let mean_square = model.embedding_table()?.to_dtype(DType::F32)?.sqr()?.mean_all()?;
-    Ok(f64::from(mean_square.to_scalar::<f32>()?).sqrt())
+    Ok(model.embedding_mean_square()?.sqrt())
 }
 
 /// The unit of a run's learning rate: how large what is learned is. An encoder's weights are of

@@ -45,21 +45,28 @@ pub(super) struct Ahead {
     pub first: bool,
 }
 
-/// A block of a product in f32.
+/// A block of a product in f32. A row of `x` begins `stride` values after the one before it.
 ///
 /// # Safety
 /// `x` is valid for `rows` rows of `k`, each micro-panel for `k` of 16, `sums` for a block.
 #[inline(always)]
-pub(super) unsafe fn block_f32<S: Simd>(x: *const f32, rows: usize, k: usize, panels: [*const f32; 2], sums: *mut f32) {
+pub(super) unsafe fn block_f32<S: Simd>(
+    x: *const f32,
+    rows: usize,
+    stride: usize,
+    k: usize,
+    panels: [*const f32; 2],
+    sums: *mut f32,
+) {
     // SAFETY: as the caller says.
     unsafe {
         match one_panel::<S>(rows) {
             true => {
                 for (i, panel) in panels.into_iter().enumerate() {
-                    panel_f32::<S>(x, rows, k, panel, sums.add(i * PANEL_WIDTH));
+                    panel_f32::<S>(x, rows, stride, k, panel, sums.add(i * PANEL_WIDTH));
                 }
             }
-            false => panels_f32::<S>(x, rows, k, panels, sums),
+            false => panels_f32::<S>(x, rows, stride, k, panels, sums),
         }
     }
 }
@@ -76,17 +83,24 @@ fn one_panel<S: Simd>(rows: usize) -> bool {
 /// # Safety
 /// As [`block_f32`].
 #[inline(always)]
-unsafe fn panels_f32<S: Simd>(x: *const f32, rows: usize, k: usize, panels: [*const f32; 2], sums: *mut f32) {
+unsafe fn panels_f32<S: Simd>(
+    x: *const f32,
+    rows: usize,
+    stride: usize,
+    k: usize,
+    panels: [*const f32; 2],
+    sums: *mut f32,
+) {
     let mut row = 0;
     // SAFETY: `row` plus the rows of each call never exceeds `rows`.
     unsafe {
         while row < rows {
-            let (x, sums) = (x.add(row * k), sums.add(row * BLOCK_COLUMNS));
+            let (x, sums) = (x.add(row * stride), sums.add(row * BLOCK_COLUMNS));
             row += match rows - row {
-                left if left >= 8 && S::REGISTERS >= 32 => rows_f32::<S, 8, 2>(x, k, panels, sums),
-                left if left >= 4 => rows_f32::<S, 4, 2>(x, k, panels, sums),
-                left if left >= 2 => rows_f32::<S, 2, 2>(x, k, panels, sums),
-                _ => rows_f32::<S, 1, 2>(x, k, panels, sums),
+                left if left >= 8 && S::REGISTERS >= 32 => rows_f32::<S, 8, 2>(x, stride, k, panels, sums),
+                left if left >= 4 => rows_f32::<S, 4, 2>(x, stride, k, panels, sums),
+                left if left >= 2 => rows_f32::<S, 2, 2>(x, stride, k, panels, sums),
+                _ => rows_f32::<S, 1, 2>(x, stride, k, panels, sums),
             };
         }
     }
@@ -98,20 +112,20 @@ unsafe fn panels_f32<S: Simd>(x: *const f32, rows: usize, k: usize, panels: [*co
 /// # Safety
 /// As [`rows_f32`].
 #[inline(always)]
-unsafe fn panel_f32<S: Simd>(x: *const f32, rows: usize, k: usize, panel: *const f32, sums: *mut f32) {
+unsafe fn panel_f32<S: Simd>(x: *const f32, rows: usize, stride: usize, k: usize, panel: *const f32, sums: *mut f32) {
     let mut row = 0;
     // SAFETY: `row` plus the rows of each call never exceeds `rows`.
     unsafe {
         while row < rows {
-            let (x, sums) = (x.add(row * k), sums.add(row * BLOCK_COLUMNS));
+            let (x, sums) = (x.add(row * stride), sums.add(row * BLOCK_COLUMNS));
             row += match rows - row {
                 // Two calls of four rows are faster than one of six and one of two.
-                8 | 7 | 4 => rows_f32::<S, 4, 1>(x, k, [panel], sums),
-                5 => rows_f32::<S, 5, 1>(x, k, [panel], sums),
-                3 => rows_f32::<S, 3, 1>(x, k, [panel], sums),
-                2 => rows_f32::<S, 2, 1>(x, k, [panel], sums),
-                1 => rows_f32::<S, 1, 1>(x, k, [panel], sums),
-                _ => rows_f32::<S, 6, 1>(x, k, [panel], sums),
+                8 | 7 | 4 => rows_f32::<S, 4, 1>(x, stride, k, [panel], sums),
+                5 => rows_f32::<S, 5, 1>(x, stride, k, [panel], sums),
+                3 => rows_f32::<S, 3, 1>(x, stride, k, [panel], sums),
+                2 => rows_f32::<S, 2, 1>(x, stride, k, [panel], sums),
+                1 => rows_f32::<S, 1, 1>(x, stride, k, [panel], sums),
+                _ => rows_f32::<S, 6, 1>(x, stride, k, [panel], sums),
             };
         }
     }
@@ -124,6 +138,7 @@ unsafe fn panel_f32<S: Simd>(x: *const f32, rows: usize, k: usize, panel: *const
 #[inline(always)]
 unsafe fn rows_f32<S: Simd, const R: usize, const P: usize>(
     x: *const f32,
+    stride: usize,
     k: usize,
     panels: [*const f32; P],
     sums: *mut f32,
@@ -137,7 +152,7 @@ unsafe fn rows_f32<S: Simd, const R: usize, const P: usize>(
             }
             let w = panels.map(|panel| S::load(panel.add(i * PANEL_WIDTH)));
             for (r, acc) in acc.iter_mut().enumerate() {
-                let x = S::splat(*x.add(r * k + i));
+                let x = S::splat(*x.add(r * stride + i));
                 for (acc, w) in acc.iter_mut().zip(w) {
                     *acc = S::fma(w, x, *acc);
                 }

@@ -12,7 +12,7 @@ use candle_core::{CpuStorage, CustomOp1, Device, Layout, Result, Shape, Tensor, 
 use super::{
     Isa, Operands, PackedMatrix,
     log_probabilities::log_probabilities,
-    matmul::{Product, multiply, multiply_gated, multiply_mlp},
+    matmul::{Product, QuantisedMatrix, multiply, multiply_gated, multiply_mlp},
     pool,
 };
 use crate::kernels::{
@@ -165,7 +165,7 @@ pub fn gated_mlp(
 }
 
 /// Transposed copies of frozen matrices, which the gradient of a product reads. Each is made when a gradient first
-/// asks for it. Cheap to clone.
+/// asks for it. Quantised matrices need none: [`QuantisedMatrix`] multiplies with them as they are. Cheap to clone.
 #[derive(Debug, Clone, Default)]
 pub struct Transposes(Arc<Mutex<HashMap<usize, Transposed>>>);
 
@@ -178,6 +178,9 @@ struct Transposed {
 
 impl Transposes {
     /// `x Wᵀ` of a layer `[t, k]`, differentiable with respect to `x`; without the layer's bias.
+    ///
+    /// The gradient is of the very weights of the product. Where the product rounds `x`, to bf16 or to integers, it passes
+    /// straight through the rounding, as if there were none.
     ///
     /// # Errors
     /// A shape does not fit, or the layer is of another backend.
@@ -197,6 +200,11 @@ impl Transposes {
         rows: usize,
         residual: Option<&[f32]>,
     ) -> Result<Vec<f32>> {
+        if let Some(quantised) = QuantisedMatrix::of(matrix.matrix()) {
+            let mut values = quantised.multiply(Isa::best(), pool::global(), grad, rows);
+            values.iter_mut().zip(residual.unwrap_or_default()).for_each(|(value, residual)| *value += residual);
+            return Ok(values);
+        }
         let transposed = self.of(matrix)?;
         let product = Product { weight: &transposed, bias: None, residual };
         let products = multiply(Isa::best(), pool::global(), grad, rows, &[product]);
@@ -276,7 +284,12 @@ mod tests {
     use candle_core::{DType, Var};
 
     use super::*;
-    use crate::kernels::{Backend as _, cpu::CpuBackend, weight::Matrix};
+    use crate::kernels::{
+        Backend as _, QuantisedProducts,
+        cpu::CpuBackend,
+        quantized::{BlockFormat, tests::modest_blocks},
+        weight::{Blocks, Matrix},
+    };
 
     #[test]
     fn frozen_products_and_their_input_gradients_equal_candles_own() {
@@ -304,6 +317,32 @@ mod tests {
             assert_eq!(transposes.0.lock().unwrap().len(), 1);
             grad(&transposes.product(x.as_tensor(), &layer).unwrap());
             assert_eq!(transposes.0.lock().unwrap().len(), 1, "one copy of each matrix");
+        }
+    }
+
+    #[test]
+    fn input_gradients_of_quantised_matrices_are_of_their_values_and_make_no_copy() {
+        let (format, n, k, rows) = (BlockFormat::Q4_1, 37, 64, 5);
+        let bytes = modest_blocks(format, n, k, 4);
+        let mut values = vec![0f32; n * k];
+        format.dequantize(&bytes, &mut values);
+        let values = Tensor::from_vec(values, (n, k), &Device::Cpu).unwrap();
+        let x = Var::randn(0f32, 1.0, (rows, k), &Device::Cpu).unwrap();
+        let scale = Tensor::randn(0f32, 1.0, (rows, n), &Device::Cpu).unwrap();
+        let expected = scale.matmul(&values).unwrap().to_vec2::<f32>().unwrap();
+        for quantised in [QuantisedProducts::Exact, QuantisedProducts::Integers] {
+            let blocks = Blocks { format, bytes: bytes.clone(), shape: vec![n, k] };
+            let backend = CpuBackend::new().with_quantised(quantised);
+            let weight = backend.weight(Matrix::Blocks(blocks), DType::F32).unwrap();
+            let layer = Linear { name: "layer".to_owned(), weight, bias: None };
+            let transposes = Transposes::default();
+            let y = transposes.product(x.as_tensor(), &layer).unwrap();
+            let grads = (y * &scale).unwrap().sum_all().unwrap().backward().unwrap();
+            let found = grads.get(x.as_tensor()).unwrap().to_vec2::<f32>().unwrap();
+            for (a, b) in found.iter().flatten().zip(expected.iter().flatten()) {
+                assert!((a - b).abs() < 1e-4, "{quantised:?}: {a} {b}");
+            }
+            assert!(transposes.0.lock().unwrap().is_empty(), "{quantised:?}");
         }
     }
 }

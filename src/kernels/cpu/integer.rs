@@ -8,6 +8,7 @@ mod product;
 mod scheme;
 #[cfg(test)]
 mod tests;
+mod values;
 
 pub(super) use activations::{Group, quantise};
 pub use codes::IntegerMatrix;

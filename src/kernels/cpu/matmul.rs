@@ -6,10 +6,13 @@
 
 mod activations;
 mod tasks;
+mod transposed;
 
 use std::{cell::RefCell, ops::Range};
 
 use activations::Activations;
+pub use transposed::QuantisedMatrix;
+
 use tasks::{Epilogue, Job, MicroPanels, Target, run_blocks};
 
 use super::{

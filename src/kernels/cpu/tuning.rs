@@ -51,14 +51,12 @@ impl Kernels for CpuTuningKernels {
         if !x.track_op() && !residual.is_some_and(Tensor::track_op) {
             return frozen::linear(x, layers, residual);
         }
-        let one = |layer: &&Linear| {
-            match residual {
-                Some(residual) => Added::new(layer, self.transposes.clone())?.forward(x, residual),
-                None => match &layer.bias {
-                    Some(bias) => self.transposes.product(x, layer)?.broadcast_add(bias),
-                    None => self.transposes.product(x, layer),
-                },
-            }
+        let one = |layer: &&Linear| match residual {
+            Some(residual) => Added::new(layer, self.transposes.clone())?.forward(x, residual),
+            None => match &layer.bias {
+                Some(bias) => self.transposes.product(x, layer)?.broadcast_add(bias),
+                None => self.transposes.product(x, layer),
+            },
         };
         layers.iter().map(one).collect()
     }

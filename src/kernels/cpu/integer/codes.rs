@@ -19,7 +19,7 @@ use crate::kernels::quantized::BlockFormat;
 pub struct IntegerMatrix {
     pub(in super::super) scheme: Scheme,
     pub(in super::super) data: Buffer<u32>,
-    k: usize,
+    pub(super) k: usize,
 }
 
 /// 256 inner values of one column, or fewer: their codes and scales.

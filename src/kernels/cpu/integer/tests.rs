@@ -15,7 +15,7 @@ use crate::kernels::{
     Activation,
     quantized::{
         BlockFormat,
-        tests::{FORMATS, random_blocks},
+        tests::{FORMATS, modest_blocks, random_blocks},
     },
 };
 
@@ -26,26 +26,6 @@ fn random_values(n: usize, seed: u64) -> Vec<f32> {
 
 fn quantised_formats() -> impl Iterator<Item = BlockFormat> {
     FORMATS.into_iter().map(|(format, _)| format).filter(|format| Scheme::of(*format).is_some())
-}
-
-/// Blocks whose values are of an order that products do not overflow.
-fn blocks(format: BlockFormat, rows: usize, k: usize, seed: u64) -> Vec<u8> {
-    let mut bytes = random_blocks(format, rows, k, seed);
-    let halves: &[usize] = match format {
-        BlockFormat::Q2K => &[80, 82],
-        BlockFormat::Q3K => &[108],
-        BlockFormat::Q6K => &[208],
-        BlockFormat::Q4_1 | BlockFormat::Q5_1 | BlockFormat::Q4K | BlockFormat::Q5K => &[0, 2],
-        _ => &[0],
-    };
-    let mut rng = StdRng::seed_from_u64(seed + 1);
-    for block in bytes.chunks_exact_mut(format.bytes()) {
-        for &at in halves {
-            let x = half::f16::from_f32(rng.random_range(-0.01..0.01));
-            block[at..at + 2].copy_from_slice(&x.to_le_bytes());
-        }
-    }
-    bytes
 }
 
 /// `x` as the products see it.
@@ -121,7 +101,7 @@ fn products_are_those_of_the_rounded_activations_and_a_row_does_not_depend_on_ot
     let x = random_values(rows * k, 7);
     let seen = rounded(&x, k);
     for format in quantised_formats() {
-        let bytes = blocks(format, n, k, 11);
+        let bytes = modest_blocks(format, n, k, 11);
         let mut plain = vec![0f32; n * k];
         format.dequantize(&bytes, &mut plain);
         let weight = PackedMatrix::from_blocks_as_integers(format, bytes, n, k).unwrap();
@@ -150,7 +130,8 @@ fn products_are_those_of_the_rounded_activations_and_a_row_does_not_depend_on_ot
 fn matrices_of_other_kinds_beside_them_are_multiplied_as_by_themselves() {
     let (rows, n, k) = (3, 20, 256);
     let x = random_values(rows * k, 1);
-    let of = |format, seed| PackedMatrix::from_blocks_as_integers(format, blocks(format, n, k, seed), n, k).unwrap();
+    let of =
+        |format, seed| PackedMatrix::from_blocks_as_integers(format, modest_blocks(format, n, k, seed), n, k).unwrap();
     let float = PackedMatrix::from_blocks_as_integers(
         BlockFormat::F16,
         random_values(n * k, 9).iter().flat_map(|x| half::f16::from_f32(*x).to_le_bytes()).collect(),
@@ -178,7 +159,7 @@ proptest! {
     fn any_shape_is_multiplied(rows in 1usize..40, n in 1usize..70, blocks_of_k in 1usize..4, which in 0usize..10, seed in 0u64..100) {
         let format = quantised_formats().nth(which).unwrap();
         let k = blocks_of_k * format.values();
-        let bytes = blocks(format, n, k, seed);
+        let bytes = modest_blocks(format, n, k, seed);
         let x = random_values(rows * k, seed);
         let exact = PackedMatrix::from_blocks(format, bytes.clone(), n, k);
         let weight = PackedMatrix::from_blocks_as_integers(format, bytes, n, k).unwrap();

@@ -125,7 +125,14 @@ unsafe impl Sync for Job<'_> {}
 
 /// The sums of a block.
 #[repr(align(64))]
-struct Sums([f32; BLOCK_ROWS * BLOCK_COLUMNS]);
+pub(super) struct Sums(pub(super) [f32; BLOCK_ROWS * BLOCK_COLUMNS]);
+
+impl Sums {
+    #[inline(always)]
+    pub(super) fn zero() -> Self {
+        Self([0.0; BLOCK_ROWS * BLOCK_COLUMNS])
+    }
+}
 
 /// Multiplies the blocks of a range of column tiles and of row blocks. `scratch` is for the two micro-panels of a
 /// column tile, if they are not stored as they are multiplied.
@@ -136,7 +143,7 @@ struct Sums([f32; BLOCK_ROWS * BLOCK_COLUMNS]);
 #[inline(always)]
 pub(super) unsafe fn run_blocks<S: Simd>(job: &Job, tiles: Range<usize>, blocks: Range<usize>, scratch: &mut [f32]) {
     let (scratch0, scratch1) = scratch.split_at_mut(scratch.len() / 2);
-    let mut sums = Sums([0.0; BLOCK_ROWS * BLOCK_COLUMNS]);
+    let mut sums = Sums::zero();
     let sums = sums.0.as_mut_ptr();
     let (mut passed, mut first) = (0, true);
     for target in job.targets {
@@ -162,7 +169,7 @@ pub(super) unsafe fn run_blocks<S: Simd>(job: &Job, tiles: Range<usize>, blocks:
                             few_rows_widened::<S>(x.add(row * job.k), rows, job.k, [b0, b1], sums);
                         }
                         Activations::F32(x) | Activations::Rounded(x) => {
-                            block_f32::<S>(x.add(row * job.k), rows, job.k, [b0.cast(), b1.cast()], sums);
+                            block_f32::<S>(x.add(row * job.k), rows, job.k, job.k, [b0.cast(), b1.cast()], sums);
                         }
                         Activations::Int8(groups) => {
                             let x = groups.add(row * (job.k / STRIPE));

@@ -13,7 +13,10 @@ use candle_core::{CpuStorage, CustomOp3, Device, Layout, Result, Shape, Tensor, 
 
 use self::head::HeadGradients;
 pub(super) use self::head::HeadTask;
-use super::{super::{Isa, pool, tensors::written}, slice};
+use super::{
+    super::{Isa, pool, tensors::written},
+    slice,
+};
 use crate::kernels::{AttentionParams, host::with_array_of_values};
 pub(super) use seen::{Seen, Sequences};
 

@@ -57,7 +57,13 @@ impl CustomOp2 for Added {
         Ok((CpuStorage::F32(values.into_iter().next().unwrap_or_default()), (rows, weight.n()).into()))
     }
 
-    fn bwd(&self, x: &Tensor, _residual: &Tensor, _y: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
+    fn bwd(
+        &self,
+        x: &Tensor,
+        _residual: &Tensor,
+        _y: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let rows = grad.dim(0)?;
         let values = with_values(grad, |grad| self.transposes.input_gradient(&self.matrix, grad, rows, None))?;
         Ok((Some(Tensor::from_vec(values, x.shape(), x.device())?), Some(grad.clone())))

@@ -42,7 +42,8 @@ impl GatedMlp {
         transposes: Transposes,
     ) -> Result<Self> {
         let bias = down.bias.as_ref().map(|bias| bias.flatten_all()?.to_vec1()).transpose()?;
-        let [gate, up, down] = [FrozenMatrix::of(gate)?, FrozenMatrix::of(up)?, FrozenMatrix::of(down)?].map(Clone::clone);
+        let [gate, up, down] =
+            [FrozenMatrix::of(gate)?, FrozenMatrix::of(up)?, FrozenMatrix::of(down)?].map(Clone::clone);
         Ok(Self { activation, gate, up, down, bias, transposes, inner: Mutex::new(None) })
     }
 
@@ -126,7 +127,13 @@ impl CustomOp2 for GatedMlp {
         Ok((CpuStorage::F32(self.value(slice(x, layout)?, rows, Some(residual))), self.shape(rows)))
     }
 
-    fn bwd(&self, x: &Tensor, _residual: &Tensor, _y: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
+    fn bwd(
+        &self,
+        x: &Tensor,
+        _residual: &Tensor,
+        _y: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         Ok((Some(self.gradient(x, grad)?), Some(grad.clone())))
     }
 }

@@ -179,7 +179,8 @@ fn every_instruction_set_gives_what_portable_code_gives() {
     let (pool, n) = (pool::global(), 5 * 37);
     let (x, grad, weight) = (values(n, 0.7), values(n, 0.3), values(37, 0.9));
     let (heads, kv_heads, head_dim, rows) = (6, 2, 20, 9);
-    let [q, k, v] = [(heads, 0.37), (kv_heads, 0.51), (kv_heads, 0.83)].map(|(n, step)| values(rows * n * head_dim, step));
+    let [q, k, v] =
+        [(heads, 0.37), (kv_heads, 0.51), (kv_heads, 0.83)].map(|(n, step)| values(rows * n * head_dim, step));
     let attention = |isa: Isa| {
         let params = AttentionParams { window: Some(5), ..AttentionParams::scaled(0.3) };
         let seen = Sequences::new(&BatchLayout::of_lengths(3, &[2, 4])).seen(&params);

@@ -110,7 +110,7 @@ unsafe fn product<S: Simd>(x: &[f32], rows: usize, inner: usize, panels: &[f32],
             let count = (rows - row).min(BLOCK_ROWS);
             // SAFETY: the block's rows are within `x`, the panels are of `inner` rows, and `sums` is a block.
             unsafe {
-                block_f32::<S>(x[row * inner..].as_ptr(), count, inner, [at(0), at(1)], sums.as_mut_ptr());
+                block_f32::<S>(x[row * inner..].as_ptr(), count, inner, inner, [at(0), at(1)], sums.as_mut_ptr());
             }
             for (i, sums) in sums.chunks_exact(BLOCK_COLUMNS).take(count).enumerate() {
                 out[(row + i) * width + column..][..BLOCK_COLUMNS].copy_from_slice(sums);
