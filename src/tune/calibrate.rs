@@ -58,6 +58,12 @@ impl LabelEvidence {
         Reliability::of(&self.probabilities(calibration), &self.expected)
     }
 
+    /// The Brier score of each example.
+    pub fn briers(&self, calibration: &Calibration) -> Vec<f64> {
+        let examples = self.probabilities(calibration).into_iter().zip(&self.expected);
+        examples.map(|(probabilities, expected)| brier(&probabilities, *expected)).collect()
+    }
+
     /// The calibration under which these examples are the likeliest, drawn a little towards none at all.
     pub fn fit(&self) -> Calibration {
         // Logits are `slope * score + shift`, in which the loss is convex; Adam (Kingma & Ba 2015).
@@ -118,11 +124,10 @@ impl LabelEvidence {
 impl Reliability {
     fn of(probabilities: &[Vec<f64>], expected: &[usize]) -> Self {
         let n = expected.len().max(1) as f64;
-        let mut brier = 0.0;
+        let mut mean_brier = 0.0;
         let mut bins = vec![(0usize, 0.0, 0.0); BINS];
         for (probabilities, expected) in probabilities.iter().zip(expected) {
-            let squared = |(i, p): (usize, &f64)| (p - f64::from(i == *expected)).powi(2);
-            brier += probabilities.iter().enumerate().map(squared).sum::<f64>() / n;
+            mean_brier += brier(probabilities, *expected) / n;
             let Some((best, confidence)) = likeliest(probabilities) else { continue };
             let (count, confidences, right) = &mut bins[((confidence * BINS as f64) as usize).min(BINS - 1)];
             *count += 1;
@@ -136,7 +141,7 @@ impl Reliability {
         };
         let bins: Vec<Bin> = bins.into_iter().filter(|bin| bin.0 > 0).map(bin).collect();
         let ece = bins.iter().map(|bin| bin.examples as f64 / n * (bin.confidence - bin.accuracy).abs()).sum();
-        Self { brier, ece, bins }
+        Self { brier: mean_brier, ece, bins }
     }
 
     /// A reliability diagram as SVG: accuracy by confidence, beside the line on which they agree. The error says what
@@ -183,6 +188,12 @@ impl Reliability {
         root.present()?;
         Ok(())
     }
+}
+
+/// The Brier score of one example: the squared distance of its probabilities from the right answer.
+fn brier(probabilities: &[f64], expected: usize) -> f64 {
+    let squared = |(i, p): (usize, &f64)| (p - f64::from(i == expected)).powi(2);
+    probabilities.iter().enumerate().map(squared).sum()
 }
 
 /// The index of the largest probability, the first of equals, and itself.

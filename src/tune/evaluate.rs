@@ -9,7 +9,11 @@ use super::{
     calibrate::{LabelEvidence, Reliability, likeliest},
     data::{DataError, Dataset, Faults},
     inference::Inference,
-    metrics,
+    metrics::{
+        self, Bleu, Chrf,
+        interval::{Interval, bootstrap, wilson},
+        mean,
+    },
 };
 use crate::{
     engine::sampling::mask::TokenConstraint,
@@ -62,6 +66,9 @@ pub struct Column {
     pub name: &'static str,
     /// By metric; shares are 0 to 1, chrF and BLEU 0 to 100.
     pub metrics: BTreeMap<&'static str, f64>,
+    /// By metric, in its unit: the 95 % confidence interval, low and high. Wilson's for shares of the examples, a
+    /// percentile bootstrap over examples for others; the ECE has none, since samples with repetitions raise it.
+    pub intervals: BTreeMap<&'static str, Interval>,
     /// For a labelled task: how often each label was expected and answered.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub confusion: Option<BTreeMap<String, BTreeMap<String, usize>>>,
@@ -171,13 +178,32 @@ impl Evaluation<'_> {
 
     fn score_texts(&self, name: &'static str, outputs: Vec<String>) -> Column {
         let references: Vec<String> = self.data.examples.iter().map(|e| e.output.trim().to_owned()).collect();
+        let n = references.len();
+        let pairs = || outputs.iter().zip(&references);
+        let f1: Vec<f64> = pairs().map(|(o, r)| metrics::token_f1(o, r)).collect();
+        let chrf: Vec<Chrf> = pairs().map(|(o, r)| Chrf::of(o, r)).collect();
+        let bleu: Vec<Bleu> = pairs().map(|(o, r)| Bleu::of(o, r)).collect();
         let metrics = [
             ("exact_match", metrics::exact_match(&outputs, &references)),
-            ("token_f1", metrics::token_f1(&outputs, &references)),
-            ("chrf", metrics::chrf(&outputs, &references)),
-            ("bleu", metrics::bleu(&outputs, &references)),
+            ("token_f1", mean(f1.iter().copied())),
+            ("chrf", chrf.iter().copied().sum::<Chrf>().score()),
+            ("bleu", bleu.iter().copied().sum::<Bleu>().score()),
         ];
-        Column { name, metrics: metrics.into(), confusion: None, reliability: None, evidence: None, outputs }
+        let intervals = [
+            ("exact_match", wilson(pairs().filter(|(o, r)| metrics::is_exact(o, r)).count(), n)),
+            ("token_f1", bootstrap(n, |sample| mean(sample.iter().map(|&i| f1[i])))),
+            ("chrf", bootstrap(n, |sample| sample.iter().map(|&i| chrf[i]).sum::<Chrf>().score())),
+            ("bleu", bootstrap(n, |sample| sample.iter().map(|&i| bleu[i]).sum::<Bleu>().score())),
+        ];
+        Column {
+            name,
+            metrics: metrics.into(),
+            intervals: intervals.into(),
+            confusion: None,
+            reliability: None,
+            evidence: None,
+            outputs,
+        }
     }
 
     fn score_labels(
@@ -201,6 +227,17 @@ impl Evaluation<'_> {
                 (label, row.into_iter().map(|(answer, n)| (answer.unwrap_or_else(|| NO_LABEL.to_owned()), n)).collect())
             })
             .collect();
+        let n = expected.len();
+        let right =
+            |answers: &[Option<String>]| answers.iter().zip(&expected).filter(|(a, e)| a.as_ref() == Some(e)).count();
+        let (pairs, known) = metrics::label_pairs(&answered, &expected);
+        let briers = evidence.briers(&calibration);
+        let intervals = [
+            ("accuracy", wilson(right(&answered), n)),
+            ("macro_f1", bootstrap(n, |sample| metrics::macro_f1_of(sample.iter().map(|&i| pairs[i]), known))),
+            ("choice_accuracy", wilson(right(&chosen), n)),
+            ("brier", bootstrap(n, |sample| mean(sample.iter().map(|&i| briers[i])))),
+        ];
         let metrics = [
             ("accuracy", metrics::accuracy(&answered, &expected)),
             ("macro_f1", metrics::macro_f1(&answered, &expected)),
@@ -211,6 +248,7 @@ impl Evaluation<'_> {
         Column {
             name: variant.name(),
             metrics: metrics.into(),
+            intervals: intervals.into(),
             confusion: Some(confusion),
             reliability: Some(reliability),
             evidence: Some(evidence),
