@@ -13,9 +13,6 @@ const Z: f64 = 1.959_963_984_540_054;
 /// Samples of a bootstrap.
 const RESAMPLES: usize = 1000;
 
-/// The stream of a bootstrap's random numbers; the same examples always have the same interval.
-const STREAM: u64 = 0;
-
 /// Wilson's score interval (1927) at 95 % of the part `right` of `n`, 0 to 1. It is right for few examples, and for
 /// shares of nearly none or all, where a standard error is not.
 pub fn wilson(right: usize, n: usize) -> Interval {
@@ -35,7 +32,8 @@ pub fn wilson(right: usize, n: usize) -> Interval {
 /// The percentile bootstrap interval (Efron 1979) at 95 % of a score of `n` examples: `score` is given samples of their
 /// indices, drawn with replacement.
 pub fn bootstrap(n: usize, mut score: impl FnMut(&[usize]) -> f64) -> Interval {
-    let mut random = order::rng(0, STREAM);
+    // The same examples always have the same interval.
+    let mut random = order::rng(0, order::BOOTSTRAP);
     let mut sample = vec![0; n];
     let mut scores: Vec<f64> = (0..RESAMPLES)
         .map(|_| {
