@@ -11,7 +11,8 @@
 //! - [`checkpoint`], [`output`], [`report`]: what is left on disk
 //! - [`inference`], [`metrics`], [`evaluate`]: what the engine answers with a prompt and how good that is,
 //!   beside what an instruction in words gives, and examples in the context ([`in_context`])
-//! - [`evidence`], [`calibrate`]: how likely the engine finds each label, and how far that can be trusted
+//! - [`evidence`], [`calibrate`], [`held_out_calibration`]: how likely the engine finds each label, how far that can be
+//!   trusted, and the calibration that a run stores
 //! - [`TuneError`]: what went wrong, as facts
 
 pub mod calibrate;
@@ -21,6 +22,7 @@ mod error;
 pub mod evaluate;
 pub mod evidence;
 pub mod forward;
+pub mod held_out_calibration;
 pub mod in_context;
 pub mod inference;
 pub mod init;
