@@ -43,9 +43,10 @@ error (ECE), of which less is better. Any other task is scored by exact match, w
 as in sacrebleu. In the columns without a learned prompt only the first line of an answer that is
 not empty counts, because nothing tells the model when to stop.
 
-In parentheses are 95 % confidence intervals, which say how far the scores of another test set of the same size may be
-from these: Wilson's score interval for accuracy, choice accuracy and exact match, and for the others the percentiles of
-1000 bootstrap samples of the examples. ECE has none, since a sample with repetitions has a larger ECE.";
+In parentheses are 95 % confidence intervals, which say how far the scores of another test set of
+the same size may be from these: Wilson's score interval for accuracy, choice accuracy and exact
+match, and for the others the percentiles of 1000 bootstrap samples of the examples. ECE has none,
+since a sample with repetitions has a larger ECE.";
 
 /// Measure a task on test data: its learned prompt, compared with the model without a prompt, with an
 /// instruction in words and with examples in the context.
