@@ -61,7 +61,7 @@ impl<'a> InputEncoder<'a> {
         self.encode_after("", input, limit)
     }
 
-    /// As [`encode`](Self::encode), with an instruction before the text.
+    /// As [`encode`](Self::encode), with an instruction, or other texts, before the text.
     ///
     /// # Errors
     /// The input does not fit the template.
@@ -77,6 +77,15 @@ impl<'a> InputEncoder<'a> {
             Some(truncate) => truncation::fit(self.tokenizer, truncate, input, limit, tokens_of),
             None => tokens_of(input),
         }
+    }
+
+    /// The text of an input as it can stand before another one, in [`encode_after`](Self::encode_after): special tokens in it
+    /// are what the task says, and places of virtual tokens are empty.
+    ///
+    /// # Errors
+    /// The input does not fit the template.
+    pub fn text(&self, input: &Input) -> Result<String, InputError> {
+        Ok(self.template.render(&self.safe(input))?.text_with(None))
     }
 
     /// The positions of a conversation. Special tokens are those that its template writes.
@@ -137,7 +146,7 @@ impl<'a> InputEncoder<'a> {
     }
 
     /// A text of an input, which cannot be a place, nor a special token where those are text.
-    fn safe_text(&self, text: &str) -> String {
+    pub fn safe_text(&self, text: &str) -> String {
         match self.special_tokens {
             SpecialTokens::Text => self.tokenizer().escape(text),
             SpecialTokens::Special if self.fills_places() => text.replace(PLACE, "\u{fffd}"),

@@ -1,6 +1,8 @@
-//! `softserve eval`: a task on test data, beside the model without a prompt and with an instruction in words.
+//! `softserve eval`: a task on test data, beside the model without a prompt, with an instruction in words and with examples
+//! in the context.
 
 mod calibrate;
+mod report;
 
 use std::{
     io::{IsTerminal, Write},
@@ -9,10 +11,10 @@ use std::{
 };
 
 use anyhow::{Context as _, anyhow, bail};
-use calibrate::{Calibrated, calibrate};
+use calibrate::calibrate;
 use clap::Args;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use serde_json::json;
+use report::Report;
 
 use super::{
     model::ModelArgs,
@@ -22,7 +24,8 @@ use crate::{
     prompt::{TaskName, Version, labels::Verbalizer},
     tune::{
         data::Dataset,
-        evaluate::{self, Column, Evaluation, NO_LABEL, PromptVariant},
+        evaluate::{self, Column, Evaluation, PromptVariant},
+        in_context::{self, Shots},
     },
 };
 
@@ -30,6 +33,7 @@ const EXAMPLES: &str = "\
 Examples:
   softserve eval --task sentiment --data test.jsonl
   softserve eval --task french --data test.jsonl --instruction \"Translate to French:\"
+  softserve eval --task sentiment --data test.jsonl --examples train.jsonl --shots 16
   softserve eval --prompt out/french --data test.jsonl --json > scores.json
   softserve eval --prompt out/sentiment --data held-out.jsonl --calibrate --plot reliability.svg
 
@@ -37,10 +41,15 @@ A task with labels is scored by the label that is generated (accuracy, macro-F1)
 probabilities, as /classify gives them: choice accuracy, the Brier score and the expected calibration
 error (ECE), of which less is better. Any other task is scored by exact match, word F1 as in SQuAD, and chrF2 and BLEU
 as in sacrebleu. In the columns without a learned prompt only the first line of an answer that is
-not empty counts, because nothing tells the model when to stop.";
+not empty counts, because nothing tells the model when to stop.
 
-/// Measure a task on test data: its learned prompt, compared with the model without a prompt and with
-/// an instruction in words.
+In parentheses are 95 % confidence intervals, which say how far the scores of another test set of
+the same size may be from these: Wilson's score interval for accuracy, choice accuracy and exact
+match, and for the others the percentiles of 1000 bootstrap samples of the examples. ECE has none,
+since a sample with repetitions has a larger ECE.";
+
+/// Measure a task on test data: its learned prompt, compared with the model without a prompt, with an
+/// instruction in words and with examples in the context.
 #[derive(Debug, Clone, Args)]
 #[command(after_help = EXAMPLES)]
 pub struct EvalArgs {
@@ -67,6 +76,20 @@ pub struct EvalArgs {
     /// description and labels]
     #[arg(long, value_name = "TEXT")]
     pub instruction: Option<String>,
+
+    /// Training examples, in the same form as --data, for one more column: some of them, each with its answer and a line
+    /// break, stand before the input in place of a learned prompt. An example that is also in --data is not taken
+    #[arg(long, value_name = "FILE")]
+    pub examples: Option<PathBuf>,
+
+    /// How many of the --examples stand before each input, as many of each label; fewer where the model's context has
+    /// no room for all [default: 8, or one of each label if there are more, at most 32]
+    #[arg(long, value_name = "K", requires = "examples")]
+    pub shots: Option<usize>,
+
+    /// The seed of the random choice of --examples
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub seed: u64,
 
     /// The maximum number of tokens in an answer [default: the task's]
     #[arg(long, value_name = "N")]
@@ -95,6 +118,9 @@ pub fn run(args: &EvalArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     if args.max_tokens == Some(0) {
         bail!("--max-tokens is 0, expected 1 or more");
     }
+    if args.shots == Some(0) {
+        bail!("--shots is 0, expected 1 or more; without examples in the context, leave --examples out");
+    }
     let (model, tokenizer) = args.model.load()?;
     let model = Arc::new(model);
     let version = match (&args.prompt, &args.task) {
@@ -103,13 +129,24 @@ pub fn run(args: &EvalArgs, out: &mut dyn Write) -> anyhow::Result<()> {
         (None, None) => bail!("give --task or --prompt"),
     };
     let labels = if version.spec.labels.is_empty() { None } else { Some(Verbalizer::new(&version.spec.labels)?) };
-    let data = Dataset::read(&args.data, labels.as_ref())?;
+    let read = |path: &Path| -> anyhow::Result<Dataset> {
+        let data = Dataset::read(path, labels.as_ref())?;
+        if labels.is_none() && data.labels.is_some() {
+            bail!("{} has labels and the task has none in its task.json; use \"output\" instead", path.display());
+        }
+        Ok(data)
+    };
+    let data = read(&args.data)?;
     if data.has_one_label() {
         writeln!(std::io::stderr(), "warning: every example has the same label, so the scores tell little")?;
     }
-    if labels.is_none() && data.labels.is_some() {
-        bail!("{} has labels and the task has none in its task.json; use \"output\" instead", args.data.display());
-    }
+    let shots = match &args.examples {
+        Some(path) => {
+            let count = args.shots.unwrap_or_else(|| in_context::default_count(version.spec.labels.len()));
+            Some(Shots::choose(&version, &tokenizer, &model, &read(path)?, &data, (count, args.seed))?)
+        }
+        None => None,
+    };
     let max_tokens = args.max_tokens.or(version.spec.defaults.max_tokens).unwrap_or(64);
     let evaluation = Evaluation {
         model: &model,
@@ -124,6 +161,7 @@ pub fn run(args: &EvalArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     let instruction = args.instruction.clone().or_else(|| evaluate::default_instruction(&version));
     let mut variants = vec![PromptVariant::Learned(&version.prompt), PromptVariant::NoPrompt];
     variants.extend(instruction.as_deref().map(PromptVariant::Instruction));
+    variants.extend(shots.as_ref().map(PromptVariant::InContext));
 
     let bar = bar(variants.len() * data.examples.len());
     let mut columns = Vec::new();
@@ -137,14 +175,26 @@ pub fn run(args: &EvalArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     }
     let folder = args.prompt.as_deref().filter(|_| args.calibrate);
     let calibrated = folder.map(|folder| calibrate(folder, &columns)).transpose()?;
-    match args.json {
-        true => write_json(out, &version, &data, &columns, instruction.as_deref(), calibrated.as_ref()),
-        false => {
-            write_table(out, args, &version, &data, &columns, instruction.as_deref())?;
-            calibrated.iter().try_for_each(|calibrated| calibrated.write(out))?;
-            Ok(())
+    let report = Report {
+        version: &version,
+        data: &data,
+        columns: &columns,
+        instruction: instruction.as_deref(),
+        shots: shots.as_ref().map(|shots| (shots, args.seed)),
+    };
+    if args.json {
+        let mut json = report.json();
+        if let Some(calibrated) = &calibrated {
+            json["calibration"] = calibrated.json();
         }
+        serde_json::to_writer_pretty(&mut *out, &json)?;
+        writeln!(out)?;
+        return Ok(());
     }
+    let name = if args.prompt.is_some() { "the prompt" } else { version.task.as_str() };
+    report.write(out, name, args.show)?;
+    calibrated.iter().try_for_each(|calibrated| calibrated.write(out))?;
+    Ok(())
 }
 
 /// Draws the reliability diagram of the tuned prompt.
@@ -164,122 +214,4 @@ fn bar(len: usize) -> ProgressBar {
         bar.set_style(style);
     }
     bar
-}
-
-fn write_json(
-    out: &mut dyn Write,
-    version: &Version,
-    data: &Dataset,
-    columns: &[Column],
-    instruction: Option<&str>,
-    calibrated: Option<&Calibrated>,
-) -> anyhow::Result<()> {
-    let mut report = json!({
-        "task": version.task,
-        "version": version.digest.id(),
-        "examples": data.examples.len(),
-        "instruction": instruction,
-        "columns": columns,
-    });
-    if let Some(calibrated) = calibrated {
-        report["calibration"] = calibrated.json();
-    }
-    serde_json::to_writer_pretty(&mut *out, &report)?;
-    writeln!(out)?;
-    Ok(())
-}
-
-/// How a metric is shown.
-#[derive(Clone, Copy)]
-enum Shown {
-    Percent,
-    Decimals(usize),
-}
-
-/// The metrics in the order they are shown.
-const ROWS: [(&str, &str, Shown); 9] = [
-    ("accuracy", "accuracy", Shown::Percent),
-    ("macro_f1", "macro-F1", Shown::Percent),
-    ("choice_accuracy", "choice accuracy", Shown::Percent),
-    ("brier", "Brier score", Shown::Decimals(4)),
-    ("ece", "ECE", Shown::Decimals(4)),
-    ("exact_match", "exact match", Shown::Percent),
-    ("token_f1", "word F1", Shown::Percent),
-    ("chrf", "chrF2", Shown::Decimals(1)),
-    ("bleu", "BLEU", Shown::Decimals(1)),
-];
-
-fn write_table(
-    out: &mut dyn Write,
-    args: &EvalArgs,
-    version: &Version,
-    data: &Dataset,
-    columns: &[Column],
-    instruction: Option<&str>,
-) -> anyhow::Result<()> {
-    let title = |column: &Column| match column.name {
-        "tuned" => "tuned prompt",
-        "no_prompt" => "no prompt",
-        _ => "text prompt",
-    };
-    let name = if args.prompt.is_some() { "the prompt" } else { version.task.as_str() };
-    writeln!(out, "{name} (version {}) on {} examples\n", version.digest, data.examples.len())?;
-    write!(out, "  {:<16}", "")?;
-    columns.iter().try_for_each(|c| write!(out, " {:>13}", title(c)))?;
-    writeln!(out)?;
-    for (key, name, shown) in ROWS.iter().filter(|row| columns.iter().any(|c| c.metrics.contains_key(row.0))) {
-        write!(out, "  {name:<16}")?;
-        for column in columns {
-            let value = column.metrics.get(key).copied().unwrap_or_default();
-            match shown {
-                Shown::Percent => write!(out, " {:>12.1}%", 100.0 * value)?,
-                Shown::Decimals(decimals) => write!(out, " {value:>13.decimals$}")?,
-            }
-        }
-        writeln!(out)?;
-    }
-    if let Some(confusion) = columns.first().and_then(|c| c.confusion.as_ref()) {
-        write_confusion(out, confusion)?;
-    }
-    for (i, example) in data.examples.iter().take(args.show).enumerate() {
-        writeln!(out, "\nline {}, expected {:?}", example.line, example.output)?;
-        columns.iter().try_for_each(|c| writeln!(out, "  {:<13} {:?}", title(c), c.outputs[i]))?;
-    }
-    match instruction {
-        Some(text) => {
-            writeln!(out, "\ntext prompt: {text:?}; without a learned prompt, the first line of an answer counts")?
-        }
-        None => writeln!(
-            out,
-            "\nwithout a learned prompt, the first line of an answer counts; to compare with a text prompt, set --instruction"
-        )?,
-    }
-    Ok(())
-}
-
-/// The most labels whose confusion is printed; more do not fit a screen.
-const MAX_SHOWN_LABELS: usize = 12;
-
-fn write_confusion(
-    out: &mut dyn Write,
-    confusion: &std::collections::BTreeMap<String, std::collections::BTreeMap<String, usize>>,
-) -> std::io::Result<()> {
-    let mut names: Vec<&str> =
-        confusion.iter().flat_map(|(l, row)| row.keys().chain([l])).map(String::as_str).collect();
-    names.sort_by_key(|name| (*name == NO_LABEL, *name));
-    names.dedup();
-    if names.len() > MAX_SHOWN_LABELS {
-        return Ok(());
-    }
-    let width = names.iter().map(|n| n.chars().count()).max().unwrap_or(0).max(8);
-    writeln!(out, "\n  expected (rows) and answered (columns) with the tuned prompt")?;
-    write!(out, "  {:<width$}", "")?;
-    names.iter().try_for_each(|name| write!(out, "  {name:>width$}"))?;
-    writeln!(out)?;
-    for (label, row) in confusion {
-        write!(out, "  {label:<width$}")?;
-        names.iter().try_for_each(|name| write!(out, "  {:>width$}", row.get(*name).copied().unwrap_or(0)))?;
-        writeln!(out)?;
-    }
-    Ok(())
 }

@@ -65,7 +65,8 @@ pub struct TuneArgs {
     #[arg(long, value_name = "FILE")]
     pub data: PathBuf,
 
-    /// Held-out examples in the same form, which decide the learning rate and which prompt is the best
+    /// Held-out examples in the same form, which decide the learning rate and which prompt is the best. Those that
+    /// are not trained on, if they are 20 or more, also calibrate the probabilities of a task with labels
     /// [default: a tenth of the data if it has 40 examples or more]
     #[arg(long, value_name = "FILE")]
     pub eval_data: Option<PathBuf>,
@@ -246,7 +247,7 @@ pub fn run(args: &TuneArgs, out: &mut dyn Write) -> anyhow::Result<()> {
             Warning::NothingHeldOut { .. } => format!("warning: {warning}; give --eval-data"),
         });
     }
-    let outcome = job::run(&forward, &plan, &paths, &mut screen).map_err(explain)?;
+    let outcome = job::run(&forward, &tokenizer, &plan, &paths, &mut screen).map_err(explain)?;
     screen.close();
     write_result(out, &plan, &outcome, &paths, started)?;
     Ok(())

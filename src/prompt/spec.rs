@@ -58,7 +58,7 @@ pub struct TaskSpec {
     /// The frozen model that the prompt was tuned on.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub base_model: Option<BaseModel>,
-    /// What label probabilities are corrected by, as `softserve eval --calibrate` learns it.
+    /// What label probabilities are corrected by, as `softserve tune` and `softserve eval --calibrate` learn it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub calibration: Option<Calibration>,
     /// What the tuner measured, by metric.

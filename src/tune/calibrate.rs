@@ -5,6 +5,11 @@ use serde::Serialize;
 
 use crate::prompt::calibration::{Calibration, TEMPERATURES};
 
+/// The fewest examples that a calibration is learned from.
+pub const LEAST_EXAMPLES: usize = 20;
+/// Fewer examples than this teach a temperature alone: they say too little of each label for its prior.
+pub const LEAST_FOR_PRIORS: usize = 40;
+
 /// Bins of confidence.
 const BINS: usize = 10;
 /// Parts of the examples, each of which is measured with what the others taught.
@@ -36,6 +41,21 @@ pub struct Reliability {
     pub bins: Vec<Bin>,
 }
 
+/// A calibration, and whether it is worth having.
+#[derive(Debug, Clone)]
+pub struct LearnedCalibration {
+    pub calibration: Calibration,
+    /// How many examples it was learned from.
+    pub examples: usize,
+    /// The probabilities of these examples without it.
+    pub before: Reliability,
+    /// Their probabilities with it, each measured with what the others taught (cross-validation).
+    pub held_out: Reliability,
+    /// Whether the Brier score with it is lower than without on examples that it was not learned from. Only then should it
+    /// be used.
+    pub is_better: bool,
+}
+
 /// The examples whose confidence lies in one tenth.
 #[derive(Debug, Clone, Serialize)]
 pub struct Bin {
@@ -58,13 +78,39 @@ impl LabelEvidence {
         Reliability::of(&self.probabilities(calibration), &self.expected)
     }
 
-    /// The calibration under which these examples are the likeliest, drawn a little towards none at all.
+    /// The Brier score of each example.
+    pub fn briers(&self, calibration: &Calibration) -> Vec<f64> {
+        let examples = self.probabilities(calibration).into_iter().zip(&self.expected);
+        examples.map(|(probabilities, expected)| brier(&probabilities, *expected)).collect()
+    }
+
+    /// Learns a calibration and says whether it can be trusted. `eval --calibrate` and `tune` both do this.
+    pub fn learn(&self) -> LearnedCalibration {
+        let (before, held_out) = (self.reliability(&Calibration::none()), self.cross_validated());
+        let is_better = held_out.brier < before.brier;
+        LearnedCalibration { calibration: self.fit(), examples: self.expected.len(), before, held_out, is_better }
+    }
+
+    /// The calibration under which these examples are the likeliest, drawn a little towards none at all. From fewer than
+    /// [`LEAST_FOR_PRIORS`] examples it is a temperature alone.
     pub fn fit(&self) -> Calibration {
+        self.fit_of(self.has_enough_for_priors())
+    }
+
+    fn has_enough_for_priors(&self) -> bool {
+        self.expected.len() >= LEAST_FOR_PRIORS
+    }
+
+    fn fit_of(&self, with_priors: bool) -> Calibration {
         // Logits are `slope * score + shift`, in which the loss is convex; Adam (Kingma & Ba 2015).
         let (n, k) = (self.scores.len().max(1) as f64, self.labels.len());
         let all: Vec<Vec<f64>> = self.scores.iter().map(|scores| relative(scores)).collect();
         let mut values = vec![0.0; k + 1];
         values[k] = 1.0;
+        // What the examples have in common is not certain of the next one: each counts as right to (n + 1) / (n + 2) only
+        // (Laplace's rule of succession, as Platt 1999 has it), so that a few that are all right do not teach certainty.
+        let doubt = if k > 1 { 1.0 / (n + 2.0) } else { 0.0 };
+        let target = |is_expected: bool| if is_expected { 1.0 - doubt } else { doubt / (k as f64 - 1.0).max(1.0) };
         let (mut first, mut second) = (vec![0.0; k + 1], vec![0.0; k + 1]);
         for step in 1..=STEPS {
             let mut gradient: Vec<f64> = values[..k].iter().map(|shift| shift / n).collect();
@@ -75,10 +121,13 @@ impl LabelEvidence {
                 let max = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
                 let sum: f64 = logits.iter().map(|x| (x - max).exp()).sum();
                 for (i, (logit, score)) in logits.iter().zip(scores).enumerate() {
-                    let error = (logit - max).exp() / sum - f64::from(i == *expected);
+                    let error = (logit - max).exp() / sum - target(i == *expected);
                     gradient[i] += error / n;
                     gradient[k] += error * score / n;
                 }
+            }
+            if !with_priors {
+                gradient[..k].fill(0.0);
             }
             let bias = |beta: f64| 1.0 - beta.powi(step as i32);
             for (i, gradient) in gradient.into_iter().enumerate() {
@@ -89,6 +138,9 @@ impl LabelEvidence {
             values[k] = values[k].clamp(1.0 / TEMPERATURES.1, 1.0 / TEMPERATURES.0);
         }
         let slope = values[k];
+        if !with_priors {
+            return Calibration { temperature: rounded(1.0 / slope), priors: Default::default() };
+        }
         let priors: Vec<f64> = values[..k].iter().map(|shift| (-shift / slope).exp()).collect();
         let sum: f64 = priors.iter().sum();
         let priors = priors.into_iter().map(|prior| rounded((prior / sum).clamp(LEAST_PRIOR, 1.0)));
@@ -106,7 +158,7 @@ impl LabelEvidence {
                 scores: indices.iter().map(|&i| self.scores[i].clone()).collect(),
                 expected: indices.iter().map(|&i| self.expected[i]).collect(),
             };
-            let calibration = pick(part(false).collect()).fit();
+            let calibration = pick(part(false).collect()).fit_of(self.has_enough_for_priors());
             for (i, own) in part(true).zip(pick(part(true).collect()).probabilities(&calibration)) {
                 probabilities[i] = own;
             }
@@ -118,11 +170,10 @@ impl LabelEvidence {
 impl Reliability {
     fn of(probabilities: &[Vec<f64>], expected: &[usize]) -> Self {
         let n = expected.len().max(1) as f64;
-        let mut brier = 0.0;
+        let mut mean_brier = 0.0;
         let mut bins = vec![(0usize, 0.0, 0.0); BINS];
         for (probabilities, expected) in probabilities.iter().zip(expected) {
-            let squared = |(i, p): (usize, &f64)| (p - f64::from(i == *expected)).powi(2);
-            brier += probabilities.iter().enumerate().map(squared).sum::<f64>() / n;
+            mean_brier += brier(probabilities, *expected) / n;
             let Some((best, confidence)) = likeliest(probabilities) else { continue };
             let (count, confidences, right) = &mut bins[((confidence * BINS as f64) as usize).min(BINS - 1)];
             *count += 1;
@@ -136,7 +187,7 @@ impl Reliability {
         };
         let bins: Vec<Bin> = bins.into_iter().filter(|bin| bin.0 > 0).map(bin).collect();
         let ece = bins.iter().map(|bin| bin.examples as f64 / n * (bin.confidence - bin.accuracy).abs()).sum();
-        Self { brier, ece, bins }
+        Self { brier: mean_brier, ece, bins }
     }
 
     /// A reliability diagram as SVG: accuracy by confidence, beside the line on which they agree. The error says what
@@ -183,6 +234,12 @@ impl Reliability {
         root.present()?;
         Ok(())
     }
+}
+
+/// The Brier score of one example: the squared distance of its probabilities from the right answer.
+fn brier(probabilities: &[f64], expected: usize) -> f64 {
+    let squared = |(i, p): (usize, &f64)| (p - f64::from(i == expected)).powi(2);
+    probabilities.iter().enumerate().map(squared).sum()
 }
 
 /// The index of the largest probability, the first of equals, and itself.
@@ -246,6 +303,29 @@ mod tests {
         let held_out = evidence.cross_validated();
         assert!((held_out.brier - after.brier).abs() < 0.01 && held_out.ece < 0.04);
         assert!(found.faults(|label| ["a", "b", "c"].contains(&label)).is_empty());
+    }
+
+    #[test]
+    fn few_examples_teach_a_temperature_alone_and_no_certainty() {
+        let few = evidence(LEAST_FOR_PRIORS - 1).learn();
+        assert!(few.calibration.priors.is_empty() && few.calibration.temperature > 1.5, "{few:?}");
+        assert!(few.is_better && few.held_out.brier < few.before.brier && few.examples == 39, "{few:?}");
+        assert_eq!(evidence(LEAST_FOR_PRIORS).fit().priors.len(), 3);
+        // All right, and not sure of it: surer afterwards, but not so sure that one in a hundred could not be wrong.
+        let labels = ["a", "b"].map(str::to_owned).to_vec();
+        let scores = |gap: f64| (0..46).map(|i| if i % 2 == 0 { vec![0.0, -gap] } else { vec![-gap, 0.0] }).collect();
+        let all_right = |gap| LabelEvidence {
+            labels: labels.clone(),
+            scores: scores(gap),
+            expected: (0..46).map(|i| i % 2).collect(),
+        };
+        let unsure = all_right(1.0).learn();
+        assert!(unsure.is_better && unsure.calibration.temperature < 1.0, "{unsure:?}");
+        let sure = all_right(1.0).probabilities(&unsure.calibration)[0][0];
+        assert!((0.8..0.985).contains(&sure), "{sure}");
+        // Nothing is better than what is right already.
+        let certain = all_right(20.0).learn();
+        assert!(!certain.is_better && certain.calibration.temperature >= 1.0, "{certain:?}");
     }
 
     #[test]

@@ -49,6 +49,14 @@ pub enum TuneError {
     /// A label's words have no tokens.
     #[error("the label {label:?} has no word that the tokenizer makes a token of")]
     NoLabelTokens { label: String },
+    /// There is nothing to put into the context.
+    #[error(
+        "every example of {} is also an input of {}, so none can stand before the others; give examples that are not \
+         tested on",
+        examples.display(),
+        data.display()
+    )]
+    NoExamplesLeft { examples: PathBuf, data: PathBuf },
     #[error("the loss stopped being a number at step {step} with the learning rate {rate}")]
     Diverged { rate: f64, step: usize },
     #[error("none of the learning rates {tried:?} lowered the held-out loss of {start:.3}")]

@@ -7,9 +7,16 @@ use serde::Serialize;
 use super::{
     TuneError,
     calibrate::{LabelEvidence, Reliability, likeliest},
-    data::{DataError, Dataset, Faults},
+    data::{DataError, Dataset, Example, Faults},
+    evidence,
+    in_context::{Shots, ShotsUsed},
     inference::Inference,
-    metrics,
+    init::InitError,
+    metrics::{
+        self, Bleu, Chrf,
+        interval::{Interval, bootstrap, wilson},
+        mean,
+    },
 };
 use crate::{
     engine::sampling::mask::TokenConstraint,
@@ -17,12 +24,7 @@ use crate::{
     input::{InputEncoder, truncation},
     model::Model,
     packing::{InputToken, Packing, PromptShape, text_len},
-    prompt::{
-        LearnedPrompt, Version,
-        calibration::Calibration,
-        label_scores::{LabelTokens, NoTokens},
-        labels::Verbalizer,
-    },
+    prompt::{LearnedPrompt, Version, calibration::Calibration, label_scores::LabelTokens, labels::Verbalizer},
     tokenizer::Tokenizer,
 };
 
@@ -35,6 +37,8 @@ pub enum PromptVariant<'a> {
     NoPrompt,
     /// An instruction in words, on a line of its own.
     Instruction(&'a str),
+    /// Other examples with their answers.
+    InContext(&'a Shots),
 }
 
 impl<'a> PromptVariant<'a> {
@@ -44,13 +48,14 @@ impl<'a> PromptVariant<'a> {
             Self::Learned(_) => "tuned",
             Self::NoPrompt => "no_prompt",
             Self::Instruction(_) => "instruction",
+            Self::InContext(_) => "in_context",
         }
     }
 
     fn learned(&self) -> Option<&'a Arc<LearnedPrompt>> {
         match self {
             Self::Learned(prompt) => Some(prompt),
-            Self::NoPrompt | Self::Instruction(_) => None,
+            Self::NoPrompt | Self::Instruction(_) | Self::InContext(_) => None,
         }
     }
 }
@@ -58,16 +63,22 @@ impl<'a> PromptVariant<'a> {
 /// The scores of one variant of the prompt.
 #[derive(Debug, Clone, Serialize)]
 pub struct Column {
-    /// `tuned`, `no_prompt` or `instruction`.
+    /// `tuned`, `no_prompt`, `instruction` or `in_context`.
     pub name: &'static str,
     /// By metric; shares are 0 to 1, chrF and BLEU 0 to 100.
     pub metrics: BTreeMap<&'static str, f64>,
+    /// By metric, in its unit: the 95 % confidence interval, low and high. Wilson's for shares of the examples, a
+    /// percentile bootstrap over examples for others; the ECE has none, since samples with repetitions raise it.
+    pub intervals: BTreeMap<&'static str, Interval>,
     /// For a labelled task: how often each label was expected and answered.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub confusion: Option<BTreeMap<String, BTreeMap<String, usize>>>,
     /// For a labelled task: how well the labels' probabilities agree with what was expected.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reliability: Option<Reliability>,
+    /// For examples in the context: how many there were before the inputs.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub shots: Option<ShotsUsed>,
     /// For a labelled task: what the model says of the labels of each example.
     #[serde(skip)]
     pub evidence: Option<LabelEvidence>,
@@ -101,30 +112,32 @@ impl Evaluation<'_> {
     /// # Errors
     /// An input does not fit, every such line named; or the engine fails.
     pub fn column(&self, variant: &PromptVariant<'_>, done: &mut dyn FnMut(usize)) -> Result<Column, TuneError> {
-        let inputs = self.inputs(variant)?;
-        let prompt = variant.learned();
-        let longest = inputs.iter().map(|input| text_len(input)).max().unwrap_or(0);
         let words = self.labels.map(|labels| self.label_tokens(labels, variant)).transpose()?;
         let continuations = words.as_ref().map_or_else(Vec::new, LabelTokens::continuations);
-        let longest_word = continuations.iter().map(Vec::len).max().unwrap_or(0);
-        let engine = Inference::start(self.model, prompt, longest, self.max_tokens.max(longest_word))?;
+        let longest_answer = continuations.iter().map(Vec::len).max().unwrap_or(0).max(self.max_tokens);
+        let (inputs, shots) = self.inputs(variant, longest_answer)?;
+        let prompt = variant.learned();
+        let longest = inputs.iter().map(|input| text_len(input)).max().unwrap_or(0);
+        let engine = Inference::start(self.model, prompt, longest, longest_answer)?;
         let generated = engine.greedy(&inputs, self.max_tokens, self.constraint()?.as_ref(), done)?;
         let mut outputs = Vec::with_capacity(generated.len());
         for ids in &generated {
-            let output = self.tokenizer.decode(ids).map_err(super::init::InitError::Tokenizer)?;
-            outputs.push(match variant {
-                PromptVariant::Learned(_) => output.trim().to_owned(),
+            let output = self.tokenizer.decode(ids).map_err(InitError::Tokenizer)?;
+            outputs.push(match prompt {
+                Some(_) => output.trim().to_owned(),
                 // A model that was never told when to stop is not blamed for what it adds.
-                PromptVariant::NoPrompt | PromptVariant::Instruction(_) => first_line(&output).to_owned(),
+                None => first_line(&output).to_owned(),
             });
         }
-        match self.labels.zip(words) {
+        let column = match self.labels.zip(words) {
             Some((labels, words)) => {
-                let evidence = self.evidence(&words, engine.score(&inputs, &continuations)?);
-                Ok(self.score_labels(variant, labels, evidence, outputs))
+                let expected = self.data.examples.iter().map(|example| example.label.as_deref());
+                let evidence = evidence::ask(&engine, &words, &inputs, expected)?;
+                self.score_labels(variant, labels, evidence, outputs)
             }
-            None => Ok(self.score_texts(variant.name(), outputs)),
-        }
+            None => self.score_texts(variant.name(), outputs),
+        };
+        Ok(Column { shots, ..column })
     }
 
     /// What the task's grammar makes of answers, which a server holds every variant to as well.
@@ -135,26 +148,36 @@ impl Evaluation<'_> {
         Ok(Some(grammars.compile(grammar)?))
     }
 
-    fn inputs(&self, variant: &PromptVariant<'_>) -> Result<Vec<Vec<InputToken>>, TuneError> {
+    /// The positions of each input, and how many examples stand before them where the variant has some. Those leave room
+    /// for an answer of `longest_answer` tokens.
+    fn inputs(
+        &self,
+        variant: &PromptVariant<'_>,
+        longest_answer: usize,
+    ) -> Result<(Vec<Vec<InputToken>>, Option<ShotsUsed>), TuneError> {
         let shape = PromptShape::of(variant.learned().map(Arc::as_ref));
         let budget = Packing::of(self.model.info()).budget(shape);
-        let encoder = InputEncoder {
-            tokenizer: self.tokenizer,
-            template: &self.version.template,
-            special_tokens: self.version.spec.special_tokens.unwrap_or_default(),
-            truncate: self.version.spec.truncate.as_ref(),
-            shape,
-        };
+        let encoder = InputEncoder { shape, ..InputEncoder::of(self.version, self.tokenizer) };
         let limit = truncation::limit(budget, self.version);
-        let instruction = match variant {
-            PromptVariant::Instruction(instruction) => format!("{instruction}\n"),
-            PromptVariant::Learned(_) | PromptVariant::NoPrompt => String::new(),
+        let room = match budget.shared {
+            // An answer that may be as long as the context gets half of it.
+            true => budget.output.saturating_sub(longest_answer.min(budget.output / 2).max(1)),
+            false => budget.input,
+        };
+        let mut used = ShotsUsed::default();
+        let mut one = |example: &Example| match variant {
+            PromptVariant::Learned(_) | PromptVariant::NoPrompt => encoder.encode(&example.input, limit),
+            PromptVariant::Instruction(text) => encoder.encode_after(&format!("{text}\n"), &example.input, limit),
+            PromptVariant::InContext(shots) => {
+                let (input, count) = shots.before(&encoder, &example.input, room, limit)?;
+                used.add(count, shots.len());
+                Ok(input)
+            }
         };
         let mut faults = Vec::new();
         let mut inputs = Vec::new();
         for example in &self.data.examples {
-            let input = encoder.encode_after(&instruction, &example.input, limit).map_err(|e| e.to_string());
-            let fits = input.and_then(|input| {
+            let fits = one(example).map_err(|e| e.to_string()).and_then(|input| {
                 budget.check(text_len(&input), 1).map_err(|fault| format!("{fault}; shorten it"))?;
                 Ok(input)
             });
@@ -164,20 +187,40 @@ impl Evaluation<'_> {
             }
         }
         match faults.is_empty() {
-            true => Ok(inputs),
+            true => Ok((inputs, matches!(variant, PromptVariant::InContext(_)).then_some(used))),
             false => Err(DataError::Faults(Faults { path: self.data.path.clone(), faults }).into()),
         }
     }
 
     fn score_texts(&self, name: &'static str, outputs: Vec<String>) -> Column {
         let references: Vec<String> = self.data.examples.iter().map(|e| e.output.trim().to_owned()).collect();
+        let n = references.len();
+        let pairs = || outputs.iter().zip(&references);
+        let f1: Vec<f64> = pairs().map(|(o, r)| metrics::token_f1(o, r)).collect();
+        let chrf: Vec<Chrf> = pairs().map(|(o, r)| Chrf::of(o, r)).collect();
+        let bleu: Vec<Bleu> = pairs().map(|(o, r)| Bleu::of(o, r)).collect();
         let metrics = [
             ("exact_match", metrics::exact_match(&outputs, &references)),
-            ("token_f1", metrics::token_f1(&outputs, &references)),
-            ("chrf", metrics::chrf(&outputs, &references)),
-            ("bleu", metrics::bleu(&outputs, &references)),
+            ("token_f1", mean(f1.iter().copied())),
+            ("chrf", chrf.iter().copied().sum::<Chrf>().score()),
+            ("bleu", bleu.iter().copied().sum::<Bleu>().score()),
         ];
-        Column { name, metrics: metrics.into(), confusion: None, reliability: None, evidence: None, outputs }
+        let intervals = [
+            ("exact_match", wilson(pairs().filter(|(o, r)| metrics::is_exact(o, r)).count(), n)),
+            ("token_f1", bootstrap(n, |sample| mean(sample.iter().map(|&i| f1[i])))),
+            ("chrf", bootstrap(n, |sample| sample.iter().map(|&i| chrf[i]).sum::<Chrf>().score())),
+            ("bleu", bootstrap(n, |sample| sample.iter().map(|&i| bleu[i]).sum::<Bleu>().score())),
+        ];
+        Column {
+            name,
+            metrics: metrics.into(),
+            intervals: intervals.into(),
+            confusion: None,
+            reliability: None,
+            shots: None,
+            evidence: None,
+            outputs,
+        }
     }
 
     fn score_labels(
@@ -201,6 +244,17 @@ impl Evaluation<'_> {
                 (label, row.into_iter().map(|(answer, n)| (answer.unwrap_or_else(|| NO_LABEL.to_owned()), n)).collect())
             })
             .collect();
+        let n = expected.len();
+        let right =
+            |answers: &[Option<String>]| answers.iter().zip(&expected).filter(|(a, e)| a.as_ref() == Some(e)).count();
+        let (pairs, known) = metrics::label_pairs(&answered, &expected);
+        let briers = evidence.briers(&calibration);
+        let intervals = [
+            ("accuracy", wilson(right(&answered), n)),
+            ("macro_f1", bootstrap(n, |sample| metrics::macro_f1_of(sample.iter().map(|&i| pairs[i]), known))),
+            ("choice_accuracy", wilson(right(&chosen), n)),
+            ("brier", bootstrap(n, |sample| mean(sample.iter().map(|&i| briers[i])))),
+        ];
         let metrics = [
             ("accuracy", metrics::accuracy(&answered, &expected)),
             ("macro_f1", metrics::macro_f1(&answered, &expected)),
@@ -211,51 +265,24 @@ impl Evaluation<'_> {
         Column {
             name: variant.name(),
             metrics: metrics.into(),
+            intervals: intervals.into(),
             confusion: Some(confusion),
             reliability: Some(reliability),
+            shots: None,
             evidence: Some(evidence),
             outputs,
         }
     }
 
-    /// The labels' token sequences. Only a learned prompt was taught how an answer ends, so without one words alone count.
+    /// The labels' token sequences: with a learned prompt as `classify` scores them, otherwise words alone.
     fn label_tokens(&self, labels: &Verbalizer, variant: &PromptVariant<'_>) -> Result<LabelTokens, TuneError> {
-        let tokens = |text: &str| self.tokenizer.tokenize_continuation(text).map_err(super::init::InitError::Tokenizer);
-        let ends = match variant {
-            PromptVariant::Learned(_) => {
-                let stops = self
-                    .version
-                    .spec
-                    .defaults
-                    .stop
-                    .iter()
-                    .flatten()
-                    .map(|stop| tokens(stop))
-                    .collect::<Result<Vec<_>, _>>()?;
-                stops.into_iter().chain(self.model.info().eos_token_ids.iter().map(|&id| vec![id])).collect()
+        match variant.learned() {
+            Some(_) => {
+                let stops = self.version.spec.defaults.stop.as_deref().unwrap_or_default();
+                evidence::ended_labels(self.tokenizer, labels, stops, &self.model.info().eos_token_ids)
             }
-            PromptVariant::NoPrompt | PromptVariant::Instruction(_) => Vec::new(),
-        };
-        LabelTokens::new(labels, &ends, |word| Ok::<_, TuneError>(tokens(word)?))
-    }
-
-    fn evidence(&self, words: &LabelTokens, scores: Vec<Option<Vec<Vec<f32>>>>) -> LabelEvidence {
-        let labels: Vec<String> = words.names().map(str::to_owned).collect();
-        let known = |label: &Option<String>| labels.iter().position(|known| Some(known) == label.as_ref());
-        let expected = self.data.examples.iter().map(|example| known(&example.label).unwrap_or(labels.len())).collect();
-        let one = |log_probs: Option<Vec<Vec<f32>>>| match log_probs {
-            Some(log_probs) => words.log_masses(&log_probs),
-            // There is nothing to predict from: no label is likelier than another.
-            None => vec![f64::NEG_INFINITY; labels.len()],
-        };
-        let scores = scores.into_iter().map(one).collect();
-        LabelEvidence { labels, scores, expected }
-    }
-}
-
-impl From<NoTokens> for TuneError {
-    fn from(error: NoTokens) -> Self {
-        Self::NoLabelTokens { label: error.label }
+            None => evidence::bare_labels(self.tokenizer, labels),
+        }
     }
 }
 

@@ -3,6 +3,7 @@
 use std::{
     ops::ControlFlow,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use candle_core::Device;
@@ -11,6 +12,7 @@ use super::{
     TuneError,
     checkpoint::Checkpoint,
     forward::Forward,
+    held_out_calibration::{self, HeldOutCalibration},
     loss::ValidationMetrics,
     output,
     plan::{HeldOut, Plan},
@@ -25,6 +27,7 @@ use crate::{
         spec::{BaseModel, TaskSpec},
     },
     sampling::SamplingOptions,
+    tokenizer::Tokenizer,
 };
 
 /// The folders of a run: of its result and of its state.
@@ -66,12 +69,15 @@ pub struct Outcome {
     /// The prompt that was kept, and the step it is from.
     pub after: ValidationMetrics,
     pub best_step: usize,
+    /// Of the label probabilities; `None` where the task has no labels.
+    pub calibration: Option<HeldOutCalibration>,
 }
 
 /// Runs a plan. The folder of an existing prompt is not touched before the new one is complete and
-/// has been read back.
+/// has been read back. `tokenizer` is the one that the plan was made with.
 pub fn run(
     forward: &Forward,
+    tokenizer: &Tokenizer,
     plan: &Plan,
     paths: &OutputPaths,
     observer: &mut dyn Observer,
@@ -115,13 +121,25 @@ pub fn run(
         _ => return Err(TuneError::NoGain { rate, loss: before.loss }),
     };
     let without_prompt = trainer.validate(&settings, None)?;
-    let spec = spec(model, plan, &settings, &state, best.validation);
-    let prompt = plan.parameters.prompt_of(&best.values, &Device::Cpu)?;
+    let mut spec = spec(model, plan, &settings, &state, best.validation);
+    let prompt = Arc::new(plan.parameters.prompt_of(&best.values, &Device::Cpu)?);
+    let calibration = held_out_calibration::learn(model, tokenizer, plan, &prompt);
+    spec.calibration = calibration.as_ref().and_then(HeldOutCalibration::stored).cloned();
     let files = output::serialise(&plan.parameters, &prompt, &spec, model)?;
     let version = output::write(&paths.output, &plan.task, &files, &fit(model))?;
     output::write_curve(&paths.output, plan, &state)?;
     output::remove_checkpoint(&paths.checkpoint);
-    Ok(Outcome { version, ended, rate, without_prompt, before, after: best.validation, best_step: best.step, state })
+    Ok(Outcome {
+        version,
+        ended,
+        rate,
+        without_prompt,
+        before,
+        after: best.validation,
+        best_step: best.step,
+        state,
+        calibration,
+    })
 }
 
 fn choose_rate(trainer: &Trainer<'_>, plan: &Plan, observer: &mut dyn Observer) -> Result<f64, TuneError> {

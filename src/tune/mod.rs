@@ -10,7 +10,9 @@
 //! - [`trainer`], [`sweep`]: the loop, and the search for its learning rate
 //! - [`checkpoint`], [`output`], [`report`]: what is left on disk
 //! - [`inference`], [`metrics`], [`evaluate`]: what the engine answers with a prompt and how good that is,
-//!   beside what an instruction in words gives
+//!   beside what an instruction in words gives, and examples in the context ([`in_context`])
+//! - [`evidence`], [`calibrate`], [`held_out_calibration`]: how likely the engine finds each label, how far that can be
+//!   trusted, and the calibration that a run stores
 //! - [`TuneError`]: what went wrong, as facts
 
 pub mod calibrate;
@@ -18,7 +20,10 @@ pub mod checkpoint;
 pub mod data;
 mod error;
 pub mod evaluate;
+pub mod evidence;
 pub mod forward;
+pub mod held_out_calibration;
+pub mod in_context;
 pub mod inference;
 pub mod init;
 pub mod job;

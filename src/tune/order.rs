@@ -9,6 +9,10 @@ pub const SPLIT: u64 = u64::MAX;
 pub const INIT: u64 = u64::MAX - 1;
 /// The stream of an encoder's initial weights.
 pub const ENCODER: u64 = u64::MAX - 2;
+/// The stream of the examples that are put into the context.
+pub const SHOTS: u64 = u64::MAX - 3;
+/// The stream of a bootstrap's samples.
+pub const BOOTSTRAP: u64 = u64::MAX - 4;
 
 /// A generator for one purpose, independent of those for others.
 pub fn rng(seed: u64, stream: u64) -> StdRng {

@@ -1,4 +1,5 @@
-//! `softserve eval` on label probabilities: its scores, the calibration that it learns, and a server that uses it.
+//! Calibrated label probabilities: what `softserve eval` measures, the calibration that it and `softserve tune` learn, and a
+//! server that uses it.
 
 use std::{fs, path::Path};
 
@@ -9,6 +10,7 @@ use softserve::{demo, kernels, model::Model, prompt::TaskName, tokenizer::Tokeni
 use crate::{
     process::{output, softserve},
     support::{Options, copy},
+    tune_types::{head, tune},
 };
 
 /// A home with the demo's prompts, and what `softserve eval` answers there.
@@ -97,6 +99,59 @@ fn what_cannot_be_calibrated_is_refused_and_changes_nothing() {
     assert_eq!(task_json(home, "topic"), before);
     let (code, _, log) = eval(home, &["--task", "topic", "--data", "few.jsonl", "--calibrate"]);
     assert!(code != Some(0) && log.contains("--calibrate") && log.contains("cannot be used"), "{log}");
+}
+
+#[tokio::test]
+async fn tune_stores_the_calibration_that_eval_would_learn_on_its_held_out_examples() {
+    let home = tempfile::tempdir().unwrap();
+    let home = home.path();
+    let (train, dev) = (head(home, "train.jsonl", 32), head(home, "dev.jsonl", 60));
+    let mut command = tune(home, "out", "mood", &train, &["--lr", "0.05", "--steps", "16", "--virtual-tokens", "9"]);
+    command.arg("--eval-data").arg(&dev);
+    let (code, said, log) = output(command);
+    assert_eq!(code, Some(0), "{log}");
+    let task: Value = serde_json::from_slice(&fs::read(home.join("out/mood/task.json")).unwrap()).unwrap();
+    let stored = &task["calibration"];
+    let line = said.lines().find(|line| line.contains("calibration")).unwrap();
+    assert!(line.starts_with(&format!("calibration stored: temperature {}", stored["temperature"])), "{said}");
+    assert!(line.contains("Brier score ") && line.contains("on 60 held-out examples"), "{line}");
+
+    let mut command = softserve(home);
+    command.args(["eval", "--prompt", "out/mood", "--calibrate", "--json", "--data"]).arg(&dev);
+    let (code, report, log) = output(command);
+    assert_eq!(code, Some(0), "{log}");
+    let report: Value = serde_json::from_str(&report).unwrap();
+    assert_eq!(report["calibration"]["temperature"], stored["temperature"]);
+    assert_eq!(report["calibration"]["priors"], stored["priors"]);
+
+    let model = Model::load(&demo::model(), kernels::cpu(), DType::F32).unwrap();
+    let server = Options::default().start_with(model, Tokenizer::load(&demo::model()).unwrap(), &home.join("out"));
+    let classify = async |calibrate: bool| {
+        let body = json!({"input": "The soup in Rome was delicious.", "calibrate": calibrate});
+        server.post("/v1/tasks/mood/classify", &body).await.ok()
+    };
+    let (calibrated, raw) = (classify(true).await, classify(false).await);
+    assert_ne!(calibrated["confidence"], raw["confidence"]);
+}
+
+#[test]
+fn tune_stores_no_calibration_where_too_little_is_held_out() {
+    let home = tempfile::tempdir().unwrap();
+    let home = home.path();
+    let train = head(home, "train.jsonl", 32);
+    // Nothing is held out; what is, is too little; and all of it is trained on as well.
+    for (options, found) in [(vec![], 0), (vec!["dev.jsonl"], 12), (vec!["train.jsonl"], 0)] {
+        let mut command = tune(home, "out", "mood", &train, &["--lr", "0.05", "--steps", "8", "--virtual-tokens", "9"]);
+        for name in options {
+            let held_out = if name == "dev.jsonl" { head(home, name, 12) } else { train.clone() };
+            command.arg("--eval-data").arg(held_out);
+        }
+        let (code, said, log) = output(command);
+        assert_eq!(code, Some(0), "{log}");
+        let expected = format!("that takes 20 held-out examples that are not trained on, and there are {found}");
+        assert!(said.contains(&expected), "{said}");
+        assert!(task_json(home, "mood").get("calibration").is_none());
+    }
 }
 
 #[test]

@@ -17,6 +17,7 @@ mod diverged;
 mod draft;
 mod encoder_decoder;
 mod engine;
+mod eval;
 mod examples;
 mod families;
 mod fixtures;

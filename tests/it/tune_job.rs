@@ -88,7 +88,7 @@ impl TestRun {
 
     fn tune(&self, options: &Options, paths: &OutputPaths, mut observer: StopAt) -> Result<Outcome, TuneError> {
         let plan = Plan::new(&self.forward, &self.tokenizer, options)?;
-        job::run(&self.forward, &plan, paths, &mut observer)
+        job::run(&self.forward, &self.tokenizer, &plan, paths, &mut observer)
     }
 
     /// The matrix that is saved, row by row.
@@ -156,7 +156,7 @@ fn greedy_answers_on_the_serving_kernels_are_those_that_tuning_counts_as_exact()
     let options = Options { length: Length::Steps(120), ..run.options() };
     let plan = Plan::new(&run.forward, &run.tokenizer, &options).unwrap();
     assert_eq!(plan.held_out_is, HeldOut::Training);
-    let outcome = job::run(&run.forward, &plan, &run.paths("out"), &mut { NEVER }).unwrap();
+    let outcome = job::run(&run.forward, &run.tokenizer, &plan, &run.paths("out"), &mut { NEVER }).unwrap();
     let inputs: Vec<_> = plan.train.iter().map(|example| example.input.clone()).collect();
     let mut answered = 0;
     let longest = inputs.iter().map(Vec::len).max().unwrap();
@@ -176,7 +176,7 @@ fn each_type_is_written_as_peft_writes_it_read_back_and_answers_as_it_was_measur
         let init = prompt_type.default_init();
         let options = Options { prompt_type, init, rate: None, length: Length::Steps(150), ..run.options() };
         let plan = Plan::new(&run.forward, &run.tokenizer, &options).unwrap();
-        let outcome = job::run(&run.forward, &plan, &paths, &mut { NEVER }).unwrap();
+        let outcome = job::run(&run.forward, &run.tokenizer, &plan, &paths, &mut { NEVER }).unwrap();
         assert!(outcome.after.loss < 0.7 * outcome.before.loss, "{prompt_type:?}: {outcome:?}");
         let best = outcome.state.best.as_ref().unwrap();
         let made = plan.parameters.prompt_of(&best.values, &Device::Cpu).unwrap();

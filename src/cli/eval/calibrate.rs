@@ -9,17 +9,15 @@ use anyhow::{Context as _, bail};
 
 use crate::{
     prompt::{calibration::Calibration, files::TASK},
-    tune::{calibrate::Reliability, evaluate::Column},
+    tune::{
+        calibrate::{LEAST_EXAMPLES, LearnedCalibration},
+        evaluate::Column,
+    },
 };
-
-/// The fewest examples that a calibration is learned from.
-const LEAST_EXAMPLES: usize = 20;
 
 /// What was learned, and where it was written.
 pub struct Calibrated {
-    pub calibration: Calibration,
-    before: Reliability,
-    held_out: Reliability,
+    learned: LearnedCalibration,
     /// `None` where probabilities are no better with it.
     written: Option<PathBuf>,
 }
@@ -36,13 +34,12 @@ pub fn calibrate(folder: &Path, columns: &[Column]) -> anyhow::Result<Calibrated
             "--calibrate needs at least {LEAST_EXAMPLES} examples that the prompt was not tuned on, and the data has {found}"
         );
     }
-    let calibration = evidence.fit();
-    let (before, held_out) = (evidence.reliability(&Calibration::none()), evidence.cross_validated());
-    let written = (held_out.brier < before.brier).then(|| folder.join(TASK));
+    let learned = evidence.learn();
+    let written = learned.is_better.then(|| folder.join(TASK));
     if let Some(path) = &written {
-        write(path, &calibration)?;
+        write(path, &learned.calibration)?;
     }
-    Ok(Calibrated { calibration, before, held_out, written })
+    Ok(Calibrated { learned, written })
 }
 
 /// Puts the calibration in task.json, whose other fields stay. The file is replaced as a whole.
@@ -68,18 +65,19 @@ fn write(path: &Path, calibration: &Calibration) -> anyhow::Result<()> {
 impl Calibrated {
     /// As JSON, for the report.
     pub fn json(&self) -> serde_json::Value {
+        let LearnedCalibration { calibration, before, held_out, .. } = &self.learned;
         serde_json::json!({
-            "temperature": self.calibration.temperature,
-            "priors": self.calibration.priors,
-            "without": {"brier": self.before.brier, "ece": self.before.ece},
-            "cross_validated": {"brier": self.held_out.brier, "ece": self.held_out.ece},
+            "temperature": calibration.temperature,
+            "priors": calibration.priors,
+            "without": {"brier": before.brier, "ece": before.ece},
+            "cross_validated": {"brier": held_out.brier, "ece": held_out.ece},
             "written_to": self.written,
         })
     }
 
     /// As text, below the table.
     pub fn write(&self, out: &mut dyn Write) -> std::io::Result<()> {
-        let Self { calibration, before, held_out, written } = self;
+        let Self { learned: LearnedCalibration { calibration, before, held_out, .. }, written } = self;
         writeln!(
             out,
             "\n  calibration: temperature {}, priors of {} labels",

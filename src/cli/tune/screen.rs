@@ -15,6 +15,8 @@ use std::{
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::tune::{
+    calibrate::{LEAST_EXAMPLES, LearnedCalibration},
+    held_out_calibration::HeldOutCalibration,
     job::{Observer, Outcome, OutputPaths},
     loss::ValidationMetrics,
     plan::Plan,
@@ -156,6 +158,9 @@ pub(super) fn write_result(
     writeln!(out, "{}", row("without a prompt", outcome.without_prompt))?;
     writeln!(out, "{}", row("before tuning", outcome.before))?;
     writeln!(out, "{}", row("after tuning", outcome.after))?;
+    if let Some(calibration) = &outcome.calibration {
+        writeln!(out, "\n{}", calibration_line(calibration))?;
+    }
     writeln!(
         out,
         "\nkept step {} of {}{ended}; learning rate {}; {:.0} s\nwrote {} (version {}) and {}\n\nserve it:  softserve serve --prompts {}",
@@ -168,6 +173,38 @@ pub(super) fn write_result(
         paths.output.join(crate::prompt::files::CURVE).display(),
         paths.output.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")).display(),
     )
+}
+
+/// What came of the calibration of the label probabilities, in one line.
+fn calibration_line(calibration: &HeldOutCalibration) -> String {
+    match calibration {
+        HeldOutCalibration::TooFew { found } => format!(
+            "label probabilities are not calibrated: that takes {LEAST_EXAMPLES} held-out examples that are not trained \
+             on, and there are {found}; give --eval-data"
+        ),
+        HeldOutCalibration::Failed(error) => {
+            format!("label probabilities are not calibrated: the held-out examples could not be scored: {error}")
+        }
+        HeldOutCalibration::Learned(LearnedCalibration { calibration, examples, before, held_out, is_better }) => {
+            let scores = format!(
+                "Brier score {:.4} before, {:.4} after; ECE {:.4} before, {:.4} after (5-fold cross-validation on {examples} \
+                 held-out examples)",
+                before.brier, held_out.brier, before.ece, held_out.ece
+            );
+            match (is_better, calibration.priors.len()) {
+                (false, _) => {
+                    format!("no calibration is stored, since label probabilities are no better with one: {scores}")
+                }
+                (true, 0) => format!("calibration stored: temperature {}; {scores}", calibration.temperature),
+                (true, n) => {
+                    format!(
+                        "calibration stored: temperature {}, priors of {n} labels; {scores}",
+                        calibration.temperature
+                    )
+                }
+            }
+        }
+    }
 }
 
 /// Set by the first Ctrl-C; the second ends the process at once.
