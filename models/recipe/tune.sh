@@ -37,7 +37,7 @@ PY
 if [ "$what" != few ]; then
     for task in "${tasks[@]}"; do
         echo "== $task"
-        "$softserve" tune --task "$task" --description "$(describe "$task")" --prompts prompts \
+        "$softserve" tune --type prompt --task "$task" --description "$(describe "$task")" --prompts prompts \
             --data "$data/$task/train.jsonl" --eval-data "$data/$task/dev.jsonl"
         rm -rf "prompts/.tune-$task"
         "$softserve" eval --task "$task" --prompts prompts --data "$data/$task/test.jsonl" --json > "/tmp/$task.json"

@@ -46,6 +46,8 @@ Examples:
       softserve tune --task qa --data qa.jsonl --template $'{{ text }}\\n{{ question }}\\n'
   Continue after Ctrl-C or a crash:
       softserve tune --task sentiment --data train.jsonl --resume
+  Stop (Ctrl-C) and keep the best prompt so far; while it runs, .tune-NAME/loss.svg shows how it goes:
+      softserve tune --task sentiment --data train.jsonl --finish
   Serve the result:
       softserve serve --prompts prompts";
 
@@ -106,10 +108,11 @@ pub struct TuneArgs {
     pub description: Option<String>,
 
     /// What to learn: prompt (embeddings in front of the input), p-tuning (embeddings as well, trained
-    /// through a network that is then dropped) or prefix (keys and values in every layer, which can hold
-    /// more)
-    #[arg(long = "type", value_name = "TYPE", value_enum, default_value_t = TypeArg::Prompt)]
-    pub prompt_type: TypeArg,
+    /// through a network that is then dropped), prefix (keys and values in every layer, which can hold
+    /// more and take more memory), or auto: prompt or prefix, whichever has the lower loss on examples that are set apart,
+    /// after a few steps of each [default: auto; with --lr, prompt]
+    #[arg(long = "type", value_name = "TYPE", value_enum)]
+    pub prompt_type: Option<TypeArg>,
 
     /// The network of --type p-tuning [default: mlp]
     #[arg(long, value_enum)]
@@ -134,8 +137,8 @@ pub struct TuneArgs {
     #[arg(long, value_name = "TEXT")]
     pub init_text: Option<String>,
 
-    /// The maximum learning rate of AdamW. auto tries several in short runs from the same initial values
-    /// and takes the one with the lowest held-out loss
+    /// The maximum learning rate of AdamW. auto tries several in short runs from the same initial values, of which the better
+    /// half goes on, and takes the one with the lowest loss on a third of the examples, set apart for this
     #[arg(long, value_name = "RATE|auto", default_value = "auto")]
     pub lr: String,
 
@@ -182,8 +185,9 @@ pub struct TuneArgs {
     #[arg(long, value_name = "N")]
     pub eval_every: Option<usize>,
 
-    /// Early stopping: the number of evaluations in a row without an improvement after which tuning stops.
-    /// 0 turns it off. Accuracy is compared first, then the loss
+    /// Early stopping: the number of evaluations in a row without an improvement after which tuning may stop. With labels it then
+    /// stops only if the training examples are learnt, or the held-out accuracy is lower than before by two standard errors.
+    /// 0 turns it off
     #[arg(long, value_name = "N", default_value_t = 6)]
     pub patience: usize,
 
@@ -194,11 +198,16 @@ pub struct TuneArgs {
     /// Continue the same run from its saved state
     #[arg(long)]
     pub resume: bool,
+
+    /// Do not continue the run: write the best prompt of its saved state
+    #[arg(long, conflicts_with = "resume")]
+    pub finish: bool,
 }
 
 /// What is learned.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum TypeArg {
+    Auto,
     Prompt,
     PTuning,
     Prefix,
@@ -223,20 +232,21 @@ pub enum DecayArg {
 pub fn run(args: &TuneArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     let started = Instant::now();
     let (model, tokenizer) = args.model.load()?;
-    let options = args.options(&model)?;
+    let options = args.alternatives(&model)?;
     let forward = Forward::new(model);
-    let plan = Plan::new(&forward, &tokenizer, &options).map_err(explain)?;
+    let plans = Plan::alternatives(&forward, &tokenizer, &options).map_err(explain)?;
+    let Some(plan) = plans.first() else { bail!("there is no type of prompt to learn") };
     let output = args.output.clone().unwrap_or_else(|| args.prompts.join(args.task.as_str()));
     let checkpoint = args.checkpoint.clone().unwrap_or_else(|| job::default_checkpoint(&output));
-    let paths = OutputPaths { output, checkpoint, resume: args.resume };
+    let paths = OutputPaths { output, checkpoint, resume: args.resume, finish: args.finish };
     let info = forward.model().info();
-    let mut screen = Screen::new(&plan);
+    let mut screen = Screen::new(plan);
     screen.say(&format!(
         "{}: {} examples, {} held out; {}, {} virtual tokens before {} ({} parameters, frozen)",
         plan.task,
         plan.train.len(),
         if plan.held_out.is_empty() { 0 } else { plan.held_out.len() },
-        plan.parameters.method().title(),
+        plans.iter().map(|plan| plan.parameters.method().title()).collect::<Vec<_>>().join(" or "),
         plan.parameters.virtual_tokens(),
         info.name,
         info.num_parameters
@@ -247,15 +257,21 @@ pub fn run(args: &TuneArgs, out: &mut dyn Write) -> anyhow::Result<()> {
             Warning::NothingHeldOut { .. } => format!("warning: {warning}; give --eval-data"),
         });
     }
-    let outcome = job::run(&forward, &tokenizer, &plan, &paths, &mut screen).map_err(explain)?;
+    let outcome = job::run(&forward, &tokenizer, &plans, &paths, &mut screen).map_err(explain)?;
     screen.close();
-    write_result(out, &plan, &outcome, &paths, started)?;
+    write_result(out, &plans[outcome.plan], &outcome, &paths, started)?;
     Ok(())
 }
 
 impl TuneArgs {
-    fn options(&self, model: &Model) -> anyhow::Result<Options> {
-        let prompt_type = self.prompt_type()?;
+    /// The options of each type of prompt that may be learned.
+    fn alternatives(&self, model: &Model) -> anyhow::Result<Vec<Options>> {
+        let types = self.prompt_types()?;
+        let races = types.len() > 1;
+        types.into_iter().map(|prompt_type| Ok(Options { races, ..self.options(model, prompt_type)? })).collect()
+    }
+
+    fn options(&self, model: &Model, prompt_type: PromptType) -> anyhow::Result<Options> {
         let how = match (&self.init, &self.init_text) {
             (_, Some(text)) => format!("text:{text}"),
             (Some(how), None) => how.clone(),
@@ -306,20 +322,27 @@ impl TuneArgs {
         })
     }
 
-    fn prompt_type(&self) -> anyhow::Result<PromptType> {
-        if self.prompt_type != TypeArg::PTuning && (self.encoder.is_some() || self.encoder_hidden.is_some()) {
+    /// The types that may be learned, the smallest first. A given rate is for one type, since each has its own unit.
+    fn prompt_types(&self) -> anyhow::Result<Vec<PromptType>> {
+        if self.prompt_type != Some(TypeArg::PTuning) && (self.encoder.is_some() || self.encoder_hidden.is_some()) {
             bail!("--encoder and --encoder-hidden are for --type p-tuning; the other types have no network");
         }
+        let has_rate = self.lr != "auto";
         Ok(match self.prompt_type {
-            TypeArg::Prompt => PromptType::Prompt,
-            TypeArg::Prefix => PromptType::Prefix,
-            TypeArg::PTuning => PromptType::PTuning {
+            Some(TypeArg::Auto) if has_rate => {
+                bail!("--lr is given for one type of prompt, and --type auto tries several; choose a --type")
+            }
+            None if has_rate => vec![PromptType::Prompt],
+            None | Some(TypeArg::Auto) => vec![PromptType::Prompt, PromptType::Prefix],
+            Some(TypeArg::Prompt) => vec![PromptType::Prompt],
+            Some(TypeArg::Prefix) => vec![PromptType::Prefix],
+            Some(TypeArg::PTuning) => vec![PromptType::PTuning {
                 encoder: match self.encoder {
                     None | Some(EncoderArg::Mlp) => PromptEncoderKind::Mlp,
                     Some(EncoderArg::Lstm) => PromptEncoderKind::Lstm,
                 },
                 hidden_size: self.encoder_hidden,
-            },
+            }],
         })
     }
 

@@ -55,6 +55,17 @@ fn values<'a>(storage: &'a Storage, layout: &Layout) -> Result<&'a [f32]> {
     }
 }
 
+/// The values of an operation's f32 input, whose layout says that they lie in order.
+///
+/// # Errors
+/// They do not, or are of another type.
+pub fn slice<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
+    match layout.contiguous_offsets() {
+        Some((start, end)) => Ok(&storage.as_slice::<f32>()?[start..end]),
+        None => bail!("values that lie in order are needed"),
+    }
+}
+
 /// Lanes of independent sums, which the compiler can keep in one vector register.
 const LANES: usize = 16;
 

@@ -351,6 +351,18 @@ pub fn held_out(examples: &[TokenizedExample], seed: u64) -> Vec<bool> {
     out
 }
 
+/// Splits `examples` into `n` parts of about one size, by `seed`: the part of each example. Examples with the same input are
+/// in one part.
+pub fn parts(examples: &[TokenizedExample], n: usize, seed: u64) -> Vec<usize> {
+    let mut part_of: HashMap<&[InputToken], usize> = HashMap::new();
+    let mut parts = vec![0; examples.len()];
+    for i in super::order::shuffled(examples.len(), seed, super::order::SWEEP) {
+        let next = part_of.len() % n.max(1);
+        parts[i] = *part_of.entry(&examples[i].input).or_insert(next);
+    }
+    parts
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -10,7 +10,7 @@ use candle_core::Device;
 
 use super::{
     TuneError,
-    checkpoint::Checkpoint,
+    checkpoint::{Checkpoint, CheckpointError},
     forward::Forward,
     held_out_calibration::{self, HeldOutCalibration},
     loss::ValidationMetrics,
@@ -39,6 +39,8 @@ pub struct OutputPaths {
     pub checkpoint: PathBuf,
     /// Go on from the state that is there.
     pub resume: bool,
+    /// Train no more: write the best prompt of the state that is there.
+    pub finish: bool,
 }
 
 /// Sees a run while it goes. A break ends it; its last checkpoint stays.
@@ -46,9 +48,9 @@ pub trait Observer {
     /// A step of the sweep is done.
     fn sweeping(&mut self, done: usize, of: usize) -> ControlFlow<()>;
     /// The sweep is over.
-    fn swept(&mut self, sweep: &Sweep);
-    /// The run begins, or goes on from `step`.
-    fn training(&mut self, settings: &Settings, step: usize);
+    fn swept(&mut self, sweep: &Sweep, plans: &[Plan]);
+    /// The run of a plan begins, or goes on from `step`.
+    fn training(&mut self, plan: &Plan, settings: &Settings, step: usize);
     /// Something happened in the run.
     fn progress(&mut self, progress: Progress<'_>) -> ControlFlow<()>;
 }
@@ -56,6 +58,8 @@ pub trait Observer {
 /// What a finished run gives.
 #[derive(Debug)]
 pub struct Outcome {
+    /// Which of the plans was run.
+    pub plan: usize,
     /// As `serve` reads it from the folder.
     pub version: Version,
     pub state: State,
@@ -73,44 +77,55 @@ pub struct Outcome {
     pub calibration: Option<HeldOutCalibration>,
 }
 
-/// Runs a plan. The folder of an existing prompt is not touched before the new one is complete and
-/// has been read back. `tokenizer` is the one that the plan was made with.
+/// Runs one of several plans for the same examples, which differ in what is learned: the one that a short race finds to be
+/// the best. The folder of an existing prompt is not touched before the new one is complete and has been read back.
+/// `tokenizer` is the one that the plans were made with.
+///
+/// # Errors
+/// The run fails, or is interrupted: then its state is in the checkpoint's folder.
+///
+/// # Panics
+/// If there is no plan.
 pub fn run(
     forward: &Forward,
     tokenizer: &Tokenizer,
-    plan: &Plan,
+    plans: &[Plan],
     paths: &OutputPaths,
     observer: &mut dyn Observer,
 ) -> Result<Outcome, TuneError> {
     output::check(&paths.output)?;
     let model = forward.model();
-    let trainer = Trainer { forward, parameters: &plan.parameters, train: &plan.train, held_out: &plan.held_out };
-    let (rate, mut state) = match paths.resume {
-        true => {
-            let checkpoint = Checkpoint::read(&paths.checkpoint, &plan.identity)?;
-            (checkpoint.rate, checkpoint.state)
+    let (chosen, rate, state) = match paths.resume || paths.finish {
+        true => saved(plans, &paths.checkpoint)?,
+        false => {
+            let (chosen, rate) = choose(forward, plans, observer)?;
+            (chosen, rate, None)
         }
-        false => (choose_rate(&trainer, plan, observer)?, State::new(plan.initial.clone())),
     };
+    let plan = &plans[chosen];
+    let trainer = Trainer { forward, parameters: &plan.parameters, train: &plan.train, held_out: &plan.held_out };
+    let mut state = state.unwrap_or_else(|| State::new(plan.initial.clone()));
     let mut settings = plan.settings;
     settings.schedule.peak = rate;
-    observer.training(&settings, state.step);
+    observer.training(plan, &settings, state.step);
 
     let mut unsaved = None;
-    let ended = trainer.run(&settings, &mut state, &mut |progress| {
-        if let Progress::Evaluated { state, .. } = progress {
-            let checkpoint = Checkpoint { identity: plan.identity.clone(), rate, state: state.clone() };
-            if let Err(e) = checkpoint.write(&paths.checkpoint) {
-                unsaved = Some(e);
+    let mut train = |state: &mut State| {
+        trainer.run(&settings, state, &mut |progress| {
+            if let Progress::Evaluated { state, .. } = progress
+                && let Err(error) = save(plan, rate, state, &paths.checkpoint)
+            {
+                unsaved = Some(error);
                 return Ok(ControlFlow::Break(()));
             }
-        }
-        Ok(observer.progress(progress))
-    })?;
+            Ok(observer.progress(progress))
+        })
+    };
+    let ended = if paths.finish { Ended::Interrupted } else { train(&mut state)? };
     if let Some(error) = unsaved {
-        return Err(error.into());
+        return Err(error);
     }
-    if ended == Ended::Interrupted {
+    if ended == Ended::Interrupted && !paths.finish {
         return Err(TuneError::Interrupted { checkpoint: paths.checkpoint.clone() });
     }
     let before = state.evaluations.first().map(|e| e.1).ok_or(TuneError::Diverged { rate, step: state.step })?;
@@ -130,6 +145,7 @@ pub fn run(
     output::write_curve(&paths.output, plan, &state)?;
     output::remove_checkpoint(&paths.checkpoint);
     Ok(Outcome {
+        plan: chosen,
         version,
         ended,
         rate,
@@ -142,16 +158,39 @@ pub fn run(
     })
 }
 
-fn choose_rate(trainer: &Trainer<'_>, plan: &Plan, observer: &mut dyn Observer) -> Result<f64, TuneError> {
-    if plan.rates.is_empty() {
-        return Ok(plan.settings.schedule.peak);
+/// Saves a moment of a run, and draws it: who waits can look at the picture.
+fn save(plan: &Plan, rate: f64, state: &State, folder: &Path) -> Result<(), TuneError> {
+    Checkpoint { identity: plan.identity.clone(), rate, state: state.clone() }.write(folder)?;
+    output::write_curve(folder, plan, state)
+}
+
+/// The plan, the rate and the state of a run that was saved.
+fn saved(plans: &[Plan], folder: &Path) -> Result<(usize, f64, Option<State>), TuneError> {
+    let mut first = None;
+    for (i, plan) in plans.iter().enumerate() {
+        match Checkpoint::read(folder, &plan.identity) {
+            Ok(checkpoint) => return Ok((i, checkpoint.rate, Some(checkpoint.state))),
+            Err(error) => first = first.or(Some(error)),
+        }
     }
-    let sweep = sweep::sweep(trainer, &plan.settings, &plan.initial, &plan.rates, sweep::STEPS, &mut |done, of| {
-        observer.sweeping(done, of)
-    })?;
+    Err(first.unwrap_or_else(|| CheckpointError::Missing(folder.to_owned())).into())
+}
+
+/// The plan and the rate to run it with.
+fn choose(forward: &Forward, plans: &[Plan], observer: &mut dyn Observer) -> Result<(usize, f64), TuneError> {
+    if let [plan] = plans
+        && plan.rates.is_empty()
+    {
+        return Ok((0, plan.settings.schedule.peak));
+    }
+    let sweep = sweep::race(forward, plans, &mut |done, of| observer.sweeping(done, of))?;
     let sweep = sweep.ok_or(TuneError::InterruptedSweep)?;
-    observer.swept(&sweep);
-    sweep.chosen.ok_or_else(|| TuneError::NoRate { start: sweep.start.loss, tried: plan.rates.clone() })
+    observer.swept(&sweep, plans);
+    let tried = || plans.iter().flat_map(|plan| plan.rates.iter().copied()).collect();
+    match sweep.winner() {
+        Some(winner) => Ok((winner.plan, winner.rate)),
+        None => Err(TuneError::NoRate { start: sweep.start, tried: tried() }),
+    }
 }
 
 /// What a prompt of this model must fit.

@@ -125,6 +125,14 @@ pub struct ValidationMetrics {
 }
 
 impl ValidationMetrics {
+    /// The standard error of `exact` as an estimate from `n` examples, by the rule of succession: not zero where all or none
+    /// are exact.
+    pub fn standard_error(&self, n: usize) -> f64 {
+        let n = n as f64;
+        let p = (self.exact * n + 1.0) / (n + 2.0);
+        (p * (1.0 - p) / (n + 2.0)).sqrt()
+    }
+
     /// Whether this is better: more exact answers, or as many and a lower loss.
     pub fn better_than(&self, other: &ValidationMetrics) -> bool {
         self.loss.is_finite() && (self.exact > other.exact || self.exact == other.exact && self.loss < other.loss)

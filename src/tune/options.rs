@@ -68,6 +68,8 @@ pub struct Options {
     pub labels: Option<Verbalizer>,
     pub description: Option<String>,
     pub prompt_type: PromptType,
+    /// It races with other types: fewer rates of each are tried.
+    pub races: bool,
     /// [`VIRTUAL_TOKENS`](super::plan::VIRTUAL_TOKENS) where there is none.
     pub virtual_tokens: Option<usize>,
     pub init: Init,
@@ -109,6 +111,7 @@ impl Options {
             labels: None,
             description: None,
             prompt_type: PromptType::Prompt,
+            races: false,
             virtual_tokens: None,
             init: Init::Vocab,
             init_name: "vocab".to_owned(),

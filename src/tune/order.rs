@@ -7,6 +7,8 @@ use rand::{SeedableRng, rngs::StdRng, seq::SliceRandom};
 pub const SPLIT: u64 = u64::MAX;
 /// The stream of the initial values.
 pub const INIT: u64 = u64::MAX - 1;
+/// The stream of the examples that a sweep is judged by.
+pub const SWEEP: u64 = u64::MAX - 3;
 /// The stream of an encoder's initial weights.
 pub const ENCODER: u64 = u64::MAX - 2;
 /// The stream of the examples that are put into the context.

@@ -90,6 +90,7 @@ pub fn write_curve(output: &Path, plan: &Plan, state: &State) -> Result<(), Tune
 /// resumed at its end only writes its result again.
 pub fn remove_checkpoint(dir: &Path) {
     let _ = fs::remove_file(dir.join(super::checkpoint::FILE));
+    let _ = fs::remove_file(dir.join(files::CURVE));
     let _ = fs::remove_dir(dir);
 }
 

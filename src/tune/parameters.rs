@@ -44,6 +44,16 @@ impl Method {
         }
     }
 
+    /// The learning rates to try, in units of how large what is learned is: what Adam may move a value in a step, compared to
+    /// the values.
+    pub fn relative_rates(self) -> [f64; 5] {
+        match self {
+            Self::PromptTuning => [0.03, 0.1, 0.3, 1.0, 3.0],
+            Self::PTuning(_) => [1e-4, 3e-4, 1e-3, 3e-3, 1e-2],
+            Self::PrefixTuning => [0.003, 0.01, 0.03, 0.1, 0.3],
+        }
+    }
+
     /// What the command line and a checkpoint call it.
     pub fn name(self) -> &'static str {
         match self {

@@ -8,12 +8,11 @@ use super::{
     checkpoint::Identity,
     data::{self, Dataset, TokenizedExample},
     forward::Forward,
-    init::{self, Source},
+    init::{self, InitError, Source},
     optim::AdamW,
     options::{Length, Options},
     parameters::{Method, Parameters},
     schedule::Schedule,
-    sweep,
     trainer::Settings,
 };
 use crate::{
@@ -181,15 +180,15 @@ impl Plan {
             seed: options.seed,
             eval_every: options.eval_every.unwrap_or_else(|| steps.div_ceil(EVALUATIONS)),
             patience: options.patience,
+            labelled: data.labels.is_some(),
         };
         let mut plan = Self {
             task: options.task.clone(),
             description: options.description.clone(),
             max_tokens: max_tokens(&train, &held_out, data.labels.is_some()),
-            rates: if options.rate.is_some() {
-                vec![]
-            } else {
-                sweep::relative_rates(parameters.method()).map(|r| round(r * unit)).to_vec()
+            rates: match options.rate {
+                Some(_) => vec![],
+                None => rates(parameters.method(), options.races, unit),
             },
             parameters,
             initial,
@@ -207,10 +206,47 @@ impl Plan {
         Ok(plan)
     }
 
+    /// A plan for each type of prompt that may be learned, for the same task and data. Where there are several, those that the
+    /// model, the template or the initial values do not allow are left out.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new) for the first of them, if none is left or the fault is not of a type.
+    pub fn alternatives(forward: &Forward, tokenizer: &Tokenizer, all: &[Options]) -> Result<Vec<Self>, TuneError> {
+        let (mut plans, mut refused) = (Vec::new(), None);
+        for options in all {
+            match Self::new(forward, tokenizer, options) {
+                Ok(plan) => plans.push(plan),
+                Err(error) if is_of_the_type(&error) => refused = refused.or(Some(error)),
+                Err(error) => return Err(error),
+            }
+        }
+        match refused {
+            Some(error) if plans.is_empty() => Err(error),
+            _ => Ok(plans),
+        }
+    }
+
     /// What the part of exact answers is called: for labels it is the accuracy.
     pub fn metric(&self) -> &'static str {
         if self.labels.is_some() { "accuracy" } else { "exact_match" }
     }
+}
+
+/// Whether another type of prompt would not have this fault.
+fn is_of_the_type(error: &TuneError) -> bool {
+    matches!(
+        error,
+        TuneError::DeeperDecoder { .. }
+            | TuneError::Place(PlaceError::KeyValues)
+            | TuneError::Init(InitError::OtherKind { .. })
+    )
+}
+
+/// The rates to try: all, or those in the middle where types race. They are rounded, so that what is printed is what is used.
+fn rates(method: Method, races: bool, unit: f64) -> Vec<f64> {
+    let all = method.relative_rates();
+    let tried = if races { &all[1..all.len() - 1] } else { &all[..] };
+    tried.iter().map(|rate| round(rate * unit)).collect()
 }
 
 /// Checks what a template says of virtual tokens and of the field to shorten.

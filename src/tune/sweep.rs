@@ -1,82 +1,211 @@
-//! The learning rate that suits a model and a task, found by short runs: published values span
-//! 1e-4 to 0.3, and a wrong one does not train at all.
+//! The learning rate, and the type of prompt, that suit a model and a task: published rates span 1e-4 to 0.3, and a wrong
+//! one does not train at all.
+//!
+//! Candidates race by successive halving (Jamieson & Talwalkar 2016): each trains for a few steps, the better half goes on
+//! with the best of each type, and the one with the lowest loss on examples that none was trained on wins. These are a third of all examples, more
+//! than a run holds out, because few examples choose by chance.
 
 use std::ops::ControlFlow;
 
 use candle_core::Result;
 
 use super::{
-    loss::ValidationMetrics,
-    parameters::Method,
+    data::{self, TokenizedExample},
+    forward::Forward,
+    loss::{self, ValidationMetrics},
+    order,
+    plan::{HeldOut, Plan},
     schedule::{Decay, Schedule},
-    trainer::{Ended, Settings, State, Trainer},
+    trainer::{Settings, State, Trainer},
 };
 
-/// The rates tried, in units of how large what is learned is: what Adam may move a value in a step,
-/// compared to the values.
-pub fn relative_rates(method: Method) -> [f64; 5] {
-    match method {
-        Method::PromptTuning => [0.03, 0.1, 0.3, 1.0, 3.0],
-        Method::PTuning(_) => [1e-4, 3e-4, 1e-3, 3e-3, 1e-2],
-        Method::PrefixTuning => [0.003, 0.01, 0.03, 0.1, 0.3],
-    }
-}
+/// Steps that each candidate trains in the first round, and then those of the second round.
+pub const ROUNDS: [usize; 2] = [10, 20];
+/// Steps over which the rate rises.
+const WARMUP: usize = 3;
+/// Examples that the candidates are compared by, at most.
+const MOST_JUDGED: usize = 256;
+/// How many parts the examples are split into, one of which judges.
+const PARTS: usize = 3;
+/// Below so many examples, each part judges once: one part alone is too few.
+const EVERY_PART_JUDGES_BELOW: usize = 40;
+/// A larger type of prompt has to lower the loss to this part of a smaller one's.
+const CLEARLY_LOWER: f64 = 0.98;
 
-/// Steps of each short run.
-pub const STEPS: usize = 30;
-
-/// A rate that was tried.
+/// A type of prompt and a rate that were tried.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Trial {
+    /// Which of the plans.
+    pub plan: usize,
     pub rate: f64,
-    /// What the held-out examples gave after the short run.
+    /// Steps that it was trained.
+    pub steps: usize,
+    /// What the judging examples gave after them.
     pub validation: ValidationMetrics,
     /// The loss was not finite, or higher than at the start.
     pub diverged: bool,
 }
 
-/// Every rate tried, and the chosen one.
+/// Everything that was tried, and what was chosen.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Sweep {
-    pub start: ValidationMetrics,
+    /// The lowest loss of any plan's initial values.
+    pub start: f64,
     pub trials: Vec<Trial>,
-    /// `None` where every rate diverged.
-    pub chosen: Option<f64>,
+    /// Examples that judged.
+    pub judged: usize,
+    /// The index of a trial; `None` where all diverged.
+    pub chosen: Option<usize>,
 }
 
-/// Tries each rate from the same initial values, with the same batches, and chooses by the loss on
-/// the held-out examples. `observe` is told after each step how many of how many are done; a break
-/// ends the sweep and gives `None`.
-pub fn sweep(
-    trainer: &Trainer<'_>,
-    settings: &Settings,
-    initial: &[f32],
-    rates: &[f64],
-    steps: usize,
+impl Sweep {
+    /// The chosen trial.
+    pub fn winner(&self) -> Option<&Trial> {
+        self.chosen.map(|i| &self.trials[i])
+    }
+
+    /// The best trial of a plan, of those that went on the longest.
+    pub fn best_of(&self, plan: usize) -> Option<usize> {
+        let own = |(i, trial): (usize, &Trial)| (trial.plan == plan && !trial.diverged).then_some(i);
+        self.trials.iter().enumerate().filter_map(own).min_by(|&a, &b| {
+            let (a, b) = (&self.trials[a], &self.trials[b]);
+            b.steps.cmp(&a.steps).then(a.validation.loss.total_cmp(&b.validation.loss))
+        })
+    }
+}
+
+/// Some examples to train on and others to judge by.
+struct Fold {
+    train: Vec<TokenizedExample>,
+    judge: Vec<TokenizedExample>,
+}
+
+/// A candidate in the race: one state for each fold.
+struct Candidate {
+    trial: usize,
+    states: Vec<State>,
+}
+
+/// Races all rates of all plans, which have the same examples. `observe` is told after each step how many of how many are
+/// done; a break ends the race and gives `None`.
+///
+/// # Errors
+/// A forward pass fails.
+pub fn race(
+    forward: &Forward,
+    plans: &[Plan],
     observe: &mut dyn FnMut(usize, usize) -> ControlFlow<()>,
 ) -> Result<Option<Sweep>> {
-    let start = trainer.validate(settings, Some(initial))?;
-    let mut trials: Vec<Trial> = Vec::new();
-    for (i, &peak) in rates.iter().enumerate() {
-        let schedule = Schedule { peak, warmup: steps / 10, steps, decay: Decay::Linear };
-        let short = Settings { schedule, eval_every: usize::MAX, patience: 0, ..*settings };
-        let mut state = State::new(initial.to_vec());
-        // The start was evaluated once for all.
-        state.evaluations.push((0, start));
-        let ended = trainer.run(&short, &mut state, &mut |progress| {
-            Ok(match progress {
-                super::trainer::Progress::Step { step, .. } => observe(i * steps + step, rates.len() * steps),
-                super::trainer::Progress::Evaluated { .. } => ControlFlow::Continue(()),
-            })
-        })?;
-        if ended == Ended::Interrupted {
-            return Ok(None);
+    let Some(first) = plans.first() else { return Ok(None) };
+    let folds = folds(first);
+    let judged = folds.iter().map(|fold| fold.judge.len()).sum();
+    let starts = plans.iter().map(|plan| judge(forward, plan, &folds, &vec![&plan.initial[..]; folds.len()]));
+    let starts = starts.collect::<Result<Vec<_>>>()?;
+    let start = starts.iter().map(|start| start.loss).fold(f64::INFINITY, f64::min);
+    let mut sweep = Sweep { start, trials: Vec::new(), judged, chosen: None };
+    let mut candidates = Vec::new();
+    for (i, plan) in plans.iter().enumerate() {
+        for &rate in &plan.rates {
+            let states = folds.iter().map(|_| State::new(plan.initial.clone())).collect();
+            candidates.push(Candidate { trial: sweep.trials.len(), states });
+            sweep.trials.push(Trial { plan: i, rate, steps: 0, validation: starts[i], diverged: false });
         }
-        let validation = state.evaluations.last().map_or(start, |e| e.1);
-        let diverged = ended == Ended::Diverged || !validation.loss.is_finite() || validation.loss > start.loss;
-        trials.push(Trial { rate: peak, validation, diverged });
     }
-    let best = trials.iter().filter(|t| !t.diverged).min_by(|a, b| a.validation.loss.total_cmp(&b.validation.loss));
-    let chosen = best.map(|t| t.rate);
-    Ok(Some(Sweep { start, trials, chosen }))
+    let (n, half) = (candidates.len(), candidates.len().div_ceil(2));
+    let of = folds.len() * (n * ROUNDS[0] + half * ROUNDS[1]);
+    let mut done = 0;
+    for (round, steps) in ROUNDS.into_iter().enumerate() {
+        if round > 0 {
+            let loss = |candidate: &Candidate| sweep.trials[candidate.trial].validation.loss;
+            candidates.retain(|candidate| !sweep.trials[candidate.trial].diverged);
+            candidates.sort_by(|a, b| loss(a).total_cmp(&loss(b)));
+            // Some types learn slowly at first: the best of each goes on.
+            let mut seen = vec![false; plans.len()];
+            let is_first =
+                |candidate: &Candidate| !std::mem::replace(&mut seen[sweep.trials[candidate.trial].plan], true);
+            let (mut ahead, behind): (Vec<_>, Vec<_>) = candidates.into_iter().partition(is_first);
+            ahead.extend(behind);
+            candidates = ahead;
+            candidates.truncate(half);
+        }
+        for candidate in &mut candidates {
+            let trial = &mut sweep.trials[candidate.trial];
+            let plan = &plans[trial.plan];
+            trial.steps += steps;
+            let schedule = Schedule { peak: trial.rate, warmup: WARMUP, steps: trial.steps, decay: Decay::Constant };
+            let settings = Settings { schedule, ..plan.settings };
+            for (fold, state) in folds.iter().zip(&mut candidate.states) {
+                let trainer = Trainer { forward, parameters: &plan.parameters, train: &fold.train, held_out: &[] };
+                let batch_size = settings.batch_size.min(fold.train.len());
+                let settings = Settings { batch_size, ..settings };
+                while state.step < trial.steps && !trial.diverged {
+                    let loss = trainer.step(&settings, state, schedule.at(state.step))?;
+                    trial.diverged = !loss.is_finite() || state.values.iter().any(|x| !x.is_finite());
+                    done += 1;
+                    if observe(done, of).is_break() {
+                        return Ok(None);
+                    }
+                }
+            }
+            if !trial.diverged {
+                let values: Vec<&[f32]> = candidate.states.iter().map(|state| &state.values[..]).collect();
+                trial.validation = judge(forward, plan, &folds, &values)?;
+                let loss = trial.validation.loss;
+                trial.diverged = !loss.is_finite() || loss > starts[trial.plan].loss;
+            }
+        }
+    }
+    sweep.chosen = chosen(&sweep, plans.len());
+    Ok(Some(sweep))
+}
+
+/// The best trial of the first plan, or of a later one that is clearly better.
+fn chosen(sweep: &Sweep, plans: usize) -> Option<usize> {
+    let loss = |i: usize| sweep.trials[i].validation.loss;
+    let longest = (0..plans).filter_map(|plan| sweep.best_of(plan)).map(|i| sweep.trials[i].steps).max()?;
+    let finalists = (0..plans).filter_map(|plan| sweep.best_of(plan)).filter(|&i| sweep.trials[i].steps == longest);
+    finalists.reduce(|best, other| if loss(other) < CLEARLY_LOWER * loss(best) { other } else { best })
+}
+
+/// What values, of each fold, make of the examples that judge it.
+fn judge(forward: &Forward, plan: &Plan, folds: &[Fold], values: &[&[f32]]) -> Result<ValidationMetrics> {
+    let mut sum = ValidationMetrics { loss: 0.0, exact: 0.0 };
+    let mut examples = 0.0;
+    for (fold, values) in folds.iter().zip(values) {
+        let prompt = plan.parameters.prompt_of(values, &forward.model().info().device)?;
+        let judge: Vec<&TokenizedExample> = fold.judge.iter().collect();
+        let part = loss::evaluate(forward, Some(&prompt), &judge, plan.settings.batch_size)?;
+        let n = judge.len() as f64;
+        sum.loss += n * part.loss;
+        sum.exact += n * part.exact;
+        examples += n;
+    }
+    Ok(ValidationMetrics { loss: sum.loss / examples, exact: sum.exact / examples })
+}
+
+/// The examples of a race. A file of held-out examples judges; otherwise a part of all examples does, or each part once.
+fn folds(plan: &Plan) -> Vec<Fold> {
+    let seed = plan.settings.seed;
+    let all: Vec<TokenizedExample> = match plan.held_out_is {
+        HeldOut::File => {
+            let order = order::shuffled(plan.held_out.len(), seed, order::SWEEP);
+            let judge = order.into_iter().take(MOST_JUDGED).map(|i| plan.held_out[i].clone()).collect();
+            return vec![Fold { train: plan.train.clone(), judge }];
+        }
+        HeldOut::Split => plan.train.iter().chain(&plan.held_out).cloned().collect(),
+        HeldOut::Training => plan.train.clone(),
+    };
+    let parts = data::parts(&all, PARTS, seed);
+    let fold = |part: usize| {
+        let of =
+            |judges: bool| all.iter().zip(&parts).filter(move |(_, p)| (**p == part) == judges).map(|(e, _)| e.clone());
+        Fold { train: of(false).collect(), judge: of(true).take(MOST_JUDGED).collect() }
+    };
+    let rounds = if all.len() < EVERY_PART_JUDGES_BELOW { PARTS } else { 1 };
+    let folds: Vec<Fold> = (0..rounds).map(fold).filter(|f| !f.train.is_empty() && !f.judge.is_empty()).collect();
+    match folds.is_empty() {
+        // One input, of which nothing can be set apart.
+        true => vec![Fold { train: all.clone(), judge: all }],
+        false => folds,
+    }
 }

@@ -30,8 +30,10 @@ pub struct Settings {
     pub seed: u64,
     /// Steps between evaluations.
     pub eval_every: usize,
-    /// Evaluations without a clear gain after which the run stops; 0 is never.
+    /// Evaluations without a clear gain after which the run may stop; 0 is never.
     pub patience: usize,
+    /// The answers are labels, so that the part of exact ones is the accuracy.
+    pub labelled: bool,
 }
 
 /// A moment of a run: what has to be kept to go on from it.
@@ -137,7 +139,7 @@ impl Trainer<'_> {
                 if self.evaluate(settings, state, observe)?.is_break() {
                     return Ok(Ended::Interrupted);
                 }
-                if settings.patience > 0 && state.evaluations_without_gain >= settings.patience {
+                if self.has_ended(settings, state) {
                     return Ok(Ended::Early);
                 }
             }
@@ -184,6 +186,44 @@ impl Trainer<'_> {
         loss::evaluate(self.forward, prompt.as_ref(), &examples, settings.batch_size)
     }
 
+    /// Whether this evaluation's prompt replaces the one that was kept so far.
+    ///
+    /// A few held-out examples often are right by chance, and choosing the step where most were takes the luckiest, not the
+    /// best. So a labelled task keeps the later step, at a lower learning rate, unless an earlier one was right more often
+    /// by more than a standard error. The loss says little there: it rises with confidence while the choice of labels still gets
+    /// better. Of other answers, which are seldom exact, the lower loss decides in the same bounds.
+    fn keeps(&self, settings: &Settings, state: &State, validation: &ValidationMetrics) -> bool {
+        let Some(best) = &state.best else { return true };
+        if !validation.loss.is_finite() {
+            return false;
+        }
+        let peak = peak(state, validation);
+        let enough = peak.exact - peak.standard_error(self.held_out.len());
+        if validation.exact < enough {
+            return false;
+        }
+        let is_later_better = settings.labelled && enough > 0.0;
+        is_later_better || best.validation.exact < enough || validation.loss < best.validation.loss
+    }
+
+    /// Whether more steps promise nothing: there was no gain for long, and the held-out examples say with some certainty that it
+    /// was better before, or the training examples have nothing left to teach.
+    fn has_ended(&self, settings: &Settings, state: &State) -> bool {
+        const LEARNT: f64 = 0.01;
+        if settings.patience == 0 || state.evaluations_without_gain < settings.patience {
+            return false;
+        }
+        let Some((_, last)) = state.evaluations.last() else { return false };
+        let peak = peak(state, last);
+        let error = peak.standard_error(self.held_out.len());
+        if !settings.labelled || peak.exact <= error {
+            return true;
+        }
+        let round = self.train.len().div_ceil(settings.batch_size * settings.accumulate).min(state.losses.len());
+        let learnt = state.losses[state.losses.len() - round..].iter().all(|loss| *loss < LEARNT);
+        learnt || last.exact < peak.exact - 2.0 * error
+    }
+
     fn evaluate(
         &self,
         settings: &Settings,
@@ -191,7 +231,7 @@ impl Trainer<'_> {
         observe: &mut dyn FnMut(Progress<'_>) -> Result<ControlFlow<()>>,
     ) -> Result<ControlFlow<()>> {
         let validation = self.validate(settings, Some(&state.values))?;
-        let best = state.best.as_ref().is_none_or(|best| validation.better_than(&best.validation));
+        let best = self.keeps(settings, state, &validation);
         if best {
             state.best = Some(Best { step: state.step, values: state.values.clone(), validation });
         }
@@ -203,4 +243,10 @@ impl Trainer<'_> {
         state.evaluations.push((state.step, validation));
         observe(Progress::Evaluated { state, validation, best })
     }
+}
+
+/// The evaluation with the most exact answers so far, `last` among them.
+fn peak(state: &State, last: &ValidationMetrics) -> ValidationMetrics {
+    let all = state.evaluations.iter().map(|(_, validation)| *validation);
+    all.fold(*last, |peak, other| if other.exact > peak.exact { other } else { peak })
 }

@@ -189,7 +189,8 @@ fn a_prompt_that_is_tuned_where_its_template_places_it_is_served_there() {
     let template = Some("{{ soft(0, 2) }}{{ input }}{{ soft(2, 8) }}\n".to_owned());
     let options = Options { template, virtual_tokens: Some(8), length: Length::Steps(120), ..run.options() };
     let plan = Plan::new(&run.forward, &run.tokenizer, &options).unwrap();
-    let outcome = job::run(&run.forward, &run.tokenizer, &plan, &run.paths("out"), &mut { NEVER }).unwrap();
+    let outcome =
+        job::run(&run.forward, &run.tokenizer, std::slice::from_ref(&plan), &run.paths("out"), &mut { NEVER }).unwrap();
     assert!(outcome.after.loss < 0.7 * outcome.before.loss, "{outcome:?}");
     assert!(outcome.version.template.places_virtual_tokens());
     let inputs: Vec<_> = plan.train.iter().map(|example| example.input.clone()).collect();

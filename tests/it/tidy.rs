@@ -126,7 +126,6 @@ const CIRCLES: &[&[&str]] = &[
         "kernels::cpu::attention::values",
         "kernels::cpu::attention::write",
     ],
-    &["kernels::cpu::tuning", "kernels::cpu::tuning::attention", "kernels::cpu::tuning::ops"],
     &[
         "prompt::files",
         "prompt::format",

@@ -254,6 +254,7 @@ fn every_way_to_learn_lowers_the_loss_and_leaves_the_model_as_it_was() {
                 seed: 5,
                 eval_every: 120,
                 patience: 0,
+                labelled: true,
             };
             let mut state = State::new(begin(&parameters, model.info().hidden_size));
             trainer.run(&settings, &mut state, &mut |_| Ok(ControlFlow::Continue(()))).unwrap();
@@ -286,9 +287,10 @@ fn a_run_of_each_type_is_resumed_bit_for_bit_and_answers_as_it_was_measured() {
             let plan = Plan::new(&forward, &tokenizer, &options).unwrap();
             let paths = |kind: &str| {
                 let output = folder.path().join(format!("{}-{i}-{kind}", model.info().name)).join("animal");
-                OutputPaths { checkpoint: job::default_checkpoint(&output), output, resume: false }
+                OutputPaths { checkpoint: job::default_checkpoint(&output), output, resume: false, finish: false }
             };
-            let outcome = job::run(&forward, &tokenizer, &plan, &paths("whole"), &mut { NEVER }).unwrap();
+            let outcome =
+                job::run(&forward, &tokenizer, std::slice::from_ref(&plan), &paths("whole"), &mut { NEVER }).unwrap();
             assert_eq!(outcome.version.spec.template.as_deref(), Some("{{ input }}"));
             let inputs: Vec<Vec<u32>> = plan.train.iter().map(TokenizedExample::text_ids).collect();
             assert!(inputs.iter().all(|ids| ids.last() == Some(&END)), "an input ends as one that is served");
@@ -298,10 +300,10 @@ fn a_run_of_each_type_is_resumed_bit_for_bit_and_answers_as_it_was_measured() {
             assert_eq!(right as f64 / 8.0, outcome.after.exact, "{name} {prompt_type:?}");
 
             let mut cut = paths("cut");
-            let stopped = job::run(&forward, &tokenizer, &plan, &cut, &mut StopAt(47));
+            let stopped = job::run(&forward, &tokenizer, std::slice::from_ref(&plan), &cut, &mut StopAt(47));
             assert!(matches!(stopped, Err(TuneError::Interrupted { .. })));
             cut.resume = true;
-            job::run(&forward, &tokenizer, &plan, &cut, &mut { NEVER }).unwrap();
+            job::run(&forward, &tokenizer, std::slice::from_ref(&plan), &cut, &mut { NEVER }).unwrap();
             for file in ["adapter_config.json", "adapter_model.safetensors", "task.json"] {
                 let read = |paths: &OutputPaths| fs::read(paths.output.join(file)).unwrap();
                 assert!(read(&cut) == read(&paths("whole")), "{name} {prompt_type:?}: {file} differs");

@@ -21,7 +21,7 @@ use softserve::{
         parameters,
         plan::{HeldOut, Plan},
         prompt_encoder::PromptEncoderKind,
-        sweep::Sweep,
+        sweep::{self, Sweep},
         trainer::{Progress, Settings},
     },
 };
@@ -35,8 +35,8 @@ impl Observer for StopAt {
     fn sweeping(&mut self, _: usize, _: usize) -> ControlFlow<()> {
         ControlFlow::Continue(())
     }
-    fn swept(&mut self, _: &Sweep) {}
-    fn training(&mut self, _: &Settings, _: usize) {}
+    fn swept(&mut self, _: &Sweep, _: &[Plan]) {}
+    fn training(&mut self, _: &Plan, _: &Settings, _: usize) {}
     fn progress(&mut self, progress: Progress<'_>) -> ControlFlow<()> {
         match progress {
             Progress::Step { step, .. } if step == self.0 => ControlFlow::Break(()),
@@ -83,12 +83,12 @@ impl TestRun {
 
     pub fn paths(&self, name: &str) -> OutputPaths {
         let output = self.dir.path().join(name).join("colour");
-        OutputPaths { checkpoint: job::default_checkpoint(&output), output, resume: false }
+        OutputPaths { checkpoint: job::default_checkpoint(&output), output, resume: false, finish: false }
     }
 
     fn tune(&self, options: &Options, paths: &OutputPaths, mut observer: StopAt) -> Result<Outcome, TuneError> {
         let plan = Plan::new(&self.forward, &self.tokenizer, options)?;
-        job::run(&self.forward, &self.tokenizer, &plan, paths, &mut observer)
+        job::run(&self.forward, &self.tokenizer, std::slice::from_ref(&plan), paths, &mut observer)
     }
 
     /// The matrix that is saved, row by row.
@@ -156,7 +156,8 @@ fn greedy_answers_on_the_serving_kernels_are_those_that_tuning_counts_as_exact()
     let options = Options { length: Length::Steps(120), ..run.options() };
     let plan = Plan::new(&run.forward, &run.tokenizer, &options).unwrap();
     assert_eq!(plan.held_out_is, HeldOut::Training);
-    let outcome = job::run(&run.forward, &run.tokenizer, &plan, &run.paths("out"), &mut { NEVER }).unwrap();
+    let outcome =
+        job::run(&run.forward, &run.tokenizer, std::slice::from_ref(&plan), &run.paths("out"), &mut { NEVER }).unwrap();
     let inputs: Vec<_> = plan.train.iter().map(|example| example.input.clone()).collect();
     let mut answered = 0;
     let longest = inputs.iter().map(Vec::len).max().unwrap();
@@ -176,7 +177,8 @@ fn each_type_is_written_as_peft_writes_it_read_back_and_answers_as_it_was_measur
         let init = prompt_type.default_init();
         let options = Options { prompt_type, init, rate: None, length: Length::Steps(150), ..run.options() };
         let plan = Plan::new(&run.forward, &run.tokenizer, &options).unwrap();
-        let outcome = job::run(&run.forward, &run.tokenizer, &plan, &paths, &mut { NEVER }).unwrap();
+        let outcome =
+            job::run(&run.forward, &run.tokenizer, std::slice::from_ref(&plan), &paths, &mut { NEVER }).unwrap();
         assert!(outcome.after.loss < 0.7 * outcome.before.loss, "{prompt_type:?}: {outcome:?}");
         let best = outcome.state.best.as_ref().unwrap();
         let made = plan.parameters.prompt_of(&best.values, &Device::Cpu).unwrap();
@@ -327,4 +329,94 @@ fn a_folder_that_a_server_manages_is_not_written_to() {
     fs::create_dir_all(paths.output.join("versions")).unwrap();
     let refused = run.tune(&run.options(), &paths, NEVER).expect_err("refused");
     assert!(matches!(refused, TuneError::Managed { .. }), "{refused}");
+}
+
+#[test]
+fn a_race_leaves_out_rates_that_diverge_and_lets_the_better_half_go_on() {
+    let run = TestRun::new();
+    let plan = Plan::new(&run.forward, &run.tokenizer, &Options { rate: None, ..run.options() }).unwrap();
+    let raced = |rates: &[f64]| {
+        let plan = Plan { rates: rates.to_vec(), ..plan.clone() };
+        let (mut last, mut all) = (0, 0);
+        let sweep = sweep::race(&run.forward, &[plan], &mut |done, of| {
+            (last, all) = (done, of);
+            ControlFlow::Continue(())
+        });
+        assert!(last <= all && last > 0, "{last} of {all}");
+        sweep.unwrap().unwrap()
+    };
+    let sweep = raced(&[1e-9, 0.05, 1e300]);
+    assert_eq!(sweep.winner().unwrap().rate, 0.05);
+    assert!(sweep.trials[2].diverged && sweep.trials[2].steps == sweep::ROUNDS[0]);
+    assert_eq!(sweep.winner().unwrap().steps, sweep::ROUNDS[0] + sweep::ROUNDS[1]);
+    assert_eq!(sweep.judged, 8, "each example judges once where there are few");
+    assert_eq!(raced(&[1e-9, 0.05, 1e300]), sweep, "the same race twice");
+    assert_eq!(raced(&[1e300]).chosen, None);
+}
+
+#[test]
+fn types_race_and_the_one_that_wins_is_written_and_resumed() {
+    let run = TestRun::new();
+    let of = |prompt_type: PromptType| {
+        let init = prompt_type.default_init();
+        Options { rate: None, prompt_type, init, races: true, ..run.options() }
+    };
+    let both = [of(PromptType::Prompt), of(PromptType::Prefix)];
+    let plans = Plan::alternatives(&run.forward, &run.tokenizer, &both).unwrap();
+    assert_eq!(plans.iter().map(|plan| plan.rates.len()).collect::<Vec<_>>(), [3, 3]);
+    let mut sweep = None;
+    let whole = run.paths("whole");
+    let outcome = job::run(&run.forward, &run.tokenizer, &plans, &whole, &mut Watch(&mut sweep)).unwrap();
+    let sweep = sweep.unwrap();
+    let winner = sweep.winner().unwrap();
+    assert_eq!((outcome.plan, outcome.rate), (winner.plan, winner.rate));
+    assert_eq!(sweep.trials.len(), 6);
+    let kind = outcome.version.prompt.kind();
+    assert_eq!(kind, if outcome.plan == 0 { "embeddings" } else { "key-values" });
+
+    let cut = run.paths("cut");
+    let stopped = job::run(&run.forward, &run.tokenizer, &plans, &cut, &mut StopAt(14));
+    assert!(matches!(stopped, Err(TuneError::Interrupted { .. })));
+    assert!(cut.checkpoint.join("loss.svg").is_file(), "a run can be looked at");
+    let resumed = OutputPaths { resume: true, ..cut.clone() };
+    job::run(&run.forward, &run.tokenizer, &plans, &resumed, &mut { NEVER }).unwrap();
+    assert_eq!(files(&cut.output), files(&whole.output));
+
+    // A template that places virtual tokens leaves rows alone to learn.
+    let template = Some("{{ soft() }}{{ input }}".to_owned());
+    let placed = both.map(|options| Options { template: template.clone(), ..options });
+    let plans = Plan::alternatives(&run.forward, &run.tokenizer, &placed).unwrap();
+    assert_eq!(plans.len(), 1);
+    let refused = Plan::alternatives(&run.forward, &run.tokenizer, &placed[1..]).expect_err("refused");
+    assert!(matches!(refused, TuneError::Place(_)), "{refused}");
+}
+
+/// Keeps what a race found.
+struct Watch<'a>(&'a mut Option<Sweep>);
+
+impl Observer for Watch<'_> {
+    fn sweeping(&mut self, _: usize, _: usize) -> ControlFlow<()> {
+        ControlFlow::Continue(())
+    }
+    fn swept(&mut self, sweep: &Sweep, _: &[Plan]) {
+        *self.0 = Some(sweep.clone());
+    }
+    fn training(&mut self, _: &Plan, _: &Settings, _: usize) {}
+    fn progress(&mut self, _: Progress<'_>) -> ControlFlow<()> {
+        ControlFlow::Continue(())
+    }
+}
+
+#[test]
+fn a_run_that_is_finished_before_its_end_writes_the_best_prompt_so_far() {
+    let run = TestRun::new();
+    let paths = OutputPaths { finish: true, ..run.paths("out") };
+    let nothing = run.tune(&run.options(), &paths, NEVER).expect_err("refused");
+    assert!(matches!(nothing, TuneError::Checkpoint(CheckpointError::Missing(_))), "{nothing}");
+    let stopped = run.tune(&run.options(), &run.paths("out"), StopAt(14));
+    assert!(matches!(stopped, Err(TuneError::Interrupted { .. })));
+    let outcome = run.tune(&run.options(), &paths, NEVER).unwrap();
+    assert_eq!((outcome.state.step, outcome.state.evaluations.len()), (12, 3));
+    assert_eq!(run.flat(&outcome.version.prompt), outcome.state.best.unwrap().values);
+    assert!(paths.output.join("loss.svg").is_file() && !paths.checkpoint.exists());
 }

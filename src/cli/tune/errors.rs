@@ -44,7 +44,9 @@ fn advice(error: &TuneError) -> Option<&'static str> {
         TuneError::Diverged { .. } => "choose a lower --lr",
         TuneError::NoRate { .. } => "check the data, or set --lr",
         TuneError::NoGain { .. } => "check the data, or try another --lr or more --steps",
-        TuneError::Interrupted { .. } => "to continue, add --resume to the same options",
+        TuneError::Interrupted { .. } => {
+            "to continue, add --resume to the same options, or --finish to write the best prompt so far"
+        }
         TuneError::Checkpoint(CheckpointError::Missing(_) | CheckpointError::Damaged { .. }) => {
             "start without --resume"
         }

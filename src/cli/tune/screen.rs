@@ -20,7 +20,7 @@ use crate::tune::{
     job::{Observer, Outcome, OutputPaths},
     loss::ValidationMetrics,
     plan::Plan,
-    sweep::{self, Sweep},
+    sweep::{Sweep, Trial},
     trainer::{Ended, Progress, Settings},
 };
 
@@ -76,30 +76,34 @@ impl Observer for Screen {
         self.flow()
     }
 
-    fn swept(&mut self, sweep: &Sweep) {
+    fn swept(&mut self, sweep: &Sweep, plans: &[Plan]) {
         self.say(&format!(
-            "learning rates tried, {} steps each (held-out loss at the start: {:.3}):",
-            sweep::STEPS,
-            sweep.start.loss
+            "learning rates tried, judged by {} examples (loss at the start: {:.3}):",
+            sweep.judged, sweep.start
         ));
-        for trial in &sweep.trials {
-            let verdict = match (trial.diverged, sweep.chosen == Some(trial.rate)) {
+        for (i, trial) in sweep.trials.iter().enumerate() {
+            let verdict = match (trial.diverged, sweep.chosen == Some(i)) {
                 (true, _) => "diverged",
                 (false, true) => "chosen",
                 (false, false) => "",
             };
             let line = format!(
-                "  {:>9}  loss {:.3}  {} {:>5.1}%  {verdict}",
+                "  {:<8} {:>9}  {:>2} steps  loss {:.3}  {} {:>5.1}%  {verdict}",
+                plans[trial.plan].parameters.method().name(),
                 trial.rate,
+                trial.steps,
                 trial.validation.loss,
                 self.metric,
                 100.0 * trial.validation.exact
             );
             self.say(line.trim_end());
         }
+        if let (Some(winner), true) = (sweep.winner(), plans.len() > 1) {
+            self.say(&why(sweep, winner, plans));
+        }
     }
 
-    fn training(&mut self, settings: &Settings, step: usize) {
+    fn training(&mut self, _: &Plan, settings: &Settings, step: usize) {
         self.bar.reset();
         self.bar.set_prefix("tune");
         self.bar.set_length(settings.schedule.steps as u64);
@@ -137,6 +141,25 @@ impl Observer for Screen {
     }
 }
 
+/// Why a type of prompt was chosen, in a sentence.
+fn why(sweep: &Sweep, winner: &Trial, plans: &[Plan]) -> String {
+    let title = |plan: usize| plans[plan].parameters.method().title();
+    let others = (0..plans.len()).filter(|&plan| plan != winner.plan).map(|plan| match sweep.best_of(plan) {
+        Some(best) => {
+            let best = &sweep.trials[best];
+            format!("{:.3} of {} after {} steps", best.validation.loss, title(plan), best.steps)
+        }
+        None => format!("{}, which diverged", title(plan)),
+    });
+    format!(
+        "{} is chosen: its loss is {:.3} after {} steps, against {}",
+        title(winner.plan),
+        winner.validation.loss,
+        winner.steps,
+        others.collect::<Vec<_>>().join(" and ")
+    )
+}
+
 /// The losses before and after, and where the prompt is.
 pub(super) fn write_result(
     out: &mut dyn Write,
@@ -152,7 +175,8 @@ pub(super) fn write_result(
     let ended = match outcome.ended {
         Ended::Early => ", stopped early",
         Ended::Diverged => ", stopped where the loss diverged",
-        Ended::Finished | Ended::Interrupted => "",
+        Ended::Interrupted => ", finished before its end",
+        Ended::Finished => "",
     };
     writeln!(out, "\n  {:<22} {:>8} {:>12}", "", "loss", metric)?;
     writeln!(out, "{}", row("without a prompt", outcome.without_prompt))?;

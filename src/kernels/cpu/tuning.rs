@@ -6,7 +6,7 @@ mod linear;
 mod mlp;
 mod ops;
 
-use candle_core::{CpuStorage, Layout, Result, Tensor, bail};
+use candle_core::{Result, Tensor, bail};
 
 use super::frozen::{self, Transposes};
 use crate::kernels::{
@@ -118,13 +118,6 @@ impl Kernels for CpuTuningKernels {
 
     fn log_probabilities(&mut self, logits: &Tensor, targets: &[u32]) -> Result<Tensor> {
         logits.contiguous()?.apply_op1(LogProbabilities { targets: targets.to_vec() })
-    }
-}
-
-fn slice<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
-    match layout.contiguous_offsets() {
-        Some((start, end)) => Ok(&storage.as_slice::<f32>()?[start..end]),
-        None => bail!("tuning kernels take contiguous values"),
     }
 }
 

@@ -13,11 +13,11 @@ use candle_core::{CpuStorage, CustomOp3, Device, Layout, Result, Shape, Tensor, 
 
 use self::head::HeadGradients;
 pub(super) use self::head::HeadTask;
-use super::{
-    super::{Isa, pool, tensors::written},
-    slice,
+use crate::kernels::cpu::{Isa, pool, tensors::written};
+use crate::kernels::{
+    AttentionParams,
+    host::{slice, with_array_of_values},
 };
-use crate::kernels::{AttentionParams, host::with_array_of_values};
 pub(super) use seen::{Seen, Sequences};
 
 /// Of `q` `[t, heads, head_dim]`, each row to what it sees of `k` and `v`, both `[keys, kv_heads,

@@ -2,16 +2,16 @@
 
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
 
-use super::{
-    super::{
-        Isa,
-        frozen::{FrozenMatrix, Transposes},
-        matmul::{Product, multiply},
-        pool,
-    },
-    slice,
+use crate::kernels::cpu::{
+    Isa,
+    frozen::{FrozenMatrix, Transposes},
+    matmul::{Product, multiply},
+    pool,
 };
-use crate::kernels::{host::with_values, weight::Linear};
+use crate::kernels::{
+    host::{slice, with_values},
+    weight::Linear,
+};
 
 /// `x Wᵀ + bias + residual`
 pub struct Added {

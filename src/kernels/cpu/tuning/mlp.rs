@@ -4,18 +4,20 @@ use std::sync::{Mutex, PoisonError};
 
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor, cpu::erf::erf_f64};
 
-use super::{
-    super::{
-        Isa, dispatch,
-        frozen::{FrozenMatrix, Transposes},
-        matmul::{Product, multiply},
-        pool,
-        rows::apply,
-        simd::{LANES, Simd},
-    },
-    slice,
+use crate::kernels::cpu::{
+    Isa, dispatch,
+    frozen::{FrozenMatrix, Transposes},
+    matmul::{Product, multiply},
+    pool,
+    rows::apply,
+    simd::{LANES, Simd},
 };
-use crate::kernels::{Activation, host::with_array_of_values, params::GELU_TANH, weight::Linear};
+use crate::kernels::{
+    Activation,
+    host::{slice, with_array_of_values},
+    params::GELU_TANH,
+    weight::Linear,
+};
 
 /// Values that one thread works on at a time.
 const CHUNK: usize = 4096;

@@ -2,14 +2,11 @@
 
 use candle_core::{CpuStorage, CustomOp1, Device, Layout, Result, Shape, Tensor, bail};
 
-use super::{
-    super::{
-        Isa, dispatch, pool, rows,
-        simd::{LANES, Simd},
-    },
-    slice,
+use crate::kernels::cpu::{
+    Isa, dispatch, pool, rows,
+    simd::{LANES, Simd},
 };
-use crate::kernels::host::{with_array_of_values, with_values};
+use crate::kernels::host::{slice, with_array_of_values, with_values};
 
 /// Root-mean-square norm.
 pub(super) struct RmsNorm {

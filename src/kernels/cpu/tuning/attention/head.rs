@@ -14,7 +14,7 @@ use super::{
         packed::PANEL_WIDTH,
         simd::{LANES, Simd},
     },
-    Seen,
+    seen::Seen,
 };
 use crate::kernels::AttentionParams;
 
