@@ -76,7 +76,7 @@ if [ "$what" != prompts ]; then
                 topic) labels=(--labels animals,food,health,home,money,music,sport,technology,travel,weather) ;;
                 sentiment) labels=(--labels negative,positive) ;;
             esac
-            "$softserve" tune --task "$task" "${labels[@]}" --prompts "$work/$n" --data "$work/train.jsonl" > "$work/log" 2>&1 || { cat "$work/log"; exit 1; }
+            "$softserve" tune --type prompt --task "$task" "${labels[@]}" --prompts "$work/$n" --data "$work/train.jsonl" > "$work/log" 2>&1 || { cat "$work/log"; exit 1; }
             "$softserve" eval --task "$task" --prompts "$work/$n" --data "$data/$task/test.jsonl" --json > "$work/eval.json"
             read -r tuned _ < <(score "$work/eval.json")
             row+=" $tuned |"

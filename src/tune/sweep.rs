@@ -155,16 +155,23 @@ pub fn race(
             }
         }
     }
-    sweep.chosen = chosen(&sweep, plans.len());
+    sweep.chosen = chosen(&sweep, plans.len(), first.settings.labelled);
     Ok(Some(sweep))
 }
 
-/// The best trial of the first plan, or of a later one that is clearly better.
-fn chosen(sweep: &Sweep, plans: usize) -> Option<usize> {
-    let loss = |i: usize| sweep.trials[i].validation.loss;
+/// The best trial of the first plan, or of a later one that is clearly better: with labels, right more often by more than a
+/// standard error or, if neither is, of a clearly lower loss.
+fn chosen(sweep: &Sweep, plans: usize, labelled: bool) -> Option<usize> {
     let longest = (0..plans).filter_map(|plan| sweep.best_of(plan)).map(|i| sweep.trials[i].steps).max()?;
     let finalists = (0..plans).filter_map(|plan| sweep.best_of(plan)).filter(|&i| sweep.trials[i].steps == longest);
-    finalists.reduce(|best, other| if loss(other) < CLEARLY_LOWER * loss(best) { other } else { best })
+    finalists.reduce(|best, other| {
+        let (a, b) = (&sweep.trials[best].validation, &sweep.trials[other].validation);
+        let is_right_more_often = |x: &ValidationMetrics, y: &ValidationMetrics| {
+            labelled && x.exact > y.exact + x.standard_error(sweep.judged)
+        };
+        let other_wins = is_right_more_often(b, a) || !is_right_more_often(a, b) && b.loss < CLEARLY_LOWER * a.loss;
+        if other_wins { other } else { best }
+    })
 }
 
 /// What values, of each fold, make of the examples that judge it.
@@ -207,5 +214,31 @@ fn folds(plan: &Plan) -> Vec<Fold> {
         // One input, of which nothing can be set apart.
         true => vec![Fold { train: all.clone(), judge: all }],
         false => folds,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sweep(trials: [(usize, usize, f64, f64); 3]) -> Sweep {
+        let trial = |(plan, steps, loss, exact)| {
+            let validation = ValidationMetrics { loss, exact };
+            Trial { plan, rate: 0.1, steps, validation, diverged: false }
+        };
+        Sweep { start: 9.0, trials: trials.map(trial).to_vec(), judged: 22, chosen: None }
+    }
+
+    #[test]
+    fn a_larger_type_wins_by_accuracy_then_by_a_clearly_lower_loss() {
+        let more_often = sweep([(0, 30, 1.051, 0.227), (1, 30, 1.369, 0.364), (1, 30, 1.053, 0.364)]);
+        assert_eq!(chosen(&more_often, 2, true), Some(2));
+        assert_eq!(chosen(&more_often, 2, false), Some(0), "of other answers the loss alone decides");
+        let by_chance = sweep([(0, 30, 1.051, 0.32), (1, 30, 1.369, 0.364), (1, 30, 1.053, 0.364)]);
+        assert_eq!(chosen(&by_chance, 2, true), Some(0), "as good, and smaller");
+        let lower = sweep([(0, 30, 1.051, 0.32), (1, 10, 0.2, 0.9), (1, 30, 0.9, 0.32)]);
+        assert_eq!(chosen(&lower, 2, true), Some(2));
+        let surer = sweep([(0, 30, 1.3, 0.9), (1, 30, 0.9, 0.3), (1, 30, 0.8, 0.3)]);
+        assert_eq!(chosen(&surer, 2, true), Some(0), "a lower loss does not outweigh wrong labels");
     }
 }

