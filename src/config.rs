@@ -19,6 +19,7 @@ use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
 pub use args::ServeArgs;
+pub use check::check_threads;
 pub use keys::Keys;
 pub use units::{ByteSize, Time};
 pub use weights::{TaskWeight, TaskWeights};

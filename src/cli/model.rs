@@ -1,10 +1,12 @@
 //! The model that a sub-command works on, as typed.
 
+use anyhow::Context as _;
 use clap::Args;
 
 use super::model_source;
 use crate::{
-    config::{BackendChoice, ConfigError, DeviceChoice, DtypeChoice, ModelSource},
+    config::{BackendChoice, ConfigError, DeviceChoice, DtypeChoice, ModelSource, check_threads},
+    kernels,
     model::Model,
     tokenizer::Tokenizer,
 };
@@ -43,6 +45,19 @@ pub struct ModelArgs {
     /// instead [default: auto]
     #[arg(long, env = "SOFTSERVE_DTYPE")]
     pub dtype: Option<DtypeChoice>,
+
+    /// The number of processor threads that the model uses [default: one for each core]
+    #[arg(long, value_name = "N", env = "SOFTSERVE_THREADS")]
+    pub threads: Option<usize>,
+}
+
+/// Has the model use so many processor threads, if it is said how many. It works once in a process.
+pub fn use_threads(threads: Option<usize>) -> anyhow::Result<()> {
+    if let Some(threads) = threads {
+        rayon::ThreadPoolBuilder::new().num_threads(threads).build_global().context("--threads")?;
+        kernels::set_threads(threads);
+    }
+    Ok(())
 }
 
 impl ModelArgs {
@@ -53,6 +68,7 @@ impl ModelArgs {
 
     /// Reads the model and its tokenizer.
     pub fn load(&self) -> anyhow::Result<(Model, Tokenizer)> {
+        use_threads(self.threads.map(check_threads).transpose()?)?;
         let files = model_source::files(&self.source()?)?.with_context_length(self.context);
         let dtype = self.dtype.unwrap_or_default();
         let (device, backend) = (self.device.unwrap_or_default(), self.backend.unwrap_or_default());

@@ -14,7 +14,10 @@ use futures::{StreamExt as _, pin_mut, stream};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Deserialize;
 
-use super::{model::ModelArgs, serve};
+use super::{
+    model::{self, ModelArgs},
+    serve,
+};
 use crate::{
     config::{ByteSize, LogConfig, LogFormat, ServeArgs, Time},
     http::{
@@ -72,10 +75,6 @@ pub struct RunArgs {
     /// Memory for the KV cache, such as 512MiB [default: as `softserve serve`]
     #[arg(long, value_name = "SIZE", env = "SOFTSERVE_KV_CACHE")]
     pub kv_cache: Option<ByteSize>,
-
-    /// The number of processor threads that the model uses [default: one for each core]
-    #[arg(long, value_name = "N", env = "SOFTSERVE_THREADS")]
-    pub threads: Option<usize>,
 }
 
 /// Runs the sub-command; writes the summary to `out`.
@@ -88,7 +87,7 @@ pub fn run(args: &RunArgs, out: &mut dyn Write) -> anyhow::Result<()> {
         writeln!(out, "{} has all {total} answers", args.output.display())?;
         return Ok(());
     }
-    let ModelArgs { model, random_weights, context, device, backend, dtype } = args.model.clone();
+    let ModelArgs { model, random_weights, context, device, backend, dtype, threads } = args.model.clone();
     // A line waits for others rather than fail.
     let patient = Some(Time(Duration::from_secs(24 * 3600)));
     let serving = ServeArgs {
@@ -101,14 +100,14 @@ pub fn run(args: &RunArgs, out: &mut dyn Write) -> anyhow::Result<()> {
         prompts: args.prompts.clone(),
         max_batch: args.max_batch,
         kv_cache: args.kv_cache,
-        threads: args.threads,
+        threads,
         max_request_timeout: patient,
         max_body: Some(ByteSize(1 << 30)),
         ..ServeArgs::default()
     };
     let config = serving.check()?;
     telemetry::init(&LogConfig { format: LogFormat::Text, level: "warn".to_owned() })?;
-    serve::use_threads(config.threads)?;
+    model::use_threads(config.threads)?;
     let loaded = serve::load(&config)?;
     let lines = Lines::new(Arc::clone(&loaded.app), Caller::ANYONE);
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;

@@ -11,13 +11,13 @@ use std::{
 use anyhow::{Context as _, bail};
 use tokio::{net::TcpListener, sync::oneshot};
 
-use super::model_source;
+use super::{model, model_source};
 use crate::{
     config::{ByteSize, Config, LogFormat, ModelSource, ServeArgs},
     demo,
     engine::{Engine, EngineThread, StartError},
     http::{self, App, AppState, router},
-    kernels::{self, DeviceMemory},
+    kernels::DeviceMemory,
     model::{Model, ModelInfo},
     prompt::format::Fit,
     registry::{Registry, RegistryConfig},
@@ -32,7 +32,7 @@ pub fn run(args: ServeArgs) -> anyhow::Result<()> {
     let config = args.check()?;
     telemetry::init(&config.log).context("--log-level")?;
     telemetry::metrics();
-    use_threads(config.threads)?;
+    model::use_threads(config.threads)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     // Before the model is loaded: a busy port is then known at once.
     let listener = runtime.block_on(bind(config.listen))?;
@@ -43,15 +43,6 @@ pub fn run(args: ServeArgs) -> anyhow::Result<()> {
     // Blocked threads of the runtime must not keep the process.
     runtime.shutdown_timeout(LAST_BYTES);
     stopped
-}
-
-/// Has the model use so many threads, if it is said how many.
-pub(super) fn use_threads(threads: Option<usize>) -> anyhow::Result<()> {
-    if let Some(threads) = threads {
-        rayon::ThreadPoolBuilder::new().num_threads(threads).build_global().context("--threads")?;
-        kernels::set_threads(threads);
-    }
-    Ok(())
 }
 
 /// Everything that is there before the first request.

@@ -1,5 +1,6 @@
 //! `softserve tune`: learns a prompt from examples.
 
+mod choices;
 mod errors;
 mod screen;
 
@@ -10,7 +11,8 @@ use std::{
 };
 
 use anyhow::{Context as _, bail};
-use clap::{Args, ValueEnum};
+use choices::{DecayArg, EncoderArg, TypeArg};
+use clap::Args;
 use errors::explain;
 use screen::{Screen, write_result};
 
@@ -29,7 +31,7 @@ use crate::{
         forward::Forward,
         init::Init,
         job::{self, OutputPaths},
-        options::{Length, Options, PromptType},
+        options::{FOLDS, Length, Options, PromptType},
         plan::{Plan, Warning},
         prompt_encoder::PromptEncoderKind,
         schedule::Decay,
@@ -191,6 +193,16 @@ pub struct TuneArgs {
     #[arg(long, value_name = "N", default_value_t = 6)]
     pub patience: usize,
 
+    /// The number of folds of the cross-validation that decides how many steps are best, where there are too few examples to
+    /// hold some out: one run for each fold comes before the run on all examples. 0 turns it off
+    #[arg(long, value_name = "N", default_value_t = FOLDS)]
+    pub folds: usize,
+
+    /// Never train on the held-out examples. By default those that are a part of --data join the training examples for the last fifth of
+    /// the steps, after they have judged
+    #[arg(long)]
+    pub keep_held_out: bool,
+
     /// The folder for the state of the unfinished run [default: .tune-NAME beside the prompt's folder]
     #[arg(long, value_name = "DIR")]
     pub checkpoint: Option<PathBuf>,
@@ -202,30 +214,6 @@ pub struct TuneArgs {
     /// Do not continue the run: write the best prompt of its saved state
     #[arg(long, conflicts_with = "resume")]
     pub finish: bool,
-}
-
-/// What is learned.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum TypeArg {
-    Auto,
-    Prompt,
-    PTuning,
-    Prefix,
-}
-
-/// The network of P-tuning.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum EncoderArg {
-    Mlp,
-    Lstm,
-}
-
-/// How the learning rate falls.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum DecayArg {
-    Linear,
-    Cosine,
-    Constant,
 }
 
 /// Runs the sub-command; writes the result to `out`.
@@ -251,6 +239,12 @@ pub fn run(args: &TuneArgs, out: &mut dyn Write) -> anyhow::Result<()> {
         info.name,
         info.num_parameters
     ));
+    if plan.folds > 0 {
+        screen.say(&format!(
+            "too few examples to hold some out: {}-fold cross-validation decides how many steps are best",
+            plan.folds
+        ));
+    }
     for warning in &plan.warnings {
         screen.say(&match warning {
             Warning::SharedInputs { .. } | Warning::OneLabel => format!("warning: {warning}"),
@@ -318,6 +312,8 @@ impl TuneArgs {
             seed: self.seed,
             eval_every: self.eval_every,
             patience: self.patience,
+            folds: self.folds,
+            keep_held_out: self.keep_held_out,
             ..Options::new(self.task.clone(), &self.data)
         })
     }

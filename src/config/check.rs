@@ -98,7 +98,7 @@ impl ServeArgs {
                 kv_cache_bytes: usize::try_from(at_least("kv-cache", kv_cache, ByteSize(1 << 20))?.0)
                     .unwrap_or(usize::MAX),
             },
-            threads: args.threads.map(|n| within("threads", n, 1..=MAX_THREADS)).transpose()?,
+            threads: args.threads.map(check_threads).transpose()?,
             limits,
             drain_timeout: time(args.drain_timeout, 30),
             access: Access {
@@ -156,6 +156,14 @@ fn at_least<T: PartialOrd + std::fmt::Display>(option: &'static str, found: T, l
     } else {
         Err(ConfigError::Option { option, reason: format!("found {found}, expected {least} or more") })
     }
+}
+
+/// A number of processor threads, as it was given, if it can be one.
+///
+/// # Errors
+/// It is 0, or more than any machine has.
+pub fn check_threads(found: usize) -> Result<usize, ConfigError> {
+    within("threads", found, 1..=MAX_THREADS)
 }
 
 fn within(option: &'static str, found: usize, range: RangeInclusive<usize>) -> Result<usize, ConfigError> {

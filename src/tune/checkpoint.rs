@@ -32,6 +32,8 @@ pub struct Checkpoint {
     /// The learning rate that was given or found.
     pub rate: f64,
     pub state: State,
+    /// What cross-validation found after so many steps; empty where other examples judge.
+    pub cross_validation: Vec<(usize, ValidationMetrics)>,
 }
 
 /// Why a run cannot be saved or resumed.
@@ -85,11 +87,10 @@ impl Checkpoint {
         let state = &self.state;
         let f32s = |values: &[f32]| values.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>();
         let f64s = |values: &[f64]| values.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>();
-        let evaluations: Vec<f64> = state
-            .evaluations
-            .iter()
-            .flat_map(|(step, validation)| [*step as f64, validation.loss, validation.exact])
-            .collect();
+        let flat = |evaluations: &[(usize, ValidationMetrics)]| {
+            let flat = evaluations.iter().flat_map(|(step, metrics)| [*step as f64, metrics.loss, metrics.exact]);
+            f64s(&flat.collect::<Vec<f64>>())
+        };
         let mut scalars = vec![self.rate, state.step as f64, state.evaluations_without_gain as f64];
         scalars.extend(state.last_gain.map_or([f64::NAN; 2], |m| [m.loss, m.exact]));
         scalars.extend(
@@ -98,7 +99,8 @@ impl Checkpoint {
         let best = state.best.as_ref().map_or(&[][..], |b| &b.values);
         let tensors = [
             ("best", Dtype::F32, f32s(best)),
-            ("evaluations", Dtype::F64, f64s(&evaluations)),
+            ("cross_validation", Dtype::F64, flat(&self.cross_validation)),
+            ("evaluations", Dtype::F64, flat(&state.evaluations)),
             ("first_moment", Dtype::F32, f32s(&state.moments.first)),
             ("losses", Dtype::F64, f64s(&state.losses)),
             ("scalars", Dtype::F64, f64s(&scalars)),
@@ -131,7 +133,10 @@ impl Checkpoint {
         };
         let metrics = |loss: f64, exact: f64| ValidationMetrics { loss, exact };
         let best = Best { step: best_step as usize, values: f32s("best")?, validation: metrics(best_loss, best_exact) };
-        let evaluations = f64s("evaluations")?;
+        let evaluations = |name: &str| -> Result<Vec<(usize, ValidationMetrics)>, String> {
+            let flat = f64s(name)?;
+            Ok(flat.as_chunks::<3>().0.iter().map(|e| (e[0] as usize, metrics(e[1], e[2]))).collect())
+        };
         let state = State {
             step: step as usize,
             values: f32s("values")?,
@@ -140,9 +145,10 @@ impl Checkpoint {
             evaluations_without_gain: without_gain as usize,
             last_gain: (!gain_exact.is_nan()).then_some(metrics(gain_loss, gain_exact)),
             losses: f64s("losses")?,
-            evaluations: evaluations.as_chunks::<3>().0.iter().map(|e| (e[0] as usize, metrics(e[1], e[2]))).collect(),
+            evaluations: evaluations("evaluations")?,
         };
-        Ok(Self { identity: identity.into_iter().collect(), rate, state })
+        let cross_validation = evaluations("cross_validation")?;
+        Ok(Self { identity: identity.into_iter().collect(), rate, state, cross_validation })
     }
 }
 
@@ -172,7 +178,8 @@ mod tests {
             validation: ValidationMetrics { loss: 0.7, exact: 1.0 },
         });
         let identity = [("seed", "1"), ("batch size", "16")].map(|(k, v)| (k.to_owned(), v.to_owned())).into();
-        Checkpoint { identity, rate: 0.3, state }
+        let cross_validation = vec![(5, ValidationMetrics { loss: 1e-9, exact: 0.25 })];
+        Checkpoint { identity, rate: 0.3, state, cross_validation }
     }
 
     #[test]

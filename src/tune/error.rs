@@ -67,6 +67,8 @@ pub enum TuneError {
     Interrupted { checkpoint: PathBuf },
     #[error("interrupted while the learning rate was chosen; nothing was saved yet")]
     InterruptedSweep,
+    #[error("interrupted during cross-validation; nothing was saved yet")]
+    InterruptedCrossValidation,
     #[error("the forward pass failed: {0}")]
     Tensor(#[from] candle_core::Error),
     #[error("the engine does not start: {0}")]
@@ -105,6 +107,8 @@ pub enum Setting {
     EncoderHidden,
     Steps,
     Epochs,
+    /// Folds of a cross-validation.
+    Folds,
     /// The field of an input that is shortened.
     Truncate,
 }
@@ -123,6 +127,7 @@ impl fmt::Display for Setting {
             Self::EncoderHidden => "the number of units in the prompt encoder's layers",
             Self::Steps => "the number of steps",
             Self::Epochs => "the number of epochs",
+            Self::Folds => "the number of folds",
             Self::Truncate => "the field to shorten",
         })
     }

@@ -11,13 +11,15 @@ use candle_core::Device;
 use super::{
     TuneError,
     checkpoint::{Checkpoint, CheckpointError},
+    cross_validation,
+    data::TokenizedExample,
     forward::Forward,
     held_out_calibration::{self, HeldOutCalibration},
     loss::ValidationMetrics,
     output,
     plan::{HeldOut, Plan},
     sweep::{self, Sweep},
-    trainer::{Ended, Progress, Settings, State, Trainer},
+    trainer::{Best, Ended, Progress, Settings, State, Trainer, Validation},
 };
 use crate::{
     model::Model,
@@ -49,6 +51,8 @@ pub trait Observer {
     fn sweeping(&mut self, done: usize, of: usize) -> ControlFlow<()>;
     /// The sweep is over.
     fn swept(&mut self, sweep: &Sweep, plans: &[Plan]);
+    /// A step of the cross-validation is done.
+    fn cross_validating(&mut self, done: usize, of: usize) -> ControlFlow<()>;
     /// The run of a plan begins, or goes on from `step`.
     fn training(&mut self, plan: &Plan, settings: &Settings, step: usize);
     /// Something happened in the run.
@@ -73,6 +77,11 @@ pub struct Outcome {
     /// The prompt that was kept, and the step it is from.
     pub after: ValidationMetrics,
     pub best_step: usize,
+    /// The last steps, in which the held-out examples were trained on, too: `after` was measured before them.
+    pub joint_steps: usize,
+    /// The mean training loss of the first and of the last tenth of the steps, where it fell by less than half: a prompt of
+    /// this type may not hold enough for the task.
+    pub stalled: Option<[f64; 2]>,
     /// Of the label probabilities; `None` where the task has no labels.
     pub calibration: Option<HeldOutCalibration>,
 }
@@ -95,25 +104,26 @@ pub fn run(
 ) -> Result<Outcome, TuneError> {
     output::check(&paths.output)?;
     let model = forward.model();
-    let (chosen, rate, state) = match paths.resume || paths.finish {
+    let begun = match paths.resume || paths.finish {
         true => saved(plans, &paths.checkpoint)?,
-        false => {
-            let (chosen, rate) = choose(forward, plans, observer)?;
-            (chosen, rate, None)
-        }
+        false => begin(forward, tokenizer, plans, observer)?,
     };
+    let Begun { chosen, rate, mut state, cross_validation } = begun;
     let plan = &plans[chosen];
-    let trainer = Trainer { forward, parameters: &plan.parameters, train: &plan.train, held_out: &plan.held_out };
-    let mut state = state.unwrap_or_else(|| State::new(plan.initial.clone()));
-    let mut settings = plan.settings;
-    settings.schedule.peak = rate;
+    let validation = match cross_validation.is_empty() {
+        true => Validation::HeldOut(&plan.held_out),
+        false => Validation::CrossValidated { evaluations: &cross_validation, examples: plan.train.len() },
+    };
+    let trainer = Trainer { forward, parameters: &plan.parameters, train: &plan.train, validation };
+    let settings = settings(plan, rate);
     observer.training(plan, &settings, state.step);
 
     let mut unsaved = None;
     let mut train = |state: &mut State| {
-        trainer.run(&settings, state, &mut |progress| {
+        let until = settings.schedule.steps - plan.joint_steps;
+        trainer.run_until(until, &settings, state, &mut |progress| {
             if let Progress::Evaluated { state, .. } = progress
-                && let Err(error) = save(plan, rate, state, &paths.checkpoint)
+                && let Err(error) = save(plan, rate, state, &cross_validation, &paths.checkpoint)
             {
                 unsaved = Some(error);
                 return Ok(ControlFlow::Break(()));
@@ -135,10 +145,22 @@ pub fn run(
         _ if ended == Ended::Diverged => return Err(TuneError::Diverged { rate, step: state.step }),
         _ => return Err(TuneError::NoGain { rate, loss: before.loss }),
     };
-    let without_prompt = trainer.validate(&settings, None)?;
-    let mut spec = spec(model, plan, &settings, &state, best.validation);
+    // Calibration needs a prompt that has not seen the held-out examples.
     let prompt = Arc::new(plan.parameters.prompt_of(&best.values, &Device::Cpu)?);
     let calibration = held_out_calibration::learn(model, tokenizer, plan, &prompt);
+    let joint = join(&trainer, plan, &settings, &mut state, (ended, best.step), &paths.checkpoint, observer)?;
+    let best = match joint {
+        0 => best,
+        _ => Best { step: state.step, values: state.values.clone(), validation: best.validation },
+    };
+    state.best = Some(best.clone());
+    let without_prompt = trainer.evaluate(&settings, None, &plan.held_out)?;
+    let mut metrics = vec![(side(plan), best.validation)];
+    if plan.folds > 0 {
+        metrics.push(("train", trainer.evaluate(&settings, Some(&best.values), &plan.train)?));
+    }
+    let mut spec = spec(model, plan, &settings, &state, &metrics);
+    let prompt = Arc::new(plan.parameters.prompt_of(&best.values, &Device::Cpu)?);
     spec.calibration = calibration.as_ref().and_then(HeldOutCalibration::stored).cloned();
     let files = output::serialise(&plan.parameters, &prompt, &spec, model)?;
     let version = output::write(&paths.output, &plan.task, &files, &fit(model))?;
@@ -153,23 +175,105 @@ pub fn run(
         before,
         after: best.validation,
         best_step: best.step,
+        joint_steps: joint,
+        stalled: stalled(&state.losses),
         state,
         calibration,
     })
 }
 
+/// Has the held-out examples join the others for the last steps, if the run went on to its end and its last prompt was kept: they
+/// have said what they had to say. Returns how many steps that were.
+fn join(
+    trainer: &Trainer<'_>,
+    plan: &Plan,
+    settings: &Settings,
+    state: &mut State,
+    (ended, kept): (Ended, usize),
+    checkpoint: &Path,
+    observer: &mut dyn Observer,
+) -> Result<usize, TuneError> {
+    let is_the_end = matches!(ended, Ended::Finished | Ended::Early);
+    if plan.joint_steps == 0 || !is_the_end || kept != state.step {
+        return Ok(0);
+    }
+    let all: Vec<TokenizedExample> = plan.train.iter().chain(&plan.held_out).cloned().collect();
+    let trainer = Trainer { train: &all, ..*trainer };
+    let rate = settings.schedule.at(state.step);
+    let mut observe = |progress: Progress<'_>| Ok(observer.progress(progress));
+    match trainer.run_unevaluated(plan.joint_steps, rate, settings, state, &mut observe)? {
+        Ended::Diverged => Err(TuneError::Diverged { rate, step: state.step }),
+        Ended::Interrupted => Err(TuneError::Interrupted { checkpoint: checkpoint.to_owned() }),
+        Ended::Finished | Ended::Early => Ok(plan.joint_steps),
+    }
+}
+
+/// The mean loss of the first and of the last tenth of the steps, if it fell by less than half.
+fn stalled(losses: &[f64]) -> Option<[f64; 2]> {
+    let tenth = losses.len() / 10;
+    let mean = |losses: &[f64]| losses.iter().sum::<f64>() / tenth as f64;
+    let ends = (tenth > 0).then(|| [mean(&losses[..tenth]), mean(&losses[losses.len() - tenth..])]);
+    ends.filter(|[first, last]| last > &(first / 2.0))
+}
+
 /// Saves a moment of a run, and draws it: who waits can look at the picture.
-fn save(plan: &Plan, rate: f64, state: &State, folder: &Path) -> Result<(), TuneError> {
-    Checkpoint { identity: plan.identity.clone(), rate, state: state.clone() }.write(folder)?;
+fn save(
+    plan: &Plan,
+    rate: f64,
+    state: &State,
+    cross_validation: &[(usize, ValidationMetrics)],
+    folder: &Path,
+) -> Result<(), TuneError> {
+    let cross_validation = cross_validation.to_vec();
+    Checkpoint { identity: plan.identity.clone(), rate, state: state.clone(), cross_validation }.write(folder)?;
     output::write_curve(folder, plan, state)
 }
 
-/// The plan, the rate and the state of a run that was saved.
-fn saved(plans: &[Plan], folder: &Path) -> Result<(usize, f64, Option<State>), TuneError> {
+/// A run that can go on.
+struct Begun {
+    /// Which of the plans.
+    chosen: usize,
+    rate: f64,
+    state: State,
+    /// What cross-validation found, if there was one.
+    cross_validation: Vec<(usize, ValidationMetrics)>,
+}
+
+/// A new run: of the best plan and rate, cross-validated where nothing is held out.
+fn begin(
+    forward: &Forward,
+    tokenizer: &Tokenizer,
+    plans: &[Plan],
+    observer: &mut dyn Observer,
+) -> Result<Begun, TuneError> {
+    let (chosen, rate) = choose(forward, tokenizer, plans, observer)?;
+    let plan = &plans[chosen];
+    let cross_validation = match plan.folds {
+        0 => Vec::new(),
+        _ => {
+            let mut observe = |done, of| observer.cross_validating(done, of);
+            let found = cross_validation::run(forward, tokenizer, plan, &settings(plan, rate), &mut observe)?;
+            found.ok_or(TuneError::InterruptedCrossValidation)?
+        }
+    };
+    Ok(Begun { chosen, rate, state: State::new(plan.initial.clone()), cross_validation })
+}
+
+/// A plan's settings with the rate that was given or found.
+fn settings(plan: &Plan, rate: f64) -> Settings {
+    let mut settings = plan.settings;
+    settings.schedule.peak = rate;
+    settings
+}
+
+/// A run that was saved.
+fn saved(plans: &[Plan], folder: &Path) -> Result<Begun, TuneError> {
     let mut first = None;
     for (i, plan) in plans.iter().enumerate() {
         match Checkpoint::read(folder, &plan.identity) {
-            Ok(checkpoint) => return Ok((i, checkpoint.rate, Some(checkpoint.state))),
+            Ok(Checkpoint { rate, state, cross_validation, .. }) => {
+                return Ok(Begun { chosen: i, rate, state, cross_validation });
+            }
             Err(error) => first = first.or(Some(error)),
         }
     }
@@ -177,13 +281,18 @@ fn saved(plans: &[Plan], folder: &Path) -> Result<(usize, f64, Option<State>), T
 }
 
 /// The plan and the rate to run it with.
-fn choose(forward: &Forward, plans: &[Plan], observer: &mut dyn Observer) -> Result<(usize, f64), TuneError> {
+fn choose(
+    forward: &Forward,
+    tokenizer: &Tokenizer,
+    plans: &[Plan],
+    observer: &mut dyn Observer,
+) -> Result<(usize, f64), TuneError> {
     if let [plan] = plans
         && plan.rates.is_empty()
     {
         return Ok((0, plan.settings.schedule.peak));
     }
-    let sweep = sweep::race(forward, plans, &mut |done, of| observer.sweeping(done, of))?;
+    let sweep = sweep::race(forward, tokenizer, plans, &mut |done, of| observer.sweeping(done, of))?;
     let sweep = sweep.ok_or(TuneError::InterruptedSweep)?;
     observer.swept(&sweep, plans);
     let tried = || plans.iter().flat_map(|plan| plan.rates.iter().copied()).collect();
@@ -198,15 +307,31 @@ pub fn fit(model: &Model) -> Fit {
     model.info().into()
 }
 
-fn spec(model: &Model, plan: &Plan, settings: &Settings, state: &State, validation: ValidationMetrics) -> TaskSpec {
-    let side = if plan.held_out_is == HeldOut::Training { "train" } else { "held_out" };
-    let metrics = [
-        (format!("{side}_loss"), validation.loss),
-        (format!("{side}_{}", plan.metric()), validation.exact),
+/// Whose metrics chose the prompt, as `task.json` says it.
+fn side(plan: &Plan) -> &'static str {
+    match plan.held_out_is {
+        HeldOut::Training if plan.folds > 0 => "cross_validated",
+        HeldOut::Training => "train",
+        HeldOut::File | HeldOut::Split => "held_out",
+    }
+}
+
+fn spec(
+    model: &Model,
+    plan: &Plan,
+    settings: &Settings,
+    state: &State,
+    validations: &[(&str, ValidationMetrics)],
+) -> TaskSpec {
+    let named = |(side, validation): &(&str, ValidationMetrics)| {
+        [(format!("{side}_loss"), validation.loss), (format!("{side}_{}", plan.metric()), validation.exact)]
+    };
+    let run = [
         ("train_examples".to_owned(), plan.train.len() as f64),
         ("steps".to_owned(), state.step as f64),
         ("learning_rate".to_owned(), settings.schedule.peak),
     ];
+    let metrics = validations.iter().flat_map(named).chain(run);
     let labels = plan.labels.iter().flat_map(|l| l.iter()).map(|(l, words)| (l.to_owned(), words.to_vec())).collect();
     TaskSpec {
         description: plan.description.clone(),
@@ -218,7 +343,7 @@ fn spec(model: &Model, plan: &Plan, settings: &Settings, state: &State, validati
             name: Some(model.info().name.clone()),
             fingerprint: Some(model.info().fingerprint.clone()),
         }),
-        metrics: metrics.into_iter().map(|(name, value)| (name, digits(value))).collect(),
+        metrics: metrics.map(|(name, value)| (name, digits(value))).collect(),
         ..TaskSpec::default()
     }
 }
@@ -233,4 +358,18 @@ fn digits(x: f64) -> f64 {
 pub fn default_checkpoint(output: &Path) -> PathBuf {
     let name = output.file_name().map_or_else(|| "prompt".into(), |n| n.to_string_lossy());
     output.with_file_name(format!(".tune-{name}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_run_whose_training_loss_hardly_falls_has_stalled() {
+        let falls_to = |end: f64| (0..200).map(|i| 4.0 + (end - 4.0) * f64::from(i) / 199.0).collect::<Vec<_>>();
+        let [first, last] = stalled(&falls_to(3.0)).expect("stalled");
+        assert!(first > 3.9 && last < 3.1, "{first} {last}");
+        assert_eq!(stalled(&falls_to(0.5)), None);
+        assert_eq!(stalled(&[4.0; 9]), None, "too few steps to tell");
+    }
 }

@@ -8,6 +8,7 @@
 //! - [`forward`], [`loss`]: a batch through the model, with gradients; the loss of a prompt and its gradient
 //! - [`optim`], [`schedule`], [`order`]: AdamW, the learning rate and the examples of each step
 //! - [`trainer`], [`sweep`]: the loop, and the search for its learning rate
+//! - [`folds`], [`cross_validation`]: how good a run is, where there are too few examples to hold some out
 //! - [`checkpoint`], [`output`], [`report`]: what is left on disk
 //! - [`inference`], [`metrics`], [`evaluate`]: what the engine answers with a prompt and how good that is,
 //!   beside what an instruction in words gives, and examples in the context ([`in_context`])
@@ -17,10 +18,12 @@
 
 pub mod calibrate;
 pub mod checkpoint;
+pub mod cross_validation;
 pub mod data;
 mod error;
 pub mod evaluate;
 pub mod evidence;
+pub mod folds;
 pub mod forward;
 pub mod held_out_calibration;
 pub mod in_context;

@@ -20,6 +20,12 @@ const ENCODER_SIZE: usize = 128;
 /// The most units of an encoder's layer.
 const MAX_ENCODER_SIZE: usize = 16384;
 
+/// The number of folds of a cross-validation where none is asked for.
+pub const FOLDS: usize = 3;
+
+/// The most folds of a cross-validation.
+const MAX_FOLDS: usize = 100;
+
 /// Which type of prompt is learned.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PromptType {
@@ -88,6 +94,10 @@ pub struct Options {
     pub seed: u64,
     pub eval_every: Option<usize>,
     pub patience: usize,
+    /// The number of folds of the cross-validation of a run that holds out no examples; 0 is none.
+    pub folds: usize,
+    /// Held-out examples that were split off are never trained on.
+    pub keep_held_out: bool,
 }
 
 /// How long a run is.
@@ -126,6 +136,8 @@ impl Options {
             seed: 0,
             eval_every: None,
             patience: 6,
+            folds: FOLDS,
+            keep_held_out: false,
         }
     }
 
@@ -144,6 +156,11 @@ impl Options {
         let count = |setting, found: usize| range(setting, found as f64, 1.0, 1e9, "1 or more");
         count(Setting::BatchSize, self.batch_size)?;
         count(Setting::Accumulate, self.accumulate)?;
+        let folds = format!("2 to {MAX_FOLDS}, or 0 for no cross-validation");
+        match self.folds {
+            0 => {}
+            n => range(Setting::Folds, n as f64, 2.0, MAX_FOLDS as f64, &folds)?,
+        }
         count(Setting::EvalEvery, self.eval_every.unwrap_or(1))?;
         if let PromptType::PTuning { hidden_size: Some(size), .. } = self.prompt_type {
             range(Setting::EncoderHidden, size as f64, 1.0, MAX_ENCODER_SIZE as f64, "1 to 16384")?;

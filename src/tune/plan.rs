@@ -1,14 +1,18 @@
 //! What is going to be tuned, checked before anything is: data, template, labels, initial values,
 //! settings.
 
-use std::path::Path;
+mod held_out;
+
+use std::{collections::HashSet, path::Path};
+
+pub use held_out::{HeldOut, Warning};
 
 use super::{
     Setting, TuneError,
     checkpoint::Identity,
     data::{self, Dataset, TokenizedExample},
     forward::Forward,
-    init::{self, InitError, Source},
+    init::{self, Init, InitError, Source},
     optim::AdamW,
     options::{Length, Options},
     parameters::{Method, Parameters},
@@ -49,35 +53,11 @@ pub const VIRTUAL_TOKENS: usize = 32;
 const STEPS: std::ops::RangeInclusive<usize> = 200..=600;
 const EPOCHS: usize = 15;
 
+/// The held-out examples are trained on in one in so many of the steps, the last.
+const JOINT_PART: usize = 5;
+
 /// Evaluations in a run where no interval is asked for.
 const EVALUATIONS: usize = 20;
-
-/// Which examples choose the learning rate and the best prompt.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum HeldOut {
-    /// A file of their own.
-    File,
-    /// A part of the data that is not trained on.
-    Split,
-    /// The training examples themselves: there are too few to split.
-    Training,
-}
-
-/// What is odd about a plan and not wrong.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum Warning {
-    #[error("{shared} of the {held_out} held-out inputs are also trained on")]
-    SharedInputs { shared: usize, held_out: usize },
-    /// The data are too few to split, and there are no other.
-    #[error(
-        "{examples} examples are too few to hold some out: the learning rate and the best prompt are chosen by the \
-         training examples, and what is reported says nothing of others"
-    )]
-    NothingHeldOut { examples: usize },
-    /// There is nothing to tell apart.
-    #[error("every example has the same label: what is learned is to answer with it, whatever the input is")]
-    OneLabel,
-}
 
 /// Everything that a run needs, checked.
 #[derive(Debug, Clone)]
@@ -91,10 +71,16 @@ pub struct Plan {
     pub train: Vec<TokenizedExample>,
     pub held_out: Vec<TokenizedExample>,
     pub held_out_is: HeldOut,
+    /// The number of folds of a cross-validation, where no examples are held out; 0 is none.
+    pub folds: usize,
+    /// The last steps, in which the held-out examples are trained on, too; 0 where they never are.
+    pub joint_steps: usize,
     /// What is learned.
     pub parameters: Parameters,
     /// Its initial values.
     pub initial: Vec<f32>,
+    /// How they were made.
+    pub init: Init,
     /// The schedule's peak is the given rate; zero until a sweep has found one.
     pub settings: Settings,
     /// The rates of a sweep; empty where one is given.
@@ -158,8 +144,16 @@ impl Plan {
                 }
                 (all, held_out, HeldOut::File)
             }
-            None => split(all, options.seed, &mut warnings),
+            None => held_out::split(all, options.seed),
         };
+        let inputs = train.iter().map(|example| example.input.as_slice()).collect::<HashSet<_>>().len();
+        let folds = match held_out_is {
+            HeldOut::Training if inputs > 1 => options.folds.min(inputs),
+            HeldOut::Training | HeldOut::File | HeldOut::Split => 0,
+        };
+        if held_out_is == HeldOut::Training && folds == 0 {
+            warnings.push(Warning::NothingHeldOut { examples: train.len() });
+        }
         let batch_size = options.batch_size.min(train.len());
         let steps = steps(options.length, train.len(), batch_size * options.accumulate);
         let parameters = Parameters::new(method, n, model);
@@ -192,12 +186,18 @@ impl Plan {
             },
             parameters,
             initial,
+            init: options.init.clone(),
             labels: data.labels.clone(),
             truncate: options.truncate.clone(),
             template,
             train,
             held_out,
             held_out_is,
+            folds,
+            joint_steps: match held_out_is {
+                HeldOut::Split if !options.keep_held_out => settings.schedule.steps / JOINT_PART,
+                HeldOut::Split | HeldOut::File | HeldOut::Training => 0,
+            },
             settings,
             identity: Identity::new(),
             warnings,
@@ -223,6 +223,25 @@ impl Plan {
         match refused {
             Some(error) if plans.is_empty() => Err(error),
             _ => Ok(plans),
+        }
+    }
+
+    /// The initial values of a run on some of the examples: nothing of the others is in them.
+    ///
+    /// # Errors
+    /// A forward pass fails.
+    pub fn initial_of(
+        &self,
+        forward: &Forward,
+        tokenizer: &Tokenizer,
+        examples: &[TokenizedExample],
+    ) -> Result<Vec<f32>, TuneError> {
+        match self.init {
+            Init::Examples => {
+                let source = Source { forward, tokenizer, examples, seed: self.settings.seed };
+                Ok(source.values(&self.init, &self.parameters)?)
+            }
+            Init::Text(_) | Init::Vocab | Init::Prompt(_) | Init::Random => Ok(self.initial.clone()),
         }
     }
 
@@ -269,21 +288,6 @@ fn check_template(
         }),
         None => Ok(()),
     }
-}
-
-fn split(
-    all: Vec<TokenizedExample>,
-    seed: u64,
-    warnings: &mut Vec<Warning>,
-) -> (Vec<TokenizedExample>, Vec<TokenizedExample>, HeldOut) {
-    let out = data::held_out(&all, seed);
-    if !out.contains(&true) {
-        warnings.push(Warning::NothingHeldOut { examples: all.len() });
-        return (all.clone(), all, HeldOut::Training);
-    }
-    let (held_out, train): (Vec<_>, Vec<_>) = all.into_iter().zip(out).partition(|(_, out)| *out);
-    let examples = |side: Vec<(TokenizedExample, bool)>| side.into_iter().map(|e| e.0).collect();
-    (examples(train), examples(held_out), HeldOut::Split)
 }
 
 fn steps(length: Length, examples: usize, per_step: usize) -> usize {
@@ -337,6 +341,8 @@ fn identity(plan: &Plan, model: &Model, options: &Options, data: &Dataset, eval:
         ("seed", settings.seed.to_string()),
         ("evaluation interval", settings.eval_every.to_string()),
         ("patience", settings.patience.to_string()),
+        ("folds", plan.folds.to_string()),
+        ("steps with held-out examples", plan.joint_steps.to_string()),
     ];
     entries.map(|(name, value)| (name.to_owned(), value)).into()
 }

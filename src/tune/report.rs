@@ -74,7 +74,11 @@ fn draw(svg: &mut String, plan: &Plan, state: &State) -> Result<(), Box<dyn std:
         .label_style((FONT, 14))
         .axis_desc_style((FONT, 15))
         .draw()?;
-    let held_name = if plan.held_out_is == HeldOut::Training { "training examples" } else { "held-out" };
+    let held_name = match plan.held_out_is {
+        HeldOut::Training if plan.folds > 0 => "cross-validation",
+        HeldOut::Training => "training examples",
+        HeldOut::File | HeldOut::Split => "held-out",
+    };
     let finite = |points: Vec<(f64, f64)>| points.into_iter().filter(|p| p.1.is_finite());
     let line = |color: RGBColor, width| ShapeStyle { color: color.into(), filled: true, stroke_width: width };
     let sample = |style: ShapeStyle| move |(x, y)| PathElement::new([(x, y), (x + 22, y)], style);

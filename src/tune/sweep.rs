@@ -7,28 +7,20 @@
 
 use std::ops::ControlFlow;
 
-use candle_core::Result;
-
 use super::{
-    data::{self, TokenizedExample},
+    TuneError, folds,
     forward::Forward,
-    loss::{self, ValidationMetrics},
-    order,
-    plan::{HeldOut, Plan},
+    loss::ValidationMetrics,
+    plan::Plan,
     schedule::{Decay, Schedule},
-    trainer::{Settings, State, Trainer},
+    trainer::{Settings, State, Trainer, Validation},
 };
+use crate::tokenizer::Tokenizer;
 
 /// Steps that each candidate trains in the first round, and then those of the second round.
 pub const ROUNDS: [usize; 2] = [10, 20];
 /// Steps over which the rate rises.
 const WARMUP: usize = 3;
-/// Examples that the candidates are compared by, at most.
-const MOST_JUDGED: usize = 256;
-/// How many parts the examples are split into, one of which judges.
-const PARTS: usize = 3;
-/// Below so many examples, each part judges once: one part alone is too few.
-const EVERY_PART_JUDGES_BELOW: usize = 40;
 /// A larger type of prompt has to lower the loss to this part of a smaller one's.
 const CLEARLY_LOWER: f64 = 0.98;
 
@@ -74,12 +66,6 @@ impl Sweep {
     }
 }
 
-/// Some examples to train on and others to judge by.
-struct Fold {
-    train: Vec<TokenizedExample>,
-    judge: Vec<TokenizedExample>,
-}
-
 /// A candidate in the race: one state for each fold.
 struct Candidate {
     trial: usize,
@@ -93,20 +79,27 @@ struct Candidate {
 /// A forward pass fails.
 pub fn race(
     forward: &Forward,
+    tokenizer: &Tokenizer,
     plans: &[Plan],
     observe: &mut dyn FnMut(usize, usize) -> ControlFlow<()>,
-) -> Result<Option<Sweep>> {
+) -> Result<Option<Sweep>, TuneError> {
     let Some(first) = plans.first() else { return Ok(None) };
-    let folds = folds(first);
+    let folds = folds::of_race(first);
     let judged = folds.iter().map(|fold| fold.judge.len()).sum();
-    let starts = plans.iter().map(|plan| judge(forward, plan, &folds, &vec![&plan.initial[..]; folds.len()]));
-    let starts = starts.collect::<Result<Vec<_>>>()?;
+    let (mut initial, mut starts) = (Vec::new(), Vec::new());
+    for plan in plans {
+        let values = folds.iter().map(|fold| plan.initial_of(forward, tokenizer, &fold.train));
+        let values = values.collect::<Result<Vec<_>, TuneError>>()?;
+        let slices: Vec<&[f32]> = values.iter().map(Vec::as_slice).collect();
+        starts.push(folds::validate(forward, plan, &folds, &slices)?);
+        initial.push(values);
+    }
     let start = starts.iter().map(|start| start.loss).fold(f64::INFINITY, f64::min);
     let mut sweep = Sweep { start, trials: Vec::new(), judged, chosen: None };
     let mut candidates = Vec::new();
     for (i, plan) in plans.iter().enumerate() {
         for &rate in &plan.rates {
-            let states = folds.iter().map(|_| State::new(plan.initial.clone())).collect();
+            let states = initial[i].iter().map(|values| State::new(values.clone())).collect();
             candidates.push(Candidate { trial: sweep.trials.len(), states });
             sweep.trials.push(Trial { plan: i, rate, steps: 0, validation: starts[i], diverged: false });
         }
@@ -135,7 +128,12 @@ pub fn race(
             let schedule = Schedule { peak: trial.rate, warmup: WARMUP, steps: trial.steps, decay: Decay::Constant };
             let settings = Settings { schedule, ..plan.settings };
             for (fold, state) in folds.iter().zip(&mut candidate.states) {
-                let trainer = Trainer { forward, parameters: &plan.parameters, train: &fold.train, held_out: &[] };
+                let trainer = Trainer {
+                    forward,
+                    parameters: &plan.parameters,
+                    train: &fold.train,
+                    validation: Validation::HeldOut(&[]),
+                };
                 let batch_size = settings.batch_size.min(fold.train.len());
                 let settings = Settings { batch_size, ..settings };
                 while state.step < trial.steps && !trial.diverged {
@@ -149,7 +147,7 @@ pub fn race(
             }
             if !trial.diverged {
                 let values: Vec<&[f32]> = candidate.states.iter().map(|state| &state.values[..]).collect();
-                trial.validation = judge(forward, plan, &folds, &values)?;
+                trial.validation = folds::validate(forward, plan, &folds, &values)?;
                 let loss = trial.validation.loss;
                 trial.diverged = !loss.is_finite() || loss > starts[trial.plan].loss;
             }
@@ -172,49 +170,6 @@ fn chosen(sweep: &Sweep, plans: usize, labelled: bool) -> Option<usize> {
         let other_wins = is_right_more_often(b, a) || !is_right_more_often(a, b) && b.loss < CLEARLY_LOWER * a.loss;
         if other_wins { other } else { best }
     })
-}
-
-/// What values, of each fold, make of the examples that judge it.
-fn judge(forward: &Forward, plan: &Plan, folds: &[Fold], values: &[&[f32]]) -> Result<ValidationMetrics> {
-    let mut sum = ValidationMetrics { loss: 0.0, exact: 0.0 };
-    let mut examples = 0.0;
-    for (fold, values) in folds.iter().zip(values) {
-        let prompt = plan.parameters.prompt_of(values, &forward.model().info().device)?;
-        let judge: Vec<&TokenizedExample> = fold.judge.iter().collect();
-        let part = loss::evaluate(forward, Some(&prompt), &judge, plan.settings.batch_size)?;
-        let n = judge.len() as f64;
-        sum.loss += n * part.loss;
-        sum.exact += n * part.exact;
-        examples += n;
-    }
-    Ok(ValidationMetrics { loss: sum.loss / examples, exact: sum.exact / examples })
-}
-
-/// The examples of a race. A file of held-out examples judges; otherwise a part of all examples does, or each part once.
-fn folds(plan: &Plan) -> Vec<Fold> {
-    let seed = plan.settings.seed;
-    let all: Vec<TokenizedExample> = match plan.held_out_is {
-        HeldOut::File => {
-            let order = order::shuffled(plan.held_out.len(), seed, order::SWEEP);
-            let judge = order.into_iter().take(MOST_JUDGED).map(|i| plan.held_out[i].clone()).collect();
-            return vec![Fold { train: plan.train.clone(), judge }];
-        }
-        HeldOut::Split => plan.train.iter().chain(&plan.held_out).cloned().collect(),
-        HeldOut::Training => plan.train.clone(),
-    };
-    let parts = data::parts(&all, PARTS, seed);
-    let fold = |part: usize| {
-        let of =
-            |judges: bool| all.iter().zip(&parts).filter(move |(_, p)| (**p == part) == judges).map(|(e, _)| e.clone());
-        Fold { train: of(false).collect(), judge: of(true).take(MOST_JUDGED).collect() }
-    };
-    let rounds = if all.len() < EVERY_PART_JUDGES_BELOW { PARTS } else { 1 };
-    let folds: Vec<Fold> = (0..rounds).map(fold).filter(|f| !f.train.is_empty() && !f.judge.is_empty()).collect();
-    match folds.is_empty() {
-        // One input, of which nothing can be set apart.
-        true => vec![Fold { train: all.clone(), judge: all }],
-        false => folds,
-    }
 }
 
 #[cfg(test)]

@@ -79,6 +79,16 @@ impl State {
             evaluations: vec![],
         }
     }
+
+    /// Adds an evaluation of this moment.
+    pub(super) fn record(&mut self, validation: ValidationMetrics) {
+        if self.last_gain.is_none_or(|gain| validation.clearly_better_than(&gain)) {
+            (self.evaluations_without_gain, self.last_gain) = (0, Some(validation));
+        } else {
+            self.evaluations_without_gain += 1;
+        }
+        self.evaluations.push((self.step, validation));
+    }
 }
 
 /// What a run tells while it goes.
@@ -109,8 +119,26 @@ pub struct Trainer<'a> {
     pub forward: &'a Forward,
     pub parameters: &'a Parameters,
     pub train: &'a [TokenizedExample],
-    /// Examples that choose the learning rate and the best prompt and are not trained on.
-    pub held_out: &'a [TokenizedExample],
+    pub validation: Validation<'a>,
+}
+
+/// What tells how good a prompt is while it is learned.
+#[derive(Debug, Clone, Copy)]
+pub enum Validation<'a> {
+    /// Examples that are not trained on.
+    HeldOut(&'a [TokenizedExample]),
+    /// What runs on folds of so many examples gave after so many steps: the examples themselves are trained on.
+    CrossValidated { evaluations: &'a [(usize, ValidationMetrics)], examples: usize },
+}
+
+impl Validation<'_> {
+    /// The number of examples that judge.
+    fn examples(&self) -> usize {
+        match self {
+            Self::HeldOut(examples) => examples.len(),
+            Self::CrossValidated { examples, .. } => *examples,
+        }
+    }
 }
 
 impl Trainer<'_> {
@@ -122,21 +150,32 @@ impl Trainer<'_> {
         state: &mut State,
         observe: &mut dyn FnMut(Progress<'_>) -> Result<ControlFlow<()>>,
     ) -> Result<Ended> {
-        if state.evaluations.is_empty() && self.evaluate(settings, state, observe)?.is_break() {
+        self.run_until(settings.schedule.steps, settings, state, observe)
+    }
+
+    /// As [`run`](Self::run), to step `until` of the schedule.
+    pub fn run_until(
+        &self,
+        until: usize,
+        settings: &Settings,
+        state: &mut State,
+        observe: &mut dyn FnMut(Progress<'_>) -> Result<ControlFlow<()>>,
+    ) -> Result<Ended> {
+        if state.evaluations.is_empty() && self.record(settings, state, observe)?.is_break() {
             return Ok(Ended::Interrupted);
         }
-        let of = settings.schedule.steps;
-        while state.step < of {
+        // A run that is resumed may have been at its end.
+        let is_evaluated = state.evaluations.last().is_some_and(|(step, _)| *step == state.step);
+        if state.step > 0 && state.step < until && is_evaluated && self.has_ended(settings, state) {
+            return Ok(Ended::Early);
+        }
+        while state.step < until {
             let rate = settings.schedule.at(state.step);
-            let loss = self.step(settings, state, rate)?;
-            if !loss.is_finite() || state.values.iter().any(|x| !x.is_finite()) {
-                return Ok(Ended::Diverged);
+            if let Some(ended) = self.observed_step(settings, state, rate, observe)? {
+                return Ok(ended);
             }
-            if observe(Progress::Step { step: state.step, of, loss, rate })?.is_break() {
-                return Ok(Ended::Interrupted);
-            }
-            if state.step.is_multiple_of(settings.eval_every) || state.step == of {
-                if self.evaluate(settings, state, observe)?.is_break() {
+            if state.step.is_multiple_of(settings.eval_every) || state.step == until {
+                if self.record(settings, state, observe)?.is_break() {
                     return Ok(Ended::Interrupted);
                 }
                 if self.has_ended(settings, state) {
@@ -145,6 +184,41 @@ impl Trainer<'_> {
             }
         }
         Ok(Ended::Finished)
+    }
+
+    /// So many further steps without an evaluation, in which the rate falls in a straight line from `rate` to zero.
+    pub fn run_unevaluated(
+        &self,
+        steps: usize,
+        rate: f64,
+        settings: &Settings,
+        state: &mut State,
+        observe: &mut dyn FnMut(Progress<'_>) -> Result<ControlFlow<()>>,
+    ) -> Result<Ended> {
+        for step in 0..steps {
+            let rate = rate * (1.0 - step as f64 / steps as f64);
+            if let Some(ended) = self.observed_step(settings, state, rate, observe)? {
+                return Ok(ended);
+            }
+        }
+        Ok(Ended::Finished)
+    }
+
+    /// One update, after which the run may have ended.
+    fn observed_step(
+        &self,
+        settings: &Settings,
+        state: &mut State,
+        rate: f64,
+        observe: &mut dyn FnMut(Progress<'_>) -> Result<ControlFlow<()>>,
+    ) -> Result<Option<Ended>> {
+        let loss = self.step(settings, state, rate)?;
+        if !loss.is_finite() || state.values.iter().any(|x| !x.is_finite()) {
+            return Ok(Some(Ended::Diverged));
+        }
+        let of = settings.schedule.steps;
+        let flow = observe(Progress::Step { step: state.step, of, loss, rate })?;
+        Ok(flow.is_break().then_some(Ended::Interrupted))
     }
 
     /// One update; returns the mean loss of the batch before it.
@@ -176,14 +250,32 @@ impl Trainer<'_> {
         Ok(mean)
     }
 
-    /// The prompt that values make on the held-out examples; without any the model on its own.
-    pub fn validate(&self, settings: &Settings, values: Option<&[f32]>) -> Result<ValidationMetrics> {
-        let examples: Vec<&TokenizedExample> = self.held_out.iter().collect();
+    /// What the prompt that values make, or the model on its own, gives for examples.
+    ///
+    /// # Errors
+    /// A forward pass fails.
+    pub fn evaluate(
+        &self,
+        settings: &Settings,
+        values: Option<&[f32]>,
+        examples: &[TokenizedExample],
+    ) -> Result<ValidationMetrics> {
+        let examples: Vec<&TokenizedExample> = examples.iter().collect();
         let prompt = match values {
             Some(values) => Some(self.parameters.prompt_of(values, &self.forward.model().info().device)?),
             None => None,
         };
         loss::evaluate(self.forward, prompt.as_ref(), &examples, settings.batch_size)
+    }
+
+    /// How good the prompt of a state is; `None` after the last step that cross-validation evaluated.
+    fn validate(&self, settings: &Settings, state: &State) -> Result<Option<ValidationMetrics>> {
+        match self.validation {
+            Validation::HeldOut(examples) => self.evaluate(settings, Some(&state.values), examples).map(Some),
+            Validation::CrossValidated { evaluations, .. } => {
+                Ok(evaluations.iter().find(|(step, _)| *step == state.step).map(|(_, validation)| *validation))
+            }
+        }
     }
 
     /// Whether this evaluation's prompt replaces the one that was kept so far.
@@ -198,7 +290,7 @@ impl Trainer<'_> {
             return false;
         }
         let peak = peak(state, validation);
-        let enough = peak.exact - peak.standard_error(self.held_out.len());
+        let enough = peak.exact - peak.standard_error(self.validation.examples());
         if validation.exact < enough {
             return false;
         }
@@ -208,14 +300,17 @@ impl Trainer<'_> {
 
     /// Whether more steps promise nothing: there was no gain for long, and the held-out examples say with some certainty that it
     /// was better before, or the training examples have nothing left to teach.
-    fn has_ended(&self, settings: &Settings, state: &State) -> bool {
+    pub(super) fn has_ended(&self, settings: &Settings, state: &State) -> bool {
         const LEARNT: f64 = 0.01;
+        if let Validation::CrossValidated { evaluations: [.., (last, _)], .. } = self.validation {
+            return state.step >= *last && state.step < settings.schedule.steps;
+        }
         if settings.patience == 0 || state.evaluations_without_gain < settings.patience {
             return false;
         }
         let Some((_, last)) = state.evaluations.last() else { return false };
         let peak = peak(state, last);
-        let error = peak.standard_error(self.held_out.len());
+        let error = peak.standard_error(self.validation.examples());
         if !settings.labelled || peak.exact <= error {
             return true;
         }
@@ -224,23 +319,19 @@ impl Trainer<'_> {
         learnt || last.exact < peak.exact - 2.0 * error
     }
 
-    fn evaluate(
+    /// Records how good the prompt is, and keeps it if it is the best; without an evaluation of this step nothing is done.
+    fn record(
         &self,
         settings: &Settings,
         state: &mut State,
         observe: &mut dyn FnMut(Progress<'_>) -> Result<ControlFlow<()>>,
     ) -> Result<ControlFlow<()>> {
-        let validation = self.validate(settings, Some(&state.values))?;
+        let Some(validation) = self.validate(settings, state)? else { return Ok(ControlFlow::Continue(())) };
         let best = self.keeps(settings, state, &validation);
         if best {
             state.best = Some(Best { step: state.step, values: state.values.clone(), validation });
         }
-        if state.last_gain.is_none_or(|gain| validation.clearly_better_than(&gain)) {
-            (state.evaluations_without_gain, state.last_gain) = (0, Some(validation));
-        } else {
-            state.evaluations_without_gain += 1;
-        }
-        state.evaluations.push((state.step, validation));
+        state.record(validation);
         observe(Progress::Evaluated { state, validation, best })
     }
 }

@@ -53,3 +53,4 @@ mod tune;
 mod tune_encoder_decoder;
 mod tune_job;
 mod tune_types;
+mod tune_validation;

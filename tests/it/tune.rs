@@ -16,7 +16,7 @@ use softserve::{
         parameters::{Method, Parameters},
         prompt_encoder::{PromptEncoder, PromptEncoderKind},
         schedule::{Decay, Schedule},
-        trainer::{Ended, Progress, Settings, State, Trainer},
+        trainer::{Ended, Progress, Settings, State, Trainer, Validation},
     },
 };
 
@@ -97,7 +97,7 @@ fn settings(steps: usize) -> Settings {
 fn run(forward: &Forward, data: &[TokenizedExample], settings: &Settings, state: &mut State) -> Ended {
     let n = state.values.len() / forward.model().info().hidden_size;
     let parameters = Parameters::new(Method::PromptTuning, n, forward.model());
-    let trainer = Trainer { forward, parameters: &parameters, train: data, held_out: data };
+    let trainer = Trainer { forward, parameters: &parameters, train: data, validation: Validation::HeldOut(data) };
     trainer.run(settings, state, &mut |_| Ok(ControlFlow::Continue(()))).unwrap()
 }
 
@@ -255,7 +255,12 @@ fn every_way_to_learn_lowers_the_loss() {
     let data = examples();
     for (method, peak) in methods().into_iter().zip([0.05, 0.01, 0.01, 0.05]) {
         let parameters = Parameters::new(method, 16, forward.model());
-        let trainer = Trainer { forward: &forward, parameters: &parameters, train: &data, held_out: &data };
+        let trainer = Trainer {
+            forward: &forward,
+            parameters: &parameters,
+            train: &data,
+            validation: Validation::HeldOut(&data),
+        };
         let schedule = Schedule { peak, warmup: 6, steps: 120, decay: Decay::Linear };
         let settings = Settings { batch_size: 8, eval_every: 120, schedule, ..settings(120) };
         let mut state = State::new(begin(forward.model(), &parameters));
@@ -297,7 +302,12 @@ fn a_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_does() {
     let data = examples();
     for method in methods() {
         let parameters = Parameters::new(method, 4, forward.model());
-        resumes(&Trainer { forward: &forward, parameters: &parameters, train: &data, held_out: &data[..3] });
+        resumes(&Trainer {
+            forward: &forward,
+            parameters: &parameters,
+            train: &data,
+            validation: Validation::HeldOut(&data[..3]),
+        });
     }
 }
 
@@ -313,7 +323,9 @@ fn resumes(trainer: &Trainer<'_>) {
     let ended = trainer
         .run(&settings, &mut cut, &mut |progress| {
             if let Progress::Evaluated { state, .. } = progress {
-                Checkpoint { identity: identity.clone(), rate: 0.05, state: state.clone() }.write(dir.path()).unwrap();
+                Checkpoint { identity: identity.clone(), rate: 0.05, state: state.clone(), cross_validation: vec![] }
+                    .write(dir.path())
+                    .unwrap();
             }
             // Two steps past the last checkpoint, as a crash may come.
             Ok(match progress {

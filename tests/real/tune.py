@@ -9,7 +9,7 @@ import subprocess
 import tempfile
 import time
 
-from models import ROOT, fetch
+from models import ROOT, folder_of_floats
 
 RATES = {"prompt": [0.003, 0.01, 0.03, 0.1, 0.3], "prefix": [0.003, 0.01, 0.03, 0.1, 0.3], "p-tuning": [1e-4, 3e-4, 1e-3, 3e-3, 1e-2],
          "lora": [3e-4, 1e-3, 3e-3]}
@@ -19,23 +19,6 @@ BATCH = 16
 
 def read(path):
     return [json.loads(line) for line in open(path) if line.strip()]
-
-
-def folder_of_floats(folder):
-    """The model as transformers reads it: its GGUF file's values in f32."""
-    target = folder / "smollm2-135m-f32"
-    if not (target / "config.json").exists():
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        file = fetch("smollm2-135m-q4_1", folder).name
-        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
-        # The values are no longer quantised, and the folder must not say that they are.
-        model.hf_quantizer = None
-        del model.config.quantization_config
-        AutoTokenizer.from_pretrained(folder, gguf_file=file).save_pretrained(target)
-        model.save_pretrained(target)
-    return target
 
 
 def ours(program, model, train, test, work, options):
@@ -67,12 +50,14 @@ def tf_idf(train, test):
 class Peer:
     """PEFT on the same template, examples, batches and answers."""
 
-    def __init__(self, folder, train, test, threads):
+    def __init__(self, folder, train, test, threads, bf16):
         import torch
         from transformers import AutoTokenizer
 
         torch.set_num_threads(threads)
         self.folder, self.torch = folder, torch
+        # Weights and what is learned stay in f32; products are computed in bf16 if asked.
+        self.precision = lambda: torch.autocast("cpu", torch.bfloat16, enabled=bf16)
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         ids = lambda text: self.tokenizer(text, add_special_tokens=False)["input_ids"]
         pair = lambda e: (ids(e["input"] + "\n"), ids(e["label"]) + [self.tokenizer.eos_token_id])
@@ -113,8 +98,24 @@ class Peer:
         model.train()
         return right / len(self.test)
 
+    def likeliest(self, model, labels):
+        """The part of the test examples whose label, with the end of the answer, is likelier than any other."""
+        torch, right, at_once = self.torch, 0, max(1, 64 // len(labels))
+        model.eval()
+        with torch.no_grad():
+            for i in range(0, len(self.test), at_once):
+                examples = self.test[i:i + at_once]
+                batch = self.batch([(text, label) for text, _ in examples for label in labels])
+                targets = batch.pop("labels")[:, 1:]
+                logits = model(**batch).logits[:, -targets.shape[1] - 1:][:, :-1].float()
+                of_tokens = logits.log_softmax(-1).gather(2, targets.clamp(min=0)[..., None])[..., 0]
+                sums = of_tokens.masked_fill(targets == -100, 0).sum(1).view(len(examples), len(labels))
+                right += sum(labels[k] == answer for k, (_, answer) in zip(sums.argmax(1).tolist(), examples))
+        model.train()
+        return right / len(self.test)
+
     def run(self, method, rate, steps, seed):
-        """One run of PEFT: its accuracy, and seconds a step."""
+        """One run of PEFT: its accuracies by the likeliest and by the generated label, and seconds a step."""
         import peft
         from transformers import AutoModelForCausalLM
 
@@ -133,55 +134,94 @@ class Peer:
                 order += chosen.sample(range(len(self.train)), len(self.train))
             examples, order = [self.train[i] for i in order[:BATCH]], order[BATCH:]
             began = time.monotonic()
-            model(**self.batch(examples)).loss.backward()
+            with self.precision():
+                loss = model(**self.batch(examples)).loss
+            loss.backward()
             torch.nn.utils.clip_grad_norm_(learned, 1.0)
             optimiser.step()
             schedule.step()
             optimiser.zero_grad()
             times.append(time.monotonic() - began)
-        return self.accuracy(model), statistics.median(times)
+        labels = [list(answer) for answer in sorted({tuple(answer) for _, answer in self.train})]
+        with self.precision():
+            return self.likeliest(model, labels), self.accuracy(model), statistics.median(times)
+
+
+class Results:
+    """What was measured, a line each: printed, and kept as JSON Lines for `plot.py` if a file is named."""
+
+    def __init__(self, path):
+        self.file = path.open("a") if path else None
+
+    def add(self, line, **record):
+        print(line, flush=True)
+        if self.file:
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
+
+
+def percent(accuracies):
+    return ", ".join(f"{100 * accuracy:.1f} %" for accuracy in accuracies)
+
+
+def compare(args, model, examples, test, work, results):
+    """Everything that was asked for on so many examples: our accuracies by the likeliest label."""
+    train = read(args.train)[:examples]
+    count = len(train)
+    print(f"{count} examples to learn from, {len(test)} to test with, {len({e['label'] for e in test})} labels", flush=True)
+    few = work / "train.jsonl"
+    few.write_text("".join(json.dumps(e) + "\n" for e in train))
+    peers = [name for name in args.peers.split(",") if name]
+    accuracies = []
+    for seed in range(args.seeds if "ours" in peers else 0):
+        options = ["--seed", str(seed), *args.options.split()]
+        generated, likeliest, seconds, why = ours(args.program, model, few, args.test, work, options)
+        accuracies.append(likeliest)
+        results.add(f"softserve, seed {seed}: {100 * likeliest:.1f} % by the likeliest label, {100 * generated:.1f} % by the generated one, "
+                    f"{seconds:.0f} s; {why}",
+                    method="softserve", options=args.options, examples=count, seed=seed, likeliest=likeliest, generated=generated, seconds=seconds)
+    if "tf-idf" in peers:
+        accuracy = tf_idf(train, test)
+        results.add(f"TF-IDF and logistic regression: {100 * accuracy:.1f} %", method="TF-IDF", examples=count, likeliest=accuracy)
+    methods = [name for name in peers if name not in ("ours", "tf-idf")]
+    peer = Peer(model, train, test, args.threads, args.bf16) if methods else None
+    for method in methods:
+        rates = [float(rate) for rate in args.rates.split(",")] if args.rates else RATES[method]
+        for rate in rates:
+            found = [peer.run(method, rate, args.steps, seed) for seed in range(args.seeds)]
+            results.add(f"PEFT {method}, learning rate {rate}, {args.steps} steps: {percent(run[0] for run in found)} by the likeliest label, "
+                        f"{percent(run[1] for run in found)} by the generated one; {found[0][2]:.2f} s a step",
+                        method=f"PEFT {method}", rate=rate, steps=args.steps, examples=count, bf16=args.bf16,
+                        likeliest=statistics.mean(run[0] for run in found), generated=statistics.mean(run[1] for run in found),
+                        seconds=args.steps * found[0][2])
+    return accuracies
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--train", type=pathlib.Path, required=True, help="JSON Lines with input and label")
     parser.add_argument("--test", type=pathlib.Path, required=True)
-    parser.add_argument("--examples", type=int, help="only so many of the training examples")
-    parser.add_argument("--peers", default="tf-idf,prompt,prefix,lora", help="tf-idf, and of PEFT: prompt, prefix, p-tuning, lora")
+    parser.add_argument("--examples", help="only so many of the training examples; several numbers, separated by commas, one after another")
+    parser.add_argument("--peers", default="ours,tf-idf,prompt,prefix,lora", help="ours, tf-idf, and of PEFT: prompt, prefix, p-tuning, lora")
+    parser.add_argument("--options", default="", help="further options of `softserve tune`")
     parser.add_argument("--rates", help="only these learning rates of PEFT's methods, separated by commas")
     parser.add_argument("--steps", type=int, default=200, help="of each run of PEFT")
+    parser.add_argument("--bf16", action="store_true", help="PEFT under autocast, which is faster on a processor with AMX")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--least", type=float, help="fail if our accuracy, 0 to 1, is below this")
+    parser.add_argument("--least", type=float, help="fail if our mean accuracy, 0 to 1, is below this")
+    parser.add_argument("--results", type=pathlib.Path, help="a file of JSON Lines to add each result to")
     parser.add_argument("--program", type=pathlib.Path, default=ROOT / "target/release/softserve")
     parser.add_argument("--models", type=pathlib.Path, default=ROOT / "target/real-models")
     args = parser.parse_args()
     args.models.mkdir(parents=True, exist_ok=True)
-    model = folder_of_floats(args.models)
-    train, test = read(args.train)[:args.examples], read(args.test)
-    print(f"{len(train)} examples to learn from, {len(test)} to test with, {len({e['label'] for e in test})} labels", flush=True)
-    accuracies = []
+    model = folder_of_floats("smollm2-135m-q4_1", args.models)
+    test, results, accuracies = read(args.test), Results(args.results), []
+    sizes = [int(size) for size in args.examples.split(",")] if args.examples else [None]
     with tempfile.TemporaryDirectory() as work:
-        work = pathlib.Path(work)
-        few = work / "train.jsonl"
-        few.write_text("".join(json.dumps(e) + "\n" for e in train))
-        for seed in range(args.seeds):
-            generated, likeliest, seconds, why = ours(args.program, model, few, args.test, work, ["--seed", str(seed)])
-            accuracies.append(likeliest)
-            print(f"softserve, seed {seed}: {100 * likeliest:.1f} % by the likeliest label, {100 * generated:.1f} % by the generated one, "
-                  f"{seconds:.0f} s; {why}", flush=True)
-    peers = [name for name in args.peers.split(",") if name]
-    if "tf-idf" in peers:
-        print(f"TF-IDF and logistic regression: {100 * tf_idf(train, test):.1f} %", flush=True)
-    methods = [name for name in peers if name != "tf-idf"]
-    peer = Peer(model, train, test, args.threads) if methods else None
-    for method in methods:
-        rates = [float(rate) for rate in args.rates.split(",")] if args.rates else RATES[method]
-        for rate in rates:
-            found = [peer.run(method, rate, args.steps, seed) for seed in range(args.seeds)]
-            each = ", ".join(f"{100 * accuracy:.1f} %" for accuracy, _ in found)
-            print(f"PEFT {method}, learning rate {rate}: {each} by the generated label; {found[0][1]:.2f} s a step", flush=True)
-    if args.least is not None and statistics.mean(accuracies) < args.least:
+        for size in sizes:
+            accuracies += compare(args, model, size, test, pathlib.Path(work), results)
+    if args.least is not None and accuracies and statistics.mean(accuracies) < args.least:
         raise SystemExit(f"the accuracy is {statistics.mean(accuracies):.3f}, expected {args.least} or more")
 
 

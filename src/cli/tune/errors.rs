@@ -32,6 +32,7 @@ fn option(setting: Setting) -> &'static str {
         Setting::EncoderHidden => "--encoder-hidden",
         Setting::Steps => "--steps",
         Setting::Epochs => "--epochs",
+        Setting::Folds => "--folds",
         Setting::Truncate => "--truncate",
     }
 }
@@ -43,7 +44,7 @@ fn advice(error: &TuneError) -> Option<&'static str> {
         TuneError::Managed { .. } => "choose another --output, then upload it with `softserve push`",
         TuneError::Diverged { .. } => "choose a lower --lr",
         TuneError::NoRate { .. } => "check the data, or set --lr",
-        TuneError::NoGain { .. } => "check the data, or try another --lr or more --steps",
+        TuneError::NoGain { .. } => "check the data, or try another --lr, more --steps or --type prefix",
         TuneError::Interrupted { .. } => {
             "to continue, add --resume to the same options, or --finish to write the best prompt so far"
         }

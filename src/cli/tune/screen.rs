@@ -19,7 +19,8 @@ use crate::tune::{
     held_out_calibration::HeldOutCalibration,
     job::{Observer, Outcome, OutputPaths},
     loss::ValidationMetrics,
-    plan::Plan,
+    parameters::Method,
+    plan::{HeldOut, Plan},
     sweep::{Sweep, Trial},
     trainer::{Ended, Progress, Settings},
 };
@@ -29,6 +30,8 @@ pub(super) struct Screen {
     bar: ProgressBar,
     terminal: bool,
     metric: String,
+    /// Whose metrics are shown.
+    judges: &'static str,
     interrupted: Arc<AtomicBool>,
     validation: Option<ValidationMetrics>,
 }
@@ -44,7 +47,14 @@ impl Screen {
         if let Ok(style) = ProgressStyle::with_template(template) {
             bar.set_style(style);
         }
-        Self { bar, terminal, metric: plan.metric().replace('_', " "), interrupted: interrupts(), validation: None }
+        Self {
+            bar,
+            terminal,
+            metric: plan.metric().replace('_', " "),
+            judges: judges(plan),
+            interrupted: interrupts(),
+            validation: None,
+        }
     }
 
     pub(super) fn say(&self, line: &str) {
@@ -103,6 +113,13 @@ impl Observer for Screen {
         }
     }
 
+    fn cross_validating(&mut self, done: usize, of: usize) -> ControlFlow<()> {
+        self.bar.set_prefix("validate");
+        self.bar.set_length(of as u64);
+        self.bar.set_position(done as u64);
+        self.flow()
+    }
+
     fn training(&mut self, _: &Plan, settings: &Settings, step: usize) {
         self.bar.reset();
         self.bar.set_prefix("tune");
@@ -117,7 +134,7 @@ impl Observer for Screen {
         match progress {
             Progress::Step { step, loss, rate, .. } => {
                 let validation = self.validation.map_or(String::new(), |h| {
-                    format!("  held-out {:.3}  {} {:.0}%", h.loss, self.metric, 100.0 * h.exact)
+                    format!("  {} {:.3}  {} {:.0}%", self.judges, h.loss, self.metric, 100.0 * h.exact)
                 });
                 self.bar.set_message(format!("loss {loss:.3}{validation}  lr {rate:.2e}"));
                 self.bar.set_position(step as u64);
@@ -128,8 +145,9 @@ impl Observer for Screen {
                     let train = state.losses.last().map_or(String::new(), |l| format!("  loss {l:.3}"));
                     let best = if best { "  best" } else { "" };
                     self.say(&format!(
-                        "step {:>5}{train}  held-out loss {:.3}  {} {:>5.1}%{best}",
+                        "step {:>5}{train}  {} loss {:.3}  {} {:>5.1}%{best}",
                         state.step,
+                        self.judges,
                         validation.loss,
                         self.metric,
                         100.0 * validation.exact
@@ -138,6 +156,15 @@ impl Observer for Screen {
             }
         }
         self.flow()
+    }
+}
+
+/// Whose metrics choose the prompt, in an adjective.
+fn judges(plan: &Plan) -> &'static str {
+    match plan.held_out_is {
+        HeldOut::Training if plan.folds > 0 => "cross-validated",
+        HeldOut::Training => "training",
+        HeldOut::File | HeldOut::Split => "held-out",
     }
 }
 
@@ -178,8 +205,30 @@ pub(super) fn write_result(
     writeln!(out, "{}", row("without a prompt", outcome.without_prompt))?;
     writeln!(out, "{}", row("before tuning", outcome.before))?;
     writeln!(out, "{}", row("after tuning", outcome.after))?;
+    if outcome.joint_steps > 0 {
+        writeln!(
+            out,
+            "\nafter tuning: measured before the last {} steps, in which the held-out examples were trained on, too",
+            outcome.joint_steps
+        )?;
+    }
+    if plan.folds > 0 {
+        writeln!(
+            out,
+            "\nbefore and after tuning: {}-fold cross-validation, each example judged by a prompt that was not tuned on it",
+            plan.folds
+        )?;
+    }
     if let Some(calibration) = &outcome.calibration {
         writeln!(out, "\n{}", calibration_line(calibration))?;
+    }
+    let has_rows = matches!(plan.parameters.method(), Method::PromptTuning | Method::PTuning(_));
+    if let (Some([first, last]), true) = (outcome.stalled, has_rows) {
+        writeln!(
+            out,
+            "\nthe training loss fell only from {first:.3} to {last:.3}: embeddings may not hold enough for this task; try \
+             --type prefix, or more --steps"
+        )?;
     }
     writeln!(
         out,
