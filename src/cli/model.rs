@@ -5,6 +5,7 @@ use clap::Args;
 use super::model_source;
 use crate::{
     config::{BackendChoice, ConfigError, DeviceChoice, DtypeChoice, ModelSource},
+    kernels,
     model::Model,
     tokenizer::Tokenizer,
 };
@@ -58,8 +59,11 @@ impl ModelArgs {
         let (device, backend) = (self.device.unwrap_or_default(), self.backend.unwrap_or_default());
         let backend = model_source::backend(device, backend, dtype)?;
         let tokenizer = Tokenizer::load(&files)?;
+        // What making the tokenizer took, before the weights need as much.
+        kernels::return_freed_memory();
         let dtype = model_source::dtype(dtype, &*backend);
         let model = Model::load(&files, backend, dtype)?;
+        kernels::return_freed_memory();
         Ok((model, tokenizer))
     }
 }

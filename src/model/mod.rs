@@ -15,6 +15,7 @@ pub mod neighbours;
 pub mod random;
 mod relative;
 mod source;
+pub mod tokenizer;
 pub mod weights;
 
 use std::sync::Arc;

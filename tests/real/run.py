@@ -14,7 +14,9 @@ import urllib.request
 
 from models import MODELS, ROOT, fetch
 
-PARTS = ["tokens", "answers", "perplexity", "speed"]
+PARTS = ["tokens", "answers", "perplexity", "speed", "memory"]
+# What the key-value cache may take where memory is measured.
+SMALL_CACHE = 8 << 20
 
 
 def strings():
@@ -32,10 +34,10 @@ def strings():
 class Server:
     """The program with a model."""
 
-    def __init__(self, program, model, *options):
+    def __init__(self, program, model, *options, kv_cache="256MiB"):
         self.folder = tempfile.TemporaryDirectory()
         command = [program, "serve", "--model", model, "--listen", "127.0.0.1:0", "--prompts", self.folder.name, "--log-level", "error",
-                   "--kv-cache", "256MiB", "--files", f"{self.folder.name}/files", *options]
+                   "--kv-cache", kv_cache, "--files", f"{self.folder.name}/files", *options]
         self.process = subprocess.Popen([str(part) for part in command], stdout=subprocess.PIPE, text=True)
         for line in self.process.stdout:
             key, _, value = line.strip().partition(" ")
@@ -156,6 +158,34 @@ def speed(run):
         fine &= own / other >= least
         print(f"  speed: {what} {own:.0f} tokens/s, llama.cpp {other:.0f}, ratio {own / other:.2f} (expected {least})")
     return fine
+
+
+def memory(run):
+    """The process's resident memory, at most and after requests, as Linux counts it."""
+
+    def resident(server):
+        lines = pathlib.Path(f"/proc/{server.process.pid}/status").read_text().splitlines()
+        values = dict(line.split(":", 1) for line in lines)
+        return [int(values[key].split()[0]) * 1024 for key in ("VmHWM", "VmRSS")]
+
+    if not pathlib.Path("/proc/self/status").exists():
+        print("  memory: not measured, since the system has no /proc")
+        return True
+    with Server(run.program, run.path, "--device", "cpu", kv_cache=str(SMALL_CACHE)) as server:
+        start = resident(server)
+        for text in strings()[:100]:
+            server.post("/tokenize", input=text, special_tokens=False)
+        # Of different texts, so that all of the cache is used.
+        for word in ["Red", "Green", "Blue", "White"]:
+            server.complete(prompt=f"{word} words of a text. " * 16, max_tokens=16, temperature=0, ignore_eos=True)
+        peak, now = resident(server)
+    file = run.path.stat().st_size
+    most = peak - SMALL_CACHE
+    print(
+        f"  memory: {most / file:.2f} times the file of {file / 1e6:.0f} MB beside a KV cache of {SMALL_CACHE / 1e6:.0f} MB (expected 1.3); "
+        f"resident {start[1] / 1e6:.0f} MB after the start, {now / 1e6:.0f} after requests, {peak / 1e6:.0f} at most"
+    )
+    return most / file <= 1.3
 
 
 class Run:
