@@ -240,7 +240,11 @@ mod tests {
 
     #[test]
     fn every_type_of_model_is_read_as_the_library_reads_it() {
-        let bpe = |more: &str| format!(r#"{{{more}"vocab":{{"a":0,"b":1,"ab":2,"<s>":3,"<0x63>":4,"##b":5,"abb":6,"u":7}},"unk_token":"u","#);
+        let bpe = |more: &str| {
+            format!(
+                r###"{{{more}"vocab":{{"a":0,"b":1,"ab":2,"<s>":3,"<0x63>":4,"##b":5,"abb":6,"u":7}},"unk_token":"u","###
+            )
+        };
         for model in [
             bpe(r#""type":"BPE","#) + r#""merges":[["a","b"],["ab","b"]]}"#,
             bpe(r#""type":"BPE","dropout":null,"byte_fallback":true,"#) + r##""merges":["#version: 0.2","a b"]}"##,

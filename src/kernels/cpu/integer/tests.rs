@@ -161,7 +161,7 @@ fn matrices_of_other_kinds_beside_them_are_multiplied_as_by_themselves() {
         |format, seed| PackedMatrix::from_blocks_as_integers(format, modest_blocks(format, n, k, seed), n, k).unwrap();
     let float = PackedMatrix::from_blocks_as_integers(
         BlockFormat::F16,
-        random_values(n * k, 9).iter().flat_map(|x| half::f16::from_f32(*x).to_le_bytes()).collect(),
+        random_values(n * k, 9).iter().flat_map(|x| half::f16::from_f32(*x).to_le_bytes()).collect::<Vec<u8>>(),
         n,
         k,
     );
