@@ -5,14 +5,15 @@ use std::{
     sync::{Arc, OnceLock},
 };
 
-use tokenizers::{Encoding, step_decode_stream};
+use serde_json::{Value, json};
+use tokenizers::{AddedToken, Encoding, Model as _, step_decode_stream};
 
-use crate::model::{ModelError, ModelFiles};
+use crate::model::{ModelError, ModelFiles, tokenizer::SharedTokenizer};
 
 /// The model's tokenizer. Cheap to clone.
 #[derive(Clone)]
 pub struct Tokenizer {
-    inner: Arc<tokenizers::Tokenizer>,
+    inner: Arc<SharedTokenizer>,
     literal: Arc<OnceLock<Literal>>,
     placing: Arc<OnceLock<PlacingTokenizer>>,
 }
@@ -28,7 +29,7 @@ pub struct PlacingTokenizer {
 
 /// The same tokenizer, which takes special tokens in a text as the characters they are written with.
 struct Literal {
-    tokenizer: tokenizers::Tokenizer,
+    tokenizer: SharedTokenizer,
     /// Every special token as it is written, the longest first.
     special_tokens: Vec<String>,
 }
@@ -44,8 +45,6 @@ pub const PLACE: char = '\u{10ffff}';
 pub enum TokenizerError {
     #[error(transparent)]
     File(#[from] ModelError),
-    #[error("cannot read tokenizer.json: {0}")]
-    Parse(#[source] tokenizers::Error),
     #[error("cannot tokenize the text: {0}")]
     Tokenize(#[source] tokenizers::Error),
     #[error("cannot decode the tokens: {0}")]
@@ -53,13 +52,12 @@ pub enum TokenizerError {
 }
 
 impl Tokenizer {
-    /// Reads `tokenizer.json`. Truncation and padding that it may ask for are switched off: a
+    /// Reads the tokenizer of a model's files. Truncation and padding that it may ask for are switched off: a
     /// text is tokenized whole and alone.
     pub fn load(files: &ModelFiles) -> Result<Self, TokenizerError> {
-        let mut tokenizer =
-            tokenizers::Tokenizer::from_bytes(files.read("tokenizer.json")?).map_err(TokenizerError::Parse)?;
+        let mut tokenizer = files.tokenizer()?;
         tokenizer.with_padding(None);
-        tokenizer.with_truncation(None).map_err(TokenizerError::Parse)?;
+        tokenizer.with_truncation(None).map_err(TokenizerError::Tokenize)?;
         Ok(Self::from(tokenizer))
     }
 
@@ -128,10 +126,14 @@ impl Tokenizer {
 
     fn literal(&self) -> &Literal {
         self.literal.get_or_init(|| {
-            let mut tokenizer = tokenizers::Tokenizer::clone(&self.inner);
+            let mut tokenizer = SharedTokenizer::clone(&self.inner);
             tokenizer.set_encode_special_tokens(true);
-            let added = self.inner.get_added_tokens_decoder();
-            let special = added.values().filter(|token| token.special && !token.content.is_empty());
+            let special = self
+                .inner
+                .get_added_vocabulary()
+                .get_added_tokens_decoder()
+                .values()
+                .filter(|token| token.special && !token.content.is_empty());
             let mut special_tokens: Vec<String> = special.map(|token| token.content.clone()).collect();
             special_tokens.sort_by(|a, b| b.len().cmp(&a.len()).then(a.cmp(b)));
             Literal { tokenizer, special_tokens }
@@ -141,8 +143,8 @@ impl Tokenizer {
     /// This tokenizer with a special token for [places](PLACE).
     pub fn placing(&self) -> &PlacingTokenizer {
         self.placing.get_or_init(|| {
-            let mut tokenizer = tokenizers::Tokenizer::clone(&self.inner);
-            let added = tokenizer.add_special_tokens([tokenizers::AddedToken::from(PLACE, true).normalized(false)]);
+            let mut tokenizer = SharedTokenizer::clone(&self.inner);
+            let added = tokenizer.add_special_tokens([AddedToken::from(PLACE, true).normalized(false)]);
             // An id that no token has, if it could not be added: then there is no place in any text.
             let place = added.ok().and_then(|_| tokenizer.token_to_id(&PLACE.to_string())).unwrap_or(u32::MAX);
             PlacingTokenizer { tokenizer: Self::from(tokenizer), place }
@@ -179,7 +181,7 @@ impl Tokenizer {
 
     /// Whether an id is a special token, such as BOS or padding.
     pub fn is_special(&self, id: u32) -> bool {
-        self.inner.get_added_tokens_decoder().get(&id).is_some_and(|t| t.special)
+        self.inner.get_added_vocabulary().get_added_tokens_decoder().get(&id).is_some_and(|t| t.special)
     }
 
     /// Ids in the tokenizer, added tokens included. The model's table may be larger.
@@ -187,9 +189,15 @@ impl Tokenizer {
         self.inner.get_vocab_size(true)
     }
 
-    /// The content of its `tokenizer.json`.
-    pub fn to_json(&self) -> Result<serde_json::Value, serde_json::Error> {
-        serde_json::to_value(&*self.inner)
+    /// What its `tokenizer.json` says of the text of each token: the vocabulary as an object, the added tokens and the decoder.
+    pub fn vocabulary_json(&self) -> Result<serde_json::Value, serde_json::Error> {
+        let vocabulary = self.inner.get_model().get_vocab();
+        let vocabulary = vocabulary.into_iter().map(|(token, id)| (token, id.into())).collect();
+        Ok(json!({
+            "added_tokens": serde_json::to_value(self.inner.get_added_vocabulary())?,
+            "decoder": serde_json::to_value(self.inner.get_decoder())?,
+            "model": {"vocab": Value::Object(vocabulary)},
+        }))
     }
 
     /// Starts a streamed answer that ends before the first of the stop strings; empty ones are
@@ -206,8 +214,8 @@ impl Tokenizer {
     }
 }
 
-impl From<tokenizers::Tokenizer> for Tokenizer {
-    fn from(tokenizer: tokenizers::Tokenizer) -> Self {
+impl From<SharedTokenizer> for Tokenizer {
+    fn from(tokenizer: SharedTokenizer) -> Self {
         Self { inner: Arc::new(tokenizer), literal: Arc::default(), placing: Arc::default() }
     }
 }

@@ -74,8 +74,11 @@ impl ModelArgs {
         let (device, backend) = (self.device.unwrap_or_default(), self.backend.unwrap_or_default());
         let backend = model_source::backend(device, backend, dtype)?;
         let tokenizer = Tokenizer::load(&files)?;
+        // What making the tokenizer took, before the weights need as much.
+        kernels::return_freed_memory();
         let dtype = model_source::dtype(dtype, &*backend);
         let model = Model::load(&files, backend, dtype)?;
+        kernels::return_freed_memory();
         Ok((model, tokenizer))
     }
 }

@@ -60,7 +60,9 @@ pub(super) fn load(config: &Config) -> anyhow::Result<Loaded> {
     tracing::info!(model = files.name(), from = files.location(), "loading the model");
     let started = Instant::now();
     let tokenizer = Tokenizer::load(&files)?;
-    let kernels = backend.name();
+    // What making the tokenizer took, before the weights need as much.
+    kernels::return_freed_memory();
+    let kernels_name = backend.name();
     let dtype = model_source::dtype(config.dtype, &*backend);
     let model = Model::load(&files, backend, dtype)?;
     let info = model.info().clone();
@@ -76,7 +78,7 @@ pub(super) fn load(config: &Config) -> anyhow::Result<Loaded> {
     tracing::info!(
         seconds = started.elapsed().as_secs_f64(),
         parameters = info.num_parameters,
-        kernels,
+        kernels = kernels_name,
         "the model is loaded"
     );
     let root = prompts_root(config, &info)?;
@@ -85,6 +87,7 @@ pub(super) fn load(config: &Config) -> anyhow::Result<Loaded> {
     let files = config.files.clone().map_or_else(|| data_folder(config, &info), Ok)?;
     let app = App::new(engine, registry, tokenizer, info, config.limits.clone(), config.access.clone(), &files)
         .with_context(|| format!("cannot open {}: choose another folder with --files", files.display()))?;
+    kernels::return_freed_memory();
     Ok(Loaded { app, thread, root, _watcher: watcher })
 }
 

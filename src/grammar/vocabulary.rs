@@ -21,7 +21,7 @@ pub(super) fn token_bytes(tokenizer: &Tokenizer, vocab_size: usize, end: &[u32])
             "the model's tokenizer does not tell the bytes of its tokens, which a grammar needs: {reason}"
         ))
     };
-    let mut json = tokenizer.to_json().map_err(|error| unknown(error.to_string()))?;
+    let mut json = tokenizer.vocabulary_json().map_err(|error| unknown(error.to_string()))?;
     as_byte_fallback(&mut json);
     let mut tokens = token_bytes_from_tokenizer_json(&json).map_err(|error| unknown(error.to_string()))?;
     tokens.resize(vocab_size, Vec::new());
@@ -43,8 +43,7 @@ pub(super) fn token_bytes(tokenizer: &Tokenizer, vocab_size: usize, end: &[u32])
     Ok(Arc::new(ApproximateTokEnv::new(trie)))
 }
 
-/// Rewrites what llguidance does not read as what it does: a `Metaspace` decoder as its replacement of the space, and a
-/// vocabulary that is a list of pairs (Unigram) as a map.
+/// Rewrites what llguidance does not read as what it does: a `Metaspace` decoder as its replacement of the space.
 fn as_byte_fallback(json: &mut Value) {
     let decoder = &json["decoder"];
     let metaspace = [decoder].into_iter().chain(decoder["decoders"].as_array().into_iter().flatten());
@@ -52,9 +51,5 @@ fn as_byte_fallback(json: &mut Value) {
     if let Some(space) = metaspace {
         json["decoder"] = json!({"type": "Sequence", "decoders": [
             {"type": "Replace", "pattern": {"String": space}, "content": " "}, {"type": "ByteFallback"}]});
-    }
-    if let Some(pairs) = json["model"]["vocab"].as_array() {
-        let map = pairs.iter().enumerate().filter_map(|(id, pair)| Some((pair[0].as_str()?.to_owned(), json!(id))));
-        json["model"]["vocab"] = Value::Object(map.collect());
     }
 }

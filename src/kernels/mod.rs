@@ -15,6 +15,7 @@ pub mod recording;
 pub mod reference;
 pub mod relative_position_bias;
 pub mod rows;
+pub mod stored;
 #[cfg(test)]
 mod suite;
 pub mod weight;
@@ -25,7 +26,7 @@ use candle_core::{D, DType, Device, Result, Tensor};
 
 use cross::{CrossKeyValues, EncodedBatch};
 use layout::{BatchLayout, BlockId, KvShape};
-pub use open::{BackendKind, HAS_CUDA, cpu, gpu, open, prepare_process, reference, set_threads};
+pub use open::{BackendKind, HAS_CUDA, cpu, gpu, open, prepare_process, reference, return_freed_memory, set_threads};
 pub use params::{Activation, AttentionParams, QuantisedProducts};
 use past::PastKeyValues;
 use rows::{PortableRows, RowKernels};

@@ -58,6 +58,11 @@ pub fn prepare_process() {
     super::cpu::process::leave_threads_to_our_pool();
 }
 
+/// Gives memory that was freed back to the system, such as what was needed to load a model.
+pub fn return_freed_memory() {
+    super::cpu::process::return_freed_memory();
+}
+
 /// Sets how many threads the CPU backend computes with. Only the first call before any work has an effect.
 pub fn set_threads(threads: usize) {
     super::cpu::set_threads(threads);

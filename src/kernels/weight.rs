@@ -4,7 +4,7 @@ use std::{any::Any, fmt, sync::Arc};
 
 use candle_core::{Device, Result, Tensor, bail};
 
-use super::{Kernels, quantized::BlockFormat};
+use super::{Kernels, quantized::BlockFormat, stored::StoredBytes};
 
 /// A matrix `[n, k]` as a file has it, on the host.
 #[derive(Debug, Clone)]
@@ -15,21 +15,24 @@ pub enum Matrix {
     Blocks(Blocks),
 }
 
-/// The values of a tensor in one of ggml's formats, as a GGUF file has them.
-#[derive(Debug, Clone, PartialEq)]
+/// The values of a tensor in one of ggml's formats, as a GGUF file has them or in that file.
+#[derive(Debug, Clone)]
 pub struct Blocks {
     pub format: BlockFormat,
     /// In PyTorch's order: the last dimension is the one whose values lie side by side.
     pub shape: Vec<usize>,
-    pub bytes: Vec<u8>,
+    pub bytes: StoredBytes,
 }
 
 impl Blocks {
     /// All values, in f32.
-    pub fn values(&self) -> Vec<f32> {
+    ///
+    /// # Errors
+    /// The file cannot be read.
+    pub fn values(&self) -> std::io::Result<Vec<f32>> {
         let mut values = vec![0f32; self.shape.iter().product()];
-        self.format.dequantize(&self.bytes, &mut values);
-        values
+        self.format.dequantize(self.bytes.read(0..self.bytes.len(), &mut Vec::new())?, &mut values);
+        Ok(values)
     }
 }
 
@@ -47,7 +50,7 @@ impl Matrix {
                     bail!("rows {first} to {} of a matrix of {rows}", first + n);
                 }
                 let size = blocks.bytes.len() / rows.max(1);
-                let bytes = blocks.bytes[first * size..(first + n) * size].to_vec();
+                let bytes = blocks.bytes.range(first * size..(first + n) * size)?;
                 Ok(Self::Blocks(Blocks { format: blocks.format, bytes, shape: vec![n, k] }))
             }
         }
@@ -70,11 +73,11 @@ impl Matrix {
     /// Its values, on the host; in f32 if they are in blocks.
     ///
     /// # Errors
-    /// The shape does not fit the bytes.
+    /// The shape does not fit the bytes, or the file cannot be read.
     pub fn values(&self) -> Result<Tensor> {
         match self {
             Self::Values(values) => Ok(values.clone()),
-            Self::Blocks(blocks) => Tensor::from_vec(blocks.values(), blocks.shape.as_slice(), &Device::Cpu),
+            Self::Blocks(blocks) => Tensor::from_vec(blocks.values()?, blocks.shape.as_slice(), &Device::Cpu),
         }
     }
 }

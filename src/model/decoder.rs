@@ -2,12 +2,11 @@
 //! matrix, over packed rows.
 
 use candle_core::{D, DType, Device, Result, Tensor};
-use rayon::prelude::*;
 
 use super::{
     ModelConfig,
-    config::Rope,
-    layer::{Layer, Rotation},
+    layer::Layer,
+    rotation::{Rotary, Rotation},
     source::{Loaded, Norm, Source},
     weights::Weights,
 };
@@ -33,8 +32,7 @@ pub struct Decoder {
     head: Linear,
     output_scale: Option<f64>,
     softcap: Option<f64>,
-    /// Cosines and sines of every position, `[context_length, dims / 2]`, for each rotary embedding.
-    rotations: Vec<Rotation>,
+    rotaries: Vec<Rotary>,
     dtype: DType,
 }
 
@@ -65,12 +63,7 @@ impl Decoder {
             true => embeddings.clone(),
             false => source.head(vocab, hidden)?,
         };
-        let tables = |rope: &Rope| -> Result<Rotation> {
-            let (cos, sin) = rope_tables(rope, config.context_length);
-            let shape = (config.context_length, rope.dims / 2);
-            let table = |values| Tensor::from_vec(values, shape, backend.device())?.to_dtype(dtype);
-            Ok((table(cos)?, table(sin)?))
-        };
+        let rotary = |rope| Rotary::new(rope, config.context_length, backend.device(), dtype);
         Ok(Self {
             embeddings,
             embedding_scale: config.embedding_scale.map(|scale| rounded(scale, stored)).transpose()?,
@@ -81,7 +74,7 @@ impl Decoder {
             head: Linear { name: "lm_head".to_owned(), weight: head, bias: None },
             output_scale: config.output_scale,
             softcap: config.final_softcap,
-            rotations: config.ropes.iter().map(tables).collect::<Result<_>>()?,
+            rotaries: config.ropes.iter().map(rotary).collect::<Result<_>>()?,
             dtype,
         })
     }
@@ -122,10 +115,11 @@ impl Decoder {
 
     /// See [`Model::forward`](super::Model::forward).
     pub fn forward(&self, x: &Tensor, batch: &BatchLayout, kernels: &mut dyn Kernels) -> Result<Tensor> {
-        let positions = &Tensor::new(batch.positions(), x.device())?;
+        let of_rows = batch.positions();
+        let positions = &Tensor::new(of_rows.as_slice(), x.device())?;
         let wanted = &Tensor::new(batch.wanted.as_slice(), x.device())?;
-        let of_rows = |(cos, sin): &Rotation| Ok((cos.index_select(positions, 0)?, sin.index_select(positions, 0)?));
-        let rotations = self.rotations.iter().map(of_rows).collect::<Result<Vec<Rotation>>>()?;
+        let rotations = self.rotaries.iter().map(|rotary| rotary.of_rows(&of_rows, positions));
+        let rotations = rotations.collect::<Result<Vec<Rotation>>>()?;
         let mut x = match &self.positions {
             Some(table) => (x + table.index_select(positions, 0)?)?,
             None => x.clone(),
@@ -182,14 +176,4 @@ impl Decoder {
 fn rounded(x: f64, dtype: DType) -> Result<f64> {
     let x = Tensor::new(x, &Device::Cpu)?;
     x.to_dtype(dtype)?.to_dtype(DType::F64)?.to_scalar()
-}
-
-/// Cosines and sines of so many positions, computed in f64 and rounded once.
-fn rope_tables(rope: &Rope, positions: usize) -> (Vec<f32>, Vec<f32>) {
-    let frequencies = rope.inverse_frequencies();
-    let table = |of: fn(f64) -> f64| {
-        let row = |p| frequencies.iter().map(move |f| (of(p as f64 * f) * rope.attention_factor) as f32);
-        (0..positions).into_par_iter().flat_map_iter(row).collect()
-    };
-    (table(f64::cos), table(f64::sin))
 }

@@ -16,6 +16,7 @@ use super::{
     error::ModelError,
     gguf::{self, Gguf},
     random::RandomModel,
+    tokenizer::{self, SharedTokenizer},
 };
 use crate::content;
 
@@ -138,8 +139,7 @@ impl ModelFiles {
             }
             Source::Gguf(gguf) => match file {
                 CONFIG => Ok(Cow::Owned(gguf.config_json())),
-                TOKENIZER => Ok(Cow::Owned(gguf.tokenizer_json()?)),
-                TOKENIZER_CONFIG => Ok(Cow::Owned(gguf.tokenizer_config_json()?)),
+                TOKENIZER_CONFIG => Ok(Cow::Owned(gguf.tokenizer_config_json())),
                 _ => Err(self.file_error(file, "a GGUF file has none".to_owned())),
             },
             Source::Embedded(dir) => dir
@@ -156,7 +156,7 @@ impl ModelFiles {
     fn has(&self, file: &str) -> bool {
         match &self.source {
             Source::Dir(dir) => dir.join(file).is_file(),
-            Source::Gguf(_) => [CONFIG, TOKENIZER, TOKENIZER_CONFIG].contains(&file),
+            Source::Gguf(_) => [CONFIG, TOKENIZER_CONFIG].contains(&file),
             Source::Embedded(dir) => dir.get_file(file).is_some(),
             Source::Random(_) => RandomModel::has(file),
         }
@@ -170,6 +170,14 @@ impl ModelFiles {
                 None => Ok(config),
             })
             .map_err(|reason| ModelError::Config { model: self.name.clone(), reason })
+    }
+
+    /// The tokenizer: that of `tokenizer.json`, or of the vocabulary in a GGUF file.
+    pub fn tokenizer(&self) -> Result<SharedTokenizer, ModelError> {
+        match &self.source {
+            Source::Gguf(gguf) => Ok(gguf.tokenizer()?),
+            _ => tokenizer::read(&self.read(TOKENIZER)?).map_err(|e| self.file_error(TOKENIZER, e.to_string())),
+        }
     }
 
     /// The GGUF file, if the model is in one.

@@ -1,5 +1,5 @@
 //! A model in one GGUF file, or in the parts of one, as if it were a Hugging Face folder: its metadata
-//! becomes a `config.json` and a `tokenizer.json`, its tensors go by Hugging Face's names.
+//! becomes a `config.json` and a tokenizer, its tensors go by Hugging Face's names.
 
 pub(super) mod config;
 mod header;
@@ -12,8 +12,9 @@ mod tokenizer;
 use std::{
     collections::BTreeMap,
     fs::File,
-    io::{BufReader, Read, Seek, SeekFrom},
+    io::BufReader,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 pub use crate::kernels::weight::Blocks;
@@ -21,7 +22,8 @@ use header::{Header, TensorInfo};
 use metadata::Metadata;
 use names::Change;
 
-use super::family::Family;
+use super::{family::Family, tokenizer::SharedTokenizer};
+use crate::kernels::stored::StoredBytes;
 
 /// The most parts that a file is split into.
 const MAX_PARTS: u64 = 1000;
@@ -29,20 +31,20 @@ const MAX_PARTS: u64 = 1000;
 const FACTORS: [&str; 3] = ["rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight"];
 const MAX_FACTORS: usize = 4096;
 
-/// An opened file and its parts.
+/// An opened file and its parts. The metadata are not kept: the vocabulary in them is large.
 #[derive(Debug)]
 pub struct Gguf {
     name: String,
     parts: Vec<Part>,
-    metadata: Metadata,
     tensors: BTreeMap<String, Place>,
     config: serde_json::Value,
+    tokenizer_config: serde_json::Value,
 }
 
 /// One file.
 #[derive(Debug)]
 pub struct Part {
-    pub path: PathBuf,
+    pub path: Arc<Path>,
     pub len: u64,
     /// Where the tensors' data begin.
     pub data_start: u64,
@@ -113,10 +115,10 @@ impl Gguf {
                 let part = part_of.get(name).copied().unwrap_or(0);
                 places.insert(to, Place { part, info: info.clone(), change });
             }
-            Ok((config, places))
+            Ok((config, tokenizer::tokenizer_config_json(&metadata)?, places))
         };
-        let (config, tensors) = build().map_err(|e| error(path, e))?;
-        Ok(Self { name: stem(path), parts, metadata, tensors, config })
+        let (config, tokenizer_config, tensors) = build().map_err(|e| error(path, e))?;
+        Ok(Self { name: stem(path), parts, tensors, config, tokenizer_config })
     }
 
     /// The file's name without its ending and the number of its part.
@@ -139,16 +141,16 @@ impl Gguf {
         self.config.to_string().into_bytes()
     }
 
-    /// The `tokenizer.json` of its tokenizer.
-    pub fn tokenizer_json(&self) -> Result<Vec<u8>, GgufError> {
-        let built = tokenizer::tokenizer_json(&self.metadata).map(|json| json.to_string().into_bytes());
+    /// Its tokenizer, for which the metadata are read again.
+    pub fn tokenizer(&self) -> Result<SharedTokenizer, GgufError> {
+        let (header, _) = open_part(self.path())?;
+        let built = tokenizer::tokenizer(header.metadata);
         built.map_err(|reason| GgufError { path: self.path().to_owned(), reason })
     }
 
     /// The `tokenizer_config.json`: which tokens begin and end, and the chat template if there is one.
-    pub fn tokenizer_config_json(&self) -> Result<Vec<u8>, GgufError> {
-        let built = tokenizer::tokenizer_config_json(&self.metadata).map(|json| json.to_string().into_bytes());
-        built.map_err(|reason| GgufError { path: self.path().to_owned(), reason })
+    pub fn tokenizer_config_json(&self) -> Vec<u8> {
+        self.tokenizer_config.to_string().into_bytes()
     }
 
     /// The tensors' names with Hugging Face, and their shapes.
@@ -166,12 +168,14 @@ impl Gguf {
         self.tensors.get(name).map(|place| place.change.shape(&place.info.shape))
     }
 
-    /// Reads a tensor, as Hugging Face has it; `None` if there is none of that name.
+    /// A tensor as Hugging Face has it; `None` if there is none of that name. One that has to be changed is read, of another
+    /// only the place is given.
     pub fn read(&self, name: &str) -> Result<Option<Blocks>, GgufError> {
         let Some(place) = self.tensors.get(name) else { return Ok(None) };
         let part = &self.parts[place.part];
-        let changed = read_tensor(&place.info, part).and_then(|blocks| place.change.apply(blocks));
-        let changed = changed.map_err(|e| GgufError { path: part.path.clone(), reason: format!("{name}: {e}") })?;
+        let changed = place.change.apply(blocks_of(&place.info, part));
+        let changed =
+            changed.map_err(|e| GgufError { path: part.path.to_path_buf(), reason: format!("{name}: {e}") })?;
         Ok(Some(changed))
     }
 }
@@ -188,14 +192,15 @@ pub fn check(bytes: &[u8]) -> Result<(), String> {
     let (heads, kv_heads) = source.heads().unwrap_or((1, 1));
     for (name, info) in &header.tensors {
         let (start, end) = (info.offset as usize, (info.offset + info.num_bytes) as usize);
-        let blocks = Blocks { format: info.format, shape: info.shape.clone(), bytes: bytes[start..end].to_vec() };
+        let blocks =
+            Blocks { format: info.format, shape: info.shape.clone(), bytes: bytes[start..end].to_vec().into() };
         if let Ok(Some((_, change))) = of_gguf.names.translate(name, heads, kv_heads) {
             let _ = change.apply(blocks);
         }
     }
-    let tokenizer = tokenizer::tokenizer_json(&header.metadata);
     source.config(family.model_type, &of_gguf.config)?;
-    tokenizer.map(|_| ())
+    tokenizer::tokenizer_config_json(&header.metadata)?;
+    tokenizer::tokenizer(header.metadata).map(drop)
 }
 
 fn architecture(metadata: &Metadata) -> Result<&str, String> {
@@ -207,7 +212,7 @@ fn open_part(path: &Path) -> Result<(Header, Part), GgufError> {
     let file = File::open(path).map_err(|e| error(e.to_string()))?;
     let len = file.metadata().map_err(|e| error(e.to_string()))?.len();
     let header = Header::read(BufReader::new(file), len).map_err(error)?;
-    let part = Part { path: path.to_owned(), len, data_start: header.data_start };
+    let part = Part { path: path.into(), len, data_start: header.data_start };
     Ok((header, part))
 }
 
@@ -249,17 +254,15 @@ fn stem(path: &Path) -> String {
 
 fn read_factors(name: &str, info: &TensorInfo, part: &Part) -> Result<Vec<f32>, String> {
     match info.shape.as_slice() {
-        [n] if *n <= MAX_FACTORS => Ok(read_tensor(info, part)?.values()),
+        [n] if *n <= MAX_FACTORS => blocks_of(info, part).values().map_err(|e| format!("{name}: {e}")),
         shape => Err(format!("{name} has the shape {shape:?}, expected a vector of at most {MAX_FACTORS}")),
     }
 }
 
-fn read_tensor(info: &TensorInfo, part: &Part) -> Result<Blocks, String> {
-    let mut file = File::open(&part.path).map_err(|e| e.to_string())?;
-    // The file may have changed since its header was read.
-    let mut bytes = vec![0; info.num_bytes as usize];
-    file.seek(SeekFrom::Start(info.offset)).and_then(|_| file.read_exact(&mut bytes)).map_err(|e| e.to_string())?;
-    Ok(Blocks { format: info.format, shape: info.shape.clone(), bytes })
+fn blocks_of(info: &TensorInfo, part: &Part) -> Blocks {
+    let (offset, len) = (info.offset, info.num_bytes as usize);
+    let bytes = StoredBytes::File { path: Arc::clone(&part.path), offset, len };
+    Blocks { format: info.format, shape: info.shape.clone(), bytes }
 }
 
 #[cfg(test)]

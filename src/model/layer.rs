@@ -9,14 +9,12 @@ use super::{
     ModelConfig,
     config::{NormPlaces, QkNorm},
     names::{CrossNames, Mlp as MlpNames, NormNames, Qkv},
+    rotation::Rotation,
     source::{Loaded, Norm, Source},
 };
 use crate::kernels::{
     Activation, AttentionParams, Kernels, relative_position_bias::RelativePositionBias, weight::Linear,
 };
-
-/// Cosines and sines of the rows of a step, each `[t, dims / 2]`.
-pub type Rotation = (Tensor, Tensor);
 
 /// Attention, an MLP, and the residuals around them.
 #[derive(Debug)]

@@ -14,7 +14,9 @@ mod names;
 pub mod neighbours;
 pub mod random;
 mod relative;
+mod rotation;
 mod source;
+pub mod tokenizer;
 pub mod weights;
 
 use std::sync::Arc;

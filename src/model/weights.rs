@@ -6,7 +6,10 @@ use candle_core::{DType, Device, Shape, Tensor};
 use safetensors::SafeTensors;
 
 use super::{ModelError, ModelFiles, gguf::Gguf};
-use crate::kernels::{quantized::BlockFormat, weight::Matrix};
+use crate::kernels::{
+    quantized::BlockFormat,
+    weight::{Blocks, Matrix},
+};
 
 /// Tensors by name, on the host. What the decoder asks for and does not find is collected, so that one error
 /// lists all of it.
@@ -100,9 +103,9 @@ impl Weights {
             && let Some(blocks) = gguf.read(name)?
         {
             return Ok(match blocks.format {
-                BlockFormat::F32 => {
-                    Matrix::Values(Tensor::from_vec(blocks.values(), (n, k), &Device::Cpu)?.to_dtype(self.dtype)?)
-                }
+                BlockFormat::F32 => Matrix::Values(
+                    Tensor::from_vec(values_of(gguf, name, &blocks)?, (n, k), &Device::Cpu)?.to_dtype(self.dtype)?,
+                ),
                 _ => Matrix::Blocks(blocks),
             });
         }
@@ -112,7 +115,7 @@ impl Weights {
     fn remove(&mut self, name: &str) -> Result<Option<Tensor>, ModelError> {
         let Some(gguf) = &self.gguf else { return Ok(self.tensors.remove(name)) };
         let Some(blocks) = gguf.read(name)? else { return Ok(None) };
-        let values = blocks.values();
+        let values = values_of(gguf, name, &blocks)?;
         Ok(Some(Tensor::from_vec(values, blocks.shape, &Device::Cpu)?.to_dtype(self.dtype)?))
     }
 
@@ -127,4 +130,12 @@ impl Weights {
             }
         }
     }
+}
+
+fn values_of(gguf: &Gguf, name: &str, blocks: &Blocks) -> Result<Vec<f32>, ModelError> {
+    blocks.values().map_err(|e| ModelError::File {
+        model: gguf.name().to_owned(),
+        file: format!("the tensor {name}"),
+        reason: e.to_string(),
+    })
 }

@@ -15,12 +15,16 @@ import urllib.request
 
 from models import MODELS, ROOT, fetch, folder_of_floats
 
-PARTS = ["tokens", "answers", "transformers", "perplexity", "tuning", "speed"]
+PARTS = ["tokens", "answers", "transformers", "perplexity", "tuning", "speed", "memory"]
 # What the program gave when it was last held to llama.cpp and found equal; for machines that have no llama.cpp.
 RECORDED = pathlib.Path(__file__).with_name("recorded.json")
 ANSWER_TOKENS = 24
 NEAR_TIE = 0.5
 TUNED = 0.8
+# What the key-value cache may take where memory is measured.
+SMALL_CACHE = 8 << 20
+# The most memory in sizes of the file, where it is not 1.3: see README.md.
+MEMORY = {"gemma3-270m-q4_k_m": 1.4}
 
 
 def strings():
@@ -38,10 +42,10 @@ def strings():
 class Server:
     """The program with a model."""
 
-    def __init__(self, program, model, *options):
+    def __init__(self, program, model, *options, kv_cache="256MiB"):
         self.folder = tempfile.TemporaryDirectory()
         command = [program, "serve", "--model", model, "--listen", "127.0.0.1:0", "--prompts", self.folder.name, "--log-level", "error",
-                   "--kv-cache", "256MiB", "--files", f"{self.folder.name}/files", *options]
+                   "--kv-cache", kv_cache, "--files", f"{self.folder.name}/files", *options]
         self.process = subprocess.Popen([str(part) for part in command], stdout=subprocess.PIPE, text=True)
         for line in self.process.stdout:
             key, _, value = line.strip().partition(" ")
@@ -231,6 +235,35 @@ def speed(run):
         fine &= own / other >= least
         print(f"  speed: {what} {own:.0f} tokens/s, llama.cpp {other:.0f}, ratio {own / other:.2f} (expected {least})")
     return fine
+
+
+def memory(run):
+    """What the process holds in memory of its own, and what is resident of it with the program's code, as Linux counts it."""
+
+    def resident(server):
+        lines = pathlib.Path(f"/proc/{server.process.pid}/status").read_text().splitlines()
+        values = dict(line.split(":", 1) for line in lines)
+        return [int(values[key].split()[0]) * 1024 for key in ("RssAnon", "VmRSS", "VmHWM")]
+
+    if not pathlib.Path("/proc/self/status").exists():
+        print("  memory: not measured, since the system has no /proc")
+        return True
+    start = time.perf_counter()
+    with Server(run.program, run.path, "--device", "cpu", kv_cache=str(SMALL_CACHE)) as server:
+        seconds = time.perf_counter() - start
+        for text in strings()[:100]:
+            server.post("/tokenize", input=text, special_tokens=False)
+        # Of different texts, so that all of the cache is used.
+        for word in ["Red", "Green", "Blue", "White"]:
+            server.complete(prompt=f"{word} words of a text. " * 16, max_tokens=16, temperature=0, ignore_eos=True)
+        own, now, peak = resident(server)
+    file = run.path.stat().st_size
+    ratio, most = (own - SMALL_CACHE) / file, MEMORY.get(run.path.stem, 1.3)
+    print(
+        f"  memory: {own / 1e6:.0f} MB of its own, {now / 1e6:.0f} resident, {peak / 1e6:.0f} at most; beside a KV cache of "
+        f"{SMALL_CACHE / 1e6:.0f} MB {ratio:.2f} times the file of {file / 1e6:.0f} MB (expected {most}); ready in {seconds:.1f} s"
+    )
+    return ratio <= most
 
 
 class Run:

@@ -67,7 +67,9 @@ impl Backend for CpuBackend {
             (Matrix::Blocks(blocks), DType::F32) if self.quantised == QuantisedProducts::Integers => {
                 PackedMatrix::from_blocks_as_integers(blocks.format, blocks.bytes, n, k)?
             }
-            (Matrix::Blocks(blocks), DType::F32) => PackedMatrix::from_blocks(blocks.format, blocks.bytes, n, k),
+            (Matrix::Blocks(blocks), DType::F32) => {
+                PackedMatrix::from_blocks(blocks.format, blocks.bytes.into_memory()?, n, k)
+            }
             (matrix, DType::F32) => pack_f32(&matrix.values()?, n, k)?,
             (matrix, DType::F16) => pack_f32(&matrix.values()?.to_dtype(DType::F16)?, n, k)?,
             (matrix, DType::BF16) => pack_bf16(&matrix.values()?, n, k)?,

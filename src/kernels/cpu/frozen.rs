@@ -331,7 +331,7 @@ mod tests {
         let scale = Tensor::randn(0f32, 1.0, (rows, n), &Device::Cpu).unwrap();
         let expected = scale.matmul(&values).unwrap().to_vec2::<f32>().unwrap();
         for quantised in [QuantisedProducts::Exact, QuantisedProducts::Integers] {
-            let blocks = Blocks { format, bytes: bytes.clone(), shape: vec![n, k] };
+            let blocks = Blocks { format, bytes: bytes.clone().into(), shape: vec![n, k] };
             let backend = CpuBackend::new().with_quantised(quantised);
             let weight = backend.weight(Matrix::Blocks(blocks), DType::F32).unwrap();
             let layer = Linear { name: "layer".to_owned(), weight, bias: None };

@@ -9,7 +9,10 @@ use super::{
     integer::IntegerMatrix,
     simd::{LANES, bf16 as round},
 };
-use crate::kernels::quantized::{self, BlockFormat};
+use crate::kernels::{
+    quantized::{self, BlockFormat},
+    stored::StoredBytes,
+};
 
 /// Rows of a matrix (columns of the product) in one micro-panel.
 pub(super) const PANEL_WIDTH: usize = LANES;
@@ -133,17 +136,23 @@ impl PackedMatrix {
     }
 
     /// Keeps rows of `k` quantised values as integers, whose products are computed as integers; blocks of floats stay as they
-    /// are, as [`from_blocks`](Self::from_blocks) keeps them.
+    /// are, as [`from_blocks`](Self::from_blocks) keeps them. What is in a file is read as it is packed.
     ///
     /// # Errors
-    /// There is no memory.
+    /// There is no memory, or the file cannot be read.
     ///
     /// # Panics
     /// If `bytes` are not the blocks of `n` rows.
-    pub fn from_blocks_as_integers(format: BlockFormat, bytes: Vec<u8>, n: usize, k: usize) -> std::io::Result<Self> {
+    pub fn from_blocks_as_integers(
+        format: BlockFormat,
+        bytes: impl Into<StoredBytes>,
+        n: usize,
+        k: usize,
+    ) -> std::io::Result<Self> {
+        let bytes = bytes.into();
         match IntegerMatrix::new(format, &bytes, n, k)? {
             Some(matrix) => Ok(Self { n, k, data: Data::Integers(matrix) }),
-            None => Ok(Self::from_blocks(format, bytes, n, k)),
+            None => Ok(Self::from_blocks(format, bytes.into_memory()?, n, k)),
         }
     }
 

@@ -27,3 +27,15 @@ pub fn keep_freed_memory() {
         }
     }
 }
+
+/// Gives the memory that was freed to the allocator back to the system, which can then use it for something else. Only
+/// glibc keeps it otherwise.
+pub fn return_freed_memory() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    {
+        // SAFETY: the call takes a number and may be made at any time.
+        unsafe {
+            libc::malloc_trim(0);
+        }
+    }
+}

@@ -108,14 +108,22 @@ struct Bytes<R> {
 
 impl<R: Read> Bytes<R> {
     fn take(&mut self, n: u64, what: &str) -> Result<Vec<u8>, String> {
+        let mut out = Vec::new();
+        self.append(n, what, &mut out)?;
+        Ok(out)
+    }
+
+    /// Appends the next `n` bytes to `out`.
+    fn append(&mut self, n: u64, what: &str, out: &mut Vec<u8>) -> Result<(), String> {
         let left = self.len.saturating_sub(self.at);
         if n > left {
             return Err(format!("{what} at byte {} needs {n} bytes, and {left} are left", self.at));
         }
-        let mut out = vec![0; n as usize];
-        self.source.read_exact(&mut out).map_err(|e| format!("{what} at byte {}: {e}", self.at))?;
+        let before = out.len();
+        out.resize(before + n as usize, 0);
+        self.source.read_exact(&mut out[before..]).map_err(|e| format!("{what} at byte {}: {e}", self.at))?;
         self.at += n;
-        Ok(out)
+        Ok(())
     }
 
     fn array<const N: usize>(&mut self, what: &str) -> Result<[u8; N], String> {
@@ -163,10 +171,11 @@ impl<R: Read> Bytes<R> {
             Kind::Text => {
                 let mut all = Vec::new();
                 for _ in 0..len {
-                    let n = self.array::<8>(key)?;
-                    let text = self.take(u64::from_le_bytes(n), key)?;
-                    all.extend_from_slice(&n);
-                    all.extend_from_slice(&text);
+                    let mut n = [0; 8];
+                    let at = all.len();
+                    self.append(8, key, &mut all)?;
+                    n.copy_from_slice(&all[at..]);
+                    self.append(u64::from_le_bytes(n), key, &mut all)?;
                 }
                 all
             }

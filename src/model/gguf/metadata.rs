@@ -101,6 +101,15 @@ impl Array {
         Some(self.bytes.chunks_exact(size).map(move |b| kind.number(b)))
     }
 
+    /// Its numbers; `None` if it holds texts. Those of 32 bits are as they are, not the shortest decimal ones.
+    pub fn floats(&self) -> Option<impl Iterator<Item = f64>> {
+        let (kind, size) = (self.kind, self.kind.size()?);
+        Some(self.bytes.chunks_exact(size).map(move |b| match (kind, <[u8; 4]>::try_from(b)) {
+            (Kind::F32, Ok(b)) => f64::from(f32::from_le_bytes(b)),
+            _ => kind.number(b).as_float().unwrap_or_default(),
+        }))
+    }
+
     /// Its texts; `None` if it holds something else.
     pub fn texts(&self) -> Option<impl Iterator<Item = &[u8]>> {
         let mut rest = self.bytes.as_slice();

@@ -147,32 +147,36 @@ impl Change {
             Self::None => Ok(blocks),
             Self::Pairs { heads } => {
                 let size = head_size(&blocks, heads, 2)?;
-                Ok(reordered(blocks, |row| {
+                reordered(blocks, |row| {
                     let (head, at) = (row / size, row % size);
                     head * size + at % (size / 2) * 2 + at / (size / 2)
-                }))
+                })
             }
             Self::Fused { heads } => {
                 let size = head_size(&blocks, 3 * heads, 1)?;
-                Ok(reordered(blocks, |row| {
+                reordered(blocks, |row| {
                     let (head, part, at) = (row / (3 * size), row / size % 3, row % size);
                     (part * heads + head) * size + at
-                }))
+                })
             }
             Self::PlusOne => {
-                let values = blocks.values().into_iter().map(|x| x - 1.0);
+                let values = blocks.values().map_err(unreadable)?.into_iter().map(|x| x - 1.0);
                 Ok(Blocks::from_values(values, blocks.shape))
             }
             Self::Transposed => {
                 let &[n, k] = blocks.shape.as_slice() else {
                     return Err(format!("it has the shape {:?}, expected a matrix", blocks.shape));
                 };
-                let values = blocks.values();
+                let values = blocks.values().map_err(unreadable)?;
                 let turned = (0..k).flat_map(|i| values[i..].iter().step_by(k).copied());
                 Ok(Blocks::from_values(turned, vec![k, n]))
             }
         }
     }
+}
+
+fn unreadable(error: std::io::Error) -> String {
+    error.to_string()
 }
 
 fn head_size(blocks: &Blocks, heads: usize, multiple: usize) -> Result<usize, String> {
@@ -184,23 +188,25 @@ fn head_size(blocks: &Blocks, heads: usize, multiple: usize) -> Result<usize, St
 }
 
 /// Row `i` of the result is row `from(i)`.
-fn reordered(blocks: Blocks, from: impl Fn(usize) -> usize) -> Blocks {
+fn reordered(blocks: Blocks, from: impl Fn(usize) -> usize) -> Result<Blocks, String> {
     // A row of a vector is one value, which may be part of a block.
     let blocks = if blocks.shape.len() == 1 {
-        let values = blocks.values();
+        let values = blocks.values().map_err(unreadable)?;
         Blocks::from_values(values.into_iter(), blocks.shape)
     } else {
         blocks
     };
     let rows = blocks.shape[0];
-    let size = blocks.bytes.len() / rows;
-    let bytes = (0..rows).flat_map(|row| &blocks.bytes[from(row) * size..][..size]).copied().collect();
-    Blocks { bytes, ..blocks }
+    let stored = blocks.bytes.into_memory().map_err(unreadable)?;
+    let size = stored.len() / rows;
+    let mut bytes = Vec::with_capacity(stored.len());
+    (0..rows).for_each(|row| bytes.extend_from_slice(&stored[from(row) * size..][..size]));
+    Ok(Blocks { bytes: bytes.into(), ..blocks })
 }
 
 impl Blocks {
     fn from_values(values: impl Iterator<Item = f32>, shape: Vec<usize>) -> Self {
-        Self { format: BlockFormat::F32, shape, bytes: values.flat_map(f32::to_le_bytes).collect() }
+        Self { format: BlockFormat::F32, shape, bytes: values.flat_map(f32::to_le_bytes).collect::<Vec<u8>>().into() }
     }
 }
 
@@ -260,7 +266,7 @@ mod tests {
     }
 
     fn first_column(blocks: &Blocks) -> Vec<f32> {
-        blocks.values().into_iter().step_by(blocks.shape[1]).collect()
+        blocks.values().unwrap().into_iter().step_by(blocks.shape[1]).collect()
     }
 
     #[test]
@@ -272,10 +278,13 @@ mod tests {
         let fused = Change::Fused { heads: 2 }.apply(rows(12, 3)).unwrap();
         assert_eq!(first_column(&fused), [0., 1., 4., 5., 8., 9., 2., 3., 6., 7., 10., 11.]);
         let bias = Blocks::from_values((0..4).map(|i| i as f32), vec![4]);
-        assert_eq!(Change::Pairs { heads: 1 }.apply(bias.clone()).unwrap().values(), [0., 2., 1., 3.]);
-        assert_eq!(Change::PlusOne.apply(bias).unwrap().values(), [-1., 0., 1., 2.]);
+        assert_eq!(Change::Pairs { heads: 1 }.apply(bias.clone()).unwrap().values().unwrap(), [0., 2., 1., 3.]);
+        assert_eq!(Change::PlusOne.apply(bias).unwrap().values().unwrap(), [-1., 0., 1., 2.]);
         let turned = Change::Transposed.apply(rows(2, 3)).unwrap();
-        assert_eq!((turned.shape.as_slice(), turned.values()), ([3, 2].as_slice(), vec![0., 1., 0., 1., 0., 1.]));
+        assert_eq!(
+            (turned.shape.as_slice(), turned.values().unwrap()),
+            ([3, 2].as_slice(), vec![0., 1., 0., 1., 0., 1.])
+        );
         assert!(Change::Pairs { heads: 5 }.apply(rows(12, 3)).unwrap_err().contains("12 rows"));
         assert!(Change::Pairs { heads: 0 }.apply(rows(12, 3)).is_err());
     }

@@ -1,11 +1,17 @@
-//! From the vocabulary in a GGUF file to the `tokenizer.json` that the model has with Hugging Face:
-//! byte-level BPE (`gpt2`), or SentencePiece's BPE with scores in place of merges (`llama`).
-
-use std::collections::{BTreeMap, HashMap};
+//! From the vocabulary in a GGUF file to the tokenizer that the model has with Hugging Face: byte-level BPE (`gpt2`), or
+//! SentencePiece's BPE with scores in place of merges (`llama`).
 
 use serde_json::{Value, json};
+use tokenizers::{
+    AddedToken,
+    models::bpe::{BPE, BpeBuilder, Merges, Vocab},
+};
 
-use super::{metadata::Metadata, pretokenizer::PreTokenizer};
+use super::{
+    super::tokenizer::{SharedTokenizer, TokenizerParts},
+    metadata::Metadata,
+    pretokenizer::PreTokenizer,
+};
 
 /// SentencePiece writes a space so.
 const SPACE: &str = "▁";
@@ -29,6 +35,16 @@ enum Kind {
     Byte,
 }
 
+/// A way to make a piece of two others.
+struct Merge {
+    /// Of the whole.
+    score: f64,
+    /// Characters of each part.
+    lengths: [u16; 2],
+    left: u32,
+    right: u32,
+}
+
 /// The tokens of a file, by id.
 struct Vocabulary<'a> {
     metadata: &'a Metadata,
@@ -36,14 +52,20 @@ struct Vocabulary<'a> {
     kinds: Vec<Kind>,
 }
 
-/// The whole `tokenizer.json`.
-pub fn tokenizer_json(metadata: &Metadata) -> Result<Value, String> {
-    match metadata.text("tokenizer.ggml.model")? {
-        Some("gpt2") => Vocabulary::read(metadata)?.byte_level(),
-        Some("llama") => Vocabulary::read(metadata)?.sentence_pieces(),
-        Some(other) => Err(format!("tokenizer.ggml.model {other:?} is not supported; supported are gpt2, llama")),
-        None => Err("tokenizer.ggml.model is missing: the file has no tokenizer".to_owned()),
-    }
+/// The tokenizer. Nothing is built that is as large as the vocabulary but what the tokenizer consists of: neither a tree nor
+/// a text of its `tokenizer.json`.
+pub fn tokenizer(metadata: Metadata) -> Result<SharedTokenizer, String> {
+    let (model, parts) = match metadata.text("tokenizer.ggml.model")? {
+        Some("gpt2") => Vocabulary::read(&metadata)?.byte_level()?,
+        Some("llama") => Vocabulary::read(&metadata)?.sentence_pieces()?,
+        Some(other) => {
+            return Err(format!("tokenizer.ggml.model {other:?} is not supported; supported are gpt2, llama"));
+        }
+        None => return Err("tokenizer.ggml.model is missing: the file has no tokenizer".to_owned()),
+    };
+    drop(metadata);
+    let model = model.build().map_err(|e| e.to_string())?;
+    parts.with_vocabulary(model).map_err(|e| e.to_string())
 }
 
 /// The `tokenizer_config.json`: which tokens begin and end, and the chat template if there is one.
@@ -131,13 +153,15 @@ impl<'a> Vocabulary<'a> {
     }
 
     /// Byte-level BPE with its merges.
-    fn byte_level(&self) -> Result<Value, String> {
+    fn byte_level(&self) -> Result<(BpeBuilder, TokenizerParts), String> {
         let pre = PreTokenizer::of(self.metadata.text("tokenizer.ggml.pre")?.unwrap_or("default"))?;
         let array = self.metadata.array("tokenizer.ggml.merges")?.ok_or("tokenizer.ggml.merges is missing")?;
         if array.len() > MAX_MERGES {
             return Err(format!("it has {} merges, expected at most {MAX_MERGES}", array.len()));
         }
-        let merges: Vec<(&str, &str)> = array
+        let vocabulary = self.unique();
+        let mut whole = String::new();
+        let merges: Merges = array
             .texts()
             .ok_or("tokenizer.ggml.merges is not an array of texts")?
             .enumerate()
@@ -146,41 +170,32 @@ impl<'a> Vocabulary<'a> {
                 let merge = std::str::from_utf8(merge).map_err(|_| wrong())?;
                 let first = merge.chars().next().map_or(0, char::len_utf8);
                 let at = merge[first..].find(' ').ok_or_else(wrong)? + first;
-                Ok((&merge[..at], &merge[at + 1..]))
+                let (left, right) = (&merge[..at], &merge[at + 1..]);
+                whole.clear();
+                whole.extend([left, right]);
+                match [left, right, &whole].into_iter().find(|part| !vocabulary.contains_key(*part)) {
+                    None => Ok((left.to_owned(), right.to_owned())),
+                    Some(other) => Err(format!("{left:?} and {right:?} are merged, but {other:?} is not a token")),
+                }
             })
             .collect::<Result<_, String>>()?;
-        let vocabulary = self.unique();
-        let mut whole = String::new();
-        for (left, right) in &merges {
-            whole.clear();
-            whole.extend([*left, *right]);
-            if let Some(unknown) = [*left, *right, &whole].into_iter().find(|part| !vocabulary.contains_key(part)) {
-                return Err(format!("{left:?} and {right:?} are merged, but {unknown:?} is not a token"));
-            }
-        }
-        Ok(self.json(
-            json!({"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
-                   "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false,
-                   "ignore_merges": pre.whole_words, "vocab": vocabulary, "merges": merges}),
+        let parts = self.parts(
             pre.normalizer.map_or(Value::Null, |kind| json!({"type": kind})),
             pre.json(),
             json!({"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true}),
             self.post_processor(pre.begins)?,
-        ))
+        )?;
+        Ok((BPE::builder().vocab_and_merges(vocabulary, merges).ignore_merges(pre.whole_words), parts))
     }
 
     /// SentencePiece's BPE: what has the higher score is merged first.
-    fn sentence_pieces(&self) -> Result<Value, String> {
+    fn sentence_pieces(&self) -> Result<(BpeBuilder, TokenizerParts), String> {
         let scores = self.metadata.array("tokenizer.ggml.scores")?.ok_or("tokenizer.ggml.scores is missing")?;
-        let scores: Vec<f64> = scores
-            .numbers()
-            .ok_or("tokenizer.ggml.scores is not an array of numbers")?
-            .map(|x| x.as_float().unwrap_or_default())
-            .collect();
+        let scores: Vec<f64> = scores.floats().ok_or("tokenizer.ggml.scores is not an array of numbers")?.collect();
         if scores.len() != self.tokens.len() {
             return Err(format!("tokenizer.ggml.scores has {} values for {} tokens", scores.len(), self.tokens.len()));
         }
-        let vocabulary: BTreeMap<&str, usize> = self.unique();
+        let vocabulary = self.unique();
         let merges = self.merges(&vocabulary, &scores)?;
         let unknown = self.special("unknown")?.map(|id| self.tokens[id]);
         let prefix = self.metadata.bool("tokenizer.ggml.add_space_prefix")?.unwrap_or(true);
@@ -191,34 +206,30 @@ impl<'a> Vocabulary<'a> {
             normalizers.insert(0, json!({"type": "Prepend", "prepend": SPACE}));
             decoders.push(json!({"type": "Strip", "content": " ", "start": 1, "stop": 0}));
         }
-        Ok(self.json(
-            json!({"type": "BPE", "dropout": null, "unk_token": unknown, "continuing_subword_prefix": null,
-                   "end_of_word_suffix": null, "fuse_unk": true, "byte_fallback": true, "ignore_merges": false,
-                   "vocab": vocabulary, "merges": merges}),
+        let parts = self.parts(
             json!({"type": "Sequence", "normalizers": normalizers}),
             Value::Null,
             json!({"type": "Sequence", "decoders": decoders}),
             self.post_processor(true)?,
-        ))
+        )?;
+        let mut model = BPE::builder().vocab_and_merges(vocabulary, merges).fuse_unk(true).byte_fallback(true);
+        if let Some(unknown) = unknown {
+            model = model.unk_token(unknown.to_owned());
+        }
+        Ok((model, parts))
     }
 
     /// Every way to make a piece of two others, the best first: in the order of transformers'
     /// `generate_merges`.
-    fn merges<'b>(
-        &'b self,
-        vocabulary: &BTreeMap<&'b str, usize>,
-        scores: &[f64],
-    ) -> Result<Vec<(&'b str, &'b str)>, String> {
-        let ids: HashMap<&str, usize> = vocabulary
-            .iter()
-            .map(|(token, id)| (*token, *id))
-            .filter(|(_, id)| matches!(self.kinds[*id], Kind::Normal | Kind::UserDefined))
-            .collect();
-        let mut by_id: Vec<(usize, &'b str)> =
-            vocabulary.iter().map(|(token, id)| (*id, *token)).filter(|(_, token)| ids.contains_key(token)).collect();
-        by_id.sort_unstable();
+    fn merges(&self, vocabulary: &Vocab, scores: &[f64]) -> Result<Merges, String> {
+        let is_piece = |id: u32| matches!(self.kinds[id as usize], Kind::Normal | Kind::UserDefined);
+        let piece = |text: &str| vocabulary.get(text).copied().filter(|id| is_piece(*id));
         let mut merges = Vec::new();
-        for (id, token) in by_id {
+        for (id, token) in self.tokens.iter().enumerate() {
+            // Of equal tokens the first.
+            if piece(token).is_none_or(|first| first as usize != id) {
+                continue;
+            }
             let length = token.chars().count();
             if length > MAX_PIECE {
                 return Err(format!("the token {id} has {length} characters, expected at most {MAX_PIECE}"));
@@ -226,41 +237,37 @@ impl<'a> Vocabulary<'a> {
             let first = merges.len();
             for (i, (at, _)) in token.char_indices().enumerate().skip(1) {
                 let (left, right) = token.split_at(at);
-                if let (Some(l), Some(r)) = (ids.get(left), ids.get(right)) {
-                    merges.push((scores[id], i, length - i, *l, *r, (left, right)));
+                if let (Some(left), Some(right)) = (piece(left), piece(right)) {
+                    let lengths = [i as u16, (length - i) as u16];
+                    merges.push(Merge { score: scores[id], lengths, left, right });
                 }
             }
             if merges.len() > MAX_MERGES {
                 return Err(format!("its tokens can be merged in more than {MAX_MERGES} ways"));
             }
-            merges[first..].sort_by_key(|(_, _, _, l, r, _)| (*l, *r));
+            merges[first..].sort_by_key(|merge| (merge.left, merge.right));
         }
-        merges.sort_by(|a, b| b.0.total_cmp(&a.0).then(b.1.cmp(&a.1)).then(b.2.cmp(&a.2)));
-        Ok(merges.into_iter().map(|(.., pair)| pair).collect())
+        merges.sort_by(|a, b| b.score.total_cmp(&a.score).then(b.lengths.cmp(&a.lengths)));
+        let text = |id: u32| self.tokens[id as usize].to_owned();
+        Ok(merges.into_iter().map(|merge| (text(merge.left), text(merge.right))).collect())
     }
 
     /// Tokens to ids; of equal tokens the first.
-    fn unique(&self) -> BTreeMap<&'a str, usize> {
-        let mut vocabulary = BTreeMap::new();
+    fn unique(&self) -> Vocab {
+        let mut vocabulary = Vocab::with_capacity(self.tokens.len());
         for (id, token) in self.tokens.iter().enumerate() {
-            vocabulary.entry(*token).or_insert(id);
+            vocabulary.entry((*token).to_owned()).or_insert(id as u32);
         }
         vocabulary
     }
 
     /// Tokens that are found in a text before anything else is done with it, the longest first: runs of spaces among them.
-    fn added(&self) -> Vec<Value> {
+    fn added(&self) -> Vec<AddedToken> {
         let added = |id: &usize| {
             matches!(self.kinds[*id], Kind::Control | Kind::Unknown | Kind::UserDefined) && !self.tokens[*id].is_empty()
         };
-        (0..self.tokens.len())
-            .filter(added)
-            .map(|id| {
-                let special = self.kinds[id] != Kind::UserDefined;
-                json!({"id": id, "content": self.tokens[id], "single_word": false, "lstrip": false,
-                       "rstrip": false, "normalized": false, "special": special})
-            })
-            .collect()
+        let token = |id| AddedToken::from(self.tokens[id], self.kinds[id] != Kind::UserDefined).normalized(false);
+        (0..self.tokens.len()).filter(added).map(token).collect()
     }
 
     /// What puts BOS before a text and EOS after it.
@@ -291,10 +298,10 @@ impl<'a> Vocabulary<'a> {
         })
     }
 
-    fn json(&self, model: Value, normalizer: Value, pre: Value, decoder: Value, post: Value) -> Value {
-        json!({"version": "1.0", "truncation": null, "padding": null, "added_tokens": self.added(),
-               "normalizer": normalizer, "pre_tokenizer": pre, "post_processor": post, "decoder": decoder,
-               "model": model})
+    fn parts(&self, normalizer: Value, pre: Value, decoder: Value, post: Value) -> Result<TokenizerParts, String> {
+        let parts = json!({"normalizer": normalizer, "pre_tokenizer": pre, "post_processor": post, "decoder": decoder});
+        let parts: TokenizerParts = serde_json::from_value(parts).map_err(|e| e.to_string())?;
+        Ok(TokenizerParts { added_tokens: self.added(), ..parts })
     }
 }
 
@@ -335,6 +342,19 @@ mod tests {
     }
 
     #[test]
+    fn making_a_tokenizer_takes_little_more_than_it_keeps() {
+        // Numbers in two digits, of which most can be made of two others in several ways.
+        let word = |i: u32| format!("{i:b}").replace('0', "a").replace('1', "b");
+        let words: Vec<String> = (0..14_000).map(word).collect();
+        let special = [("<unk>", 2, 0.0), ("<s>", 3, 0.0), ("</s>", 3, 0.0)];
+        let words = words.iter().zip(0..).map(|(word, i)| (word.as_str(), 1, -(i as f32)));
+        let tokens: Vec<_> = special.into_iter().chain(words).collect();
+        let mut kept = None;
+        let info = allocation_counter::measure(|| kept = Some(tokenizer(metadata(&tokens)).expect("a tokenizer")));
+        assert!(info.bytes_max < 4 * info.bytes_current.unsigned_abs(), "{info:?}");
+    }
+
+    #[test]
     fn runs_of_spaces_that_a_user_defined_are_found_before_words_the_longest_first() {
         let (normal, user) = (1, 4);
         let tokens = [
@@ -348,8 +368,7 @@ mod tests {
             ("  ", user, -1000.0),
             ("   ", user, -1000.0),
         ];
-        let json = tokenizer_json(&metadata(&tokens)).expect("a tokenizer");
-        let tokenizer = tokenizers::Tokenizer::from_bytes(json.to_string()).expect("reads");
+        let tokenizer = tokenizer(metadata(&tokens)).expect("a tokenizer");
         for (text, ids) in [
             ("a b", vec![4, 6]),
             ("a  b", vec![4, 7, 5]),

@@ -12,7 +12,10 @@ use super::{
     super::{Buffer, elements, simd::LANES},
     NEST, STEP_BYTES, STEPS, STRIPE, Scheme,
 };
-use crate::kernels::quantized::BlockFormat;
+use crate::kernels::{quantized::BlockFormat, stored::StoredBytes};
+
+/// About so many bytes of a file are read at a time.
+const PIECE: usize = 256 << 10;
 
 /// A quantised matrix `[n, k]` whose products are computed with integers.
 #[derive(Debug)]
@@ -214,11 +217,11 @@ impl IntegerMatrix {
     /// Lays the blocks of `n` rows of `k` values out; `None` of a format whose values are floats.
     ///
     /// # Errors
-    /// There is no memory.
+    /// There is no memory, or the file cannot be read.
     ///
     /// # Panics
     /// If `bytes` are not the blocks of `n` rows.
-    pub fn new(format: BlockFormat, bytes: &[u8], n: usize, k: usize) -> std::io::Result<Option<Self>> {
+    pub fn new(format: BlockFormat, bytes: &StoredBytes, n: usize, k: usize) -> std::io::Result<Option<Self>> {
         let Some(scheme) = Scheme::of(format) else { return Ok(None) };
         let row_bytes = format.row_bytes(k);
         assert_eq!(Some(bytes.len()), row_bytes.and_then(|row| n.checked_mul(row)));
@@ -229,17 +232,23 @@ impl IntegerMatrix {
         let values = NEST * STRIPE;
         let chunk_bytes = scheme.head_bytes() + NEST * scheme.stripe_bytes();
         if panel_bytes > 0 {
-            let panels = data.as_mut_slice().par_chunks_exact_mut(panel_bytes / 4).enumerate();
-            panels.for_each(|(panel, out): (_, &mut [u32])| {
+            let rows_bytes = LANES * row_bytes;
+            let together = (PIECE / rows_bytes).max(1);
+            let pieces = data.as_mut_slice().par_chunks_mut(together * panel_bytes / 4).enumerate();
+            pieces.try_for_each_init(Vec::new, |space, (piece, out): (_, &mut [u32])| {
+                let start = piece * together * rows_bytes;
+                let bytes = bytes.read(start..bytes.len().min(start + together * rows_bytes), space)?;
                 let out: &mut [u8] = bytemuck::cast_slice_mut(out);
-                let rows = bytes[panel * LANES * row_bytes..].chunks_exact(row_bytes).take(LANES);
-                for (column, row) in rows.enumerate() {
-                    let blocks = row.chunks(values / format.values() * format.bytes());
-                    for (blocks, out) in blocks.zip(out.chunks_mut(chunk_bytes)) {
-                        Codes::read(format, blocks).write(scheme, out, column);
+                for (rows, out) in bytes.chunks(rows_bytes).zip(out.chunks_exact_mut(panel_bytes)) {
+                    for (column, row) in rows.chunks_exact(row_bytes).enumerate() {
+                        let blocks = row.chunks(values / format.values() * format.bytes());
+                        for (blocks, out) in blocks.zip(out.chunks_mut(chunk_bytes)) {
+                            Codes::read(format, blocks).write(scheme, out, column);
+                        }
                     }
                 }
-            });
+                Ok::<_, std::io::Error>(())
+            })?;
         }
         Ok(Some(Self { scheme, data, k }))
     }

@@ -17,6 +17,7 @@ use crate::kernels::{
         BlockFormat,
         tests::{FORMATS, modest_blocks, random_blocks},
     },
+    stored::StoredBytes,
 };
 
 fn random_values(n: usize, seed: u64) -> Vec<f32> {
@@ -36,6 +37,32 @@ fn rounded(x: &[f32], k: usize) -> Vec<f32> {
     let groups: &[Group] = unsafe { std::slice::from_raw_parts(groups, x.len() / STRIPE) };
     let value = |group: &Group, j: usize| f32::from(group.codes[j]) * group.scales[2 * j / STRIPE];
     groups.iter().flat_map(|group| (0..STRIPE).map(move |j| value(group, j))).collect()
+}
+
+#[test]
+fn what_is_in_a_file_is_packed_a_piece_at_a_time_to_what_it_is_in_memory() {
+    let (format, n, k) = (BlockFormat::Q4K, 2007, 512);
+    let bytes = random_blocks(format, n, k, 6);
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("blocks");
+    std::fs::write(&path, [&[1; 64], bytes.as_slice()].concat()).unwrap();
+    let stored = StoredBytes::File { path: path.as_path().into(), offset: 64, len: bytes.len() };
+    let rows = |matrix: PackedMatrix| {
+        let mut values = vec![0f32; n * k];
+        values.chunks_exact_mut(k).enumerate().for_each(|(i, row)| matrix.row(i, row));
+        values.into_iter().map(f32::to_bits).collect::<Vec<_>>()
+    };
+    // On this thread, where allocations are counted.
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(1).use_current_thread().build().unwrap();
+    let mut packed = None;
+    let info = allocation_counter::measure(|| {
+        packed = pool.install(|| PackedMatrix::from_blocks_as_integers(format, stored.clone(), n, k).ok());
+    });
+    assert!(info.bytes_max < bytes.len() as u64 / 2, "{} for {}", info.bytes_max, bytes.len());
+    let memory = PackedMatrix::from_blocks_as_integers(format, bytes.clone(), n, k).unwrap();
+    assert!(rows(packed.unwrap()) == rows(memory));
+    std::fs::write(&path, &bytes[..bytes.len() / 2]).unwrap();
+    assert!(PackedMatrix::from_blocks_as_integers(format, stored, n, k).is_err());
 }
 
 #[test]
@@ -134,7 +161,7 @@ fn matrices_of_other_kinds_beside_them_are_multiplied_as_by_themselves() {
         |format, seed| PackedMatrix::from_blocks_as_integers(format, modest_blocks(format, n, k, seed), n, k).unwrap();
     let float = PackedMatrix::from_blocks_as_integers(
         BlockFormat::F16,
-        random_values(n * k, 9).iter().flat_map(|x| half::f16::from_f32(*x).to_le_bytes()).collect(),
+        random_values(n * k, 9).iter().flat_map(|x| half::f16::from_f32(*x).to_le_bytes()).collect::<Vec<u8>>(),
         n,
         k,
     );
