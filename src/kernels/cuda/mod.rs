@@ -8,6 +8,7 @@ mod choose;
 mod kv_cache;
 mod module;
 mod products;
+mod rows;
 mod scores;
 mod serving;
 mod step;
