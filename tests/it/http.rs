@@ -1,10 +1,12 @@
 //! The router without a socket: answers, streams, uploads and who may call.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed},
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed},
+    },
+    time::{Duration, Instant},
 };
-use std::time::{Duration, Instant};
 
 use axum::{
     body::Body,
