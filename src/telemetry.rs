@@ -48,6 +48,8 @@ pub const ENCODER_POSITIONS_USED: &str = "softserve_engine_encoder_positions_use
 pub const ENCODER_POSITIONS: &str = "softserve_engine_encoder_positions";
 /// Learned prompts whose keys and values are all in the cache.
 pub const CACHED_PROMPTS: &str = "softserve_engine_cached_prompts";
+/// Bytes of the key-value cache, on the device, that hold these prompts.
+pub const CACHED_PROMPT_BYTES: &str = "softserve_engine_cached_prompt_bytes";
 /// Running requests that were preempted: queued again to make room for others.
 pub const PREEMPTIONS: &str = "softserve_engine_preemptions_total";
 /// Forward passes.
@@ -134,6 +136,10 @@ fn describe() {
         "Positions of encoder output that can be stored; 0 for a model without an encoder"
     );
     describe_gauge!(CACHED_PROMPTS, "Learned prompts whose keys and values are all in the cache");
+    describe_gauge!(
+        CACHED_PROMPT_BYTES,
+        "Bytes of the key-value cache, on the device, that hold learned prompts which are there as a whole"
+    );
     describe_counter!(PREEMPTIONS, "Running requests that were preempted: queued again to make room for others");
     describe_counter!(STEPS, "Forward passes");
     describe_counter!(PROMPT_TOKENS, "Input positions computed, virtual tokens included");

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Softserve on a GPU: decode and prefill against the floor and transformers, long and many learned prompts, a thousand of
+"""Softserve on a GPU: conformance, decode and prefill against the floor and transformers, long and many learned prompts, a thousand of
 them resident, swaps under load, and tuning. Called by run.sh; writes JSON and prints a table."""
 
 import argparse
@@ -194,6 +194,24 @@ def tuning(program, config):
         return result
 
 
+def conformance(program, limit):
+    """What conformance.py found, or had found when the time was over."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = pathlib.Path(folder, "conformance.json")
+        # On a CPU, where the script itself is tried, shapes are tiny.
+        size = "full" if DEVICE.startswith("cuda") else "tiny"
+        command = [sys.executable, str(HERE / "conformance.py"), "--program", program, "--json", str(found), "--device", DEVICE, "--size", size]
+        more = {}
+        try:
+            log = subprocess.run(command, capture_output=True, text=True, timeout=limit).stderr
+        except subprocess.TimeoutExpired:
+            log = f"it took more than {limit} s"
+            more = {"unfinished": log}
+        if not found.exists():
+            raise RuntimeError(log[-2000:])
+        return json.loads(found.read_text()) | more
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--program", required=True)
@@ -222,6 +240,7 @@ def main():
     step("softserve-8b", lambda: speed(args.program, shapes["llama-3.1-8b"], results["transformers-8b"]))
     step("registry-8b", lambda: registry(args.program, shapes["llama-3.1-8b"]))
     step("tuning-1b", lambda: tuning(args.program, shapes["llama-3.2-1b"]))
+    step("conformance", lambda: conformance(args.program, 120))
     print(json.dumps(results, indent=1))
 
 

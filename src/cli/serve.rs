@@ -17,7 +17,7 @@ use crate::{
     demo,
     engine::{Engine, EngineThread, StartError},
     http::{self, App, AppState, router},
-    kernels::DeviceMemory,
+    kernels::{self, DeviceMemory},
     model::{Model, ModelInfo},
     prompt::format::Fit,
     registry::{Registry, RegistryConfig},

@@ -187,6 +187,11 @@ impl Cache {
         self.prompts.contains(namespace)
     }
 
+    /// Blocks of the learned prompts that are here as a whole.
+    pub fn num_of_prompts(&self) -> usize {
+        self.prompts.num_blocks()
+    }
+
     /// The prompts that came (true) and went since the last call.
     pub fn take_prompt_changes(&mut self) -> Vec<(CacheNamespace, bool)> {
         self.prompts.take_changes()

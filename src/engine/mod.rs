@@ -150,7 +150,7 @@ impl Engine {
             ready: AtomicBool::new(true),
             drain_by: Mutex::new(None),
             draining: AtomicBool::new(false),
-            counters: Counters::new(num_blocks),
+            counters: Counters::new(num_blocks, block_bytes),
         });
         // A letter for each slot, and one to wake the thread.
         let (mail, inbox) = mpsc::channel(config.max_waiting + MAX_WARM_UPS + MAX_SEARCHES + 1);

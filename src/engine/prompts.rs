@@ -53,6 +53,11 @@ impl Prompts {
         self.owners.contains_key(&block)
     }
 
+    /// How many blocks are part of a prompt.
+    pub fn num_blocks(&self) -> usize {
+        self.owners.len()
+    }
+
     /// Whether a prompt of this many blocks could be pinned without another losing its pin.
     pub fn has_room(&self, blocks: usize) -> bool {
         self.num_pinned + blocks <= self.max_pinned
@@ -152,9 +157,10 @@ mod tests {
         assert_eq!((manager.num_idle(), manager.num_kept()), (0, 4));
         prompts.touch(a);
         prompts.add(c, kept(&mut manager, 2), &mut manager);
-        assert_eq!((manager.num_idle(), manager.num_kept()), (2, 6));
+        assert_eq!((manager.num_idle(), manager.num_kept(), prompts.num_blocks()), (2, 6, 6));
         let evicted = manager.evict().unwrap();
         prompts.lose(evicted);
+        assert_eq!(prompts.num_blocks(), 4);
         assert_eq!([a, b, c].map(|namespace| prompts.contains(namespace)), [true, false, true]);
         assert_eq!(prompts.take_changes(), [(a, true), (b, true), (c, true), (b, false)]);
         assert!(prompts.give_up_one(&mut manager));

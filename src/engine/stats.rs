@@ -20,6 +20,8 @@ pub struct EngineStats {
     pub encoded_positions_total: usize,
     /// Learned prompts whose keys and values are in the cache as a whole.
     pub cached_prompts: usize,
+    /// Bytes of the cache's blocks that hold them, which are on the device.
+    pub cached_prompt_bytes: usize,
     /// Forward passes since the start.
     pub steps: u64,
     /// Input positions computed, virtual tokens included.
@@ -44,6 +46,8 @@ pub(super) struct Counters {
     pub kv_blocks_used: AtomicUsize,
     pub kv_blocks_cached: AtomicUsize,
     kv_blocks_total: usize,
+    block_bytes: usize,
+    pub prompt_blocks: AtomicUsize,
     pub encoded_positions: AtomicUsize,
     pub steps: AtomicU64,
     pub prompt_tokens: AtomicU64,
@@ -56,9 +60,9 @@ pub(super) struct Counters {
 }
 
 impl Counters {
-    /// Nothing has happened yet in a cache of `kv_blocks_total` blocks.
-    pub fn new(kv_blocks_total: usize) -> Self {
-        Self { kv_blocks_total, ..Self::default() }
+    /// Nothing has happened yet in a cache of `kv_blocks_total` blocks of `block_bytes` each.
+    pub fn new(kv_blocks_total: usize, block_bytes: usize) -> Self {
+        Self { kv_blocks_total, block_bytes, ..Self::default() }
     }
 
     /// All of them now; what is not counted here is 0.
@@ -68,6 +72,7 @@ impl Counters {
             kv_blocks_used: self.kv_blocks_used.load(Relaxed),
             kv_blocks_cached: self.kv_blocks_cached.load(Relaxed),
             kv_blocks_total: self.kv_blocks_total,
+            cached_prompt_bytes: self.prompt_blocks.load(Relaxed) * self.block_bytes,
             encoded_positions: self.encoded_positions.load(Relaxed),
             steps: self.steps.load(Relaxed),
             prompt_tokens: self.prompt_tokens.load(Relaxed),

@@ -358,6 +358,7 @@ impl Worker {
         s.encoded_positions.store(self.encoded.values().map(CrossKeyValues::positions).sum(), Relaxed);
         s.kv_blocks_used.store(cache.num_held(), Relaxed);
         s.kv_blocks_cached.store(cache.num_kept(), Relaxed);
+        s.prompt_blocks.store(cache.num_of_prompts(), Relaxed);
         s.evictions.store(cache.evictions(), Relaxed);
         s.preemptions.store(self.scheduler.preemptions(), Relaxed);
         if !changes.is_empty() {

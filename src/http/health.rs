@@ -67,6 +67,7 @@ fn record_engine(stats: &EngineStats, tasks: usize) {
     gauge!(telemetry::ENCODER_POSITIONS_USED).set(stats.encoded_positions as f64);
     gauge!(telemetry::ENCODER_POSITIONS).set(stats.encoded_positions_total as f64);
     gauge!(telemetry::CACHED_PROMPTS).set(stats.cached_prompts as f64);
+    gauge!(telemetry::CACHED_PROMPT_BYTES).set(stats.cached_prompt_bytes as f64);
     gauge!(telemetry::TASKS).set(tasks as f64);
     counter!(telemetry::STEPS).absolute(stats.steps);
     counter!(telemetry::KV_EVICTIONS).absolute(stats.evictions);

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use candle_core::DType;
+use candle_core::{DType, Tensor};
 
 /// Positions in one block of the key-value cache.
 pub const BLOCK_SIZE: usize = 32;
@@ -146,6 +146,15 @@ impl BatchLayout {
             Some(*end - segment.rows..*end)
         })
     }
+}
+
+/// What a forward pass needs to know of its rows beside the layout, as u32 on the device.
+#[derive(Debug, Clone)]
+pub struct RowIndices {
+    /// `[t]`: the position of each row in its sequence.
+    pub positions: Tensor,
+    /// The rows whose final hidden states are wanted; `None` where these are all rows in their order.
+    pub wanted: Option<Tensor>,
 }
 
 #[cfg(test)]

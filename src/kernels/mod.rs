@@ -7,6 +7,7 @@ pub mod cross;
 mod cuda;
 pub mod host;
 pub mod layout;
+pub mod norm;
 mod open;
 mod params;
 pub mod past;
@@ -25,7 +26,8 @@ use std::{any::Any, fmt, sync::Arc};
 use candle_core::{D, DType, Device, Result, Tensor};
 
 use cross::{CrossKeyValues, EncodedBatch};
-use layout::{BatchLayout, BlockId, KvShape};
+use layout::{BatchLayout, BlockId, KvShape, RowIndices};
+use norm::{Norm, NormKind, QkNorms};
 pub use open::{BackendKind, HAS_CUDA, cpu, gpu, open, prepare_process, reference, return_freed_memory, set_threads};
 pub use params::{Activation, AttentionParams, QuantisedProducts};
 use past::PastKeyValues;
@@ -175,6 +177,18 @@ pub trait Tuning: fmt::Debug + Send + Sync {
 /// Rows are packed: `t` rows of any number of sequences side by side, without padding. An implementation knows from its
 /// [`BatchLayout`] which rows belong to which sequence and where their keys and values are.
 pub trait Kernels {
+    /// The positions of the step's rows and the rows that are wanted of it, on the device. `batch` is the layout that the
+    /// kernels were made for, `heads` how many heads of queries each layer has.
+    fn row_indices(&mut self, batch: &BatchLayout, _heads: usize, device: &Device) -> Result<RowIndices> {
+        let (positions, wanted) = (batch.positions(), batch.wanted.as_slice());
+        Ok(RowIndices { positions: Tensor::new(positions, device)?, wanted: Some(Tensor::new(wanted, device)?) })
+    }
+
+    /// Rows of `x` `[n, width]`, by their indices on the device.
+    fn pick(&mut self, x: &Tensor, rows: &Tensor) -> Result<Tensor> {
+        x.index_select(rows, 0)
+    }
+
     /// Linear layers of one input: for each `x Wᵀ + bias`, plus `residual` if there is one. `x` is `[t, in]`, each
     /// result and `residual` `[t, out]`.
     fn linear(&mut self, x: &Tensor, layers: &[&Linear], residual: Option<&Tensor>) -> Result<Vec<Tensor>>;
@@ -242,6 +256,36 @@ pub trait Kernels {
         }
     }
 
+    /// A norm over the last dimension of `x`.
+    fn norm(&mut self, x: &Tensor, norm: &Norm) -> Result<Tensor> {
+        match &norm.kind {
+            NormKind::Rms => self.rms_norm(x, &norm.weight, norm.eps),
+            NormKind::Layer(bias) => self.layer_norm(x, &norm.weight, bias.as_ref(), norm.eps),
+        }
+    }
+
+    /// Whether what a product of so many rows is added to is better left to an [`add_norm`](Self::add_norm) after it.
+    fn adds_in_norm(&self, _rows: usize) -> bool {
+        false
+    }
+
+    /// The end of a branch: `residual + x`, or `residual +` the norm `after` of `x` where there is one, and the norm `of_sum`
+    /// of that sum. Both are returned, in this order.
+    fn add_norm(
+        &mut self,
+        x: &Tensor,
+        after: Option<&Norm>,
+        residual: &Tensor,
+        of_sum: &Norm,
+    ) -> Result<(Tensor, Tensor)> {
+        let sum = match after {
+            Some(after) => (residual + self.norm(x, after)?)?,
+            None => (residual + x)?,
+        };
+        let normed = self.norm(&sum, of_sum)?;
+        Ok((sum, normed))
+    }
+
     /// Rotary embedding (Su et al. 2021), half-split form, of the first dimensions of each head of
     /// `x` `[t, heads, head_dim]`: of twice as many as per-row `cos` and `sin` have columns. The
     /// other dimensions stay.
@@ -276,6 +320,34 @@ pub trait Kernels {
             (q, k) = (self.rope(&q, cos, sin)?, self.rope(&k, cos, sin)?);
         }
         self.attention(layer, &q, &k, &heads(v)?, params)
+    }
+
+    /// Queries `[t, heads * head_dim]` and keys, each by its norm.
+    fn norm_queries_and_keys(
+        &mut self,
+        [q, k]: [&Tensor; 2],
+        head_dim: usize,
+        norms: &QkNorms,
+    ) -> Result<(Tensor, Tensor)> {
+        let heads = |x: &Tensor| match norms.by_head {
+            true => x.reshape((x.dims()[0], x.dims()[1] / head_dim.max(1), head_dim)),
+            false => Ok(x.clone()),
+        };
+        Ok((self.norm(&heads(q)?, &norms.queries)?, self.norm(&heads(k)?, &norms.keys)?))
+    }
+
+    /// [`norm_queries_and_keys`](Self::norm_queries_and_keys) and then [`rotary_attention`](Self::rotary_attention).
+    fn normed_rotary_attention(
+        &mut self,
+        layer: usize,
+        [q, k, v]: [&Tensor; 3],
+        head_dim: usize,
+        norms: &QkNorms,
+        rotation: Option<(&Tensor, &Tensor)>,
+        params: &AttentionParams,
+    ) -> Result<Tensor> {
+        let (q, k) = self.norm_queries_and_keys([q, k], head_dim, norms)?;
+        self.rotary_attention(layer, [&q, &k, v], head_dim, rotation, params)
     }
 
     /// Attention of a decoder's layer `layer` to what its encoder made of each sequence's input, all of

@@ -13,6 +13,8 @@ use super::{
     weight::{Linear, Matrix},
 };
 
+mod fused;
+
 /// The backends, the types their weights are in, and how far from the reference in f32 they may be.
 fn subjects() -> Vec<(Arc<dyn Backend>, DType, f32)> {
     let backends = [super::cpu(), super::reference()].into_iter().chain(on_gpu());

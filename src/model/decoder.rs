@@ -5,14 +5,16 @@ use candle_core::{D, DType, Device, Result, Tensor};
 
 use super::{
     ModelConfig,
+    branch::Stream,
     layer::Layer,
     rotation::{Rotary, Rotation},
-    source::{Loaded, Norm, Source},
+    source::{Loaded, Source},
     weights::Weights,
 };
 use crate::kernels::{
     Backend, Kernels, capped,
-    layout::BatchLayout,
+    layout::{BatchLayout, RowIndices},
+    norm::Norm,
     weight::{Linear, Weight},
 };
 
@@ -27,6 +29,8 @@ pub struct Decoder {
     /// The embeddings of positions, `[context_length, hidden]`.
     positions: Option<Tensor>,
     embedding_norm: Option<Norm>,
+    /// Heads of queries in each layer.
+    num_heads: usize,
     layers: Vec<Layer>,
     final_norm: Option<Norm>,
     head: Linear,
@@ -69,6 +73,7 @@ impl Decoder {
             embedding_scale: config.embedding_scale.map(|scale| rounded(scale, stored)).transpose()?,
             positions,
             embedding_norm,
+            num_heads: config.num_heads,
             layers,
             final_norm,
             head: Linear { name: "lm_head".to_owned(), weight: head, bias: None },
@@ -115,26 +120,26 @@ impl Decoder {
 
     /// See [`Model::forward`](super::Model::forward).
     pub fn forward(&self, x: &Tensor, batch: &BatchLayout, kernels: &mut dyn Kernels) -> Result<Tensor> {
-        let of_rows = batch.positions();
-        let positions = &Tensor::new(of_rows.as_slice(), x.device())?;
-        let wanted = &Tensor::new(batch.wanted.as_slice(), x.device())?;
-        let rotations = self.rotaries.iter().map(|rotary| rotary.of_rows(&of_rows, positions));
-        let rotations = rotations.collect::<Result<Vec<Rotation>>>()?;
+        let RowIndices { positions, wanted } = kernels.row_indices(batch, self.num_heads, x.device())?;
+        let last = batch.positions().into_iter().max().unwrap_or(0);
+        let of_rows = |rotary: &Rotary| rotary.of_rows(last, &positions, kernels);
+        let rotations = self.rotaries.iter().map(of_rows).collect::<Result<Vec<Rotation>>>()?;
         let mut x = match &self.positions {
-            Some(table) => (x + table.index_select(positions, 0)?)?,
+            Some(table) => (x + kernels.pick(table, &positions)?)?,
             None => x.clone(),
         };
         if let Some(norm) = &self.embedding_norm {
-            x = norm.forward(&x, kernels)?;
+            x = kernels.norm(&x, norm)?;
         }
+        let (mut stream, final_norm) = (Stream::new(x), self.final_norm.as_ref());
         for (i, layer) in self.layers.iter().enumerate() {
-            let wanted = (i + 1 == self.layers.len()).then_some(wanted);
-            x = layer.forward(i, &x, wanted, &rotations, kernels)?;
+            let (next, wanted) = match self.layers.get(i + 1) {
+                Some(next) => (next.first_norm(), None),
+                None => (final_norm, wanted.as_ref()),
+            };
+            stream = layer.forward(i, stream, next, wanted, &rotations, kernels)?;
         }
-        match &self.final_norm {
-            Some(norm) => norm.forward(&x, kernels),
-            None => Ok(x),
-        }
+        stream.into_normed(final_norm, kernels)
     }
 
     /// `[t, hidden]` to `[t, vocab]`, in f32; in f64 for a model in f64.

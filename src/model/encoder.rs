@@ -4,11 +4,12 @@ use candle_core::{Result, Tensor};
 
 use super::{
     ModelConfig,
+    branch::Stream,
     layer::Layer,
-    source::{Loaded, Norm, Source},
+    source::{Loaded, Source},
     weights::Weights,
 };
-use crate::kernels::{Backend, Kernels};
+use crate::kernels::{Backend, Kernels, norm::Norm};
 
 /// The layers of an encoder. Its embeddings are the decoder's.
 #[derive(Debug)]
@@ -31,11 +32,12 @@ impl Encoder {
 
     /// See [`Model::encode`](super::Model::encode).
     pub fn forward(&self, x: &Tensor, kernels: &mut dyn Kernels) -> Result<Tensor> {
-        let mut x = x.clone();
+        let mut stream = Stream::new(x.clone());
         for (i, layer) in self.layers.iter().enumerate() {
-            x = layer.forward(i, &x, None, &[], kernels)?;
+            let next = self.layers.get(i + 1).map_or(Some(&self.final_norm), Layer::first_norm);
+            stream = layer.forward(i, stream, next, None, &[], kernels)?;
         }
-        self.final_norm.forward(&x, kernels)
+        stream.into_normed(Some(&self.final_norm), kernels)
     }
 
     /// Every weight, in a fixed order, one at a time.

@@ -7,13 +7,17 @@ use candle_core::{Result, Tensor, bail};
 
 use super::{
     ModelConfig,
-    config::{NormPlaces, QkNorm},
-    names::{CrossNames, Mlp as MlpNames, NormNames, Qkv},
+    branch::{BranchNorms, Stream, last},
+    config::QkNorm,
+    names::{CrossNames, Mlp as MlpNames, Qkv},
     rotation::Rotation,
-    source::{Loaded, Norm, Source},
+    source::{Loaded, Source},
 };
 use crate::kernels::{
-    Activation, AttentionParams, Kernels, relative_position_bias::RelativePositionBias, weight::Linear,
+    Activation, AttentionParams, Kernels,
+    norm::{Norm, QkNorms},
+    relative_position_bias::RelativePositionBias,
+    weight::Linear,
 };
 
 /// Attention, an MLP, and the residuals around them.
@@ -54,37 +58,55 @@ impl Layer {
         })
     }
 
-    /// `[t, hidden]` to `[t, hidden]`, as layer `index`; only these `rows` of it, if any are named. The
-    /// others are then computed as far as attention reads them.
+    /// The norm that reads the stream first, if one does.
+    pub fn first_norm(&self) -> Option<&Norm> {
+        self.attention_norms.before.as_ref()
+    }
+
+    /// The stream through layer `index`; only these `rows` of it, if any are named. The others are then computed as far as
+    /// attention reads them. `next` is the norm that reads the result, if one does.
     pub fn forward(
         &self,
         index: usize,
-        x: &Tensor,
+        stream: Stream,
+        next: Option<&Norm>,
         rows: Option<&Tensor>,
         rotations: &[Rotation],
         kernels: &mut dyn Kernels,
-    ) -> Result<Tensor> {
-        let pick = |x: &Tensor| match rows {
-            Some(rows) => x.index_select(rows, 0),
+    ) -> Result<Stream> {
+        let pick = |x: &Tensor, kernels: &mut dyn Kernels| match rows {
+            Some(rows) => kernels.pick(x, rows),
             None => Ok(x.clone()),
         };
-        let h = self.attention_norms.enter(x, kernels)?;
+        let x = stream.x.clone();
+        let h = stream.into_normed(self.first_norm(), kernels)?;
         let attended = self.attention.forward(index, &h, rotations, kernels)?;
+        // Beside attention the MLP reads the same stream, not the sum.
+        let of_mlp = self.mlp_norms.before.as_ref().filter(|_| !self.parallel_residual);
         let (x, y) = match &self.cross {
             None => {
-                let x = pick(x)?;
-                let y = self.attention_norms.leave(last(&self.output, &pick(&attended)?), &x, kernels)?;
+                let (x, attended) = (pick(&x, kernels)?, pick(&attended, kernels)?);
+                let y = self.attention_norms.leave(last(&self.output, &attended), &x, of_mlp, kernels)?;
                 (x, y)
             }
             Some(cross) => {
-                let y = self.attention_norms.leave(last(&self.output, &attended), x, kernels)?;
-                (pick(x)?, pick(&cross.forward(index, &y, kernels)?)?)
+                let of_cross = cross.norms.before.as_ref();
+                let y = self.attention_norms.leave(last(&self.output, &attended), &x, of_cross, kernels)?;
+                let of_mlp = of_mlp.filter(|_| rows.is_none());
+                let y = cross.forward(index, y, of_mlp, kernels)?;
+                let y = match rows {
+                    Some(_) => Stream::new(pick(&y.x, kernels)?),
+                    None => y,
+                };
+                (pick(&x, kernels)?, y)
             }
         };
-        let h = self.mlp_norms.enter(if self.parallel_residual { &x } else { &y }, kernels)?;
+        let sum = y.x.clone();
+        let of_mlp = if self.parallel_residual { Stream::new(x) } else { y };
+        let h = of_mlp.into_normed(self.mlp_norms.before.as_ref(), kernels)?;
         let mlp =
             |residual: Option<&Tensor>, kernels: &mut dyn Kernels| self.mlp.forward(&h, &self.down, residual, kernels);
-        self.mlp_norms.leave(mlp, &y, kernels)
+        self.mlp_norms.leave(mlp, &sum, next, kernels)
     }
 
     /// Keys and values of an encoder's output `[t, hidden]`, both `[t, kv_heads, head_dim]`.
@@ -99,69 +121,11 @@ impl Layer {
     pub fn tensors(&self) -> impl Iterator<Item = Result<Tensor>> {
         let cross_norms = self.cross.iter().flat_map(|cross| cross.norms.all());
         let norms = self.attention_norms.all().chain(cross_norms).chain(self.mlp_norms.all());
-        let norms = norms.chain(self.attention.qk_norms.iter().flatten());
+        let norms = norms.chain(self.attention.qk_norms.iter().flat_map(|norms| [&norms.queries, &norms.keys]));
         let cross = self.cross.iter().flat_map(|cross| [&cross.q, &cross.k, &cross.v, &cross.output]);
         let linear = self.attention.linear().into_iter().chain([&self.output]).chain(cross);
         let linear = linear.chain(self.mlp.linear()).chain([&self.down]);
         norms.flat_map(|norm| norm.tensors().map(Ok)).chain(linear.flat_map(Linear::tensors))
-    }
-}
-
-/// The norms of a branch, those that there are.
-#[derive(Debug)]
-struct BranchNorms {
-    before: Option<Norm>,
-    after: Option<Norm>,
-    sum: Option<Norm>,
-}
-
-impl BranchNorms {
-    fn load(source: &mut Source, index: usize, names: NormNames, places: NormPlaces, width: usize) -> Loaded<Self> {
-        let mut norm = |is: bool, name: Option<&str>| {
-            name.filter(|_| is).map(|name| source.norm(Some(index), name, width)).transpose()
-        };
-        Ok(Self {
-            before: norm(places.before, names.before)?,
-            after: norm(places.after, names.after)?,
-            sum: norm(places.sum, names.sum)?,
-        })
-    }
-
-    /// What the branch reads.
-    fn enter(&self, x: &Tensor, kernels: &mut dyn Kernels) -> Result<Tensor> {
-        match &self.before {
-            Some(norm) => norm.forward(x, kernels),
-            None => Ok(x.clone()),
-        }
-    }
-
-    /// What the end of the branch returns, added to what it branched off from. `last` adds what it is given.
-    fn leave(
-        &self,
-        last: impl FnOnce(Option<&Tensor>, &mut dyn Kernels) -> Result<Tensor>,
-        residual: &Tensor,
-        kernels: &mut dyn Kernels,
-    ) -> Result<Tensor> {
-        let y = match &self.after {
-            Some(norm) => (residual + norm.forward(&last(None, kernels)?, kernels)?)?,
-            None => last(Some(residual), kernels)?,
-        };
-        match &self.sum {
-            Some(norm) => norm.forward(&y, kernels),
-            None => Ok(y),
-        }
-    }
-
-    fn all(&self) -> impl Iterator<Item = &Norm> {
-        [&self.before, &self.after, &self.sum].into_iter().flatten()
-    }
-}
-
-/// The end of a branch that is a linear layer of `h`.
-fn last(layer: &Linear, h: &Tensor) -> impl FnOnce(Option<&Tensor>, &mut dyn Kernels) -> Result<Tensor> {
-    move |residual, kernels| match residual {
-        Some(residual) => layer.forward_add(h, residual, kernels),
-        None => layer.forward(h, kernels),
     }
 }
 
@@ -171,10 +135,7 @@ struct Attention {
     q: Linear,
     k: Linear,
     v: Linear,
-    /// Of queries and of keys.
-    qk_norms: Option<[Norm; 2]>,
-    /// Whether such a norm spans all heads.
-    whole_norms: bool,
+    qk_norms: Option<QkNorms>,
     rope: Option<usize>,
     params: AttentionParams,
     head_dim: usize,
@@ -209,9 +170,11 @@ impl Attention {
         });
         let qk_norms = match widths.zip(source.names().qk_norms) {
             None => None,
-            Some((widths, names)) => {
-                Some([source.norm(Some(index), names[0], widths[0])?, source.norm(Some(index), names[1], widths[1])?])
-            }
+            Some((widths, names)) => Some(QkNorms {
+                queries: source.norm(Some(index), names[0], widths[0])?,
+                keys: source.norm(Some(index), names[1], widths[1])?,
+                by_head: config.qk_norm == Some(QkNorm::Head),
+            }),
         };
         let layer = &config.layers[index];
         let params = AttentionParams {
@@ -222,26 +185,17 @@ impl Attention {
             relative_position_bias: bias.cloned(),
             causal: config.causal,
         };
-        let whole_norms = config.qk_norm == Some(QkNorm::Projection);
         let [q, k, v] = source.side_by_side([q, k, v])?;
-        Ok(Self { q, k, v, qk_norms, whole_norms, rope: layer.rope, params, head_dim })
+        Ok(Self { q, k, v, qk_norms, rope: layer.rope, params, head_dim })
     }
 
     fn forward(&self, index: usize, x: &Tensor, rotations: &[Rotation], kernels: &mut dyn Kernels) -> Result<Tensor> {
-        let [mut q, mut k, v] = Linear::forward_all([&self.q, &self.k, &self.v], x, kernels)?;
-        if let Some([of_queries, of_keys]) = &self.qk_norms {
-            q = self.normed(q, of_queries, kernels)?;
-            k = self.normed(k, of_keys, kernels)?;
-        }
+        let [q, k, v] = Linear::forward_all([&self.q, &self.k, &self.v], x, kernels)?;
         let rotation = self.rope.map(|rope| &rotations[rope]).map(|(cos, sin)| (cos, sin));
-        kernels.rotary_attention(index, [&q, &k, &v], self.head_dim, rotation, &self.params)
-    }
-
-    /// Queries or keys `[t, heads * head_dim]`, normed as a whole or head by head.
-    fn normed(&self, y: Tensor, norm: &Norm, kernels: &mut dyn Kernels) -> Result<Tensor> {
-        match self.whole_norms {
-            true => norm.forward(&y, kernels),
-            false => norm.forward(&y.reshape((y.dims()[0], y.dims()[1] / self.head_dim, self.head_dim))?, kernels),
+        let qkv = [&q, &k, &v];
+        match &self.qk_norms {
+            None => kernels.rotary_attention(index, qkv, self.head_dim, rotation, &self.params),
+            Some(norms) => kernels.normed_rotary_attention(index, qkv, self.head_dim, norms, rotation, &self.params),
         }
     }
 
@@ -277,11 +231,12 @@ impl CrossAttention {
         Ok(Self { norms, q, k, v, output, params, num_heads, num_kv_heads, head_dim })
     }
 
-    fn forward(&self, index: usize, x: &Tensor, kernels: &mut dyn Kernels) -> Result<Tensor> {
-        let h = self.norms.enter(x, kernels)?;
+    fn forward(&self, index: usize, stream: Stream, next: Option<&Norm>, kernels: &mut dyn Kernels) -> Result<Stream> {
+        let x = stream.x.clone();
+        let h = stream.into_normed(self.norms.before.as_ref(), kernels)?;
         let q = self.q.forward(&h, kernels)?.reshape((x.dims()[0], self.num_heads, self.head_dim))?;
         let attended = kernels.cross_attention(index, &q, &self.params)?;
-        self.norms.leave(last(&self.output, &attended), x, kernels)
+        self.norms.leave(last(&self.output, &attended), &x, next, kernels)
     }
 
     fn key_values(&self, encoded: &Tensor, kernels: &mut dyn Kernels) -> Result<(Tensor, Tensor)> {

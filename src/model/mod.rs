@@ -1,5 +1,6 @@
 //! The frozen model: embeddings in, hidden states out. It has never heard of prompts.
 
+mod branch;
 pub mod config;
 pub mod decoder;
 mod encoder;

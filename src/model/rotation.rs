@@ -6,6 +6,7 @@ use candle_core::{DType, Device, Result, Tensor};
 use rayon::prelude::*;
 
 use super::config::Rope;
+use crate::kernels::Kernels;
 
 /// Cosines and sines, `[rows, dims / 2]` each.
 pub type Rotation = (Tensor, Tensor);
@@ -37,14 +38,13 @@ impl Rotary {
         Ok(Self { rope: rope.clone(), context_length, device: device.clone(), dtype, table })
     }
 
-    /// Of the rows at these positions, which are given as a tensor too.
+    /// Of the rows at `positions`, u32 on the device, of which `last` is the largest.
     ///
     /// # Errors
     /// A position is past the context length.
-    pub fn of_rows(&self, positions: &[u32], indices: &Tensor) -> Result<Rotation> {
-        let needed = positions.iter().max().map_or(0, |last| *last as usize + 1).min(self.context_length);
-        let (cos, sin) = self.covering(needed)?;
-        Ok((cos.index_select(indices, 0)?, sin.index_select(indices, 0)?))
+    pub fn of_rows(&self, last: u32, positions: &Tensor, kernels: &mut dyn Kernels) -> Result<Rotation> {
+        let (cos, sin) = self.covering((last as usize + 1).min(self.context_length))?;
+        Ok((kernels.pick(&cos, positions)?, kernels.pick(&sin, positions)?))
     }
 
     /// A table of at least so many positions.
@@ -85,7 +85,10 @@ fn table(rope: &Rope, positions: usize, device: &Device, dtype: DType) -> Result
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::config::RopeScaling;
+    use crate::{
+        kernels::{self, layout::BatchLayout},
+        model::config::RopeScaling,
+    };
 
     #[test]
     fn a_table_grows_with_the_positions_and_its_rows_stay_what_they_are() {
@@ -94,16 +97,19 @@ mod tests {
         let rotary = Rotary::new(&rope, context, &device, DType::F32).unwrap();
         let whole = table(&rope, context, &device, DType::F32).unwrap();
         let values = |tensor: &Tensor| tensor.to_vec2::<f32>().unwrap();
+        let layout = BatchLayout::default();
+        let mut kernels = kernels::reference().tuning().kernels(&layout, None, None).unwrap();
         for (positions, held) in
             [(vec![0, 1023], 1024), (vec![7, 1024, 3], 2048), (vec![2], 2048), (vec![4999, 0], context)]
         {
-            let indices = Tensor::new(positions.as_slice(), &device).unwrap();
-            let (cos, sin) = rotary.of_rows(&positions, &indices).unwrap();
+            let last = *positions.iter().max().unwrap();
+            let indices = Tensor::new(positions, &device).unwrap();
+            let (cos, sin) = rotary.of_rows(last, &indices, kernels.as_mut()).unwrap();
             assert_eq!(values(&cos), values(&whole.0.index_select(&indices, 0).unwrap()));
             assert_eq!(values(&sin), values(&whole.1.index_select(&indices, 0).unwrap()));
             assert_eq!(rotary.table.read().unwrap().0.dims(), [held, 4]);
         }
-        let past = [context as u32];
-        assert!(rotary.of_rows(&past, &Tensor::new(&past, &device).unwrap()).is_err());
+        let past = context as u32;
+        assert!(rotary.of_rows(past, &Tensor::new(&[past], &device).unwrap(), kernels.as_mut()).is_err());
     }
 }

@@ -5,9 +5,10 @@ use std::sync::Arc;
 
 use candle_core::{DType, Result, Tensor};
 
-use super::{ModelConfig, ModelError, config::NormKind, names::Names, relative, weights::Weights};
+use super::{ModelConfig, ModelError, config, names::Names, relative, weights::Weights};
 use crate::kernels::{
-    Backend, Kernels,
+    Backend,
+    norm::{Norm, NormKind},
     relative_position_bias::RelativePositionBias,
     weight::{Linear, Matrix, Weight},
 };
@@ -22,7 +23,7 @@ pub struct Source<'a> {
     weights: &'a mut Weights,
     names: Names,
     prefix: &'static str,
-    norm: NormKind,
+    norm: config::NormKind,
     norm_eps: f64,
 }
 
@@ -97,17 +98,17 @@ impl<'a> Source<'a> {
         };
         let mut weight = self.weights.take(&format!("{path}.weight"), width)?;
         weight = self.activations(weight)?;
-        if self.norm == NormKind::RmsPlusOne {
+        if self.norm == config::NormKind::RmsPlusOne {
             weight = (weight + 1.0)?;
         }
-        let bias = match self.norm {
-            NormKind::Layer => {
+        let kind = match self.norm {
+            config::NormKind::Layer => {
                 let bias = self.weights.take(&format!("{path}.bias"), width)?;
-                Some(self.activations(bias)?)
+                NormKind::Layer(Some(self.activations(bias)?))
             }
-            _ => None,
+            config::NormKind::Rms | config::NormKind::RmsPlusOne => NormKind::Rms,
         };
-        Ok(Norm { weight, bias, kind: self.norm, eps: self.norm_eps })
+        Ok(Norm { weight, kind, eps: self.norm_eps })
     }
 
     /// A linear layer of a layer, from `inner` to `outer` values.
@@ -187,29 +188,5 @@ impl Stored<'_> {
     fn part(&self, weight: Matrix, of_bias: impl Fn(&Tensor) -> Result<Tensor>) -> Loaded<Linear> {
         let bias = self.bias.as_ref().map(|bias| of_bias(bias)?.contiguous()).transpose()?;
         Ok(Linear { name: self.path.clone(), weight: self.backend.weight(weight, self.dtype)?, bias })
-    }
-}
-
-/// A norm, with what it is made of.
-#[derive(Debug)]
-pub struct Norm {
-    weight: Tensor,
-    bias: Option<Tensor>,
-    kind: NormKind,
-    eps: f64,
-}
-
-impl Norm {
-    /// Over the last dimension of `x`.
-    pub fn forward(&self, x: &Tensor, kernels: &mut dyn Kernels) -> Result<Tensor> {
-        match self.kind {
-            NormKind::Rms | NormKind::RmsPlusOne => kernels.rms_norm(x, &self.weight, self.eps),
-            NormKind::Layer => kernels.layer_norm(x, &self.weight, self.bias.as_ref(), self.eps),
-        }
-    }
-
-    /// Its weight, and its bias if there is one.
-    pub fn tensors(&self) -> impl Iterator<Item = Tensor> {
-        std::iter::once(self.weight.clone()).chain(self.bias.clone())
     }
 }

@@ -1,18 +1,25 @@
 //! The router without a socket: answers, streams, uploads and who may call.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed},
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed},
+    },
+    time::{Duration, Instant},
 };
 
 use axum::{
     body::Body,
     http::{Request, StatusCode, header},
 };
+use candle_core::DType;
 use futures::stream;
 use serde_json::{Value, json};
 
-use crate::support::{Answer, LONG, Options, Server, TASK, form, post, prompt_files, weights};
+use crate::{
+    fixtures,
+    support::{Answer, LONG, MODEL, Options, Server, TASK, form, post, prompt_files, weights},
+};
 
 fn outputs(answer: &Value) -> Vec<&str> {
     answer["choices"].as_array().unwrap().iter().map(|c| c["output"].as_str().unwrap()).collect()
@@ -370,6 +377,33 @@ async fn metrics_count_requests_by_route_and_never_by_path() {
         assert!(text.contains(&format!("softserve_engine_{name} ")), "{name}: {text}");
     }
     assert!(!text.contains("who-is-this"), "{text}");
+}
+
+#[tokio::test]
+async fn the_bytes_of_learned_prompts_in_the_cache_are_measured() {
+    softserve::telemetry::metrics();
+    let model = fixtures::load(MODEL, DType::F32);
+    let block_bytes = model.backend().block_bytes(&model.kv_shape());
+    let no_prompts = tempfile::tempdir().unwrap();
+    let server = Options::default().start_with(model, fixtures::tokenizer(MODEL), no_prompts.path());
+    assert_eq!(server.app.engine.stats().cached_prompt_bytes, 0);
+    let (config, weights) = prompt_files("prompt33");
+    let parts: [(&str, &[u8]); 2] = [("adapter_config.json", &config), ("adapter_model.safetensors", &weights)];
+    let (content_type, body) = form(&parts);
+    server.upload("resident", content_type, body).await.ok();
+    server.post("/v1/tasks/resident/generate", &json!({"input": "the cat", "max_tokens": 2})).await.ok();
+    let begun = Instant::now();
+    while server.app.engine.stats().cached_prompts == 0 {
+        assert!(begun.elapsed() < Duration::from_secs(60), "{:?}", server.app.engine.stats());
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+    // 33 positions are in two blocks.
+    assert_eq!(server.app.engine.stats().cached_prompt_bytes, 2 * block_bytes);
+    // Other tests' servers measure into the same process.
+    let line = format!("softserve_engine_cached_prompt_bytes {}\n", 2 * block_bytes);
+    while !server.get("/metrics").await.text().contains(&line) {
+        assert!(begun.elapsed() < Duration::from_secs(60), "{line}");
+    }
 }
 
 #[tokio::test]

@@ -10,6 +10,7 @@ use super::module::{Cuda, ELEMENT_THREADS, plain};
 use crate::kernels::{
     KvCache,
     layout::{BLOCK_SIZE, BlockId, KvShape},
+    norm::QkNorms,
 };
 
 /// Keys and values of each layer, both `[num_blocks, num_kv_heads, BLOCK_SIZE, head_dim]`.
@@ -19,6 +20,22 @@ pub struct CudaKvCache {
     shape: KvShape,
     num_blocks: usize,
     layers: Vec<[Values; 2]>,
+}
+
+/// What is done to queries and keys before the keys are written.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct BeforeWriting<'a> {
+    /// Root-mean-square norms of each head.
+    pub norms: Option<&'a QkNorms>,
+    /// The cosines and sines of a rotary embedding.
+    pub rotation: Option<(&'a Tensor, &'a Tensor)>,
+}
+
+impl BeforeWriting<'_> {
+    /// Whether queries become others.
+    pub fn changes_queries(&self) -> bool {
+        self.norms.is_some() || self.rotation.is_some()
+    }
 }
 
 #[derive(Debug)]
@@ -65,20 +82,20 @@ impl CudaKvCache {
         self.shape.dtype == DType::BF16
     }
 
-    /// Writes keys and values, rows of all kv heads' values in f32, to as many slots, and rotates the keys. Queries are
-    /// rotated to the address `q_out`.
+    /// Writes keys and values, rows of all kv heads' values in f32, to as many slots, the keys as `before` makes them. Queries
+    /// go to the address `q_out`, if they change.
     ///
     /// # Errors
     /// A shape does not fit, or there is no such layer.
     ///
     /// # Safety
     /// `slots` is the address of a slot of this cache for every row; `q_out` has room for as many rows of `heads` heads, if
-    /// there is a rotation.
-    pub unsafe fn rotate_and_write(
+    /// queries change.
+    pub unsafe fn prepare_and_write(
         &mut self,
         layer: usize,
         [q, k, v]: [&Tensor; 3],
-        rotation: Option<(&Tensor, &Tensor)>,
+        before: &BeforeWriting<'_>,
         heads: usize,
         slots: u64,
         q_out: u64,
@@ -89,7 +106,7 @@ impl CudaKvCache {
         if !fits(q, heads * head_dim) || !fits(k, width) || !fits(v, width) {
             bail!("queries {:?}, keys {:?} and values {:?} do not fit {:?}", q.dims(), k.dims(), v.dims(), self.shape);
         }
-        let rotation = match rotation {
+        let rotation = match before.rotation {
             Some((cos, sin)) => Some((plain(cos)?, plain(sin)?)),
             None => None,
         };
@@ -107,6 +124,23 @@ impl CudaKvCache {
         let [keys, values] = self.layer(layer)?;
         let (q_stride, k_stride, v_stride, half) = (q_stride as i32, k_stride as i32, v_stride as i32, half as i32);
         let (heads, kv_heads, dim) = (heads as i32, num_kv_heads as i32, head_dim as i32);
+        if let Some(norms) = before.norms {
+            let weights = [plain(&norms.queries.weight)?, plain(&norms.keys.weight)?];
+            if !norms.by_head || weights.iter().any(|weight| weight.elem_count() != head_dim) {
+                bail!("norms of queries and keys that are not of heads of {head_dim}");
+            }
+            let [q_weight, k_weight] = [cuda.address::<f32>(&weights[0])?, cuda.address::<f32>(&weights[1])?];
+            let (q_eps, k_eps) = (norms.queries.eps as f32, norms.keys.eps as f32);
+            let function = self.either(|f| [&f.norm_rotate_and_write_f32, &f.norm_rotate_and_write_bf16]);
+            let launch = cuda.launch(function).arg(&q).arg(&k).arg(&v).arg(&q_stride).arg(&k_stride).arg(&v_stride);
+            let launch = launch.arg(&q_weight).arg(&k_weight).arg(&q_eps).arg(&k_eps).arg(&cos).arg(&sin).arg(&half);
+            let launch = launch.arg(&slots).arg(&q_out).arg(&keys).arg(&values).arg(&heads).arg(&kv_heads).arg(&dim);
+            let warps = ELEMENT_THREADS / 32;
+            let (parts, shared) = ((heads + kv_heads) as usize, warps * head_dim * size_of::<f32>());
+            // SAFETY: as below; each weight has a value for each dimension of a head, and a warp its own part of the shared
+            // memory.
+            return unsafe { launch.run([rows, parts.div_ceil(warps), 1], ELEMENT_THREADS, shared) };
+        }
         let function = self.either(|f| [&f.rotate_and_write_f32, &f.rotate_and_write_bf16]);
         let launch = cuda.launch(function).arg(&q).arg(&k).arg(&v).arg(&q_stride).arg(&k_stride).arg(&v_stride);
         let launch = launch.arg(&cos).arg(&sin).arg(&half).arg(&slots).arg(&q_out).arg(&keys).arg(&values);
@@ -163,10 +197,10 @@ impl KvCache for CudaKvCache {
         if keys.dims()[1..] != [self.shape.num_kv_heads, self.shape.head_dim] || values.dims() != keys.dims() {
             bail!("keys {:?} and values {:?} do not fit {:?}", keys.dims(), values.dims(), self.shape);
         }
-        // Without a rotation no queries are read.
-        let none = keys.narrow(1, 0, 0)?;
+        // Where nothing changes no queries are read.
+        let (none, before) = (keys.narrow(1, 0, 0)?, BeforeWriting::default());
         // SAFETY: there is a slot for each position, in blocks that were found in the cache.
-        unsafe { self.rotate_and_write(layer, [&none, &keys, &values], None, 0, self.cuda.address_of(&slots), 0) }
+        unsafe { self.prepare_and_write(layer, [&none, &keys, &values], &before, 0, self.cuda.address_of(&slots), 0) }
     }
 
     fn as_any_mut(&mut self) -> &mut dyn Any {

@@ -5,9 +5,11 @@
 #![allow(unsafe_code, reason = "launches of kernels and functions of the driver; see each block")]
 
 mod choose;
+mod driver;
 mod kv_cache;
 mod module;
 mod products;
+mod rows;
 mod scores;
 mod serving;
 mod step;
@@ -38,7 +40,7 @@ use weight::CudaWeight;
 /// # Errors
 /// There is no driver, or no such GPU.
 pub fn device(ordinal: usize) -> Result<Device> {
-    // Where there is no driver, the library that stands in for it at build time may be loaded.
+    driver::load()?;
     Device::new_cuda_with_stream(ordinal)
 }
 

@@ -32,8 +32,8 @@ macro_rules! kernels {
 }
 
 kernels! {
-    rms_norm, layer_norm, rope, gate_up_bf16, gate_up_f32, activate_rows, add_bias, round_to_bf16, embed_bf16, embed_f32,
-    rotate_and_write_bf16, rotate_and_write_f32, copy_slots_bf16, copy_slots_f32, join_splits_bf16, join_splits_f32,
+    rms_norm, layer_norm, add_rms_norm, add_layer_norm, pick_rows, rope, gate_up_bf16, gate_up_f32, activate_rows, add_bias, round_to_bf16, embed_bf16, embed_f32,
+    rotate_and_write_bf16, rotate_and_write_f32, norm_rotate_and_write_bf16, norm_rotate_and_write_f32, copy_slots_bf16, copy_slots_f32, join_splits_bf16, join_splits_f32,
     attend_tiles_1, attend_tiles_2, attend_tiles_4, attend_tiles_5, attend_tiles_6, attend_tiles_8, attend_tiles_16,
     attend_rows_bf16_1_1, attend_rows_bf16_2_1, attend_rows_bf16_4_1, attend_rows_bf16_1_4, attend_rows_bf16_2_4,
     attend_rows_bf16_4_4, attend_rows_f32_1_1, attend_rows_f32_2_1, attend_rows_f32_4_1, attend_rows_f32_1_4,

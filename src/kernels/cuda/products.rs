@@ -14,7 +14,7 @@ use crate::kernels::{
 };
 
 /// Rows up to which a product is made by our own kernels.
-const FEW_ROWS: usize = 4;
+pub const FEW_ROWS: usize = 4;
 /// Threads of a block of those; see `cu/products.cu`.
 const PRODUCT_THREADS: usize = 128;
 const PRODUCT_SHARED_BYTES: usize = 16;

@@ -8,13 +8,27 @@ use cudarc::driver::DeviceRepr;
 use super::module::Cuda;
 use crate::kernels::{AttentionParams, relative_position_bias::RelativePositionBias};
 
-/// Relative position biases on the device: each is uploaded when a layer first asks for it.
+/// Relative position biases and ALiBi's slopes on the device: each is uploaded when a layer first asks for it.
 #[derive(Debug, Default)]
-pub struct BiasTables(Mutex<Vec<(Arc<RelativePositionBias>, Tensor)>>);
+pub struct BiasTables {
+    biases: Mutex<Vec<(Arc<RelativePositionBias>, Tensor)>>,
+    slopes: Mutex<Vec<(Arc<[f32]>, Tensor)>>,
+}
 
 impl BiasTables {
+    fn of_slopes(&self, slopes: &Arc<[f32]>, device: &Device) -> Result<Tensor> {
+        let mut tables = self.slopes.lock().unwrap_or_else(PoisonError::into_inner);
+        // All layers of a model have equal ones.
+        if let Some((_, table)) = tables.iter().find(|(known, _)| known == slopes) {
+            return Ok(table.clone());
+        }
+        let table = Tensor::new(&slopes[..], device)?;
+        tables.push((Arc::clone(slopes), table.clone()));
+        Ok(table)
+    }
+
     fn of(&self, bias: &Arc<RelativePositionBias>, device: &Device) -> Result<Tensor> {
-        let mut tables = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut tables = self.biases.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((_, table)) = tables.iter().find(|(known, _)| Arc::ptr_eq(known, bias)) {
             return Ok(table.clone());
         }
@@ -58,7 +72,7 @@ impl ScoresParam {
             if values.len() != heads {
                 bail!("{} slopes were given for {heads} heads", values.len());
             }
-            let table = Tensor::new(&values[..], &device)?;
+            let table = tables.of_slopes(values, &device)?;
             slopes = cuda.address::<f32>(&table)?;
             kept.push(table);
         }

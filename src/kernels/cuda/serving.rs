@@ -1,22 +1,24 @@
 //! Serving kernels for a GPU, over the blocks of a [`CudaKvCache`]. Activations are f32; where the weights are bf16, what
 //! a product reads is rounded to bf16 by the kernel that makes it.
 
-use candle_core::{DType, Result, Tensor, TensorId, bail};
+use candle_core::{DType, Device, Result, Tensor, TensorId, bail};
 use cudarc::driver::CudaFunction;
 use half::bf16;
 
 use super::{
     choose,
-    kv_cache::CudaKvCache,
-    module::{Cuda, ELEMENT_THREADS, element_grid, plain, threads_for},
-    products,
+    kv_cache::{BeforeWriting, CudaKvCache},
+    module::{Cuda, plain, threads_for},
+    products::{self, FEW_ROWS},
+    rows::{self, Normed},
     scores::{BiasTables, ScoresParam},
     step::{StepIndices, TILE_QUERIES},
 };
 use crate::kernels::{
-    Activation, AttentionParams, Kernels, capped,
+    Activation, AttentionParams, Kernels, KvCache as _, capped,
     cross::CrossKeyValues,
-    layout::{BLOCK_SIZE, BatchLayout, Segment},
+    layout::{BLOCK_SIZE, BatchLayout, RowIndices, Segment},
+    norm::{Norm, NormKind, QkNorms},
     reference::attend,
     weight::Linear,
 };
@@ -69,19 +71,24 @@ impl<'a> CudaServing<'a> {
         self.rounded.as_ref().filter(|(id, _)| *id == x.id()).map(|(_, rounded)| rounded)
     }
 
-    /// A norm of every row of `x`: `run` launches the kernel with the addresses of x, the result and its copy in bf16.
-    fn norm(&mut self, x: &Tensor, run: impl FnOnce(&Cuda, [u64; 3], [usize; 2]) -> Result<()>) -> Result<Tensor> {
-        let x = plain(x)?;
-        let count = x.elem_count();
-        let width = x.dims().last().copied().unwrap_or(1);
-        let out = self.cuda.uninitialised::<f32>(count)?;
-        let rounded = if self.cache.is_bf16() { Some(self.cuda.uninitialised::<bf16>(count)?) } else { None };
-        let copy = rounded.as_ref().map_or(0, |rounded| self.cuda.address_of(rounded));
-        let addresses = [self.cuda.address::<f32>(&x)?, self.cuda.address_of(&out), copy];
-        run(self.cuda, addresses, [count / width.max(1), width])?;
-        let out = self.cuda.tensor(out, x.shape());
-        self.rounded = rounded.map(|rounded| (out.id(), self.cuda.tensor(rounded, x.shape())));
-        Ok(out)
+    /// Keeps a norm's copy in bf16 for the products that read the result.
+    fn keep(&mut self, normed: Normed) -> Tensor {
+        let Normed { values, rounded } = normed;
+        self.rounded = rounded.map(|rounded| (values.id(), rounded));
+        values
+    }
+
+    /// Uploads the step's indices, for groups of so many heads, unless they are there.
+    fn upload_indices(&mut self, group: usize) -> Result<()> {
+        if self.indices.as_ref().is_none_or(|(of, _)| *of != group) {
+            let dim = self.cache.shape().head_dim;
+            let is_small = Self::tile_bytes(dim) <= self.cuda.shared_bytes;
+            let tiled = self.cache.is_bf16() && self.tiles(dim).is_some() && is_small;
+            let pack = tiled.then(|| pack(group));
+            let indices = StepIndices::new(self.cuda, self.batch, self.cache.num_blocks(), pack)?;
+            self.indices = Some((group, indices));
+        }
+        Ok(())
     }
 
     /// The kernel that computes tiles of queries of heads of this size, if there is one.
@@ -163,8 +170,8 @@ impl<'a> CudaServing<'a> {
         let partial = cuda.uninitialised::<f32>(num_partial * 2)?;
         let partial_out = cuda.uninitialised::<f32>(num_partial * dim)?;
         let (partial, partial_out) = (cuda.address_of(&partial), cuda.address_of(&partial_out));
-        let (rows, places) = (indices.rows(cuda), indices.places(cuda));
-        let (of_rows, tables) = (indices.tables_of_rows(cuda), indices.tables(cuda));
+        let (rows, places) = (indices.rows(), indices.places());
+        let (of_rows, tables) = (indices.tables_of_rows(), indices.tables());
         let (num_heads, num_kv_heads, width) = (heads as i32, kv_heads as i32, dim as i32);
         let launch = cuda.launch(function).arg(&q).arg(&keys).arg(&values).arg(&rows).arg(&places).arg(&of_rows);
         let launch = launch.arg(&tables).arg(&out).arg(&partial).arg(&partial_out);
@@ -182,6 +189,76 @@ impl<'a> CudaServing<'a> {
             unsafe { launch.run([indices.num_rows, heads, 1], threads_for(dim), 0)? };
         }
         Ok(())
+    }
+
+    /// Causal attention of rows whose queries and keys are prepared as `before` says, and an encoder's.
+    fn attend(
+        &mut self,
+        layer: usize,
+        [q, k, v]: [&Tensor; 3],
+        dim: usize,
+        before: &BeforeWriting<'_>,
+        params: &AttentionParams,
+    ) -> Result<Tensor> {
+        self.check(q)?;
+        let t = q.dims()[0];
+        let shape = *self.cache.shape();
+        let heads_of = |x: &Tensor| x.elem_count() / (t * dim).max(1);
+        let (heads, kv_heads) = (heads_of(q), heads_of(k));
+        if !params.causal {
+            let split = |x: &Tensor, heads: usize| plain(x)?.reshape((t, heads, dim));
+            let (mut q, mut k, v) = (split(q, heads)?, split(k, kv_heads)?, split(v, kv_heads)?);
+            if let Some((cos, sin)) = before.rotation {
+                (q, k) = (self.rope(&q, cos, sin)?, self.rope(&k, cos, sin)?);
+            }
+            return self.unmasked(&q, &k, &v, params);
+        }
+        if kv_heads != shape.num_kv_heads || dim != shape.head_dim || heads % kv_heads.max(1) != 0 {
+            bail!("attention was given {:?} and {:?} for a step of {t} rows and {shape:?}", q.dims(), k.dims());
+        }
+        let (cuda, group) = (self.cuda, heads / kv_heads);
+        self.upload_indices(group)?;
+        let Some((_, indices)) = &self.indices else { bail!("a step without indices") };
+        let in_order = |x: &Tensor| x.dtype() == DType::F32 && x.narrow(0, 0, 1).is_ok_and(|row| row.is_contiguous());
+        let rows = |x: &Tensor| if t > 0 && in_order(x) { Ok(x.clone()) } else { plain(x) };
+        let (q, k, v) = (rows(q)?, rows(k)?, rows(v)?);
+        // Unless they change, queries are read where they are, if they lie in order.
+        let queries = match before.changes_queries() {
+            true => cuda.tensor(cuda.uninitialised::<f32>(t * heads * dim)?, t * heads * dim),
+            false => plain(&q)?,
+        };
+        let of_queries = cuda.address::<f32>(&queries)?;
+        // SAFETY: the slots were made for this batch and checked against this cache, and there is room for all queries.
+        unsafe {
+            self.cache.prepare_and_write(layer, [&q, &k, &v], before, heads, indices.slots(), of_queries)?;
+        };
+        let (scores, _kept) = ScoresParam::new(cuda, self.tables, params, heads)?;
+        let (q, cache) = (of_queries, self.cache.layer(layer)?);
+        let run = |out: u64| -> Result<()> {
+            if indices.num_rows > 0 {
+                self.attend_rows(indices, q, cache, out, [heads, kv_heads, dim], &scores)?;
+            }
+            if let Some(function) = self.tiles(dim).filter(|_| indices.num_tiles > 0) {
+                let ([keys, values], tiles, tables) = (cache, indices.tiles(), indices.tables());
+                let (pack, num_heads, num_kv_heads) = (pack(group) as i32, heads as i32, kv_heads as i32);
+                let launch = cuda.launch(function).arg(&q).arg(&keys).arg(&values).arg(&tiles).arg(&tables).arg(&out);
+                let launch = launch.arg(&num_heads).arg(&num_kv_heads).arg(&pack).arg(&scores);
+                let grid = [indices.num_tiles, heads / pack as usize, 1];
+                // SAFETY: the tiles were made for this batch and checked against this cache, which is in bf16; the shared
+                // memory is what the kernel lays out.
+                unsafe { launch.run(grid, 128, Self::tile_bytes(dim))? };
+            }
+            Ok(())
+        };
+        if self.cache.is_bf16() {
+            let out = cuda.uninitialised::<bf16>(t * heads * dim)?;
+            run(cuda.address_of(&out))?;
+            Ok(cuda.tensor(out, (t, heads * dim)))
+        } else {
+            let out = cuda.uninitialised::<f32>(t * heads * dim)?;
+            run(cuda.address_of(&out))?;
+            Ok(cuda.tensor(out, (t, heads * dim)))
+        }
     }
 }
 
@@ -204,56 +281,62 @@ impl Kernels for CudaServing<'_> {
         Ok(all)
     }
 
+    fn row_indices(&mut self, _batch: &BatchLayout, heads: usize, _device: &Device) -> Result<RowIndices> {
+        let kv_heads = self.cache.shape().num_kv_heads;
+        if kv_heads == 0 || !heads.is_multiple_of(kv_heads) {
+            bail!("{heads} heads of queries do not share {kv_heads} of keys");
+        }
+        self.upload_indices(heads / kv_heads)?;
+        match &self.indices {
+            Some((_, indices)) => indices.of_rows(),
+            None => bail!("a step without indices"),
+        }
+    }
+
+    fn pick(&mut self, x: &Tensor, rows: &Tensor) -> Result<Tensor> {
+        rows::pick(self.cuda, x, rows)
+    }
+
     fn rms_norm(&mut self, x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
-        let weight = plain(weight)?;
-        self.norm(x, |cuda, [x, out, copy], [rows, width]| {
-            let (weight, n, eps) = (cuda.address::<f32>(&weight)?, width as i32, eps as f32);
-            let launch = cuda.launch(&cuda.functions.rms_norm).arg(&x).arg(&weight).arg(&out).arg(&copy);
-            // SAFETY: x, the result and its copy have `rows` rows of `width`, the weight is as wide: `norm` makes them so
-            // and the caller's shapes are those of a norm.
-            unsafe { launch.arg(&n).arg(&eps).run([rows, 1, 1], threads_for(width), 128) }
-        })
+        self.norm(x, &Norm { weight: weight.clone(), kind: NormKind::Rms, eps })
     }
 
     fn layer_norm(&mut self, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, eps: f64) -> Result<Tensor> {
-        let (weight, bias) = (plain(weight)?, bias.map(plain).transpose()?);
-        self.norm(x, |cuda, [x, out, copy], [rows, width]| {
-            let (n, eps) = (width as i32, eps as f32);
-            let (weight, bias) = (cuda.address::<f32>(&weight)?, cuda.address_or_null::<f32>(bias.as_ref())?);
-            let launch = cuda.launch(&cuda.functions.layer_norm).arg(&x).arg(&weight).arg(&bias).arg(&out).arg(&copy);
-            // SAFETY: as in rms_norm; the bias is as wide or null.
-            unsafe { launch.arg(&n).arg(&eps).run([rows, 1, 1], threads_for(width), 128) }
-        })
+        self.norm(x, &Norm { weight: weight.clone(), kind: NormKind::Layer(bias.cloned()), eps })
+    }
+
+    fn norm(&mut self, x: &Tensor, norm: &Norm) -> Result<Tensor> {
+        let normed = rows::norm(self.cuda, x, norm, self.cache.is_bf16())?;
+        Ok(self.keep(normed))
+    }
+
+    fn adds_in_norm(&self, rows: usize) -> bool {
+        // Our own products add a residual as they go; cuBLAS needs a copy of it first.
+        rows > FEW_ROWS || !self.cache.is_bf16()
+    }
+
+    fn add_norm(
+        &mut self,
+        x: &Tensor,
+        after: Option<&Norm>,
+        residual: &Tensor,
+        of_sum: &Norm,
+    ) -> Result<(Tensor, Tensor)> {
+        let apart = after.filter(|after| !rows::norms_before_it_adds(after, of_sum));
+        let (x, after) = match apart {
+            Some(apart) => (self.norm(x, apart)?, None),
+            None => (x.clone(), after),
+        };
+        let (sum, normed) = rows::add_norm(self.cuda, &x, after, residual, of_sum, self.cache.is_bf16())?;
+        Ok((sum, self.keep(normed)))
     }
 
     fn rope(&mut self, x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
-        let (t, heads, dim) = x.dims3()?;
-        let half = cos.dim(1)?;
-        if 2 * half > dim || cos.dims() != [t, half] || sin.dims() != cos.dims() {
-            bail!("a rotary embedding of {:?} does not fit {:?}", cos.dims(), x.dims());
-        }
-        let (x, cos, sin) = (plain(x)?, plain(cos)?, plain(sin)?);
-        let (cuda, count) = (self.cuda, x.elem_count());
-        let out = cuda.uninitialised::<f32>(count)?;
-        let (from, to) = (cuda.address::<f32>(&x)?, cuda.address_of(&out));
-        let (c, s) = (cuda.address::<f32>(&cos)?, cuda.address::<f32>(&sin)?);
-        let (heads, width, half) = (heads as i32, dim as i32, half as i32);
-        let launch = cuda.launch(&cuda.functions.rope).arg(&from).arg(&c).arg(&s).arg(&to).arg(&heads).arg(&width);
-        // SAFETY: the shapes were checked.
-        unsafe { launch.arg(&half).arg(&count).run(element_grid(count), ELEMENT_THREADS, 0)? };
-        Ok(cuda.tensor(out, x.shape()))
+        rows::rope(self.cuda, x, cos, sin)
     }
 
     fn activate(&mut self, activation: Activation, x: &Tensor) -> Result<Tensor> {
-        let x = plain(x)?;
-        let (cuda, count) = (self.cuda, x.elem_count());
-        let out = cuda.uninitialised::<f32>(count)?;
-        let (from, to, activation) =
-            (cuda.address::<f32>(&x)?, cuda.address_of(&out), products::activation_number(activation));
-        let launch = cuda.launch(&cuda.functions.activate_rows).arg(&from).arg(&to).arg(&count).arg(&activation);
-        // SAFETY: both have `count` values.
-        unsafe { launch.run(element_grid(count), ELEMENT_THREADS, 0)? };
-        Ok(cuda.tensor(out, x.shape()))
+        rows::activate(self.cuda, activation, x)
     }
 
     fn attention(
@@ -276,70 +359,24 @@ impl Kernels for CudaServing<'_> {
         rotation: Option<(&Tensor, &Tensor)>,
         params: &AttentionParams,
     ) -> Result<Tensor> {
-        self.check(q)?;
-        let t = q.dims()[0];
-        let shape = *crate::kernels::KvCache::shape(self.cache);
-        let heads_of = |x: &Tensor| x.elem_count() / (t * dim).max(1);
-        let (heads, kv_heads) = (heads_of(q), heads_of(k));
-        if !params.causal {
-            let split = |x: &Tensor, heads: usize| plain(x)?.reshape((t, heads, dim));
-            let (mut q, mut k, v) = (split(q, heads)?, split(k, kv_heads)?, split(v, kv_heads)?);
-            if let Some((cos, sin)) = rotation {
-                (q, k) = (self.rope(&q, cos, sin)?, self.rope(&k, cos, sin)?);
-            }
-            return self.unmasked(&q, &k, &v, params);
+        self.attend(layer, [q, k, v], dim, &BeforeWriting { norms: None, rotation }, params)
+    }
+
+    fn normed_rotary_attention(
+        &mut self,
+        layer: usize,
+        [q, k, v]: [&Tensor; 3],
+        dim: usize,
+        norms: &QkNorms,
+        rotation: Option<(&Tensor, &Tensor)>,
+        params: &AttentionParams,
+    ) -> Result<Tensor> {
+        let is_rms = |norm: &Norm| matches!(norm.kind, NormKind::Rms);
+        if norms.by_head && is_rms(&norms.queries) && is_rms(&norms.keys) && params.causal {
+            return self.attend(layer, [q, k, v], dim, &BeforeWriting { norms: Some(norms), rotation }, params);
         }
-        if kv_heads != shape.num_kv_heads || dim != shape.head_dim || heads % kv_heads.max(1) != 0 {
-            bail!("attention was given {:?} and {:?} for a step of {t} rows and {shape:?}", q.dims(), k.dims());
-        }
-        let (cuda, group) = (self.cuda, heads / kv_heads);
-        if self.indices.as_ref().is_none_or(|(of, _)| *of != group) {
-            let tiled = self.cache.is_bf16() && self.tiles(dim).is_some() && Self::tile_bytes(dim) <= cuda.shared_bytes;
-            let num_blocks = crate::kernels::KvCache::num_blocks(self.cache);
-            let indices = StepIndices::new(cuda, self.batch, num_blocks, tiled.then(|| pack(group)))?;
-            self.indices = Some((group, indices));
-        }
-        let Some((_, indices)) = &self.indices else { bail!("a step without indices") };
-        let in_order = |x: &Tensor| x.dtype() == DType::F32 && x.narrow(0, 0, 1).is_ok_and(|row| row.is_contiguous());
-        let rows = |x: &Tensor| if t > 0 && in_order(x) { Ok(x.clone()) } else { plain(x) };
-        let (q, k, v) = (rows(q)?, rows(k)?, rows(v)?);
-        // Without a rotation queries are read where they are, if they lie in order.
-        let queries = match rotation {
-            Some(_) => cuda.tensor(cuda.uninitialised::<f32>(t * heads * dim)?, t * heads * dim),
-            None => plain(&q)?,
-        };
-        let of_queries = cuda.address::<f32>(&queries)?;
-        // SAFETY: the slots were made for this batch and checked against this cache, and there is room for all queries.
-        unsafe {
-            self.cache.rotate_and_write(layer, [&q, &k, &v], rotation, heads, indices.slots(cuda), of_queries)?;
-        };
-        let (scores, _kept) = ScoresParam::new(cuda, self.tables, params, heads)?;
-        let (q, cache) = (of_queries, self.cache.layer(layer)?);
-        let run = |out: u64| -> Result<()> {
-            if indices.num_rows > 0 {
-                self.attend_rows(indices, q, cache, out, [heads, kv_heads, dim], &scores)?;
-            }
-            if let Some(function) = self.tiles(dim).filter(|_| indices.num_tiles > 0) {
-                let ([keys, values], tiles, tables) = (cache, indices.tiles(cuda), indices.tables(cuda));
-                let (pack, num_heads, num_kv_heads) = (pack(group) as i32, heads as i32, kv_heads as i32);
-                let launch = cuda.launch(function).arg(&q).arg(&keys).arg(&values).arg(&tiles).arg(&tables).arg(&out);
-                let launch = launch.arg(&num_heads).arg(&num_kv_heads).arg(&pack).arg(&scores);
-                let grid = [indices.num_tiles, heads / pack as usize, 1];
-                // SAFETY: the tiles were made for this batch and checked against this cache, which is in bf16; the shared
-                // memory is what the kernel lays out.
-                unsafe { launch.run(grid, 128, Self::tile_bytes(dim))? };
-            }
-            Ok(())
-        };
-        if self.cache.is_bf16() {
-            let out = cuda.uninitialised::<bf16>(t * heads * dim)?;
-            run(cuda.address_of(&out))?;
-            Ok(cuda.tensor(out, (t, heads * dim)))
-        } else {
-            let out = cuda.uninitialised::<f32>(t * heads * dim)?;
-            run(cuda.address_of(&out))?;
-            Ok(cuda.tensor(out, (t, heads * dim)))
-        }
+        let (q, k) = self.norm_queries_and_keys([q, k], dim, norms)?;
+        self.rotary_attention(layer, [&q, &k, v], dim, rotation, params)
     }
 
     fn cross_attention(&mut self, layer: usize, q: &Tensor, params: &AttentionParams) -> Result<Tensor> {

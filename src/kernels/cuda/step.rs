@@ -1,10 +1,10 @@
-//! The indices of one step on the device: where each row's keys and values lie. Uploaded once, read by every layer.
+//! The indices of one step on the device: each row's position, where its keys and values lie, and which rows are wanted.
+//! Uploaded once and in one piece, read by every layer.
 
-use candle_core::{Result, bail};
-use cudarc::driver::CudaSlice;
+use candle_core::{Result, Tensor, bail};
 
 use super::module::Cuda;
-use crate::kernels::layout::{BLOCK_SIZE, BatchLayout};
+use crate::kernels::layout::{BLOCK_SIZE, BatchLayout, RowIndices};
 
 /// Rows of a segment from which on attention runs by tiles of queries on tensor cores.
 const TILED_ROWS: usize = 16;
@@ -23,12 +23,17 @@ fn split_length(keys: usize) -> usize {
 /// Offsets into one array of u32 on the device.
 #[derive(Debug)]
 pub struct StepIndices {
-    values: CudaSlice<u32>,
+    values: Tensor,
+    address: u64,
+    t: usize,
     slots: usize,
     tables_of_rows: usize,
     rows: usize,
     tiles: usize,
     tables: usize,
+    positions: usize,
+    /// Where the wanted rows are and how many, if these are not all.
+    wanted: Option<(usize, usize)>,
     /// Rows that attention computes one by one, and the most splits that one of them has.
     pub num_rows: usize,
     pub splits: usize,
@@ -96,45 +101,72 @@ impl StepIndices {
         };
         let (slots, tables_of_rows, rows) = (append(slots), append(of_rows), append(list));
         let (tiles, tables) = (append(tiles), append(tables));
+        let positions = append(batch.positions());
+        let are_all = batch.wanted.iter().copied().eq(0..t as u32);
+        let wanted = (!are_all).then(|| (append(batch.wanted.clone()), batch.wanted.len()));
         // An empty upload is refused.
         all.push(0);
         let values = cuda.device.clone_htod(&all)?;
-        Ok(Self { values, slots, tables_of_rows, rows, tiles, tables, num_rows, splits, num_tiles })
+        let (address, values) = (cuda.address_of(&values), cuda.tensor(values, all.len()));
+        Ok(Self {
+            values,
+            address,
+            t,
+            slots,
+            tables_of_rows,
+            rows,
+            tiles,
+            tables,
+            positions,
+            wanted,
+            num_rows,
+            splits,
+            num_tiles,
+        })
     }
 
-    fn at(&self, cuda: &Cuda, offset: usize) -> u64 {
-        cuda.address_of(&self.values) + (offset * size_of::<u32>()) as u64
+    /// The positions of the rows and which are wanted: parts of the same upload.
+    ///
+    /// # Errors
+    /// Never, of a step that was made here.
+    pub fn of_rows(&self) -> Result<RowIndices> {
+        let part = |(at, len): (usize, usize)| self.values.narrow(0, at, len);
+        Ok(RowIndices { positions: part((self.positions, self.t))?, wanted: self.wanted.map(part).transpose()? })
+    }
+
+    fn at(&self, offset: usize) -> u64 {
+        self.address + (offset * size_of::<u32>()) as u64
     }
 
     /// `[t]`: how many rows of its sequence come before each packed row.
-    pub fn places(&self, cuda: &Cuda) -> u64 {
-        self.at(cuda, 0)
+    pub fn places(&self) -> u64 {
+        self.at(0)
     }
 
     /// `[t]`: the slot in the cache that a row's keys and values go to.
-    pub fn slots(&self, cuda: &Cuda) -> u64 {
-        self.at(cuda, self.slots)
+    pub fn slots(&self) -> u64 {
+        self.at(self.slots)
     }
 
     /// `[t]`: where a row's block table begins in [`tables`](Self::tables).
-    pub fn tables_of_rows(&self, cuda: &Cuda) -> u64 {
-        self.at(cuda, self.tables_of_rows)
+    pub fn tables_of_rows(&self) -> u64 {
+        self.at(self.tables_of_rows)
     }
 
     /// `[num_rows]`: the packed rows that attention computes one by one.
-    pub fn rows(&self, cuda: &Cuda) -> u64 {
-        self.at(cuda, self.rows)
+    pub fn rows(&self) -> u64 {
+        self.at(self.rows)
     }
 
     /// `[num_tiles, 4]`: first packed row, rows, how many rows of its sequence come before the first, and beginning of the
     /// block table.
-    pub fn tiles(&self, cuda: &Cuda) -> u64 {
-        self.at(cuda, self.tiles)
+    pub fn tiles(&self) -> u64 {
+        self.at(self.tiles)
     }
 
     /// The block tables of all segments, one after another, each after a word that says where the segment's tree is in the
     /// same array; see `cu/tree.cuh`.
-    pub fn tables(&self, cuda: &Cuda) -> u64 {
-        self.at(cuda, self.tables)
+    pub fn tables(&self) -> u64 {
+        self.at(self.tables)
     }
 }

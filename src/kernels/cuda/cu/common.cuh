@@ -118,6 +118,16 @@ __device__ __forceinline__ float block_sum(float x, float* scratch) {
     return warp_sum(lane < warps ? scratch[lane] : 0.0f);
 }
 
+__device__ __forceinline__ float sum_of_squares(float4 x) { return x.x * x.x + x.y * x.y + x.z * x.z + x.w * x.w; }
+
+// Dimension d of a head that a rotary embedding turns, where x points to it. cos and sin are those of the head's row; of
+// dimensions from 2 * half on nothing changes.
+__device__ __forceinline__ float rotated(const float* x, int d, const float* cos, const float* sin, int half) {
+    if (d < half) return x[0] * cos[d] - x[half] * sin[d];
+    if (d < 2 * half) return x[0] * cos[d - half] + x[-half] * sin[d - half];
+    return x[0];
+}
+
 // The activation functions, numbered as src/kernels/cuda/mod.rs numbers them.
 __device__ __forceinline__ float activate(float x, int activation) {
     switch (activation) {
