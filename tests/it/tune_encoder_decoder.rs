@@ -286,6 +286,7 @@ fn a_run_of_each_type_is_resumed_bit_for_bit_and_answers_as_it_was_measured() {
                 length: Length::Steps(80),
                 eval_every: Some(20),
                 patience: 0,
+                folds: 0,
                 batch_size: 4,
                 ..Options::new("animal".parse().unwrap(), data(folder.path(), "label"))
             };
@@ -348,7 +349,7 @@ fn what_a_model_has_no_room_or_form_for_is_refused_before_anything_is_trained() 
 /// `softserve tune` of a task under `out`, on one of the models.
 pub fn tune_on(home: &Path, name: &str, task: &str, data: &Path, options: &[&str]) -> Command {
     let mut command = tune(home, "out", task, data, options);
-    command.args(["--steps", "120", "--virtual-tokens", "9", "--model"]).arg(fixtures::dir(name));
+    command.args(["--steps", "120", "--virtual-tokens", "9", "--folds", "0", "--model"]).arg(fixtures::dir(name));
     command
 }
 
