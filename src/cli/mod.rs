@@ -87,3 +87,15 @@ pub fn run() -> ExitCode {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn the_options_of_every_command_have_names_of_their_own() {
+        Cli::command().debug_assert();
+    }
+}

@@ -130,7 +130,7 @@ fn arguments(args: &BenchArgs, loads: &[Load]) -> Vec<String> {
     add("--device", model.device.map(String::from));
     add("--backend", model.backend.and_then(|b| b.to_possible_value()).map(|b| b.get_name().to_owned()));
     add("--dtype", model.dtype.and_then(|d| d.to_possible_value()).map(|d| d.get_name().to_owned()));
-    add("--threads", args.threads.map(|n| n.to_string()));
+    add("--threads", model.threads.map(|n| n.to_string()));
     add("--kv-cache", args.kv_cache.map(|size| size.0.to_string()));
     // Random weights repeat themselves, and guesses of what is repeated would flatter.
     add("--draft-tokens", Some("0".to_owned()));

@@ -48,9 +48,6 @@ pub struct BenchArgs {
 
     #[command(flatten)]
     pub model: ModelArgs,
-    /// The number of processor threads that the model uses [default: one for each core]
-    #[arg(long, value_name = "N", env = "SOFTSERVE_THREADS")]
-    pub threads: Option<usize>,
     /// Memory for the KV cache, such as 512MiB [default: as for serve]
     #[arg(long, value_name = "SIZE", env = "SOFTSERVE_KV_CACHE")]
     pub kv_cache: Option<ByteSize>,
