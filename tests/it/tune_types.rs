@@ -80,7 +80,8 @@ fn a_run_of_each_type_that_is_interrupted_and_resumed_ends_with_the_files_of_one
     for (task, options) in TYPES {
         let run = |prompts: &str| {
             let mut command = tune(home.path(), prompts, task, &train, options);
-            command.args(["--steps", "15", "--virtual-tokens", "9", "--eval-every", "3", "--patience", "0"]);
+            command.args(["--steps", "15", "--virtual-tokens", "9", "--eval-every", "3"]);
+            command.args(["--patience", "0", "--folds", "0"]);
             command
         };
         let (code, _, log) = output(run("whole"));
