@@ -195,7 +195,8 @@ def perplexity(run):
             found[dtype] = math.exp(total / count)
     ratio = found["auto"] / found["f32"]
     print(f"  perplexity: {found['f32']:.4f} exact, {found['auto']:.4f} as integers, ratio {ratio:.5f} ({count} tokens)")
-    return ratio <= 1.003
+    # Of few tokens the ratio is partly chance.
+    return ratio <= (1.003 if count >= 10000 else 1.01)
 
 
 def speed(run):
