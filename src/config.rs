@@ -2,8 +2,10 @@
 //!
 //! A flag goes before its environment variable, and that before the configuration file.
 
+mod access;
 mod args;
 mod check;
+mod key_file;
 mod keys;
 mod units;
 mod weights;
@@ -18,9 +20,11 @@ use std::{
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
+pub use access::{Access, KeyError, KeySources};
 pub use args::ServeArgs;
 pub use check::check_threads;
-pub use keys::Keys;
+pub use key_file::check_key_table;
+pub use keys::{Key, KeyLimits, Roles, TaskPatterns};
 pub use units::{ByteSize, Time};
 pub use weights::{TaskWeight, TaskWeights};
 
@@ -50,6 +54,8 @@ pub struct Config {
     pub limits: Limits,
     pub drain_timeout: Duration,
     pub access: Access,
+    /// Where admin actions are written down.
+    pub audit_log: Option<PathBuf>,
     pub log: LogConfig,
 }
 
@@ -64,6 +70,12 @@ pub struct Limits {
     pub max_body: u64,
     pub max_tasks: usize,
     pub max_versions: usize,
+    /// The memory for learned prompts, in bytes; the others are read from the store when they are needed.
+    pub prompt_memory: u64,
+    /// Learned prompts that are read from the store for requests at the same time.
+    pub max_concurrent_loads: usize,
+    /// How long a request waits until its learned prompt may be read.
+    pub max_load_wait: Duration,
     /// Uploads that are read or checked at the same time.
     pub max_concurrent_uploads: usize,
     /// For requests that name no `timeout_ms`.
@@ -74,15 +86,6 @@ pub struct Limits {
     pub body_idle_timeout: Duration,
     /// How the engine is shared out while several tasks want it.
     pub task_weights: TaskWeights,
-}
-
-/// Who may call.
-#[derive(Debug, Clone, Default)]
-pub struct Access {
-    pub api_keys: Keys,
-    pub admin_keys: Keys,
-    /// Only this machine can reach the address that we listen on.
-    pub loopback: bool,
 }
 
 /// How the log is written.
@@ -165,6 +168,8 @@ pub enum ConfigError {
     /// An option has a value that cannot be used.
     #[error("--{option}: {reason}")]
     Option { option: &'static str, reason: String },
+    #[error(transparent)]
+    Keys(#[from] KeyError),
 }
 
 impl ModelSource {
@@ -234,14 +239,6 @@ impl From<DeviceChoice> for String {
             DeviceChoice::Cpu => "cpu".to_owned(),
             DeviceChoice::Cuda(n) => format!("cuda:{n}"),
         }
-    }
-}
-
-impl Access {
-    /// Whether anyone may call the admin routes: no key is set at all, and only this machine can
-    /// reach us.
-    pub fn admin_is_open(&self) -> bool {
-        self.loopback && self.admin_keys.is_empty() && self.api_keys.is_empty()
     }
 }
 

@@ -64,6 +64,13 @@ pub const DRAFT_TOKENS_ACCEPTED: &str = "softserve_engine_draft_tokens_accepted_
 pub const GENERATED_TOKENS: &str = "softserve_engine_generated_tokens_total";
 /// Tasks with an active version.
 pub const TASKS: &str = "softserve_tasks";
+/// Learned prompts in memory; the others are read from the store when they are needed.
+pub const LOADED_PROMPTS: &str = "softserve_loaded_prompts";
+pub const LOADED_PROMPT_BYTES: &str = "softserve_loaded_prompt_bytes";
+pub const PROMPT_LOADS: &str = "softserve_prompt_loads_total";
+pub const PROMPT_EVICTIONS: &str = "softserve_prompt_evictions_total";
+/// The time that a request waited for its learned prompt, of those that had to.
+pub const PROMPT_LOAD_SECONDS: &str = "softserve_prompt_load_seconds";
 
 /// Tasks that have series of their own; a request of a further one counts as [`OTHER_TASKS`].
 const MAX_TASK_SERIES: usize = 200;
@@ -151,6 +158,15 @@ fn describe() {
     describe_counter!(DRAFT_TOKENS_ACCEPTED, "Guessed tokens that were right");
     describe_counter!(GENERATED_TOKENS, "Tokens generated");
     describe_gauge!(TASKS, "Tasks with an active version");
+    describe_gauge!(LOADED_PROMPTS, "Learned prompts in memory");
+    describe_gauge!(LOADED_PROMPT_BYTES, Unit::Bytes, "Memory of the learned prompts that are loaded");
+    describe_counter!(PROMPT_LOADS, "Learned prompts read from the store because they were needed and not in memory");
+    describe_counter!(PROMPT_EVICTIONS, "Learned prompts evicted from memory for others");
+    describe_histogram!(
+        PROMPT_LOAD_SECONDS,
+        Unit::Seconds,
+        "Time that a request waited for its learned prompt to be read from the store"
+    );
 }
 
 /// The value of the label `task` of a task's series. The first tasks have their own, so that many tasks do not make

@@ -6,6 +6,7 @@ mod convert;
 mod eval;
 mod health;
 mod inspect;
+mod key;
 mod model;
 pub mod model_source;
 mod openapi;
@@ -50,6 +51,7 @@ enum Command {
     Convert(convert::ConvertArgs),
     Inspect(inspect::InspectArgs),
     Push(push::PushArgs),
+    Key(key::KeyArgs),
     Run(Box<run::RunArgs>),
     Bench(Box<bench::BenchArgs>),
     Health(health::HealthArgs),
@@ -69,6 +71,7 @@ pub fn run() -> ExitCode {
         Cli { command: Some(Command::Convert(args)), .. } => convert::run(&args, &mut io::stdout()),
         Cli { command: Some(Command::Inspect(args)), .. } => inspect::run(&args, &mut io::stdout()),
         Cli { command: Some(Command::Push(args)), .. } => push::run(&args, &mut io::stdout()),
+        Cli { command: Some(Command::Key(args)), .. } => key::run(&args, &mut io::stdout()),
         Cli { command: Some(Command::Run(args)), .. } => run::run(&args, &mut io::stdout()),
         Cli { command: Some(Command::Bench(args)), .. } => bench::run(&args),
         Cli { command: Some(Command::Health(args)), .. } => health::run(&args, &mut io::stdout()),

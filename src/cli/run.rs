@@ -109,7 +109,7 @@ pub fn run(args: &RunArgs, out: &mut dyn Write) -> anyhow::Result<()> {
     telemetry::init(&LogConfig { format: LogFormat::Text, level: "warn".to_owned() })?;
     model::use_threads(config.threads)?;
     let loaded = serve::load(&config)?;
-    let lines = Lines::new(Arc::clone(&loaded.app), Caller::ANYONE);
+    let lines = Lines::new(Arc::clone(&loaded.app), Caller::anyone());
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let at_once = 2 * config.engine.max_batch;
     let bar = bar(total, done);

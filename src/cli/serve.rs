@@ -13,10 +13,10 @@ use tokio::{net::TcpListener, sync::oneshot};
 
 use super::{model, model_source};
 use crate::{
-    config::{ByteSize, Config, LogFormat, ModelSource, ServeArgs},
+    config::{Access, ByteSize, Config, LogFormat, ModelSource, ServeArgs},
     demo,
     engine::{Engine, EngineThread, StartError},
-    http::{self, App, AppState, router},
+    http::{self, App, AppState, Settings, audit::AuditLog, router},
     kernels::{self, DeviceMemory},
     model::{Model, ModelInfo},
     prompt::format::Fit,
@@ -24,6 +24,9 @@ use crate::{
     telemetry,
     tokenizer::Tokenizer,
 };
+
+/// How often to look whether the files of keys have changed.
+const KEYS_POLL: Duration = Duration::from_secs(2);
 
 /// Connections get this long beyond the drain to send their last bytes.
 const LAST_BYTES: Duration = Duration::from_secs(2);
@@ -85,8 +88,14 @@ pub(super) fn load(config: &Config) -> anyhow::Result<Loaded> {
     let registry = open_registry(config, &info, root.clone())?;
     let watcher = registry.watch().context("cannot watch the prompts folder")?;
     let files = config.files.clone().map_or_else(|| data_folder(config, &info), Ok)?;
-    let app = App::new(engine, registry, tokenizer, info, config.limits.clone(), config.access.clone(), &files)
-        .with_context(|| format!("cannot open {}: choose another folder with --files", files.display()))?;
+    let audit = match &config.audit_log {
+        Some(path) => AuditLog::open(path).with_context(|| format!("cannot open the audit log {}", path.display()))?,
+        None => AuditLog::default(),
+    };
+    let shown = files.display().to_string();
+    let settings = Settings { limits: config.limits.clone(), access: config.access.clone(), audit, files };
+    let app = App::new(engine, registry, tokenizer, info, settings)
+        .with_context(|| format!("cannot open {shown}: choose another folder with --files"))?;
     kernels::return_freed_memory();
     Ok(Loaded { app, thread, root, _watcher: watcher })
 }
@@ -147,8 +156,13 @@ fn open_registry(config: &Config, info: &ModelInfo, root: PathBuf) -> anyhow::Re
     let fit = Fit::from(info);
     let shown = root.display().to_string();
     let limits = &config.limits;
-    let registry =
-        RegistryConfig { root, fit, max_tasks: limits.max_tasks, max_versions_per_task: limits.max_versions };
+    let registry = RegistryConfig {
+        root,
+        fit,
+        max_tasks: limits.max_tasks,
+        max_versions_per_task: limits.max_versions,
+        max_loaded_bytes: limits.prompt_memory,
+    };
     Registry::open(registry).with_context(|| format!("cannot open the prompts folder {shown}"))
 }
 
@@ -160,17 +174,18 @@ async fn bind(address: SocketAddr) -> anyhow::Result<TcpListener> {
 
 /// A few lines for the person who started us; a log line for programs.
 fn announce(config: &Config, app: &App, root: &Path, address: SocketAddr) {
-    let tasks: Vec<_> = app.registry.active().iter().map(|v| v.task.to_string()).collect();
+    let num_tasks = app.registry.num_tasks();
     let url = format!("http://{address}");
-    tracing::info!(url, tasks = tasks.len(), "listening");
+    tracing::info!(url, tasks = num_tasks, "listening");
     if config.log.format == LogFormat::Json {
         return;
     }
     let model = &app.model;
-    let shown = match tasks.len() {
+    let names = app.registry.first_names(8).iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+    let shown = match num_tasks {
         0 => "none yet".to_owned(),
-        n if n > 8 => format!("{}, and {} more", tasks[..8].join(", "), n - 8),
-        _ => tasks.join(", "),
+        n if n > 8 => format!("{names}, and {} more", n - 8),
+        _ => names,
     };
     let millions = model.num_parameters as f64 / 1e6;
     let dtype = model.dtype.as_str();
@@ -191,6 +206,7 @@ async fn serve(config: &Config, listener: TcpListener, app: AppState, thread: En
     let mut signals = Signals::new()?;
     let mut engine = joined(thread)?;
     app.resume_batches();
+    tokio::spawn(follow_keys(config.access.clone()));
     let mut server = tokio::spawn(http::serve(listener, router(Arc::clone(&app)), app.stopping()));
 
     let failed = tokio::select! {
@@ -225,6 +241,21 @@ async fn serve(config: &Config, listener: TcpListener, app: AppState, thread: En
         Err(_) => bail!("the engine did not stop in time"),
     }
     Ok(())
+}
+
+/// Reads the files of keys again when they change.
+async fn follow_keys(access: Access) {
+    let mut ticks = tokio::time::interval(KEYS_POLL);
+    while access.has_files() {
+        ticks.tick().await;
+        let access = access.clone();
+        match tokio::task::spawn_blocking(move || access.reload()).await {
+            Ok(Ok(None)) => {}
+            Ok(Ok(Some(keys))) => tracing::info!(keys, "the keys were read again"),
+            Ok(Err(error)) => tracing::error!(%error, "the keys stay as they were"),
+            Err(error) => return tracing::error!(%error, "cannot read the keys again"),
+        }
+    }
 }
 
 /// Whether the engine's thread ended well, once it has ended.

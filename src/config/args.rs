@@ -138,13 +138,18 @@ pub struct ServeArgs {
     #[arg(long, value_name = "SIZE", env = "SOFTSERVE_MAX_BODY")]
     pub max_body: Option<ByteSize>,
 
-    /// The maximum number of tasks [default: 10000]
+    /// The maximum number of tasks [default: 200000]
     #[arg(long, value_name = "N", env = "SOFTSERVE_MAX_TASKS")]
     pub max_tasks: Option<usize>,
 
     /// The maximum number of versions of one task [default: 100]
     #[arg(long, value_name = "N", env = "SOFTSERVE_MAX_VERSIONS")]
     pub max_versions: Option<usize>,
+
+    /// The memory for learned prompts. With more of them than it holds, those that are used least are read from the prompts
+    /// folder again when a request needs them [default: 256MiB]
+    #[arg(long, value_name = "SIZE", env = "SOFTSERVE_PROMPT_MEMORY")]
+    pub prompt_memory: Option<ByteSize>,
 
     /// The time limit of a request that does not set timeout_ms [default: 2m]
     #[arg(long, value_name = "TIME", env = "SOFTSERVE_REQUEST_TIMEOUT")]
@@ -179,6 +184,15 @@ pub struct ServeArgs {
     /// A file with one admin key per line, in the same form as --api-key-file
     #[arg(long, value_name = "FILE", env = "SOFTSERVE_ADMIN_KEY_FILE")]
     pub admin_key_file: Option<PathBuf>,
+
+    /// A file with keys that have roles, tasks, limits and an expiry: a [[key]] table for each, as `softserve key` prints
+    /// it. Key files are read again when they change
+    #[arg(long, value_name = "FILE", env = "SOFTSERVE_KEYS")]
+    pub keys: Option<PathBuf>,
+
+    /// A file to which every admin action is appended as a line of JSON: who, what, from where, before and after
+    #[arg(long, value_name = "FILE", env = "SOFTSERVE_AUDIT_LOG")]
+    pub audit_log: Option<PathBuf>,
 
     /// The format of the log, which goes to standard error [default: text]
     #[arg(long, env = "SOFTSERVE_LOG_FORMAT")]

@@ -4,7 +4,7 @@
 use std::{
     net::{SocketAddr, ToSocketAddrs as _},
     ops::RangeInclusive,
-    path::{Path, PathBuf},
+    path::Path,
     time::Duration,
 };
 
@@ -14,7 +14,8 @@ use figment::{
 };
 
 use super::{
-    Access, ByteSize, Config, ConfigError, Keys, Limits, LogConfig, ModelSource, ServeArgs, Switch, TaskWeights, Time,
+    Access, ByteSize, Config, ConfigError, KeySources, Limits, LogConfig, ModelSource, ServeArgs, Switch, TaskWeights,
+    Time,
 };
 use crate::engine::EngineConfig;
 
@@ -24,6 +25,8 @@ const MAX_DRAFT_TOKENS: usize = 64;
 const MAX_THREADS: usize = 1024;
 const MOMENT: Time = Time(Duration::from_millis(1));
 const MAX_CONCURRENT_UPLOADS: usize = 4;
+const MAX_CONCURRENT_LOADS: usize = 8;
+const MAX_LOAD_WAIT: Duration = Duration::from_secs(5);
 const BODY_IDLE_TIMEOUT: Duration = Duration::from_secs(30);
 
 impl ServeArgs {
@@ -39,8 +42,16 @@ impl ServeArgs {
             max_upload: at_least("max-upload", args.max_upload.unwrap_or(ByteSize(64 << 20)), ByteSize(1024))?.0,
             max_file: at_least("max-file", args.max_file.unwrap_or(ByteSize(512 << 20)), ByteSize(1024))?.0,
             max_body: at_least("max-body", args.max_body.unwrap_or(ByteSize(1 << 20)), ByteSize(1024))?.0,
-            max_tasks: at_least("max-tasks", args.max_tasks.unwrap_or(10_000), 1)?,
+            max_tasks: at_least("max-tasks", args.max_tasks.unwrap_or(200_000), 1)?,
             max_versions: at_least("max-versions", args.max_versions.unwrap_or(100), 1)?,
+            prompt_memory: at_least(
+                "prompt-memory",
+                args.prompt_memory.unwrap_or(ByteSize(256 << 20)),
+                ByteSize(1 << 20),
+            )?
+            .0,
+            max_concurrent_loads: MAX_CONCURRENT_LOADS,
+            max_load_wait: MAX_LOAD_WAIT,
             max_concurrent_uploads: MAX_CONCURRENT_UPLOADS,
             request_timeout: at_least("request-timeout", Time(time(args.request_timeout, 120)), MOMENT)?.0,
             max_request_timeout: time(args.max_request_timeout, 600),
@@ -54,9 +65,12 @@ impl ServeArgs {
             );
             return Err(ConfigError::Option { option: "request-timeout", reason });
         }
-        let keys = |option, typed: Option<Vec<String>>, file: Option<PathBuf>| {
-            Keys::read(&typed.unwrap_or_default(), file.as_deref())
-                .map_err(|reason| ConfigError::Option { option, reason })
+        let keys = KeySources {
+            api_keys: args.api_key.unwrap_or_default(),
+            api_key_file: args.api_key_file,
+            admin_keys: args.admin_key.unwrap_or_default(),
+            admin_key_file: args.admin_key_file,
+            keys: args.keys,
         };
         let engine = EngineConfig::default();
         let kv_cache = args.kv_cache.unwrap_or_else(|| ByteSize(default_kv_cache()));
@@ -101,11 +115,8 @@ impl ServeArgs {
             threads: args.threads.map(check_threads).transpose()?,
             limits,
             drain_timeout: time(args.drain_timeout, 30),
-            access: Access {
-                api_keys: keys("api-key", args.api_key, args.api_key_file)?,
-                admin_keys: keys("admin-key", args.admin_key, args.admin_key_file)?,
-                loopback: listen.ip().is_loopback(),
-            },
+            access: Access::open(keys, listen.ip().is_loopback())?,
+            audit_log: args.audit_log,
             log: LogConfig {
                 format: args.log_format.unwrap_or_default(),
                 level: args.log_level.unwrap_or_else(|| "info".to_owned()),

@@ -1,5 +1,8 @@
-//! Who may call what. One layer around every path, closed by default: a path that is not listed
-//! here needs a key, one under `/v1/admin` an admin key. Handlers learn from here whose request it is.
+//! Who may call what. One layer around every path, closed by default: a path that is not listed here needs a key with the role
+//! to infer, one under `/v1/admin` an admin key, and a path that names a task a key that may use it. Handlers learn from here
+//! whose request it is.
+
+use std::sync::Arc;
 
 use axum::{
     extract::{FromRequestParts, Request, State},
@@ -9,33 +12,94 @@ use axum::{
 };
 
 use super::{
-    AppState,
+    App, AppState,
+    audit::Action,
+    extract::RequestId,
     problem::{Code, Problem},
+    quota::{self, Quota},
 };
-use crate::config::{Access, is_loopback_host};
+use crate::{
+    config::{Access, Key, TaskPatterns, is_loopback_host},
+    prompt::TaskName,
+    registry::{RegistryError, named_tasks},
+};
 
 /// Open to everyone: nothing here shows or changes a task.
-pub(super) const OPEN: [&str; 6] = ["/health/live", "/health/ready", "/metrics", "/openapi.json", "/docs", "/"];
+pub(super) const OPEN: [&str; 5] = ["/health/live", "/health/ready", "/openapi.json", "/docs", "/"];
+const METRICS: &str = "/metrics";
 const ADMIN: &str = "/v1/admin";
 const FILES: &str = "/v1/files";
+/// Paths whose next part is a task's name.
+const OF_A_TASK: [&str; 2] = ["/v1/tasks/", "/v1/admin/tasks/"];
 
 /// Who sent a request.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct Caller {
-    /// The tenant of its key, or that of [`Caller::ANYONE`].
+    /// The tenant of its key, or 0 of all who need no key.
     pub tenant: u64,
     /// Whether it is a line of a batch, which nobody waits for: it goes after all others and may take the most time, unless it
     /// says otherwise itself.
     pub is_batch: bool,
+    /// The tasks that it may use.
+    pub tasks: TaskPatterns,
+    /// What its key is called.
+    pub name: Option<Arc<str>>,
+    /// What its key has used, if it has limits.
+    pub(super) quota: Option<Arc<Quota>>,
 }
 
 impl Caller {
     /// The one tenant of all who need no key.
-    pub const ANYONE: Self = Self::of(0);
+    pub fn anyone() -> Self {
+        Self { tenant: 0, is_batch: false, tasks: TaskPatterns::all(), name: None, quota: None }
+    }
 
-    /// A caller who waits for the answer.
-    const fn of(tenant: u64) -> Self {
-        Self { tenant, is_batch: false }
+    /// For whom the lines of a batch are asked.
+    pub fn of_batch(tenant: u64, tasks: TaskPatterns) -> Self {
+        Self { tenant, is_batch: true, tasks, ..Self::anyone() }
+    }
+
+    fn of(key: &Key, quota: Option<Arc<Quota>>) -> Self {
+        let name = Some(key.name.as_str().into());
+        Self { tenant: key.tenant, tasks: key.tasks.clone(), name, quota, ..Self::anyone() }
+    }
+
+    /// Checks that the caller may use all tasks that a name means, be there such tasks or not.
+    ///
+    /// # Errors
+    /// Its key is for other tasks.
+    pub fn check_task(&self, name: &str) -> Result<(), Problem> {
+        if self.tasks.is_all() || named_tasks(name).all(|task| self.tasks.allow(task)) {
+            return Ok(());
+        }
+        let detail = format!(
+            "the key may not use the task that the request names; it may use: {}",
+            self.tasks.patterns().join(", ")
+        );
+        Err(Problem::new(Code::Forbidden, detail))
+    }
+
+    /// Whether a list has a task for this caller.
+    pub fn sees(&self, task: &TaskName) -> bool {
+        self.tasks.is_all() || self.tasks.allow(task.as_str())
+    }
+
+    /// The registry's error without the names that the caller does not see.
+    pub fn problem(&self, error: RegistryError) -> Problem {
+        match error {
+            RegistryError::TaskNotFound { task, mut known } => {
+                known.retain(|task| self.sees(task));
+                RegistryError::TaskNotFound { task, known }.into()
+            }
+            error => error.into(),
+        }
+    }
+
+    /// Counts tokens of an input or an answer toward the limits of the key.
+    pub fn count_tokens(&self, tokens: usize) {
+        if let Some(quota) = &self.quota {
+            quota.count_tokens(tokens);
+        }
     }
 }
 
@@ -43,56 +107,122 @@ impl<S: Sync> FromRequestParts<S> for Caller {
     type Rejection = Problem;
 
     async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Problem> {
-        let caller = parts.extensions.get::<Self>().copied();
+        let caller = parts.extensions.get::<Self>().cloned();
         caller.ok_or_else(|| Problem::internal("the access layer is missing"))
     }
 }
 
 /// Lets a request through, with its [`Caller`], or answers with a problem.
 pub async fn check(State(app): State<AppState>, mut request: Request, next: Next) -> Response {
-    match allow(&app.access, request.uri().path(), request.headers()) {
-        Ok(caller) => {
-            request.extensions_mut().insert(caller);
-            next.run(request).await
+    let path = request.uri().path();
+    let action = if is_admin(path) { begin(&app, &request) } else { None };
+    let admitted = allow(&app.access, path, request.headers()).and_then(|key| admit(&app, path, key));
+    let (response, caller) = match admitted {
+        Ok((caller, slot)) => {
+            request.extensions_mut().insert(caller.clone());
+            let response = next.run(request).await;
+            let response = match slot {
+                Some(slot) => quota::holding(slot, response),
+                None => response,
+            };
+            (response, Some(caller))
         }
-        Err(problem) => problem.into_response(),
+        Err(problem) => (problem.into_response(), None),
+    };
+    if let Some(action) = action {
+        let line = action.line(caller.as_ref().and_then(|caller| caller.name.as_deref()), &response);
+        app.audit.append(line).await;
     }
+    response
 }
 
-fn allow(access: &Access, path: &str, headers: &HeaderMap) -> Result<Caller, Problem> {
+/// The action that an admin request is, for the audit log.
+fn begin(app: &App, request: &Request) -> Option<Action> {
+    let id = request.extensions().get::<RequestId>().map(|id| id.0.to_string());
+    app.audit.begin(request, id)
+}
+
+/// The caller of an allowed request, which counts toward the limits of its key where it asks the model.
+fn admit(app: &App, path: &str, key: Option<Arc<Key>>) -> Result<(Caller, Option<quota::Slot>), Problem> {
+    let Some(key) = key else { return Ok((Caller::anyone(), None)) };
+    let quota = app.quotas.of(&key);
+    let slot = quota.as_ref().filter(|_| !is_admin(path) && path != METRICS).map(|quota| quota.admit()).transpose()?;
+    Ok((Caller::of(&key, quota), slot))
+}
+
+fn is_admin(path: &str) -> bool {
+    path.strip_prefix(ADMIN).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+}
+
+/// The key by which a request is allowed; `None` where it needs none.
+fn allow(access: &Access, path: &str, headers: &HeaderMap) -> Result<Option<Arc<Key>>, Problem> {
     if OPEN.contains(&path) || path.starts_with("/docs/") || path.starts_with("/page/") {
-        return Ok(Caller::ANYONE);
+        return Ok(None);
     }
-    if path.starts_with(ADMIN) { admin(access, headers) } else { caller(access, path, headers) }
-}
-
-fn caller(access: &Access, path: &str, headers: &HeaderMap) -> Result<Caller, Problem> {
-    if access.api_keys.is_empty() {
-        // A browser sends a form with a file for any page that it shows, without asking first.
-        if path.starts_with(FILES) {
-            same_origin(headers)?;
+    let key = match path {
+        path if is_admin(path) => admin(access, headers)?,
+        METRICS => of_role(access, headers, "metrics", |key| key.roles.metrics || key.roles.admin)?,
+        _ => {
+            // A browser sends a form with a file for any page that it shows, without asking first.
+            if access.infer_is_open() && path.starts_with(FILES) {
+                same_origin(headers)?;
+            }
+            of_role(access, headers, "infer", |key| key.roles.infer)?
         }
-        return Ok(Caller::ANYONE);
+    };
+    if let (Some(key), Some(task)) = (&key, task_of(path)) {
+        Caller::of(key, None).check_task(&task)?;
     }
-    let key = bearer(headers)?;
-    let (api, admin) = (access.api_keys.tenant(key), access.admin_keys.tenant(key));
-    api.or(admin).map(Caller::of).ok_or_else(unknown_key)
+    Ok(key)
 }
 
-fn admin(access: &Access, headers: &HeaderMap) -> Result<Caller, Problem> {
-    if access.admin_is_open() {
-        return same_site(headers).map(|()| Caller::ANYONE);
+/// The task that a path names.
+fn task_of(path: &str) -> Option<String> {
+    let rest = OF_A_TASK.iter().find_map(|prefix| path.strip_prefix(prefix))?;
+    let task = rest.split('/').next().unwrap_or_default();
+    Some(percent_encoding::percent_decode_str(task).decode_utf8_lossy().into_owned())
+}
+
+fn of_role(
+    access: &Access,
+    headers: &HeaderMap,
+    role: &str,
+    has_role: impl Fn(&Key) -> bool,
+) -> Result<Option<Arc<Key>>, Problem> {
+    if access.infer_is_open() {
+        return Ok(None);
     }
-    if access.admin_keys.is_empty() {
+    let key = shown(access, headers)?;
+    if has_role(&key) {
+        return Ok(Some(key));
+    }
+    let detail = format!("found a key for {}, expected one with the role {role}", key.roles);
+    Err(Problem::new(Code::Forbidden, detail))
+}
+
+fn admin(access: &Access, headers: &HeaderMap) -> Result<Option<Arc<Key>>, Problem> {
+    if access.admin_is_open() {
+        return same_site(headers).map(|()| None);
+    }
+    if !access.has_admin_keys() {
         let detail = "the admin routes are closed: start the server with --admin-key (or SOFTSERVE_ADMIN_KEY) to open \
                       them to callers that send this key";
         return Err(Problem::new(Code::Forbidden, detail));
     }
-    let key = bearer(headers)?;
-    match (access.admin_keys.tenant(key), access.api_keys.contains(key)) {
-        (Some(tenant), _) => Ok(Caller::of(tenant)),
-        (None, true) => Err(Problem::new(Code::Forbidden, "found an API key, expected an admin key")),
-        (None, false) => Err(unknown_key()),
+    let key = shown(access, headers)?;
+    match key.roles.admin {
+        true => Ok(Some(key)),
+        false => Err(Problem::new(Code::Forbidden, "found an API key, expected an admin key")),
+    }
+}
+
+/// The key that a request shows.
+fn shown(access: &Access, headers: &HeaderMap) -> Result<Arc<Key>, Problem> {
+    let key = access.find(bearer(headers)?);
+    let key = key.ok_or_else(|| Problem::new(Code::Unauthorized, "the key is not known to this server"))?;
+    match key.has_expired() {
+        true => Err(Problem::new(Code::Unauthorized, "the key has expired: ask whoever runs the server for a new one")),
+        false => Ok(key),
     }
 }
 
@@ -143,18 +273,15 @@ fn bearer(headers: &HeaderMap) -> Result<&str, Problem> {
         })
 }
 
-fn unknown_key() -> Problem {
-    Problem::new(Code::Unauthorized, "the key is not known to this server")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::Keys;
+    use crate::config::KeySources;
 
     fn access(api: &[&str], admin: &[&str], loopback: bool) -> Access {
-        let keys = |keys: &[&str]| Keys::read(&keys.iter().map(|k| (*k).to_owned()).collect::<Vec<_>>(), None).unwrap();
-        Access { api_keys: keys(api), admin_keys: keys(admin), loopback }
+        let keys = |keys: &[&str]| keys.iter().map(|k| (*k).to_owned()).collect::<Vec<_>>();
+        let sources = KeySources { api_keys: keys(api), admin_keys: keys(admin), ..KeySources::default() };
+        Access::open(sources, loopback).unwrap()
     }
 
     fn code(access: &Access, path: &str, headers: &[(header::HeaderName, &str)]) -> Option<&'static str> {
@@ -190,6 +317,25 @@ mod tests {
     }
 
     #[test]
+    fn a_key_that_is_typed_as_both_closes_what_an_api_key_closes() {
+        let both = access(&["one-long-key"], &["one-long-key"], true);
+        assert_eq!(
+            (code(&both, TASKS, &[]), code(&both, "/metrics", &[])),
+            (Some("unauthorized"), Some("unauthorized"))
+        );
+        for path in [TASKS, ADMIN_TASKS, "/metrics"] {
+            assert_eq!(code(&both, path, &[(header::AUTHORIZATION, "Bearer one-long-key")]), None, "{path}");
+        }
+    }
+
+    #[test]
+    fn a_task_is_found_in_its_path_however_it_is_written() {
+        assert_eq!(task_of("/v1/tasks/a%2Bb/generate").as_deref(), Some("a+b"));
+        assert_eq!(task_of("/v1/admin/tasks/a").as_deref(), Some("a"));
+        assert_eq!((task_of("/v1/tasks"), task_of("/v1/admin/tasks")), (None, None));
+    }
+
+    #[test]
     fn an_api_key_alone_closes_the_admin_routes_also_on_loopback() {
         let api = access(&["api-key-1"], &[], true);
         assert_eq!(code(&api, ADMIN_TASKS, &[(header::AUTHORIZATION, "Bearer api-key-1")]), Some("forbidden"));
@@ -198,19 +344,13 @@ mod tests {
     #[test]
     fn paths_that_are_not_listed_need_a_key_and_health_never_does() {
         let both = access(&["api-key-1"], &["admin-key-1"], false);
-        for path in ["/anything", "/v1/models", "/v1/files", "/v1/administrator", "/docsx", "/health", "/pages"] {
+        for path in
+            ["/anything", "/metrics", "/v1/models", "/v1/files", "/v1/administrator", "/docsx", "/health", "/pages"]
+        {
             assert_eq!(code(&both, path, &[]), Some("unauthorized"), "{path}");
         }
-        for path in [
-            "/health/live",
-            "/health/ready",
-            "/metrics",
-            "/openapi.json",
-            "/docs",
-            "/docs/index.html",
-            "/",
-            "/page/app.js",
-        ] {
+        for path in ["/health/live", "/health/ready", "/openapi.json", "/docs", "/docs/index.html", "/", "/page/app.js"]
+        {
             assert_eq!(code(&both, path, &[]), None, "{path}");
         }
     }

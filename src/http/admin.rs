@@ -20,11 +20,17 @@ use self::{
     upload::store,
 };
 use super::{
-    App, AppState, blocking,
-    extract::{Json, Query, TaskParam, VersionParam},
-    problem::{Code, Problem},
+    App, AppState,
+    access::Caller,
+    audit::Change,
+    blocking,
+    extract::{Json, NameRange, Query, TaskParam, VersionParam},
+    problem::Problem,
 };
-use crate::{registry::TaskEntry, telemetry};
+use crate::{
+    registry::{Activated, TaskEntry},
+    telemetry,
+};
 
 /// The admin routes. All lie under `/v1/admin`, which [`super::access`] closes.
 pub(super) fn routes() -> OpenApiRouter<AppState> {
@@ -64,25 +70,37 @@ pub(super) async fn upload(
     request: Request,
 ) -> Result<Response, Problem> {
     let outcome = store(&app, &task, query.activate, request).await;
-    let label = outcome.as_ref().map_or_else(|p| p.code.as_str(), |u| if u.created { "created" } else { "known" });
+    let label = outcome.as_ref().map_or_else(|p| p.code.as_str(), |(u, _)| if u.created { "created" } else { "known" });
     counter!(telemetry::UPLOADS, "outcome" => label).increment(1);
-    let uploaded = outcome?;
+    let (uploaded, change) = outcome?;
     let location = format!("/v1/admin/tasks/{}/versions/{}", uploaded.task, uploaded.meta.version);
     tracing::info!(task = %uploaded.task, version = uploaded.meta.version, created = uploaded.created,
         active = uploaded.active, "a version was uploaded");
     let status = if uploaded.created { StatusCode::CREATED } else { StatusCode::OK };
     let etag = etag(uploaded.generation);
-    Ok((status, [(header::LOCATION, location)], [(header::ETAG, etag)], axum::Json(uploaded)).into_response())
+    let response =
+        (status, [(header::LOCATION, location)], [(header::ETAG, etag)], axum::Json(uploaded)).into_response();
+    Ok(with_change(change, response))
 }
 
 /// List everything
 ///
 /// Every task with its versions, what is known of them and where they are.
 #[utoipa::path(get, path = "/v1/admin/tasks", tag = "admin",
-    responses((status = 200, body = AdminTaskList, description = "The tasks by name")))]
-pub(super) async fn list_all(State(app): State<AppState>) -> axum::Json<AdminTaskList> {
-    let tasks = app.registry.tasks().into_iter().map(|entry| AdminTask::new(&app, entry)).collect();
-    axum::Json(AdminTaskList { tasks })
+    params(NameRange),
+    responses((status = 200, body = AdminTaskList, description = "The tasks by name")),
+    extensions(("x-problems" = json!(["invalid_request"]))))]
+pub(super) async fn list_all(
+    State(app): State<AppState>,
+    caller: Caller,
+    Query(range): Query<NameRange>,
+) -> Result<axum::Json<AdminTaskList>, Problem> {
+    let limit = range.limit()?;
+    let registry = Arc::clone(&app.registry);
+    let listed = move || registry.tasks_page(range.after.as_deref(), limit, |task| caller.sees(task));
+    let page = blocking(move || Ok::<_, Problem>(listed())).await?;
+    let tasks = page.items.into_iter().map(|entry| AdminTask::new(&app, entry)).collect();
+    Ok(axum::Json(AdminTaskList { tasks, next: page.next }))
 }
 
 /// List a task's versions
@@ -95,9 +113,12 @@ pub(super) async fn list_all(State(app): State<AppState>) -> axum::Json<AdminTas
     extensions(("x-problems" = json!(["task_not_found"]))))]
 pub(super) async fn list_versions(
     State(app): State<AppState>,
+    caller: Caller,
     TaskParam(task): TaskParam,
 ) -> Result<Response, Problem> {
-    Ok(with_etag(&app, app.registry.task(&task)?))
+    let registry = Arc::clone(&app.registry);
+    let entry = blocking(move || registry.task(&task).map_err(|error| caller.problem(error))).await?;
+    Ok(with_etag(&app, entry))
 }
 
 /// Show a version
@@ -108,14 +129,13 @@ pub(super) async fn list_versions(
     extensions(("x-problems" = json!(["task_not_found", "version_not_found"]))))]
 pub(super) async fn get_version(
     State(app): State<AppState>,
+    caller: Caller,
     VersionParam { task, version }: VersionParam,
 ) -> Result<axum::Json<AdminVersion>, Problem> {
-    // `resolve` knows how to say that there is none.
-    let found = app.registry.resolve(&task, Some(&version))?;
-    let entry = AdminTask::new(&app, app.registry.task(&task)?);
-    let id = found.digest.id();
-    let found = entry.versions.into_iter().find(|v| v.meta.version == id);
-    found.map(axum::Json).ok_or_else(|| Problem::new(Code::VersionNotFound, "the version has just been deleted"))
+    let registry = Arc::clone(&app.registry);
+    let found = move || registry.version(&task, &version).map_err(|error| caller.problem(error));
+    let entry = blocking(found).await?;
+    Ok(axum::Json(AdminVersion::new(&app, entry)))
 }
 
 /// Activate a version
@@ -129,30 +149,32 @@ pub(super) async fn get_version(
     responses((status = 200, body = AdminTask, description = "The task as it is now",
         headers(("etag" = String, description = "The task's generation")))),
     extensions(("x-problems" = json!(["invalid_request", "incomplete_body", "task_not_found", "version_not_found",
-        "request_timeout", "precondition_failed", "body_too_large", "unsupported_media_type", "unavailable"]))))]
+        "request_timeout", "precondition_failed", "body_too_large", "unsupported_media_type",
+        "unavailable"]))))]
 pub(super) async fn activate(
     State(app): State<AppState>,
+    caller: Caller,
     TaskParam(task): TaskParam,
     headers: HeaderMap,
     Json(ActiveVersion { version }): Json<ActiveVersion>,
 ) -> Result<Response, Problem> {
     let expected = if_match(&headers)?;
     let registry = Arc::clone(&app.registry);
-    let entry = blocking(move || {
+    let activate = move || {
         let expected = match expected {
             Expected::Anything => None,
             Expected::OneOf(generations) => {
                 // The registry compares with one: the present one if it is listed, else any.
-                let now = registry.task(&task)?.generation;
+                let now = registry.generation(&task)?;
                 Some(if generations.contains(&now) { now } else { generations[0] })
             }
         };
         registry.activate(&task, &version, expected)
-    })
-    .await?;
-    let active = entry.active.as_ref().map(|v| v.digest.id());
-    tracing::info!(task = %entry.task, active, generation = entry.generation, "a version was activated");
-    Ok(with_etag(&app, entry))
+    };
+    let Activated { task: entry, before } = blocking(move || activate().map_err(|error| caller.problem(error))).await?;
+    tracing::info!(task = %entry.task, active = entry.active, generation = entry.generation, "a version was activated");
+    let change = Change { version: entry.active.clone(), before, after: entry.active.clone() };
+    Ok(with_change(change, with_etag(&app, entry)))
 }
 
 /// Delete a task
@@ -164,13 +186,14 @@ pub(super) async fn activate(
     extensions(("x-problems" = json!(["task_not_found"]))))]
 pub(super) async fn delete_task(
     State(app): State<AppState>,
+    caller: Caller,
     TaskParam(task): TaskParam,
-) -> Result<StatusCode, Problem> {
+) -> Result<Response, Problem> {
     let registry = Arc::clone(&app.registry);
     let name = task.clone();
-    blocking(move || registry.delete_task(&name)).await?;
+    let before = blocking(move || registry.delete_task(&name).map_err(|error| caller.problem(error))).await?;
     tracing::info!(task, "a task was deleted");
-    Ok(StatusCode::NO_CONTENT)
+    Ok(with_change(Change { before, ..Change::default() }, StatusCode::NO_CONTENT.into_response()))
 }
 
 /// Delete a version
@@ -183,13 +206,16 @@ pub(super) async fn delete_task(
     extensions(("x-problems" = json!(["task_not_found", "version_not_found", "version_active"]))))]
 pub(super) async fn delete_version(
     State(app): State<AppState>,
+    caller: Caller,
     VersionParam { task, version }: VersionParam,
-) -> Result<StatusCode, Problem> {
+) -> Result<Response, Problem> {
     let registry = Arc::clone(&app.registry);
-    let (name, id) = (task.clone(), version.clone());
-    blocking(move || registry.delete_version(&name, &id)).await?;
+    let name = task.clone();
+    let delete = move || registry.delete_version(&name, &version).map_err(|error| caller.problem(error));
+    let (version, active) = blocking(delete).await?;
     tracing::info!(task, version, "a version was deleted");
-    Ok(StatusCode::NO_CONTENT)
+    let change = Change { version: Some(version), before: active.clone(), after: active };
+    Ok(with_change(change, StatusCode::NO_CONTENT.into_response()))
 }
 
 /// The states of a task that an `If-Match` header allows.
@@ -213,6 +239,12 @@ fn if_match(headers: &HeaderMap) -> Result<Expected, Problem> {
 
 fn etag(generation: u64) -> String {
     format!("\"{generation}\"")
+}
+
+/// A response with what the audit log says of it.
+fn with_change(change: Change, mut response: Response) -> Response {
+    response.extensions_mut().insert(change);
+    response
 }
 
 fn with_etag(app: &App, entry: TaskEntry) -> Response {

@@ -50,7 +50,7 @@ pub async fn classify(
     Json(request): Json<ClassifyRequest>,
 ) -> Result<Response, Problem> {
     let scheduling = (request.timeout_ms, request.priority);
-    let call = Call::new(&app, caller, &task, request.version.as_deref(), scheduling)?;
+    let call = Call::new(&app, caller, &task, request.version.as_deref(), scheduling).await?;
     if let Some(found) = request.abstain_below.filter(|x| !(0.0..=1.0).contains(x)) {
         return Err(Problem::field("abstain_below", format!("found {found}, expected 0 to 1")));
     }
@@ -88,7 +88,7 @@ pub async fn score(
     Json(request): Json<ScoreRequest>,
 ) -> Result<Response, Problem> {
     let scheduling = (request.timeout_ms, request.priority);
-    let call = Call::new(&app, caller, &task, request.version.as_deref(), scheduling)?;
+    let call = Call::new(&app, caller, &task, request.version.as_deref(), scheduling).await?;
     let (inputs, is_list) = scoring::inputs(request.input, request.inputs, MAX_INPUTS)?;
     let texts = request.continuations;
     let continuations = texts.as_deref().map(|texts| continuations(&app, texts)).transpose()?;

@@ -27,6 +27,8 @@ use tokio::{
 };
 use tower::ServiceExt as _;
 
+use super::audit::Peer;
+
 /// How long the head of a request may take.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -66,10 +68,14 @@ async fn connection(stream: TcpStream, router: Router, mut stopping: watch::Rece
         tracing::debug!(%error, "cannot switch off Nagle's algorithm");
     }
     let running = Arc::new(AtomicUsize::new(0));
+    let peer = stream.peer_addr().ok().map(Peer);
     let service = service_fn(|request: hyper::Request<Incoming>| {
         let (router, guard) = (router.clone(), Running::new(&running));
         async move {
-            let request: Request = request.map(Body::new);
+            let mut request: Request = request.map(Body::new);
+            if let Some(peer) = peer {
+                request.extensions_mut().insert(peer);
+            }
             let Ok(response) = router.oneshot(request).await;
             Ok::<_, Infallible>(response.map(|body| Answer { body, _running: guard }))
         }

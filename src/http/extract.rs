@@ -10,10 +10,12 @@ use axum::{
 };
 use bytes::{Bytes, BytesMut};
 use futures::StreamExt as _;
-use serde::de::DeserializeOwned;
+use serde::{Deserialize, de::DeserializeOwned};
+use utoipa::IntoParams;
 
 use super::{
     AppState,
+    access::Caller,
     problem::{Code, Problem, ProblemError},
 };
 use crate::{content, prompt::Version};
@@ -25,6 +27,35 @@ pub struct Json<T>(pub T);
 /// A task's name from the path, as typed.
 #[derive(Debug)]
 pub struct TaskParam(pub String);
+
+/// The most tasks of one page of a list.
+const MAX_PAGE: usize = 10_000;
+
+/// Which part of a list by name to answer.
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+#[serde(deny_unknown_fields)]
+pub struct NameRange {
+    /// Only tasks after this name
+    #[param(example = "sentiment")]
+    pub after: Option<String>,
+    /// The most tasks to list
+    #[param(default = 1000, minimum = 1, maximum = 10000)]
+    pub limit: Option<usize>,
+}
+
+impl NameRange {
+    /// The most tasks to list.
+    ///
+    /// # Errors
+    /// It is none, or more than one answer may have.
+    pub fn limit(&self) -> Result<usize, Problem> {
+        match self.limit.unwrap_or(1000) {
+            limit if (1..=MAX_PAGE).contains(&limit) => Ok(limit),
+            limit => Err(Problem::field("limit", format!("found {limit}, expected 1 to {MAX_PAGE}"))),
+        }
+    }
+}
 
 /// A task's name and a version's id from the path, as typed.
 #[derive(Debug)]
@@ -180,7 +211,8 @@ impl FromRequestParts<AppState> for ResolvedTask {
 
     async fn from_request_parts(parts: &mut Parts, app: &AppState) -> Result<Self, Problem> {
         let TaskParam(task) = TaskParam::from_request_parts(parts, app).await?;
-        Ok(Self(app.registry.resolve(&task, None)?))
+        let caller = Caller::from_request_parts(parts, app).await?;
+        Ok(Self(app.version(&caller, &task, None).await?))
     }
 }
 

@@ -16,7 +16,8 @@ use super::{
     access::Caller,
     answered,
     batch::{answer_all, item, log_if_ours},
-    extract::{Json, RequestId, ResolvedTask, TaskParam, from_value},
+    blocking,
+    extract::{Json, NameRange, Query, RequestId, ResolvedTask, TaskParam, from_value},
     prepare::{Prepared, prepare},
     problem::Problem,
     running::{self, Finished, Piece, Running},
@@ -25,6 +26,7 @@ use super::{
         TaskList,
     },
 };
+use crate::prompt::Version;
 
 /// The most requests of one batch.
 const MAX_BATCH_REQUESTS: usize = 256;
@@ -50,7 +52,7 @@ pub async fn generate(
     Json(request): Json<GenerateRequest>,
 ) -> Result<Response, Problem> {
     let stream = request.stream.unwrap_or(false);
-    let mut prepared = prepare(&app, caller, &task, request).await?;
+    let mut prepared = prepare(&app, &caller, &task, request).await?;
     let running = running::start(&app, &mut prepared)?;
     if stream {
         let version = Arc::clone(&prepared.version);
@@ -88,7 +90,7 @@ pub async fn generate_batch(
     if !(1..=MAX_BATCH_REQUESTS).contains(&found) {
         return Err(Problem::field("requests", format!("found {found}, expected 1 to {MAX_BATCH_REQUESTS}")));
     }
-    let start = |item| start_item(&app, caller, item);
+    let start = |item| start_item(&app, &caller, item);
     let results = answer_all(batch.requests, start, |(prepared, running)| finish(prepared, running)).await;
     let results = results.into_iter().map(|result| item(result, &request_id));
     Ok(axum::Json(BatchResponse { results: results.collect() }))
@@ -98,15 +100,25 @@ pub async fn generate_batch(
 ///
 /// Every task with an active version: what its input looks like and what may be asked of it.
 #[utoipa::path(get, path = "/v1/tasks", tag = "tasks",
+    params(NameRange),
     responses((status = 200, body = TaskList, description = "The tasks by name",
         example = json!({"tasks": [{"task": "sentiment", "version": "3f9a0c1b2d4e",
             "description": "positive or negative", "fields": ["input"], "labels": ["negative", "positive"],
-            "virtual_tokens": 20, "limits": {"max_input_tokens": 491, "max_tokens": 492}}]}))))]
-pub async fn list_tasks(State(app): State<AppState>) -> axum::Json<TaskList> {
-    let active = app.registry.active();
-    let tasks =
-        active.iter().map(|version| TaskInfo::new(version, app.engine.token_budget(Some(&version.prompt)))).collect();
-    axum::Json(TaskList { tasks })
+            "virtual_tokens": 20, "limits": {"max_input_tokens": 491, "max_tokens": 492}}]}))),
+    extensions(("x-problems" = json!(["invalid_request"]))))]
+pub async fn list_tasks(
+    State(app): State<AppState>,
+    caller: Caller,
+    Query(range): Query<NameRange>,
+) -> Result<axum::Json<TaskList>, Problem> {
+    let limit = range.limit()?;
+    let registry = Arc::clone(&app.registry);
+    let page = blocking(move || {
+        Ok::<_, Problem>(registry.active_page(range.after.as_deref(), limit, |task| caller.sees(task)))
+    })
+    .await?;
+    let info = |version: &Arc<Version>| TaskInfo::new(version, app.engine.token_budget(Some(&version.prompt)));
+    Ok(axum::Json(TaskList { tasks: page.items.iter().map(info).collect(), next: page.next }))
 }
 
 /// Show a task
@@ -122,7 +134,7 @@ pub async fn get_task(State(app): State<AppState>, ResolvedTask(version): Resolv
 
 async fn start_item(
     app: &App,
-    caller: Caller,
+    caller: &Caller,
     mut item: serde_json::Map<String, serde_json::Value>,
 ) -> Result<(Prepared, Vec<Running>), Problem> {
     let Some(task) = item.remove("task") else {

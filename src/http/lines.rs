@@ -169,7 +169,7 @@ impl Lines {
         loop {
             let request = Request::post(url.as_str())
                 .header(header::CONTENT_TYPE, "application/json")
-                .extension(self.caller)
+                .extension(self.caller.clone())
                 .body(Body::from(body.clone()));
             let request = match request {
                 Ok(request) => request,

@@ -6,6 +6,7 @@
 
 pub mod access;
 pub mod admin;
+pub mod audit;
 mod batch;
 pub mod classify;
 mod connections;
@@ -13,12 +14,14 @@ pub mod extract;
 pub mod generate;
 pub mod health;
 pub mod lines;
+mod loading;
 mod observe;
 pub mod openai;
 pub mod openapi;
 mod page;
 pub mod prepare;
 pub mod problem;
+mod quota;
 pub mod running;
 mod scoring;
 pub mod tokenize;
@@ -26,7 +29,7 @@ pub mod types;
 
 pub use connections::serve;
 
-use std::{path::Path, sync::Arc};
+use std::{path::PathBuf, sync::Arc};
 
 use axum::{
     Router,
@@ -49,11 +52,13 @@ use crate::{
     registry::Registry,
     tokenizer::Tokenizer,
 };
+use audit::AuditLog;
 use openai::{
     batches::{self, Work},
     files::FileRecord,
 };
 use problem::{Code, Problem};
+use quota::Quotas;
 
 /// The header that names the version that answered.
 const X_VERSION: HeaderName = HeaderName::from_static("x-softserve-version");
@@ -71,13 +76,27 @@ pub struct App {
     pub base: Arc<Version>,
     pub limits: Limits,
     pub access: Access,
+    quotas: Quotas,
+    pub audit: AuditLog,
     /// What clients uploaded and batches wrote.
     pub files: Records<FileRecord>,
     pub batches: Work,
     /// One permit for each upload that may be read or checked now.
     uploads: Semaphore,
+    /// One permit for each learned prompt that may be read from the store for a request now.
+    loads: Arc<Semaphore>,
     /// Becomes true when the server stops.
     stopping: watch::Sender<bool>,
+}
+
+/// How the server is set up.
+#[derive(Debug)]
+pub struct Settings {
+    pub limits: Limits,
+    pub access: Access,
+    pub audit: AuditLog,
+    /// The folder of what clients upload and batches write.
+    pub files: PathBuf,
 }
 
 /// Shared by all handlers.
@@ -93,9 +112,7 @@ impl App {
         registry: Arc<Registry>,
         tokenizer: Tokenizer,
         model: ModelInfo,
-        limits: Limits,
-        access: Access,
-        files: &Path,
+        Settings { limits, access, audit, files }: Settings,
     ) -> candle_core::Result<AppState> {
         let parse = |source: &str| {
             let parsed = ChatTemplate::parse(source);
@@ -104,6 +121,7 @@ impl App {
         let chat = model.chat.template.as_deref().and_then(parse);
         let base = Arc::new(Version::without_prompt(&model.fingerprint, model.hidden_size, chat)?);
         let uploads = Semaphore::new(limits.max_concurrent_uploads);
+        let loads = Arc::new(Semaphore::new(limits.max_concurrent_loads));
         let warm = engine.clone();
         registry.on_active(move |version| {
             // Where a template places virtual tokens, what comes before them is not known yet.
@@ -120,9 +138,12 @@ impl App {
             base,
             limits,
             access,
+            quotas: Quotas::default(),
+            audit,
             files: Records::open(&files.join("files"))?,
             batches: Work::new(Records::open(&files.join("batches"))?),
             uploads,
+            loads,
             stopping: watch::Sender::new(false),
         }))
     }

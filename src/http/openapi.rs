@@ -113,11 +113,15 @@ fn add_problems(path: &str, operation: &mut Operation) {
     let listed = operation.extensions.as_mut().and_then(|extensions| extensions.remove(X_PROBLEMS));
     operation.extensions = operation.extensions.take().filter(|extensions| !extensions.is_empty());
     let listed: Vec<String> = listed.and_then(|list| serde_json::from_value(list).ok()).unwrap_or_default();
+    let names_task = listed.iter().any(|code| code == Code::TaskNotFound.as_str());
+    let (is_admin, is_metrics) = (path.starts_with("/v1/admin"), path == "/metrics");
     let mut by_status: BTreeMap<u16, Vec<Code>> = BTreeMap::new();
     for &code in Code::ALL {
         let of_layers = match code {
-            Code::Unauthorized => needs_key(path),
-            Code::Forbidden => path.starts_with("/v1/admin"),
+            Code::Unauthorized | Code::Forbidden => needs_key(path),
+            Code::RateLimited => needs_key(path) && !is_admin && !is_metrics,
+            Code::PromptUnreadable => names_task,
+            Code::Overloaded => names_task && !is_admin,
             Code::InvalidRequest => path.contains('{'),
             Code::Internal => true,
             _ => false,

@@ -53,12 +53,13 @@ pub struct Prepared {
     pub logprobs: bool,
     pub virtual_tokens: usize,
     pub prompt_tokens: usize,
+    pub caller: Caller,
 }
 
 /// Checks a request to `task` and makes it ready.
-pub async fn prepare(app: &App, caller: Caller, task: &str, request: GenerateRequest) -> Result<Prepared, Problem> {
+pub async fn prepare(app: &App, caller: &Caller, task: &str, request: GenerateRequest) -> Result<Prepared, Problem> {
     let started = Instant::now();
-    let version = app.registry.resolve(task, request.version.as_deref())?;
+    let version = app.version(caller, task, request.version.as_deref()).await?;
     let settings = Settings::check(app, caller, &version, &Parameters::from(&request)).await?;
     let tokenized = tokenize(app, &version, request.input).await?;
     settings.prepare(app, caller, version, tokenized, started)
@@ -111,7 +112,7 @@ impl Settings {
     pub fn prepare(
         mut self,
         app: &App,
-        caller: Caller,
+        caller: &Caller,
         version: Arc<Version>,
         tokenized: Tokenized,
         started: Instant,
@@ -146,13 +147,14 @@ impl Settings {
             stop: self.stop,
             virtual_tokens,
             prompt_tokens,
+            caller: caller.clone(),
         })
     }
 }
 
 /// Whom the engine counts a request for: each of a caller's tasks by itself. It needs to tell them apart,
 /// not to know them.
-pub fn tenant(app: &App, caller: Caller, task: &TaskName) -> Tenant {
+pub fn tenant(app: &App, caller: &Caller, task: &TaskName) -> Tenant {
     let mut hash = DefaultHasher::new();
     (caller.tenant, task).hash(&mut hash);
     Tenant { owner: caller.tenant, key: hash.finish(), weight: app.limits.task_weights.of(task.as_str()) }
@@ -302,7 +304,7 @@ impl Scheduling {
     ///
     /// # Errors
     /// A value is out of its range.
-    pub fn check(app: &App, caller: Caller, timeout_ms: Option<u64>, priority: Option<i32>) -> Result<Self, Problem> {
+    pub fn check(app: &App, caller: &Caller, timeout_ms: Option<u64>, priority: Option<i32>) -> Result<Self, Problem> {
         let mut ranges = Ranges::default();
         let scheduling = ranges.scheduling(app, caller, timeout_ms, priority);
         ranges.finish()?;
@@ -324,7 +326,7 @@ impl Settings {
     ///
     /// # Errors
     /// A value is out of its range, or a grammar does not compile.
-    pub async fn check(app: &App, caller: Caller, version: &Version, request: &Parameters) -> Result<Self, Problem> {
+    pub async fn check(app: &App, caller: &Caller, version: &Version, request: &Parameters) -> Result<Self, Problem> {
         let mut ranges = Ranges::default();
         let given = request.sampling.clone().or(&version.spec.defaults);
         ranges.sampling(&given);
@@ -421,7 +423,7 @@ impl Ranges {
         }
     }
 
-    fn scheduling(&mut self, app: &App, caller: Caller, timeout_ms: Option<u64>, priority: Option<i32>) -> Scheduling {
+    fn scheduling(&mut self, app: &App, caller: &Caller, timeout_ms: Option<u64>, priority: Option<i32>) -> Scheduling {
         let (limits, of_batch) = (&app.limits, caller.is_batch);
         let (timeout, default) = match of_batch {
             true => (limits.max_request_timeout, BATCH_PRIORITY),

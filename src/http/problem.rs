@@ -22,6 +22,8 @@ pub struct Problem {
     pub errors: Vec<ProblemError>,
     /// For the log only.
     pub cause: Option<String>,
+    /// A seconds' wait after which trying again makes sense, where the code's own does not say it.
+    pub retry_after: Option<u32>,
 }
 
 /// One of several faults.
@@ -74,7 +76,7 @@ fn code_as_str<S: serde::Serializer>(code: &Code, serializer: S) -> Result<S::Ok
 
 impl Problem {
     pub fn new(code: Code, detail: impl Into<String>) -> Self {
-        Self { code, detail: detail.into(), errors: Vec::new(), cause: None }
+        Self { code, detail: detail.into(), errors: Vec::new(), cause: None, retry_after: None }
     }
 
     /// A field with a wrong value.
@@ -93,7 +95,7 @@ impl Problem {
             None => e.detail.clone(),
         };
         let detail = errors.iter().map(line).collect::<Vec<_>>().join("; ");
-        Self { code: Code::InvalidRequest, detail, errors, cause: None }
+        Self { errors, ..Self::new(Code::InvalidRequest, detail) }
     }
 
     /// A fault of ours: the cause goes to the log, the client learns where to look.
@@ -133,11 +135,11 @@ impl Problem {
 
     /// A seconds' wait after which trying again makes sense.
     pub fn retry_after(&self) -> Option<u32> {
-        match self.code {
-            Code::Overloaded => Some(1),
-            Code::Unavailable => Some(5),
+        self.retry_after.or(match self.code {
+            Code::Overloaded | Code::RateLimited => Some(1),
+            Code::Unavailable | Code::PromptUnreadable => Some(5),
             _ => None,
-        }
+        })
     }
 
     /// What the client reads.

@@ -7,6 +7,7 @@ use metrics::{Histogram, histogram};
 
 use super::{
     App,
+    access::Caller,
     prepare::Prepared,
     problem::Problem,
     types::{Finish, TokenInfo, TokenLogprob, Usage},
@@ -29,6 +30,13 @@ pub struct Running {
     logprobs: bool,
     completion_tokens: usize,
     measured: Measured,
+    caller: Caller,
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.caller.count_tokens(self.completion_tokens);
+    }
 }
 
 /// What is measured of a choice.
@@ -85,13 +93,14 @@ pub struct Finished {
 }
 
 /// Notes how long the input of a task's request is.
-pub fn record_input(task: &str, tokens: usize) {
+pub fn record_input(caller: &Caller, task: &str, tokens: usize) {
+    caller.count_tokens(tokens);
     histogram!(telemetry::INPUT_TOKENS, "task" => telemetry::task_label(task)).record(tokens as f64);
 }
 
 /// Hands every choice of a request to the engine, or none.
 pub fn start(app: &App, prepared: &mut Prepared) -> Result<Vec<Running>, Problem> {
-    record_input(prepared.version.task.as_str(), prepared.prompt_tokens);
+    record_input(&prepared.caller, prepared.version.task.as_str(), prepared.prompt_tokens);
     std::mem::take(&mut prepared.requests)
         .into_iter()
         .map(|request| {
@@ -102,6 +111,7 @@ pub fn start(app: &App, prepared: &mut Prepared) -> Result<Vec<Running>, Problem
                 logprobs: prepared.logprobs,
                 completion_tokens: 0,
                 measured: Measured::new(prepared.version.task.as_str()),
+                caller: prepared.caller.clone(),
             })
         })
         .collect()

@@ -50,7 +50,7 @@ impl Call {
     ///
     /// # Errors
     /// There is no such task or version, or a value is out of its range.
-    pub fn new(
+    pub async fn new(
         app: &App,
         caller: Caller,
         task: &str,
@@ -58,8 +58,8 @@ impl Call {
         (timeout_ms, priority): (Option<u64>, Option<i32>),
     ) -> Result<Self, Problem> {
         let started = Instant::now();
-        let version = app.registry.resolve(task, version)?;
-        let scheduling = Scheduling::check(app, caller, timeout_ms, priority)?;
+        let version = app.version(&caller, task, version).await?;
+        let scheduling = Scheduling::check(app, &caller, timeout_ms, priority)?;
         Ok(Self { caller, version, scheduling, started })
     }
 
@@ -92,13 +92,13 @@ impl Call {
     pub fn request(&self, app: &App, tokenized: &Tokenized, given: usize, continuations: Vec<Vec<u32>>) -> Request {
         let version = &self.version;
         let Tokenized { tokens, num_public } = tokenized;
-        record_input(version.task.as_str(), tokenized.text_len());
+        record_input(&self.caller, version.task.as_str(), tokenized.text_len());
         let given = given.min(tokens.len());
         Request {
             deadline: Some(self.started + self.scheduling.timeout),
             namespace: Some(CacheNamespace(version.digest.0)),
             public_prefix: (*num_public).min(given),
-            tenant: prepare::tenant(app, self.caller, &version.task),
+            tenant: prepare::tenant(app, &self.caller, &version.task),
             priority: self.scheduling.priority,
             ..Request::of(version.learned_prompt().cloned(), tokens[..given].to_vec(), Goal::Score(continuations))
         }

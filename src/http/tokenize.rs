@@ -4,6 +4,7 @@ use axum::extract::State;
 
 use super::{
     AppState,
+    access::Caller,
     extract::Json,
     prepare,
     problem::Problem,
@@ -23,6 +24,7 @@ const MAX_TOKENS: usize = 1 << 20;
         "no_active_version", "request_timeout", "body_too_large", "unsupported_media_type", "unavailable"]))))]
 pub async fn tokenize(
     State(app): State<AppState>,
+    caller: Caller,
     Json(request): Json<TokenizeRequest>,
 ) -> Result<axum::Json<TokenizeResponse>, Problem> {
     let Some(input) = request.input else {
@@ -35,7 +37,7 @@ pub async fn tokenize(
                     "found beside \"task\", expected it without one: a task's task.json says what special tokens are";
                 return Err(Problem::field("special_tokens", detail));
             }
-            let version = app.registry.resolve(&task, request.version.as_deref())?;
+            let version = app.version(&caller, &task, request.version.as_deref()).await?;
             let tokenized = prepare::tokenize(&app, &version, input).await?;
             (tokenized.text_ids(), version.prompt.num_virtual_tokens())
         }

@@ -18,8 +18,8 @@ impl Registry {
     /// The curve of a version's tuning run, `loss.svg`, as it lies beside the version's files now; `None` if it has none.
     /// Blocks on the disk.
     pub fn curve(&self, task: &str, version: &str) -> Result<Option<Bytes>, RegistryError> {
-        let (name, state) = self.state(task)?;
-        let digest = state.find(&name, version)?.version.digest;
+        let (name, state) = self.read_state(task)?;
+        let digest = state.find(&name, version)?.digest;
         match read(&self.store.version_dir(&name, &digest.id()))? {
             None if state.plain == Some(digest) => Ok(read(&self.store.task_dir(&name))?),
             curve => Ok(curve),

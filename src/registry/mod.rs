@@ -1,8 +1,12 @@
-//! Task names to versions: publish, resolve, activate, retire. Names move; versions never change.
+//! Task names to versions: publish, resolve, activate, retire. Names move; versions never change. All tasks are known by name;
+//! the versions' content is in memory only as far as it is used.
 
 mod composition;
 mod curve;
+mod list;
 pub mod package;
+mod publish;
+mod residency;
 mod scan;
 mod state;
 mod store;
@@ -18,13 +22,16 @@ use dashmap::DashMap;
 
 use crate::prompt::{
     TaskName, Version,
-    format::{self, Fault, FaultKind, Faults, Fit, PromptFiles},
+    format::{self, Faults, Fit},
 };
 use composition::Compositions;
+pub use list::{Page, TaskEntry, UnreadableVersion, VersionEntry};
+pub use publish::{Activated, Published};
+use residency::Residency;
+pub use residency::ResidencyStats;
 use scan::Scan;
-use state::{Stored, TaskState};
-pub use state::{TaskEntry, VersionEntry};
-use store::{Active, Store};
+use state::{Slot, Stored, TaskState};
+use store::Store;
 pub use watch::Watcher;
 
 /// The fewest hex digits that name a version.
@@ -32,6 +39,9 @@ pub const MIN_VERSION_PREFIX: usize = 6;
 
 /// The most names that an error lists.
 const MAX_KNOWN: usize = 20;
+
+/// With more tasks than this an error lists none of their names: finding the first ones would take longer than the request.
+const MAX_TASKS_TO_SORT: usize = 2_000;
 
 /// Where prompts are kept and what they must fit.
 #[derive(Debug, Clone)]
@@ -42,6 +52,8 @@ pub struct RegistryConfig {
     /// Bounds, so that a registry cannot grow without end.
     pub max_tasks: usize,
     pub max_versions_per_task: usize,
+    /// The memory for versions, in bytes: those that are used least are read again when they are needed.
+    pub max_loaded_bytes: u64,
 }
 
 /// All tasks that can be called. Cheap to share; readers never wait for a writer.
@@ -51,7 +63,8 @@ pub struct Registry {
     store: Store,
     /// Readers clone an `Arc` out of a shard that is locked for no longer than that; a writer
     /// prepares a whole new state beside it and swaps one pointer.
-    tasks: DashMap<TaskName, Arc<TaskState>>,
+    tasks: DashMap<TaskName, Slot>,
+    residency: Residency,
     /// One mutex for all writers: publishing is rare and waits for the disk anyway, and one order
     /// of changes for memory and disk is easy to be sure of. Holds what the last scan has seen.
     writer: Mutex<Scan>,
@@ -71,20 +84,10 @@ impl fmt::Debug for Listener {
     }
 }
 
-/// What a publish did.
-#[derive(Debug, Clone)]
-pub struct Published {
-    pub version: Arc<Version>,
-    /// False when the very same version was there before.
-    pub created: bool,
-    pub active: bool,
-    pub generation: u64,
-}
-
 /// Why the registry refused; what it held before, it still holds.
 #[derive(Debug, thiserror::Error)]
 pub enum RegistryError {
-    /// `known` has the first names there are.
+    /// `known` has the first names there are, or none of very many.
     #[error("there is no task {task:?}")]
     TaskNotFound { task: String, known: Vec<TaskName> },
     /// No version has that id, or several begin so.
@@ -98,6 +101,9 @@ pub enum RegistryError {
     PreconditionFailed { expected: String, found: u64 },
     #[error("version {version} is active")]
     VersionActive { task: TaskName, version: String },
+    /// A version is stored, and its files cannot be read now.
+    #[error("version {version} of task {task} cannot be read: {reason}")]
+    Unreadable { task: TaskName, version: String, reason: String },
     /// Several prompts cannot be one.
     #[error("{name:?} cannot be combined: {reason}")]
     Composition { name: String, reason: String },
@@ -108,155 +114,44 @@ pub enum RegistryError {
 }
 
 impl Registry {
-    /// Reads every task under the root. A folder that is wrong is logged and left out; it does not
-    /// keep the others from being served.
+    /// Learns the name of every task under the root, and reads the first ones; the others are read when they are needed, or
+    /// by [`watch`](Self::watch). A folder that is wrong is logged and left out; it does not keep the others from being served.
     pub fn open(config: RegistryConfig) -> Result<Arc<Self>, RegistryError> {
         let store = Store::open(&config.root)?;
+        let residency = Residency::new(config.max_loaded_bytes);
         let (writer, listener) = (Mutex::new(Scan::default()), OnceLock::new());
         let compositions = Compositions::default();
-        let registry = Self { config, store, tasks: DashMap::new(), writer, listener, compositions };
-        registry.scan_all(&mut registry.writer())?;
+        let registry = Self { config, store, tasks: DashMap::new(), residency, writer, listener, compositions };
+        registry.scan_first()?;
         Ok(Arc::new(registry))
     }
 
     /// The version that answers: the active one, or the one named by its id or by the beginning of
     /// its digest, at least [`MIN_VERSION_PREFIX`] hex digits. `task` may name the version itself, as `task@version`, and
-    /// several prompts that become one, as `task+task@version`. Never blocks on the disk.
+    /// several prompts that become one, as `task+task@version`. Blocks on the disk where a version is not in memory.
     pub fn resolve(&self, task: &str, version: Option<&str>) -> Result<Arc<Version>, RegistryError> {
-        let refused = |reason| RegistryError::Composition { name: task.chars().take(200).collect(), reason };
-        let (task, version) = match (task.contains('+'), task.split_once('@'), version) {
-            (true, _, None) => {
-                let parts = task.split('+').map(|part| self.resolve(part, None)).collect::<Result<Vec<_>, _>>()?;
-                return self.compositions.compose(&parts).map_err(refused);
+        let one = |(task, version): &(&str, Option<&str>)| self.resolve_one(task, *version);
+        let found = parts(task, version)?.iter().map(one).collect::<Result<Vec<_>, _>>()?;
+        self.combined(task, found)
+    }
+
+    /// What [`resolve`](Self::resolve) answers, as far as memory tells: `None` where it has to read the disk. Never blocks.
+    pub fn resolve_in_memory(&self, task: &str, version: Option<&str>) -> Result<Option<Arc<Version>>, RegistryError> {
+        let mut found = Vec::new();
+        for (task, version) in parts(task, version)? {
+            let (name, slot) = self.slot(task)?;
+            let Slot::Read(state) = slot else { return Ok(None) };
+            match self.in_memory(&name, state.chosen(&name, version)?) {
+                Some(version) => found.push(version),
+                None => return Ok(None),
             }
-            (true, _, Some(_)) | (false, Some(_), Some(_)) => {
-                return Err(refused("it names versions itself, and the request names another".to_owned()));
-            }
-            (false, Some((task, version)), None) => (task, Some(version)),
-            (false, None, version) => (task, version),
-        };
-        let (name, state) = self.state(task)?;
-        match version {
-            Some(version) => state.find(&name, version).map(|stored| stored.version.clone()),
-            None => state.active.clone().ok_or(RegistryError::NoActiveVersion { task: name }),
         }
+        self.combined(task, found).map(Some)
     }
 
-    /// The active version of every task that has one, by name.
-    pub fn active(&self) -> Vec<Arc<Version>> {
-        let mut active: Vec<_> = self.tasks.iter().filter_map(|entry| entry.value().active.clone()).collect();
-        active.sort_by(|a, b| a.task.cmp(&b.task));
-        active
-    }
-
-    /// Every task with all versions, by name.
-    pub fn tasks(&self) -> Vec<TaskEntry> {
-        let mut tasks: Vec<_> = self.tasks.iter().map(|entry| entry.value().entry(entry.key())).collect();
-        tasks.sort_by(|a, b| a.task.cmp(&b.task));
-        tasks
-    }
-
-    /// One task with all versions.
-    pub fn task(&self, task: &str) -> Result<TaskEntry, RegistryError> {
-        let (name, state) = self.state(task)?;
-        Ok(state.entry(&name))
-    }
-
-    /// Checks, stores and then shows a version. Blocks on the disk: call it off the async threads.
-    pub fn publish(&self, task: TaskName, files: PromptFiles, activate: bool) -> Result<Published, RegistryError> {
-        let version = self.read_version(task, &files)?;
-        self.publish_checked(version, files, activate)
-    }
-
-    /// Reads a version and checks it against the model. Nothing is stored.
-    pub fn read_version(&self, task: TaskName, files: &PromptFiles) -> Result<Arc<Version>, RegistryError> {
-        Ok(Arc::new(format::read(task, files, &self.config.fit)?))
-    }
-
-    /// Stores and then shows a version that [`read_version`](Self::read_version) has read of these files. Blocks on the disk.
-    pub fn publish_checked(
-        &self,
-        version: Arc<Version>,
-        files: PromptFiles,
-        activate: bool,
-    ) -> Result<Published, RegistryError> {
-        let task = version.task.clone();
-        let mut scan = self.writer();
-        let _lock = self.store.lock();
-        self.scan_task(&mut scan, &task);
-
-        let digest = version.digest;
-        let old = self.get(task.as_str()).map(|(_, state)| state);
-        if let Some(state) = &old
-            && let Some(found) = state.versions.iter().find(|stored| stored.version.digest.id() == digest.id())
-        {
-            return self.publish_again(state, found.version.clone(), &version, &files, activate);
-        }
-        self.check_room(&task, old.as_deref())?;
-
-        let mut state = old.as_deref().cloned().unwrap_or_default();
-        if activate {
-            state.generation = state.generation.saturating_add(1);
-            state.active = Some(version.clone());
-        }
-        let active = activate.then(|| Active { version: digest.id(), generation: state.generation });
-        self.store.add_version(&task, digest, &files, active.as_ref())?;
-        let stored_at = self.store.stored_at(&self.store.version_dir(&task, &digest.id()));
-        state.insert(Stored { version: version.clone(), stored_at });
-        let generation = state.generation;
-        self.show(&task, state);
-        tracing::info!(%task, version = %digest, active = activate, generation, "published");
-        for warning in &version.warnings {
-            tracing::warn!(%task, version = %digest, "{warning}");
-        }
-        Ok(Published { version, created: true, active: activate, generation })
-    }
-
-    /// Makes a stored version the one that answers, if the generation is still `expected`. Blocks
-    /// on the disk.
-    pub fn activate(&self, task: &str, version: &str, expected: Option<u64>) -> Result<TaskEntry, RegistryError> {
-        let mut scan = self.writer();
-        let _lock = self.store.lock();
-        let (name, state) = self.fresh_state(&mut scan, task)?;
-        let version = state.find(&name, version)?.version.clone();
-        if let Some(expected) = expected.filter(|expected| *expected != state.generation) {
-            return Err(RegistryError::PreconditionFailed { expected: expected.to_string(), found: state.generation });
-        }
-        self.make_active(&name, &state, version).map(|state| state.entry(&name))
-    }
-
-    /// Removes a task and its versions; running requests finish on what they hold. Blocks on the
-    /// disk.
-    pub fn delete_task(&self, task: &str) -> Result<(), RegistryError> {
-        let mut scan = self.writer();
-        let _lock = self.store.lock();
-        let (name, _) = self.fresh_state(&mut scan, task)?;
-        self.remove(&mut scan, &name)
-    }
-
-    /// Removes one version; the active one only as the last of its task, which then goes too.
-    /// Blocks on the disk.
-    pub fn delete_version(&self, task: &str, version: &str) -> Result<(), RegistryError> {
-        let mut scan = self.writer();
-        let _lock = self.store.lock();
-        let (name, state) = self.fresh_state(&mut scan, task)?;
-        let digest = state.find(&name, version)?.version.digest;
-        if state.versions.len() == 1 {
-            return self.remove(&mut scan, &name);
-        }
-        if state.active.as_ref().is_some_and(|active| active.digest == digest) {
-            return Err(RegistryError::VersionActive { task: name, version: digest.id() });
-        }
-        self.store.remove_version(&name, &digest.id())?;
-        let mut state = TaskState::clone(&state);
-        if state.plain == Some(digest) {
-            self.store.remove_plain(&name)?;
-            state.plain = None;
-        }
-        state.versions.retain(|stored| stored.version.digest != digest);
-        self.show(&name, state);
-        tracing::info!(task = %name, version = %digest, "deleted version");
-        Ok(())
+    /// Counts of the versions in memory.
+    pub fn residency(&self) -> ResidencyStats {
+        self.residency.stats()
     }
 
     /// Follows changes made to the folder by hand, by git or by another process until the
@@ -265,19 +160,19 @@ impl Registry {
         Ok(Watcher::start(self, self.store.root())?)
     }
 
-    /// Calls `listener` with the version of each task that answers now, and from then on with each
-    /// that begins to, however that comes about. It is called while a writer holds the registry, so
-    /// it must not wait. Only the first listener is heard.
+    /// Calls `listener` with the version of each task that answers now and is in memory, and from then on with each that
+    /// begins to answer, however that comes about. It is called while a writer holds the registry, so it must not wait. Only
+    /// the first listener is heard.
     pub fn on_active(&self, listener: impl Fn(&Arc<Version>) + Send + Sync + 'static) {
         let _order = self.writer();
         if self.listener.set(Listener(Box::new(listener))).is_ok() {
-            self.active().iter().for_each(|version| self.tell(version));
+            self.loaded_active().iter().for_each(|version| self.tell(version));
         }
     }
 
     /// Looks for changes on the disk now. Blocks on the disk.
     pub fn rescan(&self) -> Result<(), RegistryError> {
-        Ok(self.scan_all(&mut self.writer())?)
+        Ok(self.scan_all()?)
     }
 
     fn writer(&self) -> MutexGuard<'_, Scan> {
@@ -285,35 +180,122 @@ impl Registry {
         self.writer.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn get(&self, task: &str) -> Option<(TaskName, Arc<TaskState>)> {
-        self.tasks.get(task).map(|entry| (entry.key().clone(), entry.value().clone()))
-    }
-
-    fn state(&self, task: &str) -> Result<(TaskName, Arc<TaskState>), RegistryError> {
-        self.get(task).ok_or_else(|| {
-            let mut known: Vec<TaskName> = self.tasks.iter().map(|entry| entry.key().clone()).collect();
-            known.sort();
-            known.truncate(MAX_KNOWN);
+    /// What is known of a task.
+    fn slot(&self, task: &str) -> Result<(TaskName, Slot), RegistryError> {
+        let found = self.tasks.get(task).map(|entry| (entry.key().clone(), entry.value().clone()));
+        found.ok_or_else(|| {
+            let known = if self.tasks.len() <= MAX_TASKS_TO_SORT { self.first_names(MAX_KNOWN) } else { Vec::new() };
             RegistryError::TaskNotFound { task: task.chars().take(80).collect(), known }
         })
     }
 
-    /// A task as the disk has it now, for a writer.
-    fn fresh_state(&self, scan: &mut Scan, task: &str) -> Result<(TaskName, Arc<TaskState>), RegistryError> {
-        if let Ok(name) = task.parse() {
-            self.scan_task(scan, &name);
-        }
-        self.state(task)
+    /// A task's state if it was read.
+    fn known_state(&self, task: &TaskName) -> Option<Arc<TaskState>> {
+        self.tasks.get(task).and_then(|entry| entry.value().read().cloned())
     }
 
-    fn show(&self, task: &TaskName, state: TaskState) -> Arc<TaskState> {
+    /// A task's state, read from the disk if it was not read yet.
+    fn read_state(&self, task: &str) -> Result<(TaskName, Arc<TaskState>), RegistryError> {
+        if let (name, Slot::Unread) = self.slot(task)? {
+            self.read_unread(&name);
+        }
+        match self.slot(task)? {
+            (name, Slot::Read(state)) => Ok((name, state)),
+            (name, Slot::Unread) => Err(RegistryError::NoActiveVersion { task: name }),
+        }
+    }
+
+    fn resolve_one(&self, task: &str, version: Option<&str>) -> Result<Arc<Version>, RegistryError> {
+        let (name, state) = self.read_state(task)?;
+        let chosen = state.chosen(&name, version)?;
+        let failed = match self.load(&name, chosen) {
+            Ok(version) => return Ok(version),
+            Err(error) => error,
+        };
+        // Its files may have been changed or removed since they were listed.
+        self.scan_task(&mut self.writer(), &name);
+        let (name, state) = self.read_state(task)?;
+        match state.chosen(&name, version)? {
+            same if same.digest == chosen.digest && same.kept.is_none() => Err(failed),
+            other => self.load(&name, other),
+        }
+    }
+
+    fn combined(&self, name: &str, mut found: Vec<Arc<Version>>) -> Result<Arc<Version>, RegistryError> {
+        match (found.len(), found.pop()) {
+            (1, Some(version)) => Ok(version),
+            (_, last) => {
+                found.extend(last);
+                self.compositions.compose(&found).map_err(|reason| composition_refused(name, reason))
+            }
+        }
+    }
+
+    /// A version that is in memory, which counts as a use.
+    fn in_memory(&self, task: &TaskName, stored: &Stored) -> Option<Arc<Version>> {
+        stored.kept.clone().or_else(|| self.residency.get(task, stored.digest))
+    }
+
+    /// A version from memory or from the disk, and then in memory.
+    fn load(&self, task: &TaskName, stored: &Stored) -> Result<Arc<Version>, RegistryError> {
+        match &stored.kept {
+            Some(kept) => Ok(Arc::clone(kept)),
+            None => self.residency.get_or_load(task, stored.digest, || self.read_stored(task, stored)),
+        }
+    }
+
+    /// A version from memory or from the disk, and no more in memory than before.
+    fn look_at(&self, task: &TaskName, stored: &Stored) -> Result<Arc<Version>, RegistryError> {
+        let in_memory = stored.kept.clone().or_else(|| self.residency.peek(task, stored.digest));
+        in_memory.map_or_else(|| self.read_stored(task, stored), Ok)
+    }
+
+    fn read_stored(&self, task: &TaskName, stored: &Stored) -> Result<Arc<Version>, RegistryError> {
+        let id = stored.digest.id();
+        let unreadable = |reason| RegistryError::Unreadable { task: task.clone(), version: id.clone(), reason };
+        let files = match self.store.version_dir(task, &id).is_dir() {
+            true => self.store.read_version(task, &id),
+            false => self.store.read_plain(task).map_err(|e| e.to_string()),
+        };
+        let files = files.map_err(unreadable)?;
+        if files.digest() != stored.digest {
+            return Err(unreadable("its files have been changed since they were listed".to_owned()));
+        }
+        let version = format::read(task.clone(), &files, &self.config.fit).map_err(|e| unreadable(e.to_string()))?;
+        Ok(Arc::new(version))
+    }
+
+    /// The active versions that are in memory, by name.
+    fn loaded_active(&self) -> Vec<Arc<Version>> {
+        let active = |task: &TaskName, slot: &Slot| {
+            let state = slot.read()?;
+            let stored = state.by_digest(state.active?)?;
+            stored.kept.clone().or_else(|| self.residency.peek(task, stored.digest))
+        };
+        let mut found: Vec<_> = self.tasks.iter().filter_map(|entry| active(entry.key(), entry.value())).collect();
+        found.sort_by(|a, b| a.task.cmp(&b.task));
+        found
+    }
+
+    /// Swaps a task's state. `active` is its active version, where that is in memory.
+    fn show(&self, task: &TaskName, state: TaskState, active: Option<&Arc<Version>>) -> Arc<TaskState> {
         let state = Arc::new(state);
-        let old = self.tasks.insert(task.clone(), state.clone());
-        let before = old.and_then(|old| old.active.as_ref().map(|version| version.digest));
-        if let Some(version) = state.active.as_ref().filter(|version| before != Some(version.digest)) {
+        let old = self.tasks.insert(task.clone(), Slot::Read(Arc::clone(&state)));
+        let before = old.and_then(|old| old.read().and_then(|old| old.active));
+        if before != state.active
+            && let Some(version) = active
+        {
             self.tell(version);
         }
         state
+    }
+
+    /// A task is gone, with all that is in memory of it.
+    fn forget(&self, scan: &mut Scan, task: &TaskName) {
+        if let Some((_, Slot::Read(state))) = self.tasks.remove(task) {
+            state.versions.iter().for_each(|stored| self.residency.remove(task, stored.digest));
+        }
+        scan.forget(&self.store.task_dir(task));
     }
 
     fn tell(&self, version: &Arc<Version>) {
@@ -321,75 +303,30 @@ impl Registry {
             listener(version);
         }
     }
+}
 
-    fn publish_again(
-        &self,
-        state: &Arc<TaskState>,
-        version: Arc<Version>,
-        again: &Version,
-        files: &PromptFiles,
-        activate: bool,
-    ) -> Result<Published, RegistryError> {
-        let (task, digest) = (&again.task, again.digest);
-        if version.digest != digest {
-            let detail = format!(
-                "another version has the same id {digest}, whose first {} hex digits are equal; change the prompt's \
-                 description in task.json and publish it again",
-                digest.id().len()
-            );
-            return Err(Faults(vec![Fault { kind: FaultKind::Malformed, detail }]).into());
-        }
-        if let Some(curve) = &files.curve {
-            self.store.add_curve(task, &digest.id(), curve)?;
-        }
-        let state = if activate { self.make_active(task, state, version.clone())? } else { state.clone() };
-        let active = state.active.as_ref().is_some_and(|active| active.digest == digest);
-        Ok(Published { version, created: false, active, generation: state.generation })
-    }
+/// The names of the tasks that a name means: several if it has a plus. See [`Registry::resolve`].
+pub fn named_tasks(name: &str) -> impl Iterator<Item = &str> {
+    name.split('+').map(|part| part.split_once('@').map_or(part, |(task, _)| task))
+}
 
-    fn check_room(&self, task: &TaskName, state: Option<&TaskState>) -> Result<(), RegistryError> {
-        let (max_tasks, max_versions) = (self.config.max_tasks, self.config.max_versions_per_task);
-        match state {
-            None if self.tasks.len() >= max_tasks => {
-                let what = format!("there are {max_tasks} tasks, which is the maximum; delete one first");
-                Err(RegistryError::Full { what })
-            }
-            Some(state) if state.versions.len() >= max_versions => {
-                let what = format!(
-                    "task {task} has {} versions; the maximum is {max_versions}; delete one first",
-                    state.versions.len()
-                );
-                Err(RegistryError::Full { what })
-            }
-            _ => Ok(()),
-        }
+/// The tasks and versions that a name means: several if it has a plus.
+fn parts<'a>(task: &'a str, version: Option<&'a str>) -> Result<Vec<(&'a str, Option<&'a str>)>, RegistryError> {
+    let twice = || composition_refused(task, "it names versions itself, and the request names another".to_owned());
+    if version.is_some() && task.contains(['+', '@']) {
+        return Err(twice());
     }
+    let part = |part: &'a str| part.split_once('@').map_or((part, version), |(task, version)| (task, Some(version)));
+    Ok(task.split('+').map(part).collect())
+}
 
-    fn make_active(
-        &self,
-        task: &TaskName,
-        state: &Arc<TaskState>,
-        version: Arc<Version>,
-    ) -> Result<Arc<TaskState>, RegistryError> {
-        if state.active.as_ref().is_some_and(|active| active.digest == version.digest) {
-            return Ok(state.clone());
-        }
-        let generation = state.generation.saturating_add(1);
-        self.store.write_active(task, &Active { version: version.digest.id(), generation })?;
-        tracing::info!(%task, version = %version.digest, generation, "activated");
-        Ok(self.show(task, TaskState { generation, active: Some(version), ..TaskState::clone(state) }))
-    }
-
-    fn remove(&self, scan: &mut Scan, task: &TaskName) -> Result<(), RegistryError> {
-        self.store.remove_task(task)?;
-        self.tasks.remove(task);
-        scan.forget(&self.store.task_dir(task));
-        tracing::info!(%task, "deleted task");
-        Ok(())
-    }
+fn composition_refused(name: &str, reason: String) -> RegistryError {
+    RegistryError::Composition { name: name.chars().take(200).collect(), reason }
 }
 
 #[cfg(test)]
 mod model_test;
+#[cfg(test)]
+mod residency_tests;
 #[cfg(test)]
 mod tests;

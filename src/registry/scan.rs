@@ -8,7 +8,11 @@ use std::{
     sync::Arc,
 };
 
-use super::{Registry, Stored, TaskState, store::Stamp};
+use super::{
+    Registry, RegistryError,
+    state::{Slot, Stored, TaskState},
+    store::Stamp,
+};
 use crate::prompt::{
     Digest, TaskName, Version,
     format::{self, PromptFiles},
@@ -57,81 +61,141 @@ impl Scan {
     }
 }
 
+/// The tasks that are read before the registry is open; the others are read when they are needed.
+const READ_AT_START: usize = 500;
+
+/// A task as the disk has it.
+struct Loaded {
+    state: TaskState,
+    /// The versions that were read for it just now.
+    read: Vec<Arc<Version>>,
+}
+
 impl Registry {
-    /// Brings all tasks in line with the disk.
-    pub(super) fn scan_all(&self, scan: &mut Scan) -> io::Result<()> {
-        let on_disk = self.store.task_names()?;
-        for (path, problem) in on_disk.others {
-            scan.warn(&path, problem);
-        }
-        let gone: HashSet<TaskName> = {
-            let here: HashSet<&TaskName> = on_disk.tasks.iter().collect();
-            self.tasks.iter().map(|entry| entry.key().clone()).filter(|task| !here.contains(task)).collect()
-        };
-        for task in gone.iter().chain(&on_disk.tasks) {
-            self.scan_task(scan, task);
+    /// Learns the names of all tasks on the disk, and reads the first ones.
+    pub(super) fn scan_first(&self) -> io::Result<()> {
+        let mut scan = self.writer();
+        let names = self.names_on_disk(&mut scan)?;
+        let (now, later) = names.split_at(names.len().min(READ_AT_START));
+        now.iter().for_each(|task| self.scan_task(&mut scan, task));
+        for task in later {
+            if self.tasks.len() >= self.config.max_tasks {
+                let problem = format!("there are more than {} tasks, which is the maximum", self.config.max_tasks);
+                scan.warn(self.store.root(), problem);
+                break;
+            }
+            self.tasks.insert(task.clone(), Slot::Unread);
         }
         Ok(())
     }
 
+    /// Brings all tasks that were read, and new ones, in line with the disk. Other writers get their turn between two tasks.
+    pub(super) fn scan_all(&self) -> io::Result<()> {
+        let on_disk = self.names_on_disk(&mut self.writer())?;
+        let gone: Vec<TaskName> = {
+            let here: HashSet<&TaskName> = on_disk.iter().collect();
+            self.tasks.iter().map(|entry| entry.key().clone()).filter(|task| !here.contains(task)).collect()
+        };
+        for task in gone.iter().chain(on_disk.iter().filter(|task| !self.is_unread(task))) {
+            self.scan_task(&mut self.writer(), task);
+        }
+        Ok(())
+    }
+
+    /// Reads the tasks that nobody has asked for yet, while `go_on` says so.
+    pub(super) fn read_ahead(&self, go_on: impl Fn() -> bool) {
+        let unread = |slot: &Slot| matches!(slot, Slot::Unread);
+        let tasks: Vec<TaskName> =
+            self.tasks.iter().filter(|entry| unread(entry.value())).map(|entry| entry.key().clone()).collect();
+        tasks.iter().take_while(|_| go_on()).for_each(|task| self.read_unread(task));
+    }
+
+    /// Reads a task that was not read yet.
+    pub(super) fn read_unread(&self, task: &TaskName) {
+        let mut scan = self.writer();
+        if self.is_unread(task) {
+            self.scan_task(&mut scan, task);
+        }
+    }
+
+    fn is_unread(&self, task: &TaskName) -> bool {
+        self.tasks.get(task).is_some_and(|entry| matches!(entry.value(), Slot::Unread))
+    }
+
+    fn names_on_disk(&self, scan: &mut Scan) -> io::Result<Vec<TaskName>> {
+        let on_disk = self.store.task_names()?;
+        for (path, problem) in on_disk.others {
+            scan.warn(&path, problem);
+        }
+        Ok(on_disk.tasks)
+    }
+
     /// Brings one task in line with the disk.
     pub(super) fn scan_task(&self, scan: &mut Scan, task: &TaskName) {
-        let old = self.get(task.as_str()).map(|(_, state)| state);
-        if old.is_none() && self.tasks.len() >= self.config.max_tasks && self.store.has_task(task) {
+        let was_unread = self.is_unread(task);
+        let old = self.known_state(task);
+        if old.is_none() && !was_unread && self.tasks.len() >= self.config.max_tasks && self.store.has_task(task) {
             let problem = format!("there are {} tasks already, which is the maximum", self.config.max_tasks);
             return scan.warn(&self.store.task_dir(task), problem);
         }
-        let new = self.load_task(scan, task, old.as_deref());
-        match (old, new) {
-            (None, None) => {}
-            (Some(_), None) => {
-                self.tasks.remove(task);
-                scan.forget(&self.store.task_dir(task));
+        let Some(Loaded { state, read }) = self.load_task(scan, task, old.as_deref()) else {
+            if old.is_some() {
                 tracing::info!(%task, "the task's files are gone, so it is no longer served");
             }
-            (old, Some(new)) => {
-                let digest = |state: &TaskState| state.active.as_ref().map(|active| active.digest);
-                if old.as_deref().map(digest) != Some(digest(&new)) {
-                    let version = digest(&new).map_or_else(|| "none".to_owned(), |digest| digest.id());
-                    tracing::info!(%task, version, generation = new.generation, "active version read from the disk");
-                }
-                self.show(task, new);
+            if old.is_some() || was_unread {
+                self.forget(scan, task);
+            }
+            return;
+        };
+        let is_new = old.as_ref().map(|old| old.active) != Some(state.active);
+        if is_new && !was_unread {
+            let version = state.active.map_or_else(|| "none".to_owned(), |active| active.id());
+            tracing::info!(%task, version, generation = state.generation, "active version read from the disk");
+        }
+        // Read ahead, a version takes only room that is free; one that begins to answer will be asked for.
+        if let Some(active) = read.into_iter().find(|version| is_new && Some(version.digest) == state.active) {
+            match old.is_some() {
+                true => self.residency.insert(active),
+                false => self.residency.offer(active),
             }
         }
+        let active = state.active.and_then(|active| self.residency.peek(task, active));
+        for gone in old.iter().flat_map(|old| &old.versions).filter(|old| state.by_digest(old.digest).is_none()) {
+            self.residency.remove(task, gone.digest);
+        }
+        self.show(task, state, active.as_ref());
     }
 
-    fn load_task(&self, scan: &mut Scan, task: &TaskName, old: Option<&TaskState>) -> Option<TaskState> {
+    fn load_task(&self, scan: &mut Scan, task: &TaskName, old: Option<&TaskState>) -> Option<Loaded> {
         if !self.store.has_task(task) {
             return None;
         }
-        let mut state = TaskState::default();
-        for stored in self.load_versions(scan, task, old) {
-            state.insert(stored);
-        }
-        if let Some(plain) = self.load_plain(scan, task, old) {
-            state.plain = Some(plain.version.digest);
-            if state.by_id(&plain.version.digest.id()).is_none() {
-                state.insert(plain);
+        let mut loaded = Loaded { state: TaskState::default(), read: Vec::new() };
+        self.load_versions(scan, task, old, &mut loaded);
+        if let Some(plain) = self.load_plain(scan, task, old, &mut loaded.read) {
+            loaded.state.plain = Some(plain.digest);
+            if loaded.state.by_digest(plain.digest).is_none() {
+                loaded.state.insert(plain);
             }
         }
-        self.choose_active(scan, task, &mut state, old);
-        self.drop_oldest(scan, task, &mut state);
-        (!state.versions.is_empty()).then_some(state)
+        self.choose_active(scan, task, &mut loaded, old);
+        self.drop_oldest(scan, task, &mut loaded.state);
+        (!loaded.state.versions.is_empty()).then_some(loaded)
     }
 
-    fn load_versions(&self, scan: &mut Scan, task: &TaskName, old: Option<&TaskState>) -> Vec<Stored> {
+    fn load_versions(&self, scan: &mut Scan, task: &TaskName, old: Option<&TaskState>, loaded: &mut Loaded) {
         let ids = match self.store.version_ids(task) {
             Ok(ids) => ids,
             Err(e) => {
                 scan.warn(&self.store.task_dir(task), format!("cannot list its versions: {e}"));
-                return old.map(|old| old.versions.clone()).unwrap_or_default();
+                loaded.state.versions = old.map(|old| old.versions.clone()).unwrap_or_default();
+                return;
             }
         };
-        let mut versions = Vec::new();
         for id in ids {
             // A version never changes, so one that was read once need not be read again.
             if let Some(known) = old.and_then(|old| old.by_id(&id)) {
-                versions.push(known.clone());
+                loaded.state.insert(Stored::new(known.digest, known.stored_at));
                 continue;
             }
             let dir = self.store.version_dir(task, &id);
@@ -142,7 +206,8 @@ impl Registry {
             match self.store.read_version(task, &id).and_then(|files| self.check(task, &files)) {
                 Ok(version) => {
                     scan.fine(&dir);
-                    versions.push(Stored { version, stored_at: self.store.stored_at(&dir) });
+                    loaded.state.insert(Stored::new(version.digest, self.store.stored_at(&dir)));
+                    loaded.read.push(version);
                 }
                 Err(problem) => {
                     scan.warn(&dir, problem);
@@ -152,36 +217,53 @@ impl Registry {
                 }
             }
         }
-        versions
     }
 
-    /// The plain directory's version; while its files are half-written or wrong, the one before.
-    fn load_plain(&self, scan: &mut Scan, task: &TaskName, old: Option<&TaskState>) -> Option<Stored> {
+    /// The plain directory's version; while its files are half-written or wrong, the one before, which answers as long as it is
+    /// in memory.
+    fn load_plain(
+        &self,
+        scan: &mut Scan,
+        task: &TaskName,
+        old: Option<&TaskState>,
+        read: &mut Vec<Arc<Version>>,
+    ) -> Option<Stored> {
         let dir = self.store.task_dir(task);
         let Some(stamp) = self.store.stamp(&dir) else {
             scan.read.remove(&dir);
             return None;
         };
-        let before = old.and_then(|old| old.by_id(&old.plain?.id())).cloned();
+        let before = old.and_then(|old| old.by_digest(old.plain?));
         if scan.is_unchanged(&dir, &stamp) {
-            return before;
+            return before.cloned();
         }
-        let read = self.store.read_plain(task).map_err(|e| e.to_string());
-        let checked = read.and_then(|files| match &before {
-            Some(before) if before.version.digest == files.digest() => Ok(before.version.clone()),
-            _ => self.check(task, &files),
-        });
+        let files = self.store.read_plain(task).map_err(|e| e.to_string());
+        let known = before.filter(|before| files.as_ref().is_ok_and(|files| files.digest() == before.digest));
+        let checked = match known {
+            Some(known) => Ok(known.digest),
+            None => files.and_then(|files| self.check(task, &files)).map(|version| {
+                let digest = version.digest;
+                read.push(version);
+                digest
+            }),
+        };
         scan.was_read(&dir, stamp);
         match checked {
-            Ok(version) => {
+            Ok(digest) => {
                 scan.fine(&dir);
-                Some(Stored { version, stored_at: self.store.stored_at(&dir) })
+                Some(Stored::new(digest, self.store.stored_at(&dir)))
             }
             Err(problem) => {
                 scan.warn(&dir, problem);
-                before
+                before.map(|before| self.kept(task, before).unwrap_or_else(|| before.clone()))
             }
         }
+    }
+
+    /// A version whose files are not there any more, as long as it is in memory.
+    fn kept(&self, task: &TaskName, stored: &Stored) -> Option<Stored> {
+        let kept = stored.kept.clone().or_else(|| self.residency.peek(task, stored.digest))?;
+        Some(Stored { kept: Some(kept), ..stored.clone() })
     }
 
     fn check(&self, task: &TaskName, files: &PromptFiles) -> Result<Arc<Version>, String> {
@@ -192,23 +274,35 @@ impl Registry {
         Ok(Arc::new(version))
     }
 
-    /// What `active.json` says. Where it names nothing that is there: the plain directory, else
-    /// what was active before.
-    fn choose_active(&self, scan: &mut Scan, task: &TaskName, state: &mut TaskState, old: Option<&TaskState>) {
+    /// What `active.json` says. Where it names nothing that is there and can be read: the plain directory, else what was
+    /// active before.
+    fn choose_active(&self, scan: &mut Scan, task: &TaskName, loaded: &mut Loaded, old: Option<&TaskState>) {
         let path = self.store.active_path(task);
-        let before = old.and_then(|old| old.by_id(&old.active.as_ref()?.digest.id()));
-        let plain = state.plain.and_then(|plain| state.by_id(&plain.id())).map(|stored| stored.version.clone());
+        let before = old.and_then(|old| old.by_digest(old.active?));
+        let plain = loaded.state.plain;
         let mut generation = 0;
         let mut keep = false;
-        state.active = match self.store.read_active(task) {
+        loaded.state.active = match self.store.read_active(task) {
             Ok(None) => plain,
             Ok(Some(said)) => {
                 generation = said.generation;
-                let named = state.by_id(&said.version).map(|stored| stored.version.clone());
-                match &named {
-                    Some(_) => scan.fine(&path),
-                    None => scan.warn(&path, format!("version {:?}, which it names, is not there", said.version)),
-                }
+                let named = loaded.state.by_id(&said.version).cloned();
+                let named = match named {
+                    None => {
+                        scan.warn(&path, format!("version {:?}, which it names, is not there", said.version));
+                        None
+                    }
+                    Some(named) => match self.readable(task, &named, before, loaded) {
+                        Ok(digest) => {
+                            scan.fine(&path);
+                            Some(digest)
+                        }
+                        Err(e) => {
+                            scan.warn(&path, format!("the version that it names is not activated: {e}"));
+                            None
+                        }
+                    },
+                };
                 keep = named.is_none() && plain.is_none();
                 named.or(plain)
             }
@@ -219,17 +313,37 @@ impl Registry {
             }
         };
         if let (true, Some(before)) = (keep, before) {
-            state.active = Some(before.version.clone());
-            if state.by_id(&before.version.digest.id()).is_none() {
-                state.insert(before.clone());
+            match loaded.state.by_digest(before.digest) {
+                Some(_) => loaded.state.active = Some(before.digest),
+                None => {
+                    if let Some(kept) = self.kept(task, before) {
+                        loaded.state.active = Some(kept.digest);
+                        loaded.state.insert(kept);
+                    }
+                }
             }
         }
-        let digest = |active: &Option<Arc<Version>>| active.as_ref().map(|version| version.digest);
-        state.generation = match old {
-            Some(old) if digest(&old.active) == digest(&state.active) => generation.max(old.generation),
+        loaded.state.generation = match old {
+            Some(old) if old.active == loaded.state.active => generation.max(old.generation),
             Some(old) => generation.max(old.generation.saturating_add(1)),
-            None => generation.max(u64::from(state.active.is_some())),
+            None => generation.max(u64::from(loaded.state.active.is_some())),
         };
+    }
+
+    /// Sees to it that a version that is to become the active one can be read.
+    fn readable(
+        &self,
+        task: &TaskName,
+        named: &Stored,
+        before: Option<&Stored>,
+        loaded: &mut Loaded,
+    ) -> Result<Digest, RegistryError> {
+        let is_known = before.is_some_and(|before| before.digest == named.digest);
+        if !is_known && loaded.read.iter().all(|version| version.digest != named.digest) {
+            let version = self.look_at(task, named)?;
+            loaded.read.push(version);
+        }
+        Ok(named.digest)
     }
 
     fn drop_oldest(&self, scan: &mut Scan, task: &TaskName, state: &mut TaskState) {
@@ -239,23 +353,17 @@ impl Registry {
             return;
         }
         let found = state.versions.len();
-        let kept: Vec<Digest> = state.active.iter().map(|active| active.digest).chain(state.plain).collect();
+        let kept: Vec<Digest> = state.active.into_iter().chain(state.plain).collect();
         let mut to_drop = excess;
         let newest_first = std::mem::take(&mut state.versions);
         let mut oldest_first: Vec<Stored> = newest_first.into_iter().rev().collect();
         oldest_first.retain(|stored| {
-            let stays = to_drop == 0 || kept.contains(&stored.version.digest);
+            let stays = to_drop == 0 || kept.contains(&stored.digest);
             to_drop -= usize::from(!stays);
             stays
         });
         state.versions = oldest_first.into_iter().rev().collect();
         let problem = format!("it has {found} versions; the maximum is {most}; the oldest {excess} are not served");
         scan.warn(&self.store.versions_dir(task), problem);
-    }
-}
-
-impl TaskState {
-    fn by_id(&self, id: &str) -> Option<&Stored> {
-        self.versions.iter().find(|stored| stored.version.digest.id() == id)
     }
 }

@@ -6,6 +6,7 @@ use std::{
     path::{Component, Path, PathBuf},
     sync::{
         Arc, Weak,
+        atomic::{AtomicBool, Ordering},
         mpsc::{self, Receiver, RecvTimeoutError},
     },
     thread::JoinHandle,
@@ -25,11 +26,17 @@ const QUIET: Duration = Duration::from_millis(200);
 const MAX_DELAY: Duration = Duration::from_secs(2);
 /// How often to look without a notification.
 const POLL: Duration = Duration::from_secs(10);
+/// Looking takes at most this part of the time: with very many tasks it is done less often.
+const SCAN_SHARE: u32 = 20;
+/// With more tasks than this no notifications are asked for: each folder would cost the system and this process memory.
+const MAX_NOTIFIED_TASKS: usize = 2_000;
 
 /// Follows the folder while it lives.
 #[derive(Debug)]
 pub struct Watcher {
     signals: mpsc::Sender<Signal>,
+    /// Ends the reading ahead.
+    stopping: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
     /// `None` where the system cannot notify; the poll does it alone then.
     _notifications: Option<RecommendedWatcher>,
@@ -43,23 +50,38 @@ enum Signal {
 impl Watcher {
     pub(super) fn start(registry: &Arc<Registry>, root: &Path) -> io::Result<Self> {
         let (signals, mail) = mpsc::channel();
-        let notifications = notifications(root, signals.clone())
-            .inspect_err(|e| {
-                let poll = POLL.as_secs();
-                tracing::warn!(path = %root.display(), error = %e, "the system sends no change notifications; checking the folder every {poll} s");
-            })
-            .ok();
+        let notifications = if registry.tasks.len() > MAX_NOTIFIED_TASKS {
+            tracing::info!(
+                tasks = registry.tasks.len(),
+                "too many tasks for change notifications; checking the folder from time to time"
+            );
+            None
+        } else {
+            notifications(root, signals.clone())
+                .inspect_err(|e| {
+                    let poll = POLL.as_secs();
+                    tracing::warn!(path = %root.display(), error = %e, "the system sends no change notifications; checking the folder every {poll} s");
+                })
+                .ok()
+        };
+        let stopping = Arc::new(AtomicBool::new(false));
         let registry = Arc::downgrade(registry);
-        let thread =
-            std::thread::Builder::new().name("prompts-watcher".into()).spawn(move || follow(&registry, &mail))?;
+        let stop = Arc::clone(&stopping);
+        let thread = std::thread::Builder::new().name("prompts-watcher".into()).spawn(move || {
+            if let Some(registry) = registry.upgrade() {
+                registry.read_ahead(|| !stop.load(Ordering::Relaxed));
+            }
+            follow(&registry, &mail);
+        })?;
         // A change between the registry's last scan and the first notification.
         let _ = signals.send(Signal::Changed);
-        Ok(Self { signals, thread: Some(thread), _notifications: notifications })
+        Ok(Self { signals, stopping, thread: Some(thread), _notifications: notifications })
     }
 }
 
 impl Drop for Watcher {
     fn drop(&mut self) {
+        self.stopping.store(true, Ordering::Relaxed);
         let _ = self.signals.send(Signal::Stop);
         if let Some(thread) = self.thread.take()
             && thread.thread().id() != std::thread::current().id()
@@ -97,8 +119,9 @@ fn is_change(event: &Event, root: &Path) -> bool {
 }
 
 fn follow(registry: &Weak<Registry>, mail: &Receiver<Signal>) {
+    let mut poll = POLL;
     loop {
-        match mail.recv_timeout(POLL) {
+        match mail.recv_timeout(poll) {
             Ok(Signal::Changed) => {
                 if !wait_for_quiet(mail) {
                     return;
@@ -108,7 +131,10 @@ fn follow(registry: &Weak<Registry>, mail: &Receiver<Signal>) {
             Ok(Signal::Stop) | Err(RecvTimeoutError::Disconnected) => return,
         }
         let Some(registry) = registry.upgrade() else { return };
-        if let Err(e) = registry.rescan() {
+        let began = Instant::now();
+        let scanned = registry.rescan();
+        poll = POLL.max(began.elapsed() * SCAN_SHARE);
+        if let Err(e) = scanned {
             let root = registry.store.root().display();
             tracing::warn!(path = %root, error = %e, "cannot read the prompts' folder; serving what was read before");
         }

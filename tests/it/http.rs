@@ -311,7 +311,7 @@ async fn the_lists_show_every_task_and_version() {
     let all = server.get("/v1/admin/tasks").await.ok();
     assert_eq!(
         all["tasks"][1]["versions"][0]["residency"],
-        json!({"device": "cpu", "bytes": 896, "cache": "resident"})
+        json!({"loaded": true, "device": "cpu", "bytes": 896, "cache": "resident"})
     );
 }
 

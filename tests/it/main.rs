@@ -28,6 +28,7 @@ mod http;
 mod hub;
 mod inference;
 mod inspect;
+mod keys;
 mod model;
 mod openai;
 mod openapi;

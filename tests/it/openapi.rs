@@ -52,7 +52,7 @@ fn every_route_is_described_with_schemas_and_examples() {
             }
         }
         assert!(operation["responses"].get("500").is_some(), "{name}: no 500");
-        let is_open = name.contains("/health/") || name.contains("/metrics");
+        let is_open = name.contains("/health/");
         assert_eq!(operation["responses"].get("401").is_some(), !is_open, "{name}");
         assert!(operation.get("x-problems").is_none(), "{name}");
     }

@@ -59,6 +59,7 @@ async fn every_problem_says_what_was_found_what_was_expected_and_what_to_do() {
     batches(&server, &mut provoked).await;
     access(&mut provoked).await;
     limits(&mut provoked).await;
+    store(&mut provoked).await;
     let all: BTreeSet<String> = Code::ALL.iter().map(|c| c.as_str().to_owned()).collect();
     assert_eq!(provoked.codes, all, "each code of the table is provoked here");
     insta::assert_snapshot!(without_ids(&provoked.lines));
@@ -247,6 +248,20 @@ async fn access(provoked: &mut Provoked) {
     assert!(server.call(get("/v1/tasks", "Bearer admin-key-1")).await.status.is_success());
     let open = Options::with_keys(&[], &[], false).start();
     provoked.add("/v1/admin/tasks", "get", &open.get("/v1/admin/tasks").await);
+    let limited =
+        Options::with_key_file("[[key]]\nname = \"a\"\nkey = \"limited-key\"\nrequests_per_minute = 1").start();
+    assert!(limited.call(get("/v1/tasks", "Bearer limited-key")).await.status.is_success());
+    let refused = limited.call(get("/v1/tasks", "Bearer limited-key")).await;
+    assert!(refused.header("retry-after").parse::<u32>().is_ok_and(|seconds| seconds > 1));
+    provoked.add("/v1/tasks", "get", &refused);
+}
+
+async fn store(provoked: &mut Provoked) {
+    let mut options = Options::default();
+    options.limits.prompt_memory = 1;
+    let server = options.start();
+    std::fs::write(server.prompts.path().join(TASK).join("adapter_model.safetensors"), "damaged").unwrap();
+    provoked.add(GENERATE, "post", &server.generate(&json!({"input": "a"})).await);
 }
 
 async fn limits(provoked: &mut Provoked) {

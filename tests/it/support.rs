@@ -11,12 +11,12 @@ use bytes::Bytes;
 use candle_core::DType;
 use serde_json::{Value, json};
 use softserve::{
-    config::{Access, Keys, Limits, ServeArgs},
+    config::{Access, KeySources, Limits, ServeArgs},
     engine::{
         Engine, EngineConfig, EventStream,
         request::{Event, FinishReason},
     },
-    http::{App, AppState, router},
+    http::{App, AppState, Settings, audit::AuditLog, router},
     model::{ChatFiles, Model},
     prompt::format::Fit,
     registry::{Registry, RegistryConfig},
@@ -47,6 +47,7 @@ pub struct Options {
     pub engine: EngineConfig,
     pub limits: Limits,
     pub access: Access,
+    pub audit: AuditLog,
     /// How conversations become texts, in place of what the fixture says.
     pub chat: Option<ChatFiles>,
 }
@@ -55,15 +56,30 @@ impl Default for Options {
     fn default() -> Self {
         let config = ServeArgs::default().check().unwrap();
         let engine = EngineConfig { kv_cache_bytes: 8 << 20, ..EngineConfig::default() };
-        Self { model: MODEL, engine, limits: config.limits, access: config.access, chat: None }
+        Self {
+            model: MODEL,
+            engine,
+            limits: config.limits,
+            access: config.access,
+            audit: AuditLog::default(),
+            chat: None,
+        }
     }
 }
 
 impl Options {
     pub fn with_keys(api: &[&str], admin: &[&str], loopback: bool) -> Self {
-        let keys = |keys: &[&str]| Keys::read(&keys.iter().map(|k| (*k).to_owned()).collect::<Vec<_>>(), None).unwrap();
-        let access = Access { api_keys: keys(api), admin_keys: keys(admin), loopback };
-        Self { access, ..Self::default() }
+        let keys = |keys: &[&str]| keys.iter().map(|k| (*k).to_owned()).collect::<Vec<_>>();
+        let sources = KeySources { api_keys: keys(api), admin_keys: keys(admin), ..KeySources::default() };
+        Self { access: Access::open(sources, loopback).unwrap(), ..Self::default() }
+    }
+
+    /// With a file of keys of this content.
+    pub fn with_key_file(text: &str) -> Self {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), text).unwrap();
+        let sources = KeySources { keys: Some(file.path().to_owned()), ..KeySources::default() };
+        Self { access: Access::open(sources, true).unwrap(), ..Self::default() }
     }
 
     pub fn start(self) -> Server {
@@ -87,10 +103,12 @@ impl Options {
             fit,
             max_tasks: self.limits.max_tasks,
             max_versions_per_task: self.limits.max_versions,
+            max_loaded_bytes: self.limits.prompt_memory,
         })
         .unwrap();
         let files = prompts.path().join(".files");
-        let app = App::new(engine, registry, tokenizer, info, self.limits, self.access, &files).unwrap();
+        let settings = Settings { limits: self.limits, access: self.access, audit: self.audit, files };
+        let app = App::new(engine, registry, tokenizer, info, settings).unwrap();
         Server { router: router(Arc::clone(&app)), app, prompts }
     }
 }

@@ -12,7 +12,9 @@ use utoipa::{IntoParams, ToSchema};
 
 use crate::{
     http::{
-        AppState, blocking,
+        AppState,
+        access::Caller,
+        blocking,
         extract::{Query, VersionParam},
         problem::{Code, Problem},
     },
@@ -36,11 +38,12 @@ const MAX_COUNT: usize = 20;
     extensions(("x-problems" = json!(["not_found", "task_not_found", "version_not_found"]))))]
 pub(in crate::http) async fn curve(
     State(app): State<AppState>,
+    caller: Caller,
     VersionParam { task, version }: VersionParam,
 ) -> Result<Response, Problem> {
     let registry = Arc::clone(&app.registry);
     let (name, id) = (task.clone(), version.clone());
-    let curve = blocking(move || registry.curve(&name, &id)).await?.ok_or_else(|| {
+    let curve = blocking(move || registry.curve(&name, &id).map_err(|error| caller.problem(error))).await?.ok_or_else(|| {
         let detail = format!(
             "version {version} of task {task} has no {CURVE}: softserve tune writes one beside a prompt's files; upload it \
              with them to see it here"
@@ -119,13 +122,14 @@ pub struct NearWord {
         "overloaded", "unavailable", "timeout"]))))]
 pub(in crate::http) async fn nearest(
     State(app): State<AppState>,
+    caller: Caller,
     VersionParam { task, version }: VersionParam,
     Query(NearestQuery { count }): Query<NearestQuery>,
 ) -> Result<axum::Json<NearestWords>, Problem> {
     if !(1..=MAX_COUNT).contains(&count) {
         return Err(Problem::field("count", format!("found {count}, expected 1 to {MAX_COUNT}")));
     }
-    let version = app.registry.resolve(&task, Some(&version))?;
+    let version = app.version(&caller, &task, Some(&version)).await?;
     let LearnedPrompt::Embeddings(prompt) = &*version.prompt else {
         let detail = format!(
             "version {} of task {} is a {} prompt: it consists of keys and values of each layer and has no rows that words \

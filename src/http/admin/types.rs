@@ -7,7 +7,7 @@ use crate::{
     engine::request::CacheNamespace,
     http::{App, types::VersionMeta},
     prompt::TaskName,
-    registry::{TaskEntry, VersionEntry},
+    registry::{TaskEntry, UnreadableVersion, VersionEntry},
 };
 
 /// How to treat an upload.
@@ -82,7 +82,7 @@ pub struct ActiveVersion {
     "version": "3f9a0c1b2d4e", "kind": "embeddings", "peft_type": "PROMPT_TUNING", "virtual_tokens": 20,
     "template": "{{ input }}", "labels": {}, "defaults": {"max_tokens": 4}, "limits": {},
     "metrics": {"accuracy": 0.94}, "warnings": [],
-    "active": true, "stored_at": 1_795_414_325, "residency": {"device": "cpu", "bytes": 10240, "cache": "resident"}}]}))]
+    "active": true, "stored_at": 1_795_414_325, "residency": {"loaded": true, "device": "cpu", "bytes": 10240, "cache": "resident"}}]}))]
 pub struct AdminTask {
     #[schema(value_type = String, example = "sentiment")]
     pub task: TaskName,
@@ -92,12 +92,28 @@ pub struct AdminTask {
     #[schema(example = "3f9a0c1b2d4e")]
     pub active: Option<String>,
     pub versions: Vec<AdminVersion>,
+    /// Versions whose files cannot be read now.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub unreadable: Vec<Unreadable>,
 }
 
-/// Every task with all its versions.
+/// Tasks with all their versions.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct AdminTaskList {
     pub tasks: Vec<AdminTask>,
+    /// The last task of this page if there are more: the next page is the one after it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub next: Option<TaskName>,
+}
+
+/// A version that is stored and cannot be read now.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct Unreadable {
+    #[schema(example = "3f9a0c1b2d4e")]
+    pub version: String,
+    /// What is wrong with its files.
+    pub reason: String,
 }
 
 /// One version.
@@ -105,7 +121,7 @@ pub struct AdminTaskList {
 #[schema(example = json!({"version": "3f9a0c1b2d4e", "kind": "embeddings", "peft_type": "PROMPT_TUNING", "virtual_tokens": 20,
     "template": "{{ input }}", "labels": {}, "defaults": {"max_tokens": 4}, "limits": {},
     "metrics": {"accuracy": 0.94}, "warnings": [],
-    "active": true, "stored_at": 1_795_414_325, "residency": {"device": "cpu", "bytes": 10240, "cache": "resident"}}))]
+    "active": true, "stored_at": 1_795_414_325, "residency": {"loaded": true, "device": "cpu", "bytes": 10240, "cache": "resident"}}))]
 pub struct AdminVersion {
     #[serde(flatten)]
     pub meta: VersionMeta,
@@ -118,10 +134,12 @@ pub struct AdminVersion {
 /// Where a version's tensors are.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct Residency {
-    /// The device that holds them.
+    /// Whether they are in memory; otherwise the next request reads them from the store.
+    pub loaded: bool,
+    /// The device of the model, which computes with them.
     #[schema(example = "cpu")]
     pub device: String,
-    /// How much of its memory they take.
+    /// How many bytes they are.
     pub bytes: usize,
     /// Whether the keys and values of all its virtual tokens are in the cache.
     pub cache: CacheState,
@@ -140,16 +158,31 @@ pub enum CacheState {
 impl AdminTask {
     /// A task as the registry has it, and where its versions are.
     pub(super) fn new(app: &App, entry: TaskEntry) -> Self {
+        let unreadable = |UnreadableVersion { version, reason }| Unreadable { version, reason };
+        Self {
+            task: entry.task,
+            generation: entry.generation,
+            active: entry.active,
+            versions: entry.versions.into_iter().map(|version| AdminVersion::new(app, version)).collect(),
+            unreadable: entry.unreadable.into_iter().map(unreadable).collect(),
+        }
+    }
+}
+
+impl AdminVersion {
+    /// A version as the registry has it, and where it is.
+    pub(super) fn new(app: &App, entry: VersionEntry) -> Self {
         let device = match app.model.device {
             candle_core::Device::Cpu => "cpu",
             candle_core::Device::Cuda(_) => "cuda",
             candle_core::Device::Metal(_) => "metal",
         };
-        let version = |entry: VersionEntry| AdminVersion {
+        Self {
             meta: (&*entry.version).into(),
             active: entry.active,
             stored_at: entry.stored_at.duration_since(std::time::UNIX_EPOCH).map_or(0, |t| t.as_secs()),
             residency: Residency {
+                loaded: entry.loaded,
                 device: device.to_owned(),
                 bytes: entry.version.prompt.num_bytes(),
                 cache: match app.engine.is_cached(CacheNamespace(entry.version.digest.0)) {
@@ -157,12 +190,6 @@ impl AdminTask {
                     false => CacheState::Cold,
                 },
             },
-        };
-        Self {
-            task: entry.task,
-            generation: entry.generation,
-            active: entry.active.map(|v| v.digest.id()),
-            versions: entry.versions.into_iter().map(version).collect(),
         }
     }
 }

@@ -16,7 +16,9 @@ use crate::{
         request::{Event, FinishReason, Request},
     },
     http::{
-        AppState, blocking,
+        AppState,
+        audit::Change,
+        blocking,
         extract::{media_type, read_body},
         problem::{Code, Problem},
     },
@@ -24,13 +26,13 @@ use crate::{
     registry::package::{Packing, unpack},
 };
 
-/// Reads, checks and publishes what a request carries.
+/// Reads, checks and publishes what a request carries. Also says what that changed.
 pub(super) async fn store(
     app: &AppState,
     task: &str,
     activate: bool,
     request: extract::Request,
-) -> Result<Uploaded, Problem> {
+) -> Result<(Uploaded, Change), Problem> {
     let task: TaskName = task.parse()?;
     let _permit = app.uploads.try_acquire().map_err(|_| {
         let limit = app.limits.max_concurrent_uploads;
@@ -54,13 +56,19 @@ pub(super) async fn store(
     try_prompt(app, Arc::clone(&version.prompt)).await?;
     let registry = Arc::clone(&app.registry);
     let published = blocking(move || registry.publish_checked(version, files, activate)).await?;
-    Ok(Uploaded {
+    let change = Change {
+        version: Some(published.version.digest.id()),
+        before: published.active_before,
+        after: published.active_after,
+    };
+    let uploaded = Uploaded {
         task: published.version.task.clone(),
         created: published.created,
         active: published.active,
         generation: published.generation,
         meta: (&*published.version).into(),
-    })
+    };
+    Ok((uploaded, change))
 }
 
 /// Runs one forward pass with the prompt: values that are finite can still overflow on their way through the model.

@@ -13,12 +13,15 @@ use super::{
     files::{self, List, ListQuery, new_id, now},
     request::read,
 };
-use crate::http::{
-    App, AppState,
-    access::Caller,
-    blocking,
-    extract::{Json, Query},
-    problem::{Code, Problem},
+use crate::{
+    config::TaskPatterns,
+    http::{
+        App, AppState,
+        access::Caller,
+        blocking,
+        extract::{Json, Query},
+        problem::{Code, Problem},
+    },
 };
 pub use work::{Work, resume};
 
@@ -30,6 +33,13 @@ pub struct BatchRecord {
     /// The ids that its files have, or will have.
     pub output_id: String,
     pub error_id: String,
+    /// Patterns of the tasks that its lines may use.
+    #[serde(default = "every_task")]
+    pub tasks: Vec<String>,
+}
+
+fn every_task() -> Vec<String> {
+    TaskPatterns::all().patterns().to_vec()
 }
 
 /// How far a batch is.
@@ -165,7 +175,7 @@ async fn create(
     /// The most batches that are known, of all tenants.
     const MAX_BATCHES: usize = 100_000;
     let request: BatchRequest = read(body)?;
-    let input = files::find(&app, caller, &request.input_file_id)?;
+    let input = files::find(&app, &caller, &request.input_file_id)?;
     if !is_endpoint(&request.endpoint) {
         let detail =
             format!("found {:?}, expected a path that asks a model, such as \"/v1/completions\"", request.endpoint);
@@ -206,6 +216,7 @@ async fn create(
     };
     let record = BatchRecord {
         tenant: caller.tenant,
+        tasks: caller.tasks.patterns().to_vec(),
         batch: batch.clone(),
         output_id: new_id("file-"),
         error_id: new_id("file-"),
@@ -216,7 +227,7 @@ async fn create(
     Ok(axum::Json(batch))
 }
 
-fn find(app: &App, caller: Caller, id: &str) -> Result<BatchRecord, Problem> {
+fn find(app: &App, caller: &Caller, id: &str) -> Result<BatchRecord, Problem> {
     let found = app.batches.records.get(id).filter(|record| record.tenant == caller.tenant);
     let shown: String = id.chars().take(80).collect();
     let mut found = found.ok_or_else(|| Problem::new(Code::BatchNotFound, format!("there is no batch {shown:?}")))?;
@@ -252,7 +263,7 @@ async fn retrieve(
     caller: Caller,
     Path(id): Path<String>,
 ) -> Result<axum::Json<Batch>, Problem> {
-    Ok(axum::Json(find(&app, caller, &id)?.batch))
+    Ok(axum::Json(find(&app, &caller, &id)?.batch))
 }
 
 /// Cancel a batch
@@ -267,7 +278,7 @@ async fn cancel(
     caller: Caller,
     Path(id): Path<String>,
 ) -> Result<axum::Json<Batch>, Problem> {
-    let BatchRecord { batch, .. } = find(&app, caller, &id)?;
+    let BatchRecord { batch, .. } = find(&app, &caller, &id)?;
     if batch.status.is_final() {
         let detail = format!("the batch {id:?} has ended already: its status is {:?}", batch.status);
         return Err(Problem::new(Code::BatchEnded, detail));

@@ -51,7 +51,7 @@ pub async fn create(
 ) -> Result<Response, Problem> {
     let started = Instant::now();
     let request: ChatRequest = read(body)?;
-    let version = resolve(&app, &request.model)?;
+    let version = resolve(&app, &caller, &request.model).await?;
     let logprobs = match (request.logprobs.unwrap_or(false), request.top_logprobs) {
         (true, top) => Some(top.unwrap_or(0)),
         (false, None | Some(0)) => None,
@@ -63,9 +63,9 @@ pub async fn create(
         }
     };
     let max_tokens = request.max_completion_tokens.or(request.max_tokens);
-    let settings = Settings::check(&app, caller, &version, &request.parameters(&app, logprobs, max_tokens)?).await?;
+    let settings = Settings::check(&app, &caller, &version, &request.parameters(&app, logprobs, max_tokens)?).await?;
     let tokenized = conversation(&app, &version, &request.messages).await?;
-    let prepared = settings.prepare(&app, caller, Arc::clone(&version), tokenized, started)?;
+    let prepared = settings.prepare(&app, &caller, Arc::clone(&version), tokenized, started)?;
     let call = Call::start(&app, vec![prepared])?;
     if request.stream.unwrap_or(false) {
         let head = Head::new("chatcmpl", "chat.completion.chunk", &request.model, &version);

@@ -51,7 +51,7 @@ pub async fn create(
 ) -> Result<Response, Problem> {
     let started = Instant::now();
     let request: CompletionRequest = read(body)?;
-    let version = resolve(&app, &request.model)?;
+    let version = resolve(&app, &caller, &request.model).await?;
     let echo = request.echo.unwrap_or(false);
     let scores_prompts = echo && request.logprobs.is_some();
     if scores_prompts && (request.stream.unwrap_or(false) || app.model.encoder.is_some()) {
@@ -59,7 +59,7 @@ pub async fn create(
         return Err(Problem::field("echo", detail));
     }
     let parameters = request.parameters(&app, request.logprobs, request.max_tokens)?;
-    let settings = Settings::check(&app, caller, &version, &parameters).await?;
+    let settings = Settings::check(&app, &caller, &version, &parameters).await?;
     let mut prompts = Vec::new();
     let mut echoes = Vec::new();
     let mut scored = Vec::new();
@@ -72,9 +72,9 @@ pub async fn create(
             }
         };
         if scores_prompts {
-            scored.push(score(&app, caller, &version, &request, started, &tokenized)?);
+            scored.push(score(&app, &caller, &version, &request, started, &tokenized)?);
         }
-        prompts.push(settings.clone().prepare(&app, caller, Arc::clone(&version), tokenized, started)?);
+        prompts.push(settings.clone().prepare(&app, &caller, Arc::clone(&version), tokenized, started)?);
         echoes.push(if echo { text } else { String::new() });
     }
     let choices = request.n.unwrap_or(1);
@@ -115,14 +115,14 @@ pub async fn create(
 /// Begins to score a prompt's own tokens.
 fn score(
     app: &App,
-    caller: Caller,
+    caller: &Caller,
     version: &Arc<Version>,
     request: &CompletionRequest,
     started: Instant,
     tokenized: &Tokenized,
 ) -> Result<scoring::Running, Problem> {
     let scheduling = Scheduling::check(app, caller, request.timeout_ms, request.priority)?;
-    let call = scoring::Call { caller, version: Arc::clone(version), scheduling, started };
+    let call = scoring::Call { caller: caller.clone(), version: Arc::clone(version), scheduling, started };
     let given = tokenized.num_given(version);
     let own = text_ids(tokenized.tokens.get(given..).unwrap_or_default());
     if own.is_empty() {

@@ -37,7 +37,7 @@ pub async fn create(
     if !(1..=MAX_QUESTIONS).contains(&found) {
         return Err(Problem::field("questions", format!("found {found}, expected 1 to {MAX_QUESTIONS}")));
     }
-    let scheduling = Scheduling::check(&app, caller, request.timeout_ms, request.priority)?;
+    let scheduling = Scheduling::check(&app, &caller, request.timeout_ms, request.priority)?;
     let messages = request.input.messages()?;
     let questions: Vec<Question> = request
         .questions

@@ -54,7 +54,7 @@ fn word(code: Code) -> &'static str {
         Code::TaskNotFound | Code::VersionNotFound => "model_not_found",
         Code::InputTooLong => "context_length_exceeded",
         Code::Unauthorized => "invalid_api_key",
-        Code::Overloaded => "rate_limit_exceeded",
+        Code::Overloaded | Code::RateLimited => "rate_limit_exceeded",
         code => code.as_str(),
     }
 }

@@ -157,7 +157,7 @@ pub fn register(files: &Records<FileRecord>, tenant: u64, file: File) -> std::io
 }
 
 /// A caller's file.
-pub fn find(app: &App, caller: Caller, id: &str) -> Result<File, Problem> {
+pub fn find(app: &App, caller: &Caller, id: &str) -> Result<File, Problem> {
     let found = app.files.get(id).filter(|record| record.tenant == caller.tenant);
     let shown: String = id.chars().take(80).collect();
     found
@@ -281,7 +281,7 @@ async fn retrieve(
     caller: Caller,
     Path(id): Path<String>,
 ) -> Result<axum::Json<File>, Problem> {
-    find(&app, caller, &id).map(axum::Json)
+    find(&app, &caller, &id).map(axum::Json)
 }
 
 /// Download a file
@@ -290,7 +290,7 @@ async fn retrieve(
     responses((status = 200, body = String, content_type = "application/octet-stream", description = "Its content")),
     extensions(("x-problems" = json!(["file_not_found"]))))]
 async fn content(State(app): State<AppState>, caller: Caller, Path(id): Path<String>) -> Result<Response, Problem> {
-    let file = find(&app, caller, &id)?;
+    let file = find(&app, &caller, &id)?;
     let path = app.files.file(&content_name(&file.id)).map_err(Problem::internal)?;
     let mut content = tokio::fs::File::open(path).await.map_err(Problem::internal)?;
     let pieces = async_stream::stream! {
@@ -325,7 +325,7 @@ async fn delete(
     caller: Caller,
     Path(id): Path<String>,
 ) -> Result<axum::Json<Deleted>, Problem> {
-    let file = find(&app, caller, &id)?;
+    let file = find(&app, &caller, &id)?;
     let remove = move || -> std::io::Result<()> {
         app.files.remove(&file.id)?;
         std::fs::remove_file(app.files.file(&content_name(&file.id))?)

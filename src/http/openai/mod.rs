@@ -19,7 +19,11 @@ use std::sync::Arc;
 
 use utoipa_axum::{router::OpenApiRouter, routes};
 
-use super::{App, AppState, problem::Problem};
+use super::{
+    App, AppState,
+    access::Caller,
+    problem::{Code, Problem},
+};
 use crate::prompt::Version;
 
 /// OpenAI's routes that ask the model something, with their places in the specification.
@@ -41,13 +45,12 @@ pub fn other_routes() -> OpenApiRouter<AppState> {
 }
 
 /// What a `model` means: a task's active version, the version after an `@`, or the base model.
-fn resolve(app: &App, model: &str) -> Result<Arc<Version>, Problem> {
-    match app.registry.resolve(model, None) {
+async fn resolve(app: &App, caller: &Caller, model: &str) -> Result<Arc<Version>, Problem> {
+    match app.version(caller, model, None).await {
         Ok(version) => Ok(version),
         // A task goes first, should a model have its name.
-        Err(_) if model == app.model.name => Ok(Arc::clone(&app.base)),
-        Err(error) => {
-            let problem = Problem::from(error);
+        Err(problem) if model == app.model.name && problem.code != Code::Forbidden => Ok(Arc::clone(&app.base)),
+        Err(problem) => {
             let detail = format!("model: {}; the base model is {:?}", problem.detail, app.model.name);
             Err(Problem { detail, ..problem })
         }

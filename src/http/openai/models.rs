@@ -1,12 +1,20 @@
 //! `GET /v1/models`: the tasks and the base model.
 
+use std::sync::Arc;
+
 use axum::extract::{Path, State, rejection::PathRejection};
 use serde::Serialize;
 use utoipa::ToSchema;
 
 use super::resolve;
 use crate::{
-    http::{App, AppState, problem::Problem},
+    http::{
+        App, AppState,
+        access::Caller,
+        blocking,
+        extract::{NameRange, Query},
+        problem::Problem,
+    },
     prompt::Version,
 };
 
@@ -16,6 +24,8 @@ use crate::{
 pub struct Models {
     pub object: &'static str,
     pub data: Vec<Model>,
+    /// Whether there are more after these.
+    pub has_more: bool,
 }
 
 /// A task, or the base model.
@@ -57,13 +67,24 @@ impl Model {
 ///
 /// OpenAI's list: each task with an active version, and the base model.
 #[utoipa::path(get, path = "/v1/models", tag = "openai",
-    responses((status = 200, body = Models, description = "The tasks by name, then the base model")))]
-pub async fn list(State(app): State<AppState>) -> axum::Json<Models> {
-    let active = app.registry.active();
+    params(NameRange),
+    responses((status = 200, body = Models, description = "The tasks by name; the base model ends the first page")),
+    extensions(("x-problems" = json!(["invalid_request"]))))]
+pub async fn list(
+    State(app): State<AppState>,
+    caller: Caller,
+    Query(range): Query<NameRange>,
+) -> Result<axum::Json<Models>, Problem> {
+    let (limit, is_first) = (range.limit()?, range.after.is_none());
+    let registry = Arc::clone(&app.registry);
+    let sees_base = caller.check_task(&app.model.name).is_ok();
+    let listed = move || registry.active_page(range.after.as_deref(), limit, |task| caller.sees(task));
+    let page = blocking(move || Ok::<_, Problem>(listed())).await?;
+    let (active, has_more) = (page.items, page.next.is_some());
     let tasks = active.iter().map(|version| Model::new(&app, version.task.to_string(), version));
     let has_its_name = active.iter().any(|version| version.task.as_str() == app.model.name);
-    let base = (!has_its_name).then(|| Model::new(&app, app.model.name.clone(), &app.base));
-    axum::Json(Models { object: "list", data: tasks.chain(base).collect() })
+    let base = (!has_its_name && is_first && sees_base).then(|| Model::new(&app, app.model.name.clone(), &app.base));
+    Ok(axum::Json(Models { object: "list", data: tasks.chain(base).collect(), has_more }))
 }
 
 /// Show a model
@@ -75,9 +96,10 @@ pub async fn list(State(app): State<AppState>) -> axum::Json<Models> {
     extensions(("x-problems" = json!(["task_not_found", "version_not_found", "no_active_version"]))))]
 pub async fn retrieve(
     State(app): State<AppState>,
+    caller: Caller,
     model: Result<Path<String>, PathRejection>,
 ) -> Result<axum::Json<Model>, Problem> {
     let Path(model) = model.map_err(|error| Problem::field("model", error.body_text()))?;
-    let version = resolve(&app, &model)?;
+    let version = resolve(&app, &caller, &model).await?;
     Ok(axum::Json(Model::new(&app, model, &version)))
 }

@@ -11,22 +11,52 @@ function score(metrics) {
   return shown.map(([name, value]) => `${name.replaceAll("_", " ")} ${value}`).join(", ") || "–";
 }
 
-/** The tasks as the admin API has them, or as anyone may see them. */
-async function listed() {
+/** What the admin API answers, or what anyone may see; and which it was. */
+async function adminOr(adminPath, path) {
   try {
-    return [(await call("GET", "/v1/admin/tasks")).tasks, true];
+    return [await call("GET", adminPath), true];
   } catch (problem) {
     if (problem.status !== 401 && problem.status !== 403) throw problem;
-    const { tasks } = await call("GET", "/v1/tasks");
-    return [tasks.map((task) => ({ task: task.task, active: task.version, versions: [{ ...task, active: true }] })), false];
+    return [await call("GET", path), false];
   }
 }
 
-export default async function tasks(root, name) {
-  const [all, isAdmin] = await listed();
-  if (name) return one(root, all.find((task) => task.task === name), name, isAdmin);
+/** A task of the public list, as the admin API would have it. */
+const asAdmin = (task) => ({ task: task.task, active: task.version, versions: [{ ...task, active: true }] });
+
+/** A page of the tasks by name. */
+async function listed(after) {
+  const query = after ? `?after=${encodeURIComponent(after)}` : "";
+  const [page, isAdmin] = await adminOr(`/v1/admin/tasks${query}`, `/v1/tasks${query}`);
+  return { tasks: isAdmin ? page.tasks : page.tasks.map(asAdmin), next: page.next, isAdmin };
+}
+
+async function find(name) {
+  const path = encodeURIComponent(name);
+  try {
+    const [task, isAdmin] = await adminOr(`/v1/admin/tasks/${path}/versions`, `/v1/tasks/${path}`);
+    return [isAdmin ? task : asAdmin(task), isAdmin];
+  } catch (problem) {
+    if (problem.status !== 404) throw problem;
+    return [undefined, false];
+  }
+}
+
+/** Where a version's tensors are: in the key-value cache, in memory, or only in the store. */
+const where = (residency) => residency && (residency.cache === "resident" ? "cached" : residency.loaded ? "in memory" : "stored");
+
+export default async function tasks(root, name, after) {
+  if (name) {
+    const [task, isAdmin] = await find(name);
+    return one(root, task, name, isAdmin);
+  }
+  const { tasks: all, next, isAdmin } = await listed(after);
   const samples = await metrics();
   const active = (task) => task.versions.find((version) => version.version === task.active);
+  const more = () => {
+    root.replaceChildren();
+    return tasks(root, undefined, next);
+  };
   root.append(
     el("h1", {}, "Tasks"),
     all.length === 0
@@ -37,11 +67,12 @@ export default async function tasks(root, name) {
           ["Virtual tokens", (t) => active(t)?.virtual_tokens?.toString(), true],
           ["Size", (t) => active(t)?.residency && bytes(active(t).residency.bytes), true],
           ["Active version", (t) => t.active && el("code", {}, t.active)],
-          ["Cache", (t) => active(t)?.residency?.cache],
+          ["Where", (t) => where(active(t)?.residency)],
           ["Requests", (t) => sum(samples, "softserve_request_input_tokens_count", t.task).toString(), true],
           ["First token p50", (t) => milliseconds(quantile(samples, FIRST_TOKEN, t.task, 0.5)), true],
           ["p95", (t) => milliseconds(quantile(samples, FIRST_TOKEN, t.task, 0.95)), true],
         ], all),
+    next ? el("p", {}, el("button", { onclick: more }, `Tasks after ${next}`)) : "",
     copyAsCurl(() => ["GET", isAdmin ? "/v1/admin/tasks" : "/v1/tasks"]),
   );
 }
@@ -72,11 +103,13 @@ function one(root, task, name, isAdmin) {
     el("dl", {}, detail("Template", el("code", {}, current?.template ?? (current?.fields ?? []).join(", "))),
       detail("Labels", Object.keys(Array.isArray(current?.labels) ? Object.fromEntries(current.labels.map((l) => [l, 1])) : current?.labels ?? {}).join(", ")),
       detail("Defaults", current?.defaults && el("code", {}, JSON.stringify(current.defaults)))),
+    ...(task.unreadable ?? []).map((v) => el("p", { class: "bad" }, `Version ${v.version} cannot be read: ${v.reason}`)),
     table("Versions, the newest first", [
       ["Version", (v) => el("code", {}, v.version)],
       ["Stored", (v) => date(v.stored_at)],
       ["Type", (v) => v.peft_type],
       ["Virtual tokens", (v) => v.virtual_tokens?.toString(), true],
+      ["Where", (v) => where(v.residency)],
       ["Measured", (v) => score(v.metrics ?? {})],
       ["", (v) => (v.version === task.active ? el("strong", {}, "answers") : isAdmin && el("button", { onclick: () => activate(v.version) }, `Activate ${v.version}`))],
     ], newest),

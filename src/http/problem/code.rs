@@ -49,9 +49,9 @@ codes! {
     InvalidUpload "invalid_upload" BAD_REQUEST "The upload cannot be unpacked"
         "The archive is damaged, has an unsafe entry, or holds no learned prompt.";
     Unauthorized "unauthorized" UNAUTHORIZED "A key is needed"
-        "The server requires a key, and the request has none or an unknown one.";
+        "The server requires a key, and the request has none, an unknown one, or one that has expired.";
     Forbidden "forbidden" FORBIDDEN "Not allowed"
-        "The key is not an admin key, or the admin routes are closed because no admin key is set.";
+        "The key does not have the role or the task that the request needs, or the admin routes are closed because no admin key is set.";
     NotFound "not_found" NOT_FOUND "No such path"
         "The server has no such path.";
     TaskNotFound "task_not_found" NOT_FOUND "No such task"
@@ -98,10 +98,14 @@ codes! {
         "task.json has an unknown field, a wrong value or a template that does not parse.";
     Overloaded "overloaded" TOO_MANY_REQUESTS "Too many requests"
         "The queue is full; try again after Retry-After seconds.";
+    RateLimited "rate_limited" TOO_MANY_REQUESTS "The key's limit is reached"
+        "The key has used its requests or tokens of the last minute, or has its maximum of requests running; try again after Retry-After seconds.";
     Internal "internal" INTERNAL_SERVER_ERROR "The server failed"
         "A fault of the server; its log has the cause under the request id.";
     Unavailable "unavailable" SERVICE_UNAVAILABLE "The server accepts no requests now"
         "The server is starting or stopping; try again after Retry-After seconds.";
+    PromptUnreadable "prompt_unreadable" SERVICE_UNAVAILABLE "The learned prompt cannot be read"
+        "The version is stored, but the prompt store does not give its files now, or they have been changed or removed.";
     Timeout "timeout" GATEWAY_TIMEOUT "No answer in time"
         "The time that the request or the server gives was over before there was an answer.";
 }

@@ -91,7 +91,11 @@ impl From<RegistryError> for Problem {
     fn from(error: RegistryError) -> Self {
         match error {
             RegistryError::TaskNotFound { task, known } => {
-                let detail = format!("there is no task {:?}; the tasks are: {}", cut(&task), some(&known));
+                let known = match known.is_empty() {
+                    true => "GET /v1/tasks lists the tasks".to_owned(),
+                    false => format!("the tasks are: {}", some(&known)),
+                };
+                let detail = format!("there is no task {:?}; {known}", cut(&task));
                 Self::new(Code::TaskNotFound, detail)
             }
             RegistryError::VersionNotFound { task, version, known } => {
@@ -104,6 +108,10 @@ impl From<RegistryError> for Problem {
                 format!(
                     "task {task} has no active version: name one with \"version\", or activate one with PUT /v1/admin/tasks/{task}/active"
                 ),
+            ),
+            error @ RegistryError::Unreadable { .. } => Self::new(
+                Code::PromptUnreadable,
+                format!("{error}: restore its files, upload it again, or activate another version"),
             ),
             error @ RegistryError::Composition { .. } => Self::field("task", error.to_string()),
             RegistryError::Invalid(faults) => faults.into(),

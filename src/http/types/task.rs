@@ -54,6 +54,10 @@ pub struct TaskLimits {
 #[derive(Debug, Serialize, ToSchema)]
 pub struct TaskList {
     pub tasks: Vec<TaskInfo>,
+    /// The last task of this page if there are more: the next page is the one after it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub next: Option<TaskName>,
 }
 
 /// What a version is, beside its tensors.

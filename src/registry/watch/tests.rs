@@ -9,7 +9,13 @@ use crate::{
 };
 
 fn open(root: &Path) -> Arc<Registry> {
-    let config = RegistryConfig { root: root.to_owned(), fit: fixtures::fit(), max_tasks: 8, max_versions_per_task: 8 };
+    let config = RegistryConfig {
+        root: root.to_owned(),
+        fit: fixtures::fit(),
+        max_tasks: 8,
+        max_versions_per_task: 8,
+        max_loaded_bytes: 64 << 20,
+    };
     Registry::open(config).expect("opens")
 }
 

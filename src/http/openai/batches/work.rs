@@ -15,6 +15,7 @@ use super::{
     Batch, BatchError, BatchErrors, BatchRecord, RequestCounts, Status,
 };
 use crate::{
+    config::TaskPatterns,
     http::{
         App, AppState,
         access::Caller,
@@ -143,7 +144,7 @@ async fn work(app: &AppState, id: &str, mut cancelled: watch::Receiver<bool>) ->
     let mut errors = Output::open(app, &record.error_id).await?;
     let mut counts = RequestCounts { total, completed: output.lines, failed: errors.lines };
     let lines = lines(File::open(&path).await?).skip((output.lines + errors.lines) as usize);
-    let caller = Caller { tenant: record.tenant, is_batch: true };
+    let caller = Caller::of_batch(record.tenant, TaskPatterns::new(record.tasks.clone()));
     let answers = Lines::new(Arc::clone(app), caller).only(&batch.endpoint).answers(lines, LINES_AT_ONCE);
     pin_mut!(answers);
     let expires = batch.expires_at.map(|at| std::time::Duration::from_secs(at.saturating_sub(now())));

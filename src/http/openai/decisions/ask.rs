@@ -67,7 +67,7 @@ pub struct AllDecided {
 }
 
 /// Who asks, and how.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Asking<'a> {
     pub app: &'a App,
     pub caller: Caller,
@@ -133,8 +133,8 @@ impl Asking<'_> {
 
     async fn prepare(&self, input: &[Message], question: &Question) -> Result<Ready, Problem> {
         let model = question.task.as_deref().unwrap_or(self.model);
-        let version = resolve(self.app, model)?;
-        let call = Call { caller: self.caller, version, scheduling: self.scheduling, started: self.started };
+        let version = resolve(self.app, &self.caller, model).await?;
+        let call = Call { caller: self.caller.clone(), version, scheduling: self.scheduling, started: self.started };
         match call.version.learned_prompt() {
             Some(_) => self.of_task(call, input, question).await,
             None => self.of_base(call, input, question).await,

@@ -135,7 +135,7 @@ pub async fn create(
     if !(1..=MAX_QUESTIONS).contains(&found) {
         return Err(Problem::field("questions", format!("found {found}, expected 1 to {MAX_QUESTIONS}")));
     }
-    let scheduling = Scheduling::check(&app, caller, request.timeout_ms, request.priority)?;
+    let scheduling = Scheduling::check(&app, &caller, request.timeout_ms, request.priority)?;
     let questions: Vec<Question> =
         request.questions.iter().map(|(name, question)| question.read(name)).collect::<Result<_, _>>()?;
     let state = [Message { role: "user".to_owned(), content: words(&request.state), name: None }];

@@ -1,0 +1,241 @@
+//! Changes of tasks: publish, activate, delete. One writer at a time, and every change is on the disk before it is seen.
+
+use std::sync::Arc;
+
+use super::{
+    Registry, RegistryError, TaskEntry,
+    scan::Scan,
+    state::{Stored, TaskState},
+    store::Active,
+};
+use crate::prompt::{
+    Digest, TaskName, Version,
+    format::{self, Fault, FaultKind, Faults, PromptFiles},
+};
+
+/// What a publish did.
+#[derive(Debug, Clone)]
+pub struct Published {
+    pub version: Arc<Version>,
+    /// False when the very same version was there before.
+    pub created: bool,
+    pub active: bool,
+    pub generation: u64,
+    /// The ids of the task's active version before and after.
+    pub active_before: Option<String>,
+    pub active_after: Option<String>,
+}
+
+/// What an activation did.
+#[derive(Debug, Clone)]
+pub struct Activated {
+    pub task: TaskEntry,
+    /// The id of the active version before.
+    pub before: Option<String>,
+}
+
+impl Registry {
+    /// Checks, stores and then shows a version. Blocks on the disk: call it off the async threads.
+    pub fn publish(&self, task: TaskName, files: PromptFiles, activate: bool) -> Result<Published, RegistryError> {
+        let version = self.read_version(task, &files)?;
+        self.publish_checked(version, files, activate)
+    }
+
+    /// Reads a version and checks it against the model. Nothing is stored.
+    pub fn read_version(&self, task: TaskName, files: &PromptFiles) -> Result<Arc<Version>, RegistryError> {
+        Ok(Arc::new(format::read(task, files, &self.config.fit)?))
+    }
+
+    /// Stores and then shows a version that [`read_version`](Self::read_version) has read of these files. Blocks on the disk.
+    pub fn publish_checked(
+        &self,
+        version: Arc<Version>,
+        files: PromptFiles,
+        activate: bool,
+    ) -> Result<Published, RegistryError> {
+        let task = version.task.clone();
+        let mut scan = self.writer();
+        let _lock = self.store.lock();
+        self.scan_task(&mut scan, &task);
+
+        let digest = version.digest;
+        let old = self.known_state(&task);
+        if let Some(state) = &old
+            && let Some(found) = state.by_id(&digest.id())
+        {
+            return self.publish_again(state, found.digest, version, &files, activate);
+        }
+        self.check_room(&task, old.as_deref())?;
+
+        let mut state = old.as_deref().cloned().unwrap_or_default();
+        let active_before = state.active.map(|active| active.id());
+        if activate {
+            state.generation = state.generation.saturating_add(1);
+            state.active = Some(digest);
+        }
+        let active = activate.then(|| Active { version: digest.id(), generation: state.generation });
+        self.store.add_version(&task, digest, &files, active.as_ref())?;
+        let stored_at = self.store.stored_at(&self.store.version_dir(&task, &digest.id()));
+        state.insert(Stored::new(digest, stored_at));
+        let (generation, active_after) = (state.generation, state.active.map(|active| active.id()));
+        self.residency.insert(Arc::clone(&version));
+        self.show(&task, state, Some(&version));
+        tracing::info!(%task, version = %digest, active = activate, generation, "published");
+        for warning in &version.warnings {
+            tracing::warn!(%task, version = %digest, "{warning}");
+        }
+        Ok(Published { version, created: true, active: activate, generation, active_before, active_after })
+    }
+
+    /// Makes a stored version the one that answers, if the generation is still `expected`. Blocks
+    /// on the disk.
+    pub fn activate(&self, task: &str, version: &str, expected: Option<u64>) -> Result<Activated, RegistryError> {
+        let mut scan = self.writer();
+        let _lock = self.store.lock();
+        let (name, state) = self.fresh_state(&mut scan, task)?;
+        let stored = state.find(&name, version)?;
+        if let Some(expected) = expected.filter(|expected| *expected != state.generation) {
+            return Err(RegistryError::PreconditionFailed { expected: expected.to_string(), found: state.generation });
+        }
+        let version = self.load(&name, stored)?;
+        let before = state.active.map(|active| active.id());
+        let state = self.make_active(&name, &state, &version)?;
+        Ok(Activated { task: self.entry(&name, &state), before })
+    }
+
+    /// Removes a task and its versions; running requests finish on what they hold. The id of the version that was active.
+    /// Blocks on the disk.
+    pub fn delete_task(&self, task: &str) -> Result<Option<String>, RegistryError> {
+        let mut scan = self.writer();
+        let _lock = self.store.lock();
+        let (name, state) = self.fresh_state(&mut scan, task)?;
+        self.remove(&mut scan, &name)?;
+        Ok(state.active.map(|active| active.id()))
+    }
+
+    /// Removes one version; the active one only as the last of its task, which then goes too. Its id, and that of the version
+    /// that is active. Blocks on the disk.
+    pub fn delete_version(&self, task: &str, version: &str) -> Result<(String, Option<String>), RegistryError> {
+        let mut scan = self.writer();
+        let _lock = self.store.lock();
+        let (name, state) = self.fresh_state(&mut scan, task)?;
+        let digest = state.find(&name, version)?.digest;
+        if state.versions.len() == 1 {
+            self.remove(&mut scan, &name)?;
+            return Ok((digest.id(), None));
+        }
+        if state.active == Some(digest) {
+            return Err(RegistryError::VersionActive { task: name, version: digest.id() });
+        }
+        self.store.remove_version(&name, &digest.id())?;
+        let mut state = TaskState::clone(&state);
+        if state.plain == Some(digest) {
+            self.store.remove_plain(&name)?;
+            state.plain = None;
+        }
+        state.versions.retain(|stored| stored.digest != digest);
+        self.residency.remove(&name, digest);
+        let state = self.show(&name, state, None);
+        tracing::info!(task = %name, version = %digest, "deleted version");
+        Ok((digest.id(), state.active.map(|active| active.id())))
+    }
+
+    /// A task as the disk has it now, for a writer.
+    fn fresh_state(&self, scan: &mut Scan, task: &str) -> Result<(TaskName, Arc<TaskState>), RegistryError> {
+        if let Ok(name) = task.parse() {
+            self.scan_task(scan, &name);
+        }
+        self.read_state(task)
+    }
+
+    /// Publishes what is stored under the digest `found`.
+    fn publish_again(
+        &self,
+        state: &Arc<TaskState>,
+        found: Digest,
+        version: Arc<Version>,
+        files: &PromptFiles,
+        activate: bool,
+    ) -> Result<Published, RegistryError> {
+        let (task, digest) = (&version.task, version.digest);
+        if found != digest {
+            let detail = format!(
+                "another version has the same id {digest}, whose first {} hex digits are equal; change the prompt's \
+                 description in task.json and publish it again",
+                digest.id().len()
+            );
+            return Err(Faults(vec![Fault { kind: FaultKind::Malformed, detail }]).into());
+        }
+        if let Some(curve) = &files.curve {
+            self.store.add_curve(task, &digest.id(), curve)?;
+        }
+        let id = |state: &TaskState| state.active.map(|active| active.id());
+        let active_before = id(state);
+        let state = self.repaired(task, state, digest, files)?;
+        self.residency.insert(Arc::clone(&version));
+        let state = if activate { self.make_active(task, &state, &version)? } else { state };
+        let active = state.active == Some(digest);
+        let (generation, active_after) = (state.generation, id(&state));
+        Ok(Published { version, created: false, active, generation, active_before, active_after })
+    }
+
+    /// Stores a version's files again where those on the disk were damaged or removed.
+    fn repaired(
+        &self,
+        task: &TaskName,
+        state: &Arc<TaskState>,
+        digest: Digest,
+        files: &PromptFiles,
+    ) -> Result<Arc<TaskState>, RegistryError> {
+        let is_plain = state.plain == Some(digest) && self.store.read_plain(task).is_ok_and(|f| f.digest() == digest);
+        if is_plain || self.store.read_version(task, &digest.id()).is_ok() {
+            return Ok(Arc::clone(state));
+        }
+        tracing::warn!(%task, version = %digest, "the version's files could not be read; they are stored again");
+        self.store.add_version(task, digest, files, None)?;
+        let mut state = TaskState::clone(state);
+        state.versions.iter_mut().filter(|stored| stored.digest == digest).for_each(|stored| stored.kept = None);
+        Ok(self.show(task, state, None))
+    }
+
+    fn check_room(&self, task: &TaskName, state: Option<&TaskState>) -> Result<(), RegistryError> {
+        let (max_tasks, max_versions) = (self.config.max_tasks, self.config.max_versions_per_task);
+        match state {
+            None if self.tasks.len() >= max_tasks => {
+                let what = format!("there are {max_tasks} tasks, which is the maximum; delete one first");
+                Err(RegistryError::Full { what })
+            }
+            Some(state) if state.versions.len() >= max_versions => {
+                let what = format!(
+                    "task {task} has {} versions; the maximum is {max_versions}; delete one first",
+                    state.versions.len()
+                );
+                Err(RegistryError::Full { what })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn make_active(
+        &self,
+        task: &TaskName,
+        state: &Arc<TaskState>,
+        version: &Arc<Version>,
+    ) -> Result<Arc<TaskState>, RegistryError> {
+        if state.active == Some(version.digest) {
+            return Ok(Arc::clone(state));
+        }
+        let generation = state.generation.saturating_add(1);
+        self.store.write_active(task, &Active { version: version.digest.id(), generation })?;
+        tracing::info!(%task, version = %version.digest, generation, "activated");
+        let state = TaskState { generation, active: Some(version.digest), ..TaskState::clone(state) };
+        Ok(self.show(task, state, Some(version)))
+    }
+
+    fn remove(&self, scan: &mut Scan, task: &TaskName) -> Result<(), RegistryError> {
+        self.store.remove_task(task)?;
+        self.forget(scan, task);
+        tracing::info!(%task, "deleted task");
+        Ok(())
+    }
+}
