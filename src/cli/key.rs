@@ -12,11 +12,11 @@ use crate::config::check_key_table;
 
 /// Make a new key, and the table for the server's file of --keys, which holds only the key's SHA-256.
 ///
-/// The key is shown once. Give it to whoever calls the server, and append the table to the file; a running server reads the
-/// file again when it changes.
+/// The key is shown once, on standard error. Give it to whoever calls the server. The table goes to standard output, to be
+/// appended to the file; a running server reads the file again when it changes.
 #[derive(Debug, Clone, Args)]
-#[command(after_help = "Examples:\n  softserve key --name app\n  \
-    softserve key --name ci --role admin --task 'team-a-*' --expires 2027-12-31")]
+#[command(after_help = "Examples:\n  softserve key --name app >> keys.toml\n  \
+    softserve key --name ci --role admin --task 'team-a-*' --expires 2027-12-31 >> keys.toml")]
 pub struct KeyArgs {
     /// What logs call the key.
     #[arg(long, value_name = "NAME")]
@@ -54,14 +54,15 @@ enum Role {
     Admin,
 }
 
-/// Prints a key and its table.
-pub fn run(args: &KeyArgs, out: &mut dyn Write) -> Result<()> {
+/// Prints a key for people, and its table.
+pub fn run(args: &KeyArgs, out: &mut dyn Write, err: &mut dyn Write) -> Result<()> {
     let mut random = [0; 32];
     rand::rngs::OsRng.try_fill_bytes(&mut random).context("the system gives no random numbers")?;
     let key = format!("ss-{}", BASE64_URL_SAFE_NO_PAD.encode(random));
     let table = table(args, &key);
     check_key_table(&table).map_err(anyhow::Error::msg)?;
-    writeln!(out, "The key, which is not shown again:\n\n    {key}\n\nThe table for the file of --keys:\n\n{table}")?;
+    writeln!(err, "The key, which is not shown again:\n\n    {key}\n")?;
+    writeln!(out, "{table}")?;
     Ok(())
 }
 

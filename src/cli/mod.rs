@@ -71,7 +71,7 @@ pub fn run() -> ExitCode {
         Cli { command: Some(Command::Convert(args)), .. } => convert::run(&args, &mut io::stdout()),
         Cli { command: Some(Command::Inspect(args)), .. } => inspect::run(&args, &mut io::stdout()),
         Cli { command: Some(Command::Push(args)), .. } => push::run(&args, &mut io::stdout()),
-        Cli { command: Some(Command::Key(args)), .. } => key::run(&args, &mut io::stdout()),
+        Cli { command: Some(Command::Key(args)), .. } => key::run(&args, &mut io::stdout(), &mut io::stderr()),
         Cli { command: Some(Command::Run(args)), .. } => run::run(&args, &mut io::stdout()),
         Cli { command: Some(Command::Bench(args)), .. } => bench::run(&args),
         Cli { command: Some(Command::Health(args)), .. } => health::run(&args, &mut io::stdout()),

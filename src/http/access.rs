@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use axum::{
     extract::{FromRequestParts, Request, State},
-    http::{HeaderMap, header, request::Parts},
+    http::{HeaderMap, HeaderName, header, request::Parts},
     middleware::Next,
     response::{IntoResponse as _, Response},
 };
@@ -21,7 +21,7 @@ use super::{
 use crate::{
     config::{Access, Key, TaskPatterns, is_loopback_host},
     prompt::TaskName,
-    registry::{RegistryError, named_tasks},
+    registry::{Draw, RegistryError, named_tasks},
 };
 
 /// Open to everyone: nothing here shows or changes a task.
@@ -29,6 +29,8 @@ pub(super) const OPEN: [&str; 5] = ["/health/live", "/health/ready", "/openapi.j
 const METRICS: &str = "/metrics";
 const ADMIN: &str = "/v1/admin";
 const FILES: &str = "/v1/files";
+/// Names whom or what a request is for, so that all its requests get the same version of a split.
+const SPLIT_KEY: HeaderName = HeaderName::from_static("x-softserve-split-key");
 /// Paths whose next part is a task's name.
 const OF_A_TASK: [&str; 2] = ["/v1/tasks/", "/v1/admin/tasks/"];
 
@@ -44,6 +46,8 @@ pub struct Caller {
     pub tasks: TaskPatterns,
     /// What its key is called.
     pub name: Option<Arc<str>>,
+    /// Where the requests of a task are split between versions: requests of one key get the same version.
+    pub split_key: Option<Arc<str>>,
     /// What its key has used, if it has limits.
     pub(super) quota: Option<Arc<Quota>>,
 }
@@ -51,7 +55,7 @@ pub struct Caller {
 impl Caller {
     /// The one tenant of all who need no key.
     pub fn anyone() -> Self {
-        Self { tenant: 0, is_batch: false, tasks: TaskPatterns::all(), name: None, quota: None }
+        Self { tenant: 0, is_batch: false, tasks: TaskPatterns::all(), name: None, split_key: None, quota: None }
     }
 
     /// For whom the lines of a batch are asked.
@@ -77,6 +81,11 @@ impl Caller {
             self.tasks.patterns().join(", ")
         );
         Err(Problem::new(Code::Forbidden, detail))
+    }
+
+    /// What decides which version of a split its request gets.
+    pub fn draw(&self) -> Draw<'_> {
+        self.split_key.as_deref().map_or(Draw::Random, Draw::Key)
     }
 
     /// Whether a list has a task for this caller.
@@ -119,6 +128,8 @@ pub async fn check(State(app): State<AppState>, mut request: Request, next: Next
     let admitted = allow(&app.access, path, request.headers()).and_then(|key| admit(&app, path, key));
     let (response, caller) = match admitted {
         Ok((caller, slot)) => {
+            let split_key = request.headers().get(SPLIT_KEY).and_then(|value| value.to_str().ok()).map(Arc::from);
+            let caller = Caller { split_key, ..caller };
             request.extensions_mut().insert(caller.clone());
             let response = next.run(request).await;
             let response = match slot {

@@ -2,6 +2,7 @@
 //! the async threads.
 
 mod contents;
+mod routing;
 mod types;
 mod upload;
 
@@ -9,14 +10,14 @@ use std::sync::Arc;
 
 use axum::{
     extract::{DefaultBodyLimit, Request, State},
-    http::{HeaderMap, HeaderValue, StatusCode, header},
+    http::{HeaderValue, StatusCode, header},
     response::{IntoResponse as _, Response},
 };
 use metrics::counter;
 use utoipa_axum::{router::OpenApiRouter, routes};
 
 use self::{
-    types::{ActiveVersion, AdminTask, AdminTaskList, AdminVersion, Binary, UploadForm, UploadQuery, Uploaded},
+    types::{AdminTask, AdminTaskList, AdminVersion, Binary, UploadForm, UploadQuery, Uploaded},
     upload::store,
 };
 use super::{
@@ -24,13 +25,10 @@ use super::{
     access::Caller,
     audit::Change,
     blocking,
-    extract::{Json, NameRange, Query, TaskParam, VersionParam},
+    extract::{NameRange, Query, TaskParam, VersionParam},
     problem::Problem,
 };
-use crate::{
-    registry::{Activated, TaskEntry},
-    telemetry,
-};
+use crate::{registry::TaskEntry, telemetry};
 
 /// The admin routes. All lie under `/v1/admin`, which [`super::access`] closes.
 pub(super) fn routes() -> OpenApiRouter<AppState> {
@@ -41,7 +39,9 @@ pub(super) fn routes() -> OpenApiRouter<AppState> {
         .routes(routes!(contents::curve))
         .routes(routes!(contents::nearest))
         .routes(routes!(list_all))
-        .routes(routes!(activate))
+        .routes(routes!(routing::activate))
+        .routes(routes!(routing::roll_back))
+        .routes(routes!(routing::set_alias, routing::delete_alias))
         .routes(routes!(delete_task))
         .layer(DefaultBodyLimit::disable())
 }
@@ -138,45 +138,6 @@ pub(super) async fn get_version(
     Ok(axum::Json(AdminVersion::new(&app, entry)))
 }
 
-/// Activate a version
-///
-/// Requests that run go on with the version they began with. With `If-Match`, nothing happens
-/// unless the task is still in the state that the ETag names.
-#[utoipa::path(put, path = "/v1/admin/tasks/{task}/active", tag = "admin",
-    params(("task" = String, Path, description = "The task's name", example = "sentiment"),
-        ("if-match" = Option<String>, Header, description = "The task's ETag, or *", example = "\"7\"")),
-    request_body = ActiveVersion,
-    responses((status = 200, body = AdminTask, description = "The task as it is now",
-        headers(("etag" = String, description = "The task's generation")))),
-    extensions(("x-problems" = json!(["invalid_request", "incomplete_body", "task_not_found", "version_not_found",
-        "request_timeout", "precondition_failed", "body_too_large", "unsupported_media_type",
-        "unavailable"]))))]
-pub(super) async fn activate(
-    State(app): State<AppState>,
-    caller: Caller,
-    TaskParam(task): TaskParam,
-    headers: HeaderMap,
-    Json(ActiveVersion { version }): Json<ActiveVersion>,
-) -> Result<Response, Problem> {
-    let expected = if_match(&headers)?;
-    let registry = Arc::clone(&app.registry);
-    let activate = move || {
-        let expected = match expected {
-            Expected::Anything => None,
-            Expected::OneOf(generations) => {
-                // The registry compares with one: the present one if it is listed, else any.
-                let now = registry.generation(&task)?;
-                Some(if generations.contains(&now) { now } else { generations[0] })
-            }
-        };
-        registry.activate(&task, &version, expected)
-    };
-    let Activated { task: entry, before } = blocking(move || activate().map_err(|error| caller.problem(error))).await?;
-    tracing::info!(task = %entry.task, active = entry.active, generation = entry.generation, "a version was activated");
-    let change = Change { version: entry.active.clone(), before, after: entry.active.clone() };
-    Ok(with_change(change, with_etag(&app, entry)))
-}
-
 /// Delete a task
 ///
 /// With all its versions. Requests that run finish on what they hold.
@@ -216,25 +177,6 @@ pub(super) async fn delete_version(
     tracing::info!(task, version, "a version was deleted");
     let change = Change { version: Some(version), before: active.clone(), after: active };
     Ok(with_change(change, StatusCode::NO_CONTENT.into_response()))
-}
-
-/// The states of a task that an `If-Match` header allows.
-enum Expected {
-    Anything,
-    /// At least one.
-    OneOf(Vec<u64>),
-}
-
-fn if_match(headers: &HeaderMap) -> Result<Expected, Problem> {
-    let Some(value) = headers.get(header::IF_MATCH) else { return Ok(Expected::Anything) };
-    let text = value.to_str().unwrap_or_default();
-    if text.trim() == "*" {
-        return Ok(Expected::Anything);
-    }
-    let tag = |tag: &str| tag.trim().strip_prefix('"')?.strip_suffix('"')?.parse().ok();
-    text.split(',').map(tag).collect::<Option<Vec<_>>>().map(Expected::OneOf).ok_or_else(|| {
-        Problem::field("if-match", format!("found {text:?}, expected * or an ETag of the task such as \"7\""))
-    })
 }
 
 fn etag(generation: u64) -> String {

@@ -57,6 +57,13 @@ impl NameRange {
     }
 }
 
+/// A task's name and an alias from the path, as typed.
+#[derive(Debug)]
+pub struct AliasParam {
+    pub task: String,
+    pub alias: String,
+}
+
 /// A task's name and a version's id from the path, as typed.
 #[derive(Debug)]
 pub struct VersionParam {
@@ -203,6 +210,15 @@ impl FromRequestParts<AppState> for VersionParam {
     async fn from_request_parts(parts: &mut Parts, _: &AppState) -> Result<Self, Problem> {
         let mut params = params(parts).await?;
         Ok(Self { task: take(&mut params, "task")?, version: take(&mut params, "version")? })
+    }
+}
+
+impl FromRequestParts<AppState> for AliasParam {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, _: &AppState) -> Result<Self, Problem> {
+        let mut params = params(parts).await?;
+        Ok(Self { task: take(&mut params, "task")?, alias: take(&mut params, "alias")? })
     }
 }
 

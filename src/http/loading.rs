@@ -14,13 +14,14 @@ use super::{
 use crate::{prompt::Version, telemetry};
 
 impl App {
-    /// The version that answers: see [`Registry::resolve`](crate::registry::Registry::resolve).
+    /// The version that answers: see [`Registry::resolve_drawn`](crate::registry::Registry::resolve_drawn).
     ///
     /// # Errors
     /// The caller may not use it, there is none, its files cannot be read, or too many other requests wait for theirs.
     pub async fn version(&self, caller: &Caller, task: &str, version: Option<&str>) -> Result<Arc<Version>, Problem> {
         caller.check_task(task)?;
-        let in_memory = self.registry.resolve_in_memory(task, version).map_err(|error| caller.problem(error))?;
+        let draw = caller.draw();
+        let in_memory = self.registry.resolve_in_memory(task, version, draw).map_err(|error| caller.problem(error))?;
         if let Some(found) = in_memory {
             return Ok(found);
         }
@@ -38,7 +39,7 @@ impl App {
         let found = blocking(move || {
             // The permit is held until the disk has answered, even if the client has gone.
             let _permit = permit;
-            registry.resolve(&task, version.as_deref()).map_err(|error| caller.problem(error))
+            registry.resolve_drawn(&task, version.as_deref(), caller.draw()).map_err(|error| caller.problem(error))
         })
         .await;
         histogram!(telemetry::PROMPT_LOAD_SECONDS).record(started.elapsed().as_secs_f64());

@@ -1,10 +1,10 @@
 //! Lists of tasks and versions, a page at a time and by name. A version that is not in memory is read for the list and not
 //! kept, so that looking at everything evicts nothing.
 
-use std::{sync::Arc, time::SystemTime};
+use std::{collections::BTreeMap, sync::Arc, time::SystemTime};
 
 use super::{Registry, RegistryError, Stored, TaskState};
-use crate::prompt::{TaskName, Version};
+use crate::prompt::{Digest, TaskName, Version};
 
 /// One version as the admin API lists it.
 #[derive(Debug, Clone)]
@@ -33,6 +33,12 @@ pub struct TaskEntry {
     pub generation: u64,
     /// The id of the active version.
     pub active: Option<String>,
+    /// The ids of several versions with their shares of the requests, if these are split.
+    pub shares: Vec<(String, f64)>,
+    /// The names that versions have, with their ids.
+    pub aliases: BTreeMap<String, String>,
+    /// The ids of the versions that were active before, the last one first.
+    pub previous: Vec<String>,
     /// The newest first.
     pub versions: Vec<VersionEntry>,
     /// Versions that are stored and cannot be read now.
@@ -145,7 +151,16 @@ impl Registry {
                 Err(e) => unreadable.push(UnreadableVersion { version: stored.digest.id(), reason: e.to_string() }),
             }
         }
-        let active = state.active.map(|active| active.id());
-        TaskEntry { task: task.clone(), generation: state.generation, active, versions, unreadable }
+        let routing = &state.routing;
+        TaskEntry {
+            task: task.clone(),
+            generation: state.generation,
+            active: state.active.map(|active| active.id()),
+            shares: routing.shares.iter().map(|(digest, share)| (digest.id(), *share)).collect(),
+            aliases: routing.aliases.iter().map(|(alias, digest)| (alias.clone(), digest.id())).collect(),
+            previous: routing.previous.iter().map(Digest::id).collect(),
+            versions,
+            unreadable,
+        }
     }
 }

@@ -1,12 +1,14 @@
 //! Task names to versions: publish, resolve, activate, retire. Names move; versions never change. All tasks are known by name;
 //! the versions' content is in memory only as far as it is used.
 
+mod activate;
 mod composition;
 mod curve;
 mod list;
 pub mod package;
 mod publish;
 mod residency;
+mod routing;
 mod scan;
 mod state;
 mod store;
@@ -24,11 +26,13 @@ use crate::prompt::{
     TaskName, Version,
     format::{self, Faults, Fit},
 };
+pub use activate::{Activated, Activation};
 use composition::Compositions;
 pub use list::{Page, TaskEntry, UnreadableVersion, VersionEntry};
-pub use publish::{Activated, Published};
+pub use publish::Published;
 use residency::Residency;
 pub use residency::ResidencyStats;
+pub use routing::Draw;
 use scan::Scan;
 use state::{Slot, Stored, TaskState};
 use store::Store;
@@ -101,6 +105,14 @@ pub enum RegistryError {
     PreconditionFailed { expected: String, found: u64 },
     #[error("version {version} is active")]
     VersionActive { task: TaskName, version: String },
+    /// A version cannot be deleted.
+    #[error("version {version} is in use: {reason}")]
+    VersionInUse { task: TaskName, version: String, reason: String },
+    /// Shares or an alias that cannot be.
+    #[error("task {task}: {reason}")]
+    Routing { task: TaskName, reason: String },
+    #[error("task {task} has no version to go back to")]
+    NoPreviousVersion { task: TaskName },
     /// A version is stored, and its files cannot be read now.
     #[error("version {version} of task {task} cannot be read: {reason}")]
     Unreadable { task: TaskName, version: String, reason: String },
@@ -130,18 +142,29 @@ impl Registry {
     /// its digest, at least [`MIN_VERSION_PREFIX`] hex digits. `task` may name the version itself, as `task@version`, and
     /// several prompts that become one, as `task+task@version`. Blocks on the disk where a version is not in memory.
     pub fn resolve(&self, task: &str, version: Option<&str>) -> Result<Arc<Version>, RegistryError> {
-        let one = |(task, version): &(&str, Option<&str>)| self.resolve_one(task, *version);
+        self.resolve_drawn(task, version, Draw::Active)
+    }
+
+    /// As [`resolve`](Self::resolve); where requests are split between versions, `draw` says which one.
+    pub fn resolve_drawn(&self, task: &str, version: Option<&str>, draw: Draw) -> Result<Arc<Version>, RegistryError> {
+        let one = |(task, version): &(&str, Option<&str>)| self.resolve_one(task, *version, draw);
         let found = parts(task, version)?.iter().map(one).collect::<Result<Vec<_>, _>>()?;
         self.combined(task, found)
     }
 
-    /// What [`resolve`](Self::resolve) answers, as far as memory tells: `None` where it has to read the disk. Never blocks.
-    pub fn resolve_in_memory(&self, task: &str, version: Option<&str>) -> Result<Option<Arc<Version>>, RegistryError> {
+    /// What [`resolve_drawn`](Self::resolve_drawn) answers, as far as memory tells: `None` where it has to read the disk. Never
+    /// blocks.
+    pub fn resolve_in_memory(
+        &self,
+        task: &str,
+        version: Option<&str>,
+        draw: Draw,
+    ) -> Result<Option<Arc<Version>>, RegistryError> {
         let mut found = Vec::new();
         for (task, version) in parts(task, version)? {
             let (name, slot) = self.slot(task)?;
             let Slot::Read(state) = slot else { return Ok(None) };
-            match self.in_memory(&name, state.chosen(&name, version)?) {
+            match self.in_memory(&name, state.chosen(&name, version, draw)?) {
                 Some(version) => found.push(version),
                 None => return Ok(None),
             }
@@ -205,9 +228,9 @@ impl Registry {
         }
     }
 
-    fn resolve_one(&self, task: &str, version: Option<&str>) -> Result<Arc<Version>, RegistryError> {
+    fn resolve_one(&self, task: &str, version: Option<&str>, draw: Draw) -> Result<Arc<Version>, RegistryError> {
         let (name, state) = self.read_state(task)?;
-        let chosen = state.chosen(&name, version)?;
+        let chosen = state.chosen(&name, version, draw)?;
         let failed = match self.load(&name, chosen) {
             Ok(version) => return Ok(version),
             Err(error) => error,
@@ -215,7 +238,7 @@ impl Registry {
         // Its files may have been changed or removed since they were listed.
         self.scan_task(&mut self.writer(), &name);
         let (name, state) = self.read_state(task)?;
-        match state.chosen(&name, version)? {
+        match state.chosen(&name, version, draw)? {
             same if same.digest == chosen.digest && same.kept.is_none() => Err(failed),
             other => self.load(&name, other),
         }

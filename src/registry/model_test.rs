@@ -8,7 +8,7 @@ use std::{
 
 use proptest::prelude::*;
 
-use super::{Registry, RegistryConfig, RegistryError};
+use super::{Activation, Registry, RegistryConfig, RegistryError};
 use crate::prompt::fixtures::{fit, prompt};
 
 const TASKS: [&str; 3] = ["a", "b", "c"];
@@ -107,7 +107,9 @@ fn apply(registry: &Registry, op: &Op) -> &'static str {
             let name = TASKS[task].parse().expect("a name");
             registry.publish(name, prompt(f32::from(value)), activate).map(drop)
         }
-        Op::Activate { task, value, expected } => registry.activate(TASKS[task], &id(value), expected).map(drop),
+        Op::Activate { task, value, expected } => {
+            registry.activate(TASKS[task], &Activation::One(id(value)), expected).map(drop)
+        }
         Op::DeleteVersion { task, value } => registry.delete_version(TASKS[task], &id(value)).map(drop),
         Op::DeleteTask { task } => registry.delete_task(TASKS[task]).map(drop),
         Op::Rescan => registry.rescan(),

@@ -1,12 +1,11 @@
-//! Changes of tasks: publish, activate, delete. One writer at a time, and every change is on the disk before it is seen.
+//! Changes of versions: publish, delete. One writer at a time, and every change is on the disk before it is seen.
 
 use std::sync::Arc;
 
 use super::{
-    Registry, RegistryError, TaskEntry,
+    Registry, RegistryError,
     scan::Scan,
     state::{Stored, TaskState},
-    store::Active,
 };
 use crate::prompt::{
     Digest, TaskName, Version,
@@ -24,14 +23,6 @@ pub struct Published {
     /// The ids of the task's active version before and after.
     pub active_before: Option<String>,
     pub active_after: Option<String>,
-}
-
-/// What an activation did.
-#[derive(Debug, Clone)]
-pub struct Activated {
-    pub task: TaskEntry,
-    /// The id of the active version before.
-    pub before: Option<String>,
 }
 
 impl Registry {
@@ -71,9 +62,11 @@ impl Registry {
         let active_before = state.active.map(|active| active.id());
         if activate {
             state.generation = state.generation.saturating_add(1);
+            state.routing.push_previous(state.active);
+            state.routing.set_shares(Vec::new());
             state.active = Some(digest);
         }
-        let active = activate.then(|| Active { version: digest.id(), generation: state.generation });
+        let active = activate.then(|| state.routing.to_file(digest, state.generation));
         self.store.add_version(&task, digest, &files, active.as_ref())?;
         let stored_at = self.store.stored_at(&self.store.version_dir(&task, &digest.id()));
         state.insert(Stored::new(digest, stored_at));
@@ -85,22 +78,6 @@ impl Registry {
             tracing::warn!(%task, version = %digest, "{warning}");
         }
         Ok(Published { version, created: true, active: activate, generation, active_before, active_after })
-    }
-
-    /// Makes a stored version the one that answers, if the generation is still `expected`. Blocks
-    /// on the disk.
-    pub fn activate(&self, task: &str, version: &str, expected: Option<u64>) -> Result<Activated, RegistryError> {
-        let mut scan = self.writer();
-        let _lock = self.store.lock();
-        let (name, state) = self.fresh_state(&mut scan, task)?;
-        let stored = state.find(&name, version)?;
-        if let Some(expected) = expected.filter(|expected| *expected != state.generation) {
-            return Err(RegistryError::PreconditionFailed { expected: expected.to_string(), found: state.generation });
-        }
-        let version = self.load(&name, stored)?;
-        let before = state.active.map(|active| active.id());
-        let state = self.make_active(&name, &state, &version)?;
-        Ok(Activated { task: self.entry(&name, &state), before })
     }
 
     /// Removes a task and its versions; running requests finish on what they hold. The id of the version that was active.
@@ -127,6 +104,9 @@ impl Registry {
         if state.active == Some(digest) {
             return Err(RegistryError::VersionActive { task: name, version: digest.id() });
         }
+        if let Some(reason) = state.routing.use_of(digest) {
+            return Err(RegistryError::VersionInUse { task: name, version: digest.id(), reason });
+        }
         self.store.remove_version(&name, &digest.id())?;
         let mut state = TaskState::clone(&state);
         if state.plain == Some(digest) {
@@ -134,6 +114,7 @@ impl Registry {
             state.plain = None;
         }
         state.versions.retain(|stored| stored.digest != digest);
+        state.routing.forget(digest);
         self.residency.remove(&name, digest);
         let state = self.show(&name, state, None);
         tracing::info!(task = %name, version = %digest, "deleted version");
@@ -141,7 +122,7 @@ impl Registry {
     }
 
     /// A task as the disk has it now, for a writer.
-    fn fresh_state(&self, scan: &mut Scan, task: &str) -> Result<(TaskName, Arc<TaskState>), RegistryError> {
+    pub(super) fn fresh_state(&self, scan: &mut Scan, task: &str) -> Result<(TaskName, Arc<TaskState>), RegistryError> {
         if let Ok(name) = task.parse() {
             self.scan_task(scan, &name);
         }
@@ -216,20 +197,20 @@ impl Registry {
         }
     }
 
+    /// Makes a version the active one, which ends a split.
     fn make_active(
         &self,
         task: &TaskName,
         state: &Arc<TaskState>,
         version: &Arc<Version>,
     ) -> Result<Arc<TaskState>, RegistryError> {
-        if state.active == Some(version.digest) {
+        let mut routing = state.routing.clone();
+        routing.set_shares(Vec::new());
+        if state.active == Some(version.digest) && routing == state.routing {
             return Ok(Arc::clone(state));
         }
-        let generation = state.generation.saturating_add(1);
-        self.store.write_active(task, &Active { version: version.digest.id(), generation })?;
-        tracing::info!(%task, version = %version.digest, generation, "activated");
-        let state = TaskState { generation, active: Some(version.digest), ..TaskState::clone(state) };
-        Ok(self.show(task, state, Some(version)))
+        routing.push_previous(state.active);
+        self.route(task, state, version.digest, routing)
     }
 
     fn remove(&self, scan: &mut Scan, task: &TaskName) -> Result<(), RegistryError> {

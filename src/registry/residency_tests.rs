@@ -2,7 +2,7 @@
 
 use std::{fs, path::Path, sync::Arc};
 
-use super::{Registry, RegistryConfig, RegistryError};
+use super::{Activation, Draw, Registry, RegistryConfig, RegistryError};
 use crate::prompt::{
     TaskName, Version,
     fixtures::{self, prompt},
@@ -31,7 +31,7 @@ fn folder(root: &Path, task: &str, files: &PromptFiles) -> std::path::PathBuf {
 }
 
 fn is_in_memory(registry: &Registry, task: &str) -> bool {
-    registry.resolve_in_memory(task, None).expect("is there").is_some()
+    registry.resolve_in_memory(task, None, Draw::Active).expect("is there").is_some()
 }
 
 #[test]
@@ -61,7 +61,7 @@ fn a_version_in_use_outlives_its_eviction_and_one_that_is_used_again_and_again_i
     let registry = open(dir.path(), 64 << 20);
     registry.publish(name("a"), value(1), true).expect("publishes");
     let first = registry.resolve("a", None).expect("answers");
-    let again = registry.resolve_in_memory("a", None).expect("answers").expect("is in memory");
+    let again = registry.resolve_in_memory("a", None, Draw::Active).expect("answers").expect("is in memory");
     assert!(Arc::ptr_eq(&first, &again));
     assert_eq!(registry.residency().loads, 0, "a publish leaves the version in memory");
     let reopened = open(dir.path(), 64 << 20);
@@ -195,7 +195,10 @@ fn a_version_that_cannot_be_read_is_not_activated_and_the_one_before_goes_on() {
     registry.publish(name("a"), value(2), false).expect("publishes");
     let other = value(2).digest().id();
     fs::write(folder(dir.path(), "a", &value(2)).join("adapter_config.json"), "{").expect("writes");
-    assert!(matches!(registry.activate("a", &other, None), Err(RegistryError::Unreadable { .. })));
+    assert!(matches!(
+        registry.activate("a", &Activation::One(other.clone()), None),
+        Err(RegistryError::Unreadable { .. })
+    ));
     fs::write(dir.path().join("a/active.json"), format!(r#"{{"version": "{other}", "generation": 9}}"#))
         .expect("writes");
     registry.rescan().expect("scans");

@@ -10,6 +10,7 @@ use std::{
 
 use super::{
     Registry, RegistryError,
+    routing::Routing,
     state::{Slot, Stored, TaskState},
     store::Stamp,
 };
@@ -286,6 +287,9 @@ impl Registry {
             Ok(None) => plain,
             Ok(Some(said)) => {
                 generation = said.generation;
+                let of_id = |id: &str| loaded.state.by_id(id).map(|stored| stored.digest);
+                let (routing, wrong) = Routing::of_file(&said, of_id);
+                loaded.state.routing = routing;
                 let named = loaded.state.by_id(&said.version).cloned();
                 let named = match named {
                     None => {
@@ -294,7 +298,10 @@ impl Registry {
                     }
                     Some(named) => match self.readable(task, &named, before, loaded) {
                         Ok(digest) => {
-                            scan.fine(&path);
+                            match wrong {
+                                None => scan.fine(&path),
+                                Some(wrong) => scan.warn(&path, wrong),
+                            }
                             Some(digest)
                         }
                         Err(e) => {
@@ -324,7 +331,9 @@ impl Registry {
             }
         }
         loaded.state.generation = match old {
-            Some(old) if old.active == loaded.state.active => generation.max(old.generation),
+            Some(old) if old.active == loaded.state.active && old.routing == loaded.state.routing => {
+                generation.max(old.generation)
+            }
             Some(old) => generation.max(old.generation.saturating_add(1)),
             None => generation.max(u64::from(loaded.state.active.is_some())),
         };
@@ -353,7 +362,9 @@ impl Registry {
             return;
         }
         let found = state.versions.len();
-        let kept: Vec<Digest> = state.active.into_iter().chain(state.plain).collect();
+        let routing = &state.routing;
+        let routed = routing.shares.iter().map(|(digest, _)| *digest).chain(routing.aliases.values().copied());
+        let kept: Vec<Digest> = state.active.into_iter().chain(state.plain).chain(routed).collect();
         let mut to_drop = excess;
         let newest_first = std::mem::take(&mut state.versions);
         let mut oldest_first: Vec<Stored> = newest_first.into_iter().rev().collect();

@@ -3,7 +3,10 @@
 
 use std::{sync::Arc, time::SystemTime};
 
-use super::{MAX_KNOWN, MIN_VERSION_PREFIX, RegistryError};
+use super::{
+    MAX_KNOWN, MIN_VERSION_PREFIX, RegistryError,
+    routing::{Draw, Routing},
+};
 use crate::prompt::{Digest, TaskName, Version};
 
 /// What is known of a task.
@@ -30,6 +33,7 @@ pub(super) struct TaskState {
     /// Goes up with each change of `active`.
     pub(super) generation: u64,
     pub(super) active: Option<Digest>,
+    pub(super) routing: Routing,
     /// The newest first.
     pub(super) versions: Vec<Stored>,
     /// The version that lies in the task's folder itself.
@@ -68,8 +72,11 @@ impl TaskState {
         self.versions.iter().find(|stored| stored.digest == digest)
     }
 
-    /// The version of this id, or the only one whose digest begins so.
+    /// The version that an alias names, of this id, or the only one whose digest begins so.
     pub(super) fn find(&self, task: &TaskName, version: &str) -> Result<&Stored, RegistryError> {
+        if let Some(named) = self.routing.aliases.get(version).and_then(|digest| self.by_digest(*digest)) {
+            return Ok(named);
+        }
         let wanted = version.to_ascii_lowercase();
         let long_enough = wanted.len() >= MIN_VERSION_PREFIX;
         let mut found =
@@ -84,12 +91,15 @@ impl TaskState {
         }
     }
 
-    /// The version that a request means: the one it names, else the active one.
-    pub(super) fn chosen(&self, task: &TaskName, version: Option<&str>) -> Result<&Stored, RegistryError> {
+    /// The version that a request means: the one it names, else one of those that requests are split between, else the active
+    /// one.
+    pub(super) fn chosen(&self, task: &TaskName, version: Option<&str>, draw: Draw) -> Result<&Stored, RegistryError> {
         match version {
             Some(version) => self.find(task, version),
             None => self
-                .active
+                .routing
+                .pick(task, draw)
+                .or(self.active)
                 .and_then(|active| self.by_digest(active))
                 .ok_or_else(|| RegistryError::NoActiveVersion { task: task.clone() }),
         }

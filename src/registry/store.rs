@@ -6,6 +6,7 @@
 //! it against the others' writers.
 
 use std::{
+    collections::BTreeMap,
     fs::{self, File},
     io::{self, ErrorKind, Read as _, Write as _},
     path::{Path, PathBuf},
@@ -34,12 +35,20 @@ pub(super) struct Store {
 }
 
 /// The content of `active.json`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(super) struct Active {
     pub version: String,
     /// Hand-written files may leave it out.
     #[serde(default)]
     pub generation: u64,
+    /// The shares of several versions, if requests are split between them; `version` has the largest.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub versions: BTreeMap<String, f64>,
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub aliases: BTreeMap<String, String>,
+    /// The versions that were active before, the last one first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub previous: Vec<String>,
 }
 
 /// Tells whether a folder's prompt changed, without reading it.

@@ -7,7 +7,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use super::{Registry, RegistryConfig, RegistryError};
+use super::{Activation, Draw, Registry, RegistryConfig, RegistryError};
 use crate::prompt::{
     TaskName,
     fixtures::{self, prompt},
@@ -30,6 +30,10 @@ fn name(task: &str) -> TaskName {
 
 fn id(files: &PromptFiles) -> String {
     files.digest().id()
+}
+
+fn one(version: &str) -> Activation {
+    Activation::One(version.to_owned())
 }
 
 fn active_id(registry: &Registry, task: &str) -> String {
@@ -136,7 +140,10 @@ fn a_publish_that_the_disk_refuses_changes_nothing() {
         assert_eq!(snapshot(dir.path()), before, "{task}");
     }
     assert_eq!(active_id(&registry, "a"), id(&prompt(0.5)));
-    assert!(matches!(registry.activate("a", &id(&prompt(0.25)), None), Err(RegistryError::VersionNotFound { .. })));
+    assert!(matches!(
+        registry.activate("a", &one(&id(&prompt(0.25))), None),
+        Err(RegistryError::VersionNotFound { .. })
+    ));
     assert!(matches!(registry.task("b"), Err(RegistryError::TaskNotFound { .. })));
 }
 
@@ -159,7 +166,7 @@ fn writers_of_other_processes_wait_for_each_other() {
                 for i in 0..10u8 {
                     let value = f32::from(i % 4);
                     registry.publish(name("a"), prompt(value), true).expect("publishes");
-                    registry.activate("a", &id(&prompt(value)), None).expect("activates");
+                    registry.activate("a", &one(&id(&prompt(value))), None).expect("activates");
                 }
             });
         }
@@ -207,10 +214,14 @@ fn activation_honours_the_generation() {
     registry.publish(name("a"), prompt(0.1), true).expect("publishes");
     registry.publish(name("a"), prompt(0.2), false).expect("publishes");
     let second = id(&prompt(0.2));
-    let refused = registry.activate("a", &second, Some(7));
+    let refused = registry.activate("a", &one(&second), Some(7));
     assert!(matches!(refused, Err(RegistryError::PreconditionFailed { found: 1, .. })), "{refused:?}");
-    assert_eq!(registry.activate("a", &second, Some(1)).expect("activates").task.generation, 2);
-    assert_eq!(registry.activate("a", &second, Some(2)).expect("is active").task.generation, 2, "nothing changed");
+    assert_eq!(registry.activate("a", &one(&second), Some(1)).expect("activates").task.generation, 2);
+    assert_eq!(
+        registry.activate("a", &one(&second), Some(2)).expect("is active").task.generation,
+        2,
+        "nothing changed"
+    );
     assert_eq!(active_id(&registry, "a"), second);
     assert_eq!(open(dir.path()).task("a").expect("is there").generation, 2);
 }
@@ -249,10 +260,10 @@ fn a_plain_peft_directory_is_served_as_it_is() {
         assert_eq!(active_id(registry, "a"), id(&prompt(0.2)));
         assert_eq!(registry.task("a").expect("is there").versions.len(), 2);
     }
-    assert_eq!(registry.activate("a", &id(&prompt(0.1)), Some(2)).expect("activates").task.generation, 3);
+    assert_eq!(registry.activate("a", &one(&id(&prompt(0.1))), Some(2)).expect("activates").task.generation, 3);
     assert_eq!(active_id(&open(dir.path()), "a"), id(&prompt(0.1)));
 
-    registry.activate("a", &id(&prompt(0.2)), None).expect("activates");
+    registry.activate("a", &one(&id(&prompt(0.2))), None).expect("activates");
     registry.delete_version("a", &id(&prompt(0.1))).expect("deletes");
     assert_eq!(open(dir.path()).task("a").expect("is there").versions.len(), 1);
     assert!(dir.path().join("a/README.md").exists(), "what is no part of the prompt stays");
@@ -395,9 +406,9 @@ fn what_another_replica_does_is_followed() {
     there.publish(name("a"), prompt(0.1), true).expect("publishes");
     here.publish(name("a"), prompt(0.2), true).expect("publishes");
     assert_eq!(here.task("a").expect("is there").generation, 2, "a writer looks at the disk first");
-    let refused = there.activate("a", &id(&prompt(0.1)), Some(1));
+    let refused = there.activate("a", &one(&id(&prompt(0.1))), Some(1));
     assert!(matches!(refused, Err(RegistryError::PreconditionFailed { found: 2, .. })), "{refused:?}");
-    there.activate("a", &id(&prompt(0.1)), Some(2)).expect("activates");
+    there.activate("a", &one(&id(&prompt(0.1))), Some(2)).expect("activates");
     assert_eq!(active_id(&here, "a"), id(&prompt(0.2)), "readers never look at the disk");
     here.rescan().expect("scans");
     assert_eq!(active_id(&here, "a"), id(&prompt(0.1)));
@@ -450,4 +461,93 @@ fn a_reader_always_finds_a_whole_version_while_writers_work() {
         reader.join().expect("the reader saw no gap");
     });
     assert_eq!(registry.task("a").expect("is there").generation, 11);
+}
+
+#[test]
+fn requests_are_split_between_versions_and_a_restart_and_another_process_see_the_same() {
+    let dir = tempfile::tempdir().expect("temp dir");
+    let registry = open(dir.path());
+    registry.publish(name("a"), prompt(0.1), true).expect("publishes");
+    registry.publish(name("a"), prompt(0.2), false).expect("publishes");
+    let (first, second) = (id(&prompt(0.1)), id(&prompt(0.2)));
+    let split = |shares: &[(&str, f64)]| Activation::Split(shares.iter().map(|(v, w)| ((*v).to_owned(), *w)).collect());
+    for wrong in [
+        split(&[]),
+        split(&[(&first, 0.0)]),
+        split(&[(&first, f64::NAN), (&second, 1.0)]),
+        split(&[(&first, 1.0), (&first[..8], 1.0)]),
+    ] {
+        assert!(matches!(registry.activate("a", &wrong, None), Err(RegistryError::Routing { .. })), "{wrong:?}");
+    }
+    let missing = registry.activate("a", &split(&[(&first, 1.0), ("000000000000", 1.0)]), None);
+    assert!(matches!(missing, Err(RegistryError::VersionNotFound { .. })));
+    assert_eq!(registry.task("a").expect("is there").generation, 1, "nothing has changed");
+
+    let task = registry.activate("a", &split(&[(&first, 3.0), (&second, 1.0)]), Some(1)).expect("activates").task;
+    assert_eq!((task.generation, task.active.as_deref()), (2, Some(&first[..])));
+    let mut shares = vec![(first.clone(), 0.75), (second.clone(), 0.25)];
+    shares.sort_by_key(|(id, _)| id.clone());
+    assert_eq!(task.shares, shares);
+    let count = |registry: &Registry| {
+        let drawn =
+            |i| registry.resolve_drawn("a", None, Draw::Key(&format!("user {i}"))).expect("answers").digest.id();
+        (0..400).filter(|i| drawn(*i) == second).count()
+    };
+    let of_second = count(&registry);
+    assert!((60..140).contains(&of_second), "{of_second}");
+    assert_eq!(count(&open(dir.path())), of_second, "each key has its version on every replica");
+    assert_eq!(active_id(&registry, "a"), first);
+    let named = registry.resolve_drawn("a", Some(&second), Draw::Key("user 1")).expect("answers");
+    assert_eq!(named.digest.id(), second);
+    assert!(matches!(registry.delete_version("a", &second), Err(RegistryError::VersionInUse { .. })));
+
+    let ended = registry.roll_back("a", None).expect("rolls back").task;
+    assert_eq!((ended.generation, ended.active, ended.shares), (3, Some(first), Vec::new()));
+    assert_eq!(count(&registry), 0);
+}
+
+#[test]
+fn a_task_is_rolled_back_through_the_versions_that_were_active() {
+    let dir = tempfile::tempdir().expect("temp dir");
+    let registry = open(dir.path());
+    for value in [0.1, 0.2, 0.3] {
+        registry.publish(name("a"), prompt(value), true).expect("publishes");
+    }
+    assert_eq!(registry.task("a").expect("is there").previous, [id(&prompt(0.2)), id(&prompt(0.1))]);
+    let refused = registry.roll_back("a", Some(2));
+    assert!(matches!(refused, Err(RegistryError::PreconditionFailed { found: 3, .. })), "{refused:?}");
+    assert_eq!(registry.roll_back("a", Some(3)).expect("rolls back").before, Some(id(&prompt(0.3))));
+    let again = open(dir.path());
+    assert_eq!(active_id(&again, "a"), id(&prompt(0.2)));
+    registry.delete_version("a", &id(&prompt(0.3))).expect("deletes");
+    registry.roll_back("a", None).expect("rolls back");
+    assert_eq!(active_id(&registry, "a"), id(&prompt(0.1)));
+    assert!(matches!(registry.roll_back("a", None), Err(RegistryError::NoPreviousVersion { .. })));
+}
+
+#[test]
+fn an_alias_names_a_version_until_it_is_changed_or_removed() {
+    let dir = tempfile::tempdir().expect("temp dir");
+    let registry = open(dir.path());
+    registry.publish(name("a"), prompt(0.1), true).expect("publishes");
+    registry.publish(name("a"), prompt(0.2), false).expect("publishes");
+    let (first, second) = (id(&prompt(0.1)), id(&prompt(0.2)));
+    registry.set_alias("a", "latest-approved", Some(&second), Some(1)).expect("names it");
+    for registry in [&registry, &open(dir.path())] {
+        assert_eq!(registry.resolve("a@latest-approved", None).expect("answers").digest.id(), second);
+        assert_eq!(active_id(registry, "a"), first);
+    }
+    assert!(matches!(registry.delete_version("a", &second), Err(RegistryError::VersionInUse { .. })));
+    // An alias may be set from another one, and a new active version leaves it as it is.
+    registry.set_alias("a", "canary", Some("latest-approved"), None).expect("names it");
+    registry.publish(name("a"), prompt(0.3), true).expect("publishes");
+    assert_eq!(registry.resolve("a", Some("canary")).expect("answers").digest.id(), second);
+    for wrong in ["decade", "", "A"] {
+        assert!(registry.set_alias("a", wrong, Some(&first), None).is_err(), "{wrong:?}");
+    }
+    for alias in ["canary", "latest-approved"] {
+        registry.set_alias("a", alias, None, None).expect("removes it");
+        assert!(matches!(registry.resolve("a", Some(alias)), Err(RegistryError::VersionNotFound { .. })));
+    }
+    registry.delete_version("a", &second).expect("deletes");
 }

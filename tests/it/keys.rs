@@ -254,15 +254,17 @@ async fn every_admin_action_is_written_down_with_who_what_before_and_after() {
     );
 }
 
-/// What `softserve key` prints: the key and its table.
+/// What `softserve key` prints: the key for people, and its table.
 fn new_key(home: &std::path::Path, options: &[&str]) -> (String, String) {
     let output = softserve(home).arg("key").args(options).output().unwrap();
-    let text = String::from_utf8(output.stdout).unwrap();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    let key = text.lines().find_map(|line| line.trim().strip_prefix("ss-")).map(|rest| format!("ss-{rest}")).unwrap();
-    let table = &text[text.find("[[key]]").unwrap()..];
-    assert!(!table.contains(&key), "the table has no more than its hash");
-    (key, table.to_owned())
+    let [table, shown] = [output.stdout, output.stderr].map(|text| String::from_utf8(text).unwrap());
+    assert!(output.status.success(), "{shown}");
+    let key = shown.lines().map(str::trim).find(|line| line.starts_with("ss-")).unwrap().to_owned();
+    assert!(
+        table.starts_with("[[key]]") && !table.contains(&key),
+        "the table has no more than the key's hash: {table}"
+    );
+    (key, table)
 }
 
 #[test]

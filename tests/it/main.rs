@@ -55,3 +55,4 @@ mod tune_encoder_decoder;
 mod tune_job;
 mod tune_types;
 mod tune_validation;
+mod versions;

@@ -225,6 +225,9 @@ async fn versions(server: &Server, provoked: &mut Provoked) {
     provoked.add(&nearest, "get", &server.get(&of("000000000000", "nearest")).await);
     let prefix = server.app.registry.publish("later".parse().unwrap(), diverged::files(0.5), false).unwrap();
     provoked.add(&nearest, "get", &server.get(&of(&prefix.version.digest.id(), "nearest")).await);
+    let rollback = "/v1/admin/tasks/{task}/rollback";
+    let request = Request::post("/v1/admin/tasks/prompt7/rollback").body(Body::empty()).unwrap();
+    provoked.add(rollback, "post", &server.call(request).await);
     let active = "/v1/admin/tasks/{task}/active";
     provoked.add(active, "put", &server.activate("later", &version, Some("\"999\"")).await);
     provoked.add(active, "put", &server.activate("later", &version, Some("yesterday")).await);

@@ -91,6 +91,7 @@ const CIRCLES: &[&[&str]] = &[
         "http::access",
         "http::admin",
         "http::admin::contents",
+        "http::admin::routing",
         "http::admin::types",
         "http::admin::upload",
         "http::classify",

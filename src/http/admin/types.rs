@@ -1,5 +1,7 @@
 //! What the admin routes take and answer.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
@@ -68,11 +70,22 @@ pub struct UploadForm {
 #[allow(dead_code, reason = "it is there for its schema")]
 pub struct Binary(Vec<u8>);
 
-/// The version that answers from now on.
+/// Which versions answer from now on: one, or several with their shares of the requests.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 #[schema(example = json!({"version": "3f9a0c1b2d4e"}))]
-pub struct ActiveVersion {
+pub struct ActiveVersions {
+    /// The only one.
+    pub version: Option<String>,
+    /// Several by their ids, each with its weight: `{"3f9a0c1b2d4e": 0.9, "77aa0c1b2d4e": 0.1}`.
+    pub versions: Option<BTreeMap<String, f64>>,
+}
+
+/// The version that an alias names from now on.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+#[schema(example = json!({"version": "3f9a0c1b2d4e"}))]
+pub struct AliasedVersion {
     pub version: String,
 }
 
@@ -91,6 +104,15 @@ pub struct AdminTask {
     /// The version that answers, if one does.
     #[schema(example = "3f9a0c1b2d4e")]
     pub active: Option<String>,
+    /// Several versions with their shares of the requests that name no version, if these are split.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub shares: BTreeMap<String, f64>,
+    /// Names for versions, with their ids: `task@alias` is such a version.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub aliases: BTreeMap<String, String>,
+    /// The versions that were active before, the last one first.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub previous: Vec<String>,
     pub versions: Vec<AdminVersion>,
     /// Versions whose files cannot be read now.
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -163,6 +185,9 @@ impl AdminTask {
             task: entry.task,
             generation: entry.generation,
             active: entry.active,
+            shares: entry.shares.into_iter().collect(),
+            aliases: entry.aliases,
+            previous: entry.previous,
             versions: entry.versions.into_iter().map(|version| AdminVersion::new(app, version)).collect(),
             unreadable: entry.unreadable.into_iter().map(unreadable).collect(),
         }

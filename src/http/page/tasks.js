@@ -91,8 +91,14 @@ function one(root, task, name, isAdmin) {
   };
   const date = (seconds) => (seconds ? new Date(1000 * seconds).toLocaleString() : "–");
   const newest = [...task.versions].sort((a, b) => (b.stored_at ?? 0) - (a.stored_at ?? 0));
-  // The one that was stored before the active one.
-  const previous = newest[newest.findIndex((version) => version.version === task.active) + 1];
+  const previous = task.previous?.[0];
+  const rollBack = async () => {
+    const { active } = await call("POST", `${path}/rollback`);
+    say(`${active} answers again.`);
+    location.reload();
+  };
+  const aliases = (version) => Object.keys(task.aliases ?? {}).filter((alias) => task.aliases[alias] === version);
+  const share = (version) => task.shares?.[version] && `${Math.round(100 * task.shares[version])} %`;
   const detail = (term, value) => value && [el("dt", {}, term), el("dd", {}, value)];
   root.append(
     el("h1", {}, name),
@@ -111,9 +117,10 @@ function one(root, task, name, isAdmin) {
       ["Virtual tokens", (v) => v.virtual_tokens?.toString(), true],
       ["Where", (v) => where(v.residency)],
       ["Measured", (v) => score(v.metrics ?? {})],
-      ["", (v) => (v.version === task.active ? el("strong", {}, "answers") : isAdmin && el("button", { onclick: () => activate(v.version) }, `Activate ${v.version}`))],
+      ["Alias", (v) => aliases(v.version).join(", ") || undefined],
+      ["", (v) => (share(v.version) ? el("strong", {}, `answers ${share(v.version)}`) : v.version === task.active ? el("strong", {}, "answers") : isAdmin && el("button", { onclick: () => activate(v.version) }, `Activate ${v.version}`))],
     ], newest),
-    isAdmin && previous ? el("p", {}, el("button", { onclick: () => activate(previous.version) }, `Roll back to ${previous.version}`)) : "",
+    isAdmin && previous ? el("p", {}, el("button", { onclick: rollBack }, `Roll back to ${previous}`)) : "",
     copyAsCurl(() => (isAdmin && current ? ["PUT", `${path}/active`, { version: current.version }] : ["GET", `/v1/tasks/${name}`])),
     ...(isAdmin && newest.length ? contents(path, newest, task.active) : []),
   );

@@ -71,7 +71,9 @@ codes! {
     NoActiveVersion "no_active_version" CONFLICT "The task has no active version"
         "The task has stored versions, but none is active and the request names none.";
     VersionActive "version_active" CONFLICT "The version is active"
-        "The active version cannot be deleted while the task has others.";
+        "The active version cannot be deleted while the task has others, nor one that gets a share of the requests or has an alias.";
+    NoPreviousVersion "no_previous_version" CONFLICT "There is no version to go back to"
+        "The task can only be rolled back to a version that was active before and is still stored.";
     RegistryFull "registry_full" CONFLICT "No room for another"
         "The number of tasks, versions, files or batches is at the server's limit.";
     PreconditionFailed "precondition_failed" PRECONDITION_FAILED "The task has changed"

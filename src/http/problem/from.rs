@@ -109,6 +109,13 @@ impl From<RegistryError> for Problem {
                     "task {task} has no active version: name one with \"version\", or activate one with PUT /v1/admin/tasks/{task}/active"
                 ),
             ),
+            error @ RegistryError::VersionInUse { .. } => {
+                Self::new(Code::VersionActive, format!("{error}: change that first, or delete the task"))
+            }
+            RegistryError::Routing { reason, .. } => Self::new(Code::InvalidRequest, reason),
+            error @ RegistryError::NoPreviousVersion { .. } => {
+                Self::new(Code::NoPreviousVersion, format!("{error}: activate one by its id"))
+            }
             error @ RegistryError::Unreadable { .. } => Self::new(
                 Code::PromptUnreadable,
                 format!("{error}: restore its files, upload it again, or activate another version"),

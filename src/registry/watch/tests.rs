@@ -5,7 +5,7 @@ use std::fs;
 use super::*;
 use crate::{
     prompt::{fixtures, fixtures::prompt, format::PromptFiles},
-    registry::RegistryConfig,
+    registry::{Activation, RegistryConfig},
 };
 
 fn open(root: &Path) -> Arc<Registry> {
@@ -60,7 +60,7 @@ fn another_process_is_followed_and_own_writes_do_no_harm() {
     wait_for(&here, "a", Some(&prompt(0.1)));
     here.publish(task(), prompt(0.2), true).expect("publishes");
     wait_for(&here, "a", Some(&prompt(0.2)));
-    there.activate("a", &prompt(0.1).digest().id(), Some(2)).expect("activates");
+    there.activate("a", &Activation::One(prompt(0.1).digest().id()), Some(2)).expect("activates");
     wait_for(&here, "a", Some(&prompt(0.1)));
     assert_eq!(here.task("a").expect("is there").generation, 3);
     there.delete_task("a").expect("deletes");
