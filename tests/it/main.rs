@@ -39,6 +39,7 @@ mod problems;
 mod process;
 mod prompt_types;
 mod readme;
+mod residency;
 mod run;
 mod score;
 mod sharing;
