@@ -177,6 +177,16 @@ pub struct TuneArgs {
     #[arg(long, value_name = "NORM", default_value_t = 1.0)]
     pub clip: f64,
 
+    /// The part of the inputs' words that is left out in training, others in each step, so that no single word decides. What
+    /// the template puts around them stays [default: 0.2 for a prefix with labels, else 0]
+    #[arg(long, value_name = "PART")]
+    pub word_dropout: Option<f64>,
+
+    /// The noise that is added to the prompt's values in training, other noise in each step, relative to their size
+    /// [default: 0.2 for a prefix with labels, else 0]
+    #[arg(long, value_name = "SIZE")]
+    pub noise: Option<f64>,
+
     /// The seed of the random numbers. The same seed, data and options give the same prompt, bit for bit,
     /// on the same machine
     #[arg(long, value_name = "N", default_value_t = 0)]
@@ -309,6 +319,8 @@ impl TuneArgs {
             accumulate: self.accumulate,
             weight_decay: self.weight_decay,
             clip: self.clip,
+            word_dropout: self.word_dropout,
+            noise: self.noise,
             seed: self.seed,
             eval_every: self.eval_every,
             patience: self.patience,

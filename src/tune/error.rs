@@ -98,6 +98,10 @@ pub enum Setting {
     WeightDecay,
     /// The largest norm of a gradient.
     Clip,
+    /// The part of the inputs' words that is left out in training.
+    WordDropout,
+    /// On the values in training.
+    Noise,
     BatchSize,
     /// Forward passes for one update.
     Accumulate,
@@ -121,6 +125,8 @@ impl fmt::Display for Setting {
             Self::Warmup => "the warm-up",
             Self::WeightDecay => "the weight decay",
             Self::Clip => "the largest norm of a gradient",
+            Self::WordDropout => "the part of the words that is left out",
+            Self::Noise => "the noise on the values",
             Self::BatchSize => "the batch size",
             Self::Accumulate => "the number of forward passes for one update",
             Self::EvalEvery => "the number of steps between evaluations",

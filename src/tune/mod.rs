@@ -7,6 +7,7 @@
 //! - [`init`]: initial values
 //! - [`forward`], [`loss`]: a batch through the model, with gradients; the loss of a prompt and its gradient
 //! - [`optim`], [`schedule`], [`order`]: AdamW, the learning rate and the examples of each step
+//! - [`variation`]: what differs from pass to pass, so that few examples are not learnt by heart
 //! - [`trainer`], [`sweep`]: the loop, and the search for its learning rate
 //! - [`folds`], [`cross_validation`]: how good a run is, where there are too few examples to hold some out
 //! - [`checkpoint`], [`output`], [`report`]: what is left on disk
@@ -44,5 +45,6 @@ pub mod report;
 pub mod schedule;
 pub mod sweep;
 pub mod trainer;
+pub mod variation;
 
 pub use error::{Setting, TuneError};

@@ -8,6 +8,7 @@ use super::{
     parameters::Method,
     prompt_encoder::{PromptEncoder, PromptEncoderKind},
     schedule::Decay,
+    variation::Variation,
 };
 use crate::{
     model::Model,
@@ -25,6 +26,9 @@ pub const FOLDS: usize = 3;
 
 /// The most folds of a cross-validation.
 const MAX_FOLDS: usize = 100;
+
+/// What is varied in training of a prefix where nothing is asked for and the answers are labels.
+const VARIATION_OF_LABELS: Variation = Variation { word_dropout: 0.2, noise: 0.2 };
 
 /// Which type of prompt is learned.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -91,6 +95,10 @@ pub struct Options {
     pub accumulate: usize,
     pub weight_decay: f64,
     pub clip: f64,
+    /// The part of the inputs' words that is left out in training; by the type and the answers where there is none.
+    pub word_dropout: Option<f64>,
+    /// The noise on the values in training, relative to them; by the type and the answers where there is none.
+    pub noise: Option<f64>,
     pub seed: u64,
     pub eval_every: Option<usize>,
     pub patience: usize,
@@ -133,11 +141,24 @@ impl Options {
             accumulate: 1,
             weight_decay: 0.0,
             clip: 1.0,
+            word_dropout: None,
+            noise: None,
             seed: 0,
             eval_every: None,
             patience: 6,
             folds: FOLDS,
             keep_held_out: false,
+        }
+    }
+
+    /// What is varied in training. With labels, no single word should decide; any other answer may be made of the very words.
+    /// Of the types, a prefix is what learns few examples by heart.
+    pub(super) fn variation(&self, labelled: bool) -> Variation {
+        let varies = labelled && self.prompt_type == PromptType::Prefix;
+        let default = if varies { VARIATION_OF_LABELS } else { Variation::default() };
+        Variation {
+            word_dropout: self.word_dropout.unwrap_or(default.word_dropout),
+            noise: self.noise.unwrap_or(default.noise),
         }
     }
 
@@ -153,6 +174,9 @@ impl Options {
         range(Setting::Warmup, self.warmup, 0.0, 1.0, "a part of the steps, 0 to 1")?;
         range(Setting::WeightDecay, self.weight_decay, 0.0, 1e6, "0 or more")?;
         range(Setting::Clip, self.clip, 0.0, f64::MAX, "a norm, or 0 for none")?;
+        let part = "a part of the words, 0 to 0.9";
+        range(Setting::WordDropout, self.word_dropout.unwrap_or(0.0), 0.0, 0.9, part)?;
+        range(Setting::Noise, self.noise.unwrap_or(0.0), 0.0, 10.0, "0 to 10")?;
         let count = |setting, found: usize| range(setting, found as f64, 1.0, 1e9, "1 or more");
         count(Setting::BatchSize, self.batch_size)?;
         count(Setting::Accumulate, self.accumulate)?;
@@ -170,5 +194,29 @@ impl Options {
             Length::Steps(n) => count(Setting::Steps, n),
             Length::Epochs(n) => range(Setting::Epochs, n, f64::MIN_POSITIVE, 1e6, "a positive number"),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_prefix_for_labels_is_varied_unless_it_is_asked_for() {
+        let options = |word_dropout, noise| Options {
+            prompt_type: PromptType::Prefix,
+            word_dropout,
+            noise,
+            ..Options::new("a".parse().expect("a name"), "data.jsonl")
+        };
+        assert_eq!(options(None, None).variation(false), Variation::default());
+        assert_eq!(options(None, None).variation(true), VARIATION_OF_LABELS);
+        let prompt = Options { prompt_type: PromptType::Prompt, ..options(None, None) };
+        assert_eq!(prompt.variation(true), Variation::default());
+        let asked = options(Some(0.1), None).variation(false);
+        assert_eq!(asked, Variation { word_dropout: 0.1, noise: 0.0 });
+        assert_eq!(options(Some(0.0), Some(0.0)).variation(true), Variation::default());
+        assert!(options(Some(0.95), None).check().is_err() && options(None, Some(-1.0)).check().is_err());
+        assert!(options(Some(f64::NAN), None).check().is_err());
     }
 }

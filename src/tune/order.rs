@@ -15,6 +15,8 @@ pub const ENCODER: u64 = u64::MAX - 2;
 pub const SHOTS: u64 = u64::MAX - 3;
 /// The stream of a bootstrap's samples.
 pub const BOOTSTRAP: u64 = u64::MAX - 4;
+/// The first of the streams of what is varied, one for each forward pass.
+pub const VARIATION: u64 = 1 << 63;
 
 /// A generator for one purpose, independent of those for others.
 pub fn rng(seed: u64, stream: u64) -> StdRng {

@@ -14,6 +14,7 @@ use super::{
     plan::Plan,
     schedule::{Decay, Schedule},
     trainer::{Settings, State, Trainer, Validation},
+    variation::Variation,
 };
 use crate::tokenizer::Tokenizer;
 
@@ -126,7 +127,8 @@ pub fn race(
             let plan = &plans[trial.plan];
             trial.steps += steps;
             let schedule = Schedule { peak: trial.rate, warmup: WARMUP, steps: trial.steps, decay: Decay::Constant };
-            let settings = Settings { schedule, ..plan.settings };
+            // In so few steps what is varied hides how well a candidate learns.
+            let settings = Settings { schedule, variation: Variation::default(), ..plan.settings };
             for (fold, state) in folds.iter().zip(&mut candidate.states) {
                 let trainer = Trainer {
                     forward,

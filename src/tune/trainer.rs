@@ -13,6 +13,7 @@ use super::{
     order,
     parameters::Parameters,
     schedule::Schedule,
+    variation::{self, Variation},
 };
 
 /// What decides a run, beside the data and the initial values.
@@ -26,8 +27,9 @@ pub struct Settings {
     pub optimizer: AdamW,
     /// The largest norm of a gradient; 0 is no limit.
     pub clip: f64,
-    /// Of the order of the examples.
+    /// Of the order of the examples and of what is varied.
     pub seed: u64,
+    pub variation: Variation,
     /// Steps between evaluations.
     pub eval_every: usize,
     /// Evaluations without a clear gain after which the run may stop; 0 is never.
@@ -234,8 +236,14 @@ impl Trainer<'_> {
         let tokens: usize = batches.iter().flatten().map(|e| e.answer.len()).sum();
         let mut total = 0.0;
         let mut gradient = vec![0f32; state.values.len()];
-        for batch in &batches {
-            let (sum, part) = loss::gradient(self.forward, self.parameters, &state.values, batch)?;
+        let variation = settings.variation;
+        let template = if variation.word_dropout > 0.0 { variation::template_tokens(self.train) } else { vec![] };
+        for (i, batch) in batches.iter().enumerate() {
+            let mut rng = Variation::rng(settings.seed, state.step * settings.accumulate + i);
+            let varied = variation.examples(batch, &template, &mut rng);
+            let values = variation.values(&state.values, self.parameters.tensors(), &mut rng);
+            let batch: Vec<&TokenizedExample> = varied.iter().collect();
+            let (sum, part) = loss::gradient(self.forward, self.parameters, &values, &batch)?;
             total += sum;
             gradient.iter_mut().zip(part).for_each(|(g, p)| *g += p);
         }

@@ -17,6 +17,7 @@ use softserve::{
         prompt_encoder::{PromptEncoder, PromptEncoderKind},
         schedule::{Decay, Schedule},
         trainer::{Ended, Progress, Settings, State, Trainer, Validation},
+        variation::Variation,
     },
 };
 
@@ -88,6 +89,7 @@ fn settings(steps: usize) -> Settings {
         optimizer: AdamW::default(),
         clip: 1.0,
         seed: 5,
+        variation: Variation::default(),
         eval_every: 4,
         patience: 0,
         labelled: true,
@@ -312,7 +314,8 @@ fn a_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_does() {
 }
 
 fn resumes(trainer: &Trainer<'_>) {
-    let settings = Settings { accumulate: 2, ..settings(17) };
+    let variation = Variation { word_dropout: 0.2, noise: 0.1 };
+    let settings = Settings { accumulate: 2, variation, ..settings(17) };
     let begin = || State::new(begin(trainer.forward.model(), trainer.parameters));
     let mut whole = begin();
     trainer.run(&settings, &mut whole, &mut |_| Ok(ControlFlow::Continue(()))).unwrap();

@@ -22,6 +22,7 @@ use softserve::{
         prompt_encoder::{PromptEncoder, PromptEncoderKind},
         schedule::{Decay, Schedule},
         trainer::{Settings, State, Trainer, Validation},
+        variation::Variation,
     },
 };
 
@@ -257,6 +258,7 @@ fn every_way_to_learn_lowers_the_loss_and_leaves_the_model_as_it_was() {
                 optimizer: Default::default(),
                 clip: 1.0,
                 seed: 5,
+                variation: Variation::default(),
                 eval_every: 120,
                 patience: 0,
                 labelled: true,

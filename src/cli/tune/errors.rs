@@ -26,6 +26,8 @@ fn option(setting: Setting) -> &'static str {
         Setting::Warmup => "--warmup",
         Setting::WeightDecay => "--weight-decay",
         Setting::Clip => "--clip",
+        Setting::WordDropout => "--word-dropout",
+        Setting::Noise => "--noise",
         Setting::BatchSize => "--batch-size",
         Setting::Accumulate => "--accumulate",
         Setting::EvalEvery => "--eval-every",
