@@ -114,16 +114,28 @@ impl Store {
     /// The folders of all tasks.
     pub fn task_names(&self) -> io::Result<TaskNames> {
         let TaskNames { mut tasks, mut others } = TaskNames::default();
-        for name in dir_names(&self.root)? {
-            let path = self.root.join(&name);
+        for entry in fs::read_dir(&self.root)? {
+            let entry = entry?;
+            let (name, path) = (entry.file_name().to_string_lossy().into_owned(), entry.path());
+            // Of very many folders only the links are looked at one by one.
+            let (is_dir, is_inside) = match entry.file_type()? {
+                kind if kind.is_symlink() => {
+                    (path.is_dir(), path.canonicalize().is_ok_and(|target| target.starts_with(&self.root)))
+                }
+                kind => (kind.is_dir(), true),
+            };
+            if !is_dir || name.starts_with('.') {
+                continue;
+            }
             match name.parse::<TaskName>() {
                 Err(e) => others.push((path, e.to_string())),
-                Ok(_) if !path.canonicalize().is_ok_and(|target| target.starts_with(&self.root)) => {
+                Ok(_) if !is_inside => {
                     others.push((path, "it is a link that leads out of the prompts' folder".to_owned()));
                 }
                 Ok(task) => tasks.push(task),
             }
         }
+        tasks.sort();
         Ok(TaskNames { tasks, others })
     }
 
