@@ -34,7 +34,8 @@ async fn prompts_that_are_read_for_each_request_answer_as_those_that_stay_in_mem
     assert_eq!(found, expected);
     let stats = cold.app.registry.residency();
     assert_eq!((stats.versions, stats.bytes), (0, 0));
-    assert!(stats.loads >= 12, "{stats:?}");
+    // Requests that need the same prompt at the same time share one reading of it.
+    assert!(stats.loads >= TASKS.len() as u64, "{stats:?}");
     assert_eq!(warm.app.registry.residency().loads, 0);
 
     let loaded = async |server: &Server| {
