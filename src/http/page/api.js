@@ -90,7 +90,7 @@ export function copyAsCurl(request) {
 
 /** The samples of /metrics: a list of {name, labels, value}. */
 export async function metrics() {
-  const text = await (await checked(await fetch("/metrics"))).text();
+  const text = await (await checked(await fetch("/metrics", options("GET")))).text();
   const samples = [];
   for (const line of text.split("\n")) {
     const found = /^([a-z_]+)(?:\{(.*)\})? (\S+)$/.exec(line);
