@@ -28,7 +28,7 @@ pub use keys::{Key, KeyLimits, Roles, TaskPatterns};
 pub use units::{ByteSize, Time};
 pub use weights::{TaskWeight, TaskWeights};
 
-use crate::engine::EngineConfig;
+use crate::{engine::EngineConfig, registry::PromptLocation};
 
 /// What we run with. Checked once, then immutable.
 #[derive(Debug, Clone)]
@@ -37,7 +37,9 @@ pub struct Config {
     /// The context length; `None` is the model's own.
     pub context: Option<usize>,
     /// `None` is the model's own folder in the user's data directory.
-    pub prompts: Option<PathBuf>,
+    pub prompts: Option<PromptLocation>,
+    /// How often the prompts are checked for changes that others made.
+    pub poll_interval: Duration,
     /// Where files and batches are kept; `None` is beside the prompts' folder of the user's data directory.
     pub files: Option<PathBuf>,
     pub listen: SocketAddr,

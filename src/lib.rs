@@ -11,6 +11,7 @@
 //! - [`engine`]: one thread that owns the device and batches sequences
 //! - [`model`]: the decoder, embeddings in and hidden states out
 //! - [`kernels`]: norm, rope and attention, differentiable or fast
+//! - [`examples`], [`quality`]: examples of a task from files, and how good answers to them are
 //! - [`tune`]: learns a prompt by differentiating the forward that serves
 //! - [`convert`]: prompts that other programs wrote, read without running anything
 //! - [`content`]: what a file is that is not what it should be
@@ -24,6 +25,7 @@ pub mod content;
 pub mod convert;
 pub mod demo;
 pub mod engine;
+pub mod examples;
 pub mod grammar;
 pub mod http;
 pub mod input;
@@ -31,6 +33,7 @@ pub mod kernels;
 pub mod model;
 pub mod packing;
 pub mod prompt;
+pub mod quality;
 pub mod records;
 pub mod registry;
 pub mod sampling;

@@ -71,6 +71,9 @@ pub const PROMPT_LOADS: &str = "softserve_prompt_loads_total";
 pub const PROMPT_EVICTIONS: &str = "softserve_prompt_evictions_total";
 /// The time that a request waited for its learned prompt, of those that had to.
 pub const PROMPT_LOAD_SECONDS: &str = "softserve_prompt_load_seconds";
+/// Whether the last call of the prompt store was answered.
+pub const STORE_UP: &str = "softserve_prompt_store_up";
+pub const STORE_FAILURES: &str = "softserve_prompt_store_failures_total";
 
 /// Tasks that have series of their own; a request of a further one counts as [`OTHER_TASKS`].
 const MAX_TASK_SERIES: usize = 200;
@@ -162,6 +165,8 @@ fn describe() {
     describe_gauge!(LOADED_PROMPT_BYTES, Unit::Bytes, "Memory of the learned prompts that are loaded");
     describe_counter!(PROMPT_LOADS, "Learned prompts read from the store because they were needed and not in memory");
     describe_counter!(PROMPT_EVICTIONS, "Learned prompts evicted from memory for others");
+    describe_gauge!(STORE_UP, "1 if the folder or bucket of the learned prompts answers, else 0");
+    describe_counter!(STORE_FAILURES, "Calls of the prompt store that it did not answer");
     describe_histogram!(
         PROMPT_LOAD_SECONDS,
         Unit::Seconds,

@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use libfuzzer_sys::fuzz_target;
-use softserve::tune::data::Dataset;
+use softserve::examples::Dataset;
 
 fuzz_target!(|data: &[u8]| {
     for name in ["data.jsonl", "data.csv", "data.tsv"] {

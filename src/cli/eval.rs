@@ -20,10 +20,10 @@ use super::{
     model::ModelArgs,
     prompts::{self, DEFAULT_ROOT},
 };
+use crate::examples::Dataset;
 use crate::{
     prompt::{TaskName, Version, labels::Verbalizer},
     tune::{
-        data::Dataset,
         evaluate::{self, Column, Evaluation, PromptVariant},
         in_context::{self, Shots},
     },

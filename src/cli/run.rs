@@ -64,9 +64,9 @@ pub struct RunArgs {
     #[command(flatten)]
     pub model: ModelArgs,
 
-    /// The folder that stores the learned prompts [default: the one that `softserve serve` uses for this model]
+    /// The folder or bucket that stores the learned prompts [default: the one that `softserve serve` uses for this model]
     #[arg(long, value_name = "DIR", env = "SOFTSERVE_PROMPTS")]
-    pub prompts: Option<PathBuf>,
+    pub prompts: Option<crate::registry::PromptLocation>,
 
     /// The maximum number of requests that run at the same time [default: 64]
     #[arg(long, value_name = "N", env = "SOFTSERVE_MAX_BATCH")]

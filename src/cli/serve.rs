@@ -3,7 +3,7 @@
 use std::{
     io::Write as _,
     net::SocketAddr,
-    path::{Path, PathBuf},
+    path::PathBuf,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -20,7 +20,7 @@ use crate::{
     kernels::{self, DeviceMemory},
     model::{Model, ModelInfo},
     prompt::format::Fit,
-    registry::{Registry, RegistryConfig},
+    registry::{PromptLocation, Registry, RegistryConfig},
     telemetry,
     tokenizer::Tokenizer,
 };
@@ -52,7 +52,7 @@ pub fn run(args: ServeArgs) -> anyhow::Result<()> {
 pub(super) struct Loaded {
     pub(super) app: AppState,
     thread: EngineThread,
-    root: PathBuf,
+    root: PromptLocation,
     _watcher: crate::registry::Watcher,
 }
 
@@ -86,7 +86,7 @@ pub(super) fn load(config: &Config) -> anyhow::Result<Loaded> {
     );
     let root = prompts_root(config, &info)?;
     let registry = open_registry(config, &info, root.clone())?;
-    let watcher = registry.watch().context("cannot watch the prompts folder")?;
+    let watcher = registry.watch().context("cannot watch the prompts")?;
     let files = config.files.clone().map_or_else(|| data_folder(config, &info), Ok)?;
     let audit = match &config.audit_log {
         Some(path) => AuditLog::open(path).with_context(|| format!("cannot open the audit log {}", path.display()))?,
@@ -124,11 +124,9 @@ fn kv_cache_bytes(memory: DeviceMemory, fraction: f64) -> anyhow::Result<usize> 
     Ok(bytes)
 }
 
-/// The folder of the prompts; the demo's own are put there on the first start.
-fn prompts_root(config: &Config, info: &ModelInfo) -> anyhow::Result<PathBuf> {
+/// Where the prompts are; the demo's own are put there on the first start.
+fn prompts_root(config: &Config, info: &ModelInfo) -> anyhow::Result<PromptLocation> {
     if let Some(root) = &config.prompts {
-        std::fs::create_dir_all(root)
-            .with_context(|| format!("cannot create the prompts folder {}", root.display()))?;
         return Ok(root.clone());
     }
     let root = data_folder(config, info)?.join("prompts");
@@ -137,7 +135,7 @@ fn prompts_root(config: &Config, info: &ModelInfo) -> anyhow::Result<PathBuf> {
     made.with_context(|| {
         format!("cannot create the prompts folder {}: choose another with --prompts", root.display())
     })?;
-    Ok(root)
+    Ok(root.into())
 }
 
 /// The folder for this model in the user's data directory.
@@ -152,9 +150,9 @@ fn folder_name(model: &str) -> String {
     model.chars().map(|c| if c.is_ascii_alphanumeric() || c == '-' || c == '.' { c } else { '_' }).collect()
 }
 
-fn open_registry(config: &Config, info: &ModelInfo, root: PathBuf) -> anyhow::Result<Arc<Registry>> {
+fn open_registry(config: &Config, info: &ModelInfo, root: PromptLocation) -> anyhow::Result<Arc<Registry>> {
     let fit = Fit::from(info);
-    let shown = root.display().to_string();
+    let shown = root.to_string();
     let limits = &config.limits;
     let registry = RegistryConfig {
         root,
@@ -162,8 +160,9 @@ fn open_registry(config: &Config, info: &ModelInfo, root: PathBuf) -> anyhow::Re
         max_tasks: limits.max_tasks,
         max_versions_per_task: limits.max_versions,
         max_loaded_bytes: limits.prompt_memory,
+        poll_interval: config.poll_interval,
     };
-    Registry::open(registry).with_context(|| format!("cannot open the prompts folder {shown}"))
+    Registry::open(registry).with_context(|| format!("cannot open the prompts in {shown}"))
 }
 
 async fn bind(address: SocketAddr) -> anyhow::Result<TcpListener> {
@@ -173,7 +172,7 @@ async fn bind(address: SocketAddr) -> anyhow::Result<TcpListener> {
 }
 
 /// A few lines for the person who started us; a log line for programs.
-fn announce(config: &Config, app: &App, root: &Path, address: SocketAddr) {
+fn announce(config: &Config, app: &App, root: &PromptLocation, address: SocketAddr) {
     let num_tasks = app.registry.num_tasks();
     let url = format!("http://{address}");
     tracing::info!(url, tasks = num_tasks, "listening");
@@ -193,7 +192,7 @@ fn announce(config: &Config, app: &App, root: &Path, address: SocketAddr) {
         format!("softserve {}", env!("CARGO_PKG_VERSION")),
         format!("  model    {} ({millions:.1} M parameters, {dtype}, context {})", model.name, model.context_length),
         format!("  tasks    {shown}"),
-        format!("  prompts  {}", root.display()),
+        format!("  prompts  {root}"),
         format!("  docs     {url}/docs"),
         format!("  listen   {url}"),
     ];

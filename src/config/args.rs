@@ -6,6 +6,7 @@ use clap::Args;
 use serde::{Deserialize, Serialize};
 
 use super::{BackendChoice, ByteSize, DeviceChoice, DtypeChoice, LogFormat, Switch, TaskWeight, Time, weights};
+use crate::registry::PromptLocation;
 
 /// The options of `softserve serve` as typed: nothing is required, nothing is checked against
 /// anything else. The same names are the keys of the configuration file.
@@ -33,10 +34,17 @@ pub struct ServeArgs {
     #[arg(long, value_name = "N", env = "SOFTSERVE_CONTEXT")]
     pub context: Option<usize>,
 
-    /// The folder that stores the learned prompts. It is created if it does not exist [default: a
-    /// folder for this model in your data directory]
-    #[arg(long, value_name = "DIR", env = "SOFTSERVE_PROMPTS")]
-    pub prompts: Option<PathBuf>,
+    /// Where the learned prompts are stored: a folder, which is created if it does not exist, or a bucket,
+    /// as s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or az://CONTAINER/PREFIX, whose key and endpoint come from the
+    /// environment under their usual names. Several servers can share one [default: a folder for this model
+    /// in your data directory]
+    #[arg(long, value_name = "DIR|URL", env = "SOFTSERVE_PROMPTS")]
+    pub prompts: Option<PromptLocation>,
+
+    /// How often the prompts are checked for changes that others made. A folder tells of them itself, if its
+    /// file system can [default: 5s]
+    #[arg(long, value_name = "TIME", env = "SOFTSERVE_POLL_INTERVAL")]
+    pub poll_interval: Option<Time>,
 
     /// The folder that stores the files and batches of /v1/files and /v1/batches. It is created when the
     /// first file is uploaded [default: a folder for this model in your data directory]

@@ -22,6 +22,8 @@ use crate::engine::EngineConfig;
 /// More requests or tokens at once than any machine has memory for; sums of these cannot overflow.
 const MAX_COUNT: usize = 1_000_000;
 const MAX_DRAFT_TOKENS: usize = 64;
+/// A store that is polled more often has little else to do.
+const MIN_POLL_INTERVAL: Duration = Duration::from_millis(100);
 const MAX_THREADS: usize = 1024;
 const MOMENT: Time = Time(Duration::from_millis(1));
 const MAX_CONCURRENT_UPLOADS: usize = 4;
@@ -83,6 +85,7 @@ impl ServeArgs {
             model: ModelSource::chosen(args.model.as_deref(), args.random_weights.as_deref())?,
             context: args.context.map(|n| within("context", n, 1..=MAX_COUNT)).transpose()?,
             prompts: args.prompts,
+            poll_interval: time(args.poll_interval, 5).max(MIN_POLL_INTERVAL),
             files: args.files,
             listen,
             device: args.device.unwrap_or_default(),

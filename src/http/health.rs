@@ -17,6 +17,23 @@ pub struct Health {
     /// `live` or `ready`.
     #[schema(example = "ready")]
     pub status: &'static str,
+    /// The learned prompts that are served; only for `ready`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prompts: Option<PromptHealth>,
+}
+
+/// Which learned prompts are served, and whether their store answers.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct PromptHealth {
+    /// A hash of which version answers for each task that was read: replicas on one store that have the same revision answer
+    /// alike.
+    #[schema(example = "5f2c9a0e77d14b3c")]
+    pub revision: String,
+    /// Since when the folder or bucket of the prompts has not answered; absent if it does. Requests for prompts in memory are
+    /// answered all the same.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(example = "2026-11-27T09:30:00Z")]
+    pub store_away_since: Option<String>,
 }
 
 /// Is the process alive
@@ -25,19 +42,24 @@ pub struct Health {
 #[utoipa::path(get, path = "/health/live", tag = "health", security(()),
     responses((status = 200, body = Health, description = "It is", example = json!({"status": "live"}))))]
 pub async fn live() -> Json<Health> {
-    Json(Health { status: "live" })
+    Json(Health { status: "live", prompts: None })
 }
 
 /// Can it answer requests
 ///
 /// Yes once a real forward pass has run; no again when the server is stopping or its engine has
-/// failed.
+/// failed. A prompt store that does not answer is no reason: what is in memory is served on.
 #[utoipa::path(get, path = "/health/ready", tag = "health", security(()),
-    responses((status = 200, body = Health, description = "It can", example = json!({"status": "ready"}))),
+    responses((status = 200, body = Health, description = "It can", example = json!({"status": "ready", "prompts": {"revision": "5f2c9a0e77d14b3c"}}))),
     extensions(("x-problems" = json!(["unavailable"]))))]
 pub async fn ready(State(app): State<AppState>) -> Result<Json<Health>, Problem> {
     if app.is_ready() {
-        Ok(Json(Health { status: "ready" }))
+        let away = app.registry.store_away();
+        let prompts = PromptHealth {
+            revision: format!("{:016x}", app.registry.revision()),
+            store_away_since: away.map(|away| humantime::format_rfc3339_seconds(away.since).to_string()),
+        };
+        Ok(Json(Health { status: "ready", prompts: Some(prompts) }))
     } else {
         Err(Problem::new(Code::Unavailable, "the server is stopping or its engine has failed"))
     }
@@ -66,6 +88,8 @@ fn record_registry(registry: &Registry) {
     gauge!(telemetry::LOADED_PROMPT_BYTES).set(loaded.bytes as f64);
     counter!(telemetry::PROMPT_LOADS).absolute(loaded.loads);
     counter!(telemetry::PROMPT_EVICTIONS).absolute(loaded.evictions);
+    gauge!(telemetry::STORE_UP).set(if registry.store_away().is_none() { 1.0 } else { 0.0 });
+    counter!(telemetry::STORE_FAILURES).absolute(registry.store_failures());
 }
 
 /// Takes over the engine's own counters, for a scrape.

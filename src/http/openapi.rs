@@ -121,6 +121,7 @@ fn add_problems(path: &str, operation: &mut Operation) {
             Code::Unauthorized | Code::Forbidden => needs_key(path),
             Code::RateLimited => needs_key(path) && !is_admin && !is_metrics,
             Code::PromptUnreadable => names_task,
+            Code::StoreUnavailable => names_task || is_admin,
             Code::Overloaded => names_task && !is_admin,
             Code::InvalidRequest => path.contains('{'),
             Code::Internal => true,

@@ -137,7 +137,7 @@ impl Problem {
     pub fn retry_after(&self) -> Option<u32> {
         self.retry_after.or(match self.code {
             Code::Overloaded | Code::RateLimited => Some(1),
-            Code::Unavailable | Code::PromptUnreadable => Some(5),
+            Code::Unavailable | Code::PromptUnreadable | Code::StoreUnavailable => Some(5),
             _ => None,
         })
     }

@@ -35,7 +35,7 @@ pub const MAX_WEIGHTS_BYTES: u64 = 1024 * 1024 * 1024;
 pub const MAX_CURVE_BYTES: u64 = 1024 * 1024;
 
 /// The most bytes of a file of this name.
-fn limit(name: &str) -> u64 {
+pub(crate) fn size_limit(name: &str) -> u64 {
     match name {
         WEIGHTS => MAX_WEIGHTS_BYTES,
         CURVE => MAX_CURVE_BYTES,
@@ -102,8 +102,10 @@ impl PromptFiles {
     /// What is over the bounds of [`read_dir`](Self::read_dir): it could not be read again.
     pub(super) fn size_faults(&self) -> Vec<Fault> {
         self.present()
-            .filter(|(name, bytes)| bytes.len() as u64 > limit(name))
-            .map(|(name, bytes)| malformed(format!("{name} has {} bytes; the maximum is {}", bytes.len(), limit(name))))
+            .filter(|(name, bytes)| bytes.len() as u64 > size_limit(name))
+            .map(|(name, bytes)| {
+                malformed(format!("{name} has {} bytes; the maximum is {}", bytes.len(), size_limit(name)))
+            })
             .collect()
     }
 
@@ -246,7 +248,7 @@ enum Links {
 
 /// Reads a file of the folder `dir`, which is `root` without links, within the bound of its name.
 fn read_file(root: &Path, dir: &Path, name: &Path, links: Links) -> Result<Option<Bytes>, Fault> {
-    let bound = limit(&name.file_name().unwrap_or_default().to_string_lossy());
+    let bound = size_limit(&name.file_name().unwrap_or_default().to_string_lossy());
     read_bounded(root, name, bound, links)
         .map_err(|e| malformed(format!("cannot read {} of {}: {e}", name.display(), dir.display())))
 }

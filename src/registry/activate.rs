@@ -4,8 +4,10 @@ use std::sync::Arc;
 
 use super::{
     Registry, RegistryError, TaskEntry,
+    publish::until_first,
     routing::{MAX_ALIASES, MAX_SHARES, Routing, is_alias, is_weight},
     state::TaskState,
+    store::Basis,
 };
 use crate::prompt::{Digest, TaskName};
 
@@ -27,7 +29,7 @@ pub struct Activated {
 }
 
 impl Registry {
-    /// Decides which versions answer, if the generation is still `expected`. It ends a split. Blocks on the disk.
+    /// Decides which versions answer, if the generation is still `expected`. It ends a split. Blocks on the store.
     pub fn activate(
         &self,
         task: &str,
@@ -56,7 +58,7 @@ impl Registry {
     }
 
     /// Makes the version active again that was active before, if the generation is still `expected`; once more goes one further
-    /// back. Blocks on the disk.
+    /// back. Blocks on the store.
     pub fn roll_back(&self, task: &str, expected: Option<u64>) -> Result<Activated, RegistryError> {
         self.change(task, expected, |name, state| {
             let mut routing = state.routing.clone();
@@ -71,7 +73,7 @@ impl Registry {
         })
     }
 
-    /// Has an alias name a version, or no version any more. Blocks on the disk.
+    /// Has an alias name a version, or no version any more. Blocks on the store.
     pub fn set_alias(
         &self,
         task: &str,
@@ -115,11 +117,20 @@ impl Registry {
         &self,
         task: &str,
         expected: Option<u64>,
-        decide: impl FnOnce(&TaskName, &TaskState) -> Result<Option<(Digest, Routing)>, RegistryError>,
+        decide: impl Fn(&TaskName, &TaskState) -> Result<Option<(Digest, Routing)>, RegistryError>,
+    ) -> Result<Activated, RegistryError> {
+        until_first(|| self.try_change(task, expected, &decide))
+    }
+
+    fn try_change(
+        &self,
+        task: &str,
+        expected: Option<u64>,
+        decide: impl Fn(&TaskName, &TaskState) -> Result<Option<(Digest, Routing)>, RegistryError>,
     ) -> Result<Activated, RegistryError> {
         let mut scan = self.writer();
         let _lock = self.store.lock();
-        let (name, state) = self.fresh_state(&mut scan, task)?;
+        let (name, state, basis) = self.fresh_state(&mut scan, task)?;
         let decided = decide(&name, &state)?;
         if let Some(expected) = expected.filter(|expected| *expected != state.generation) {
             return Err(RegistryError::PreconditionFailed { expected: expected.to_string(), found: state.generation });
@@ -127,7 +138,7 @@ impl Registry {
         let before = state.active.map(|active| active.id());
         let state = match decided {
             None => state,
-            Some((active, routing)) => self.route(&name, &state, active, routing)?,
+            Some((active, routing)) => self.route(&name, &state, &basis, active, routing)?,
         };
         Ok(Activated { task: self.entry(&name, &state), before })
     }
@@ -137,6 +148,7 @@ impl Registry {
         &self,
         task: &TaskName,
         state: &Arc<TaskState>,
+        basis: &Basis,
         active: Digest,
         routing: Routing,
     ) -> Result<Arc<TaskState>, RegistryError> {
@@ -146,8 +158,8 @@ impl Registry {
                 state.by_digest(digest).ok_or_else(|| RegistryError::NoActiveVersion { task: task.clone() })?;
             loaded = Some(self.load(task, stored)?);
         }
-        let generation = state.generation.saturating_add(1);
-        self.store.write_active(task, &routing.to_file(active, generation))?;
+        let generation = state.generation.max(basis.generation).saturating_add(1);
+        self.store.write_active(task, &routing.to_file(active, generation), basis)?;
         tracing::info!(%task, version = %active, generation, "activated");
         let state = TaskState { generation, active: Some(active), routing, ..TaskState::clone(state) };
         Ok(self.show(task, state, loaded.as_ref()))

@@ -16,8 +16,11 @@ mod watch;
 
 use std::{
     fmt,
-    path::PathBuf,
-    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
 };
 
 use dashmap::DashMap;
@@ -35,7 +38,8 @@ pub use residency::ResidencyStats;
 pub use routing::Draw;
 use scan::Scan;
 use state::{Slot, Stored, TaskState};
-use store::Store;
+pub use store::{Away, Bucket, PromptLocation};
+use store::{ReadError, Store, WriteError};
 pub use watch::Watcher;
 
 /// The fewest hex digits that name a version.
@@ -50,21 +54,23 @@ const MAX_TASKS_TO_SORT: usize = 2_000;
 /// Where prompts are kept and what they must fit.
 #[derive(Debug, Clone)]
 pub struct RegistryConfig {
-    /// The folder described in README "Files under --prompts".
-    pub root: PathBuf,
+    /// The folder or bucket, described in README "Files under --prompts".
+    pub root: PromptLocation,
     pub fit: Fit,
     /// Bounds, so that a registry cannot grow without end.
     pub max_tasks: usize,
     pub max_versions_per_task: usize,
     /// The memory for versions, in bytes: those that are used least are read again when they are needed.
     pub max_loaded_bytes: u64,
+    /// How often the store is asked for changes that others made, where it does not tell of them itself.
+    pub poll_interval: Duration,
 }
 
 /// All tasks that can be called. Cheap to share; readers never wait for a writer.
 #[derive(Debug)]
 pub struct Registry {
     config: RegistryConfig,
-    store: Store,
+    store: Box<dyn Store>,
     /// Readers clone an `Arc` out of a shard that is locked for no longer than that; a writer
     /// prepares a whole new state beside it and swaps one pointer.
     tasks: DashMap<TaskName, Slot>,
@@ -75,6 +81,8 @@ pub struct Registry {
     /// Told of each version that becomes the one that answers.
     listener: OnceLock<Listener>,
     compositions: Compositions,
+    /// See [`revision`](Self::revision).
+    revision: AtomicU64,
 }
 
 /// What [`Registry::on_active`] was given.
@@ -121,19 +129,33 @@ pub enum RegistryError {
     Composition { name: String, reason: String },
     #[error("the registry is full: {what}")]
     Full { what: String },
-    #[error("cannot write to the prompt store: {0}")]
+    /// The store does not answer, or refuses.
+    #[error("the prompt store failed: {0}")]
     Store(#[from] std::io::Error),
+    /// Each time that a change was tried, somebody else's was first.
+    #[error("the task is being changed by others at the same time")]
+    Conflict,
+}
+
+impl From<WriteError> for RegistryError {
+    fn from(error: WriteError) -> Self {
+        match error {
+            WriteError::Conflict => Self::Conflict,
+            WriteError::Store(error) => Self::Store(error),
+        }
+    }
 }
 
 impl Registry {
     /// Learns the name of every task under the root, and reads the first ones; the others are read when they are needed, or
     /// by [`watch`](Self::watch). A folder that is wrong is logged and left out; it does not keep the others from being served.
     pub fn open(config: RegistryConfig) -> Result<Arc<Self>, RegistryError> {
-        let store = Store::open(&config.root)?;
+        let store = store::open(&config.root)?;
         let residency = Residency::new(config.max_loaded_bytes);
         let (writer, listener) = (Mutex::new(Scan::default()), OnceLock::new());
         let compositions = Compositions::default();
-        let registry = Self { config, store, tasks: DashMap::new(), residency, writer, listener, compositions };
+        let (tasks, revision) = (DashMap::new(), AtomicU64::new(0));
+        let registry = Self { config, store, tasks, residency, writer, listener, compositions, revision };
         registry.scan_first()?;
         Ok(Arc::new(registry))
     }
@@ -177,10 +199,26 @@ impl Registry {
         self.residency.stats()
     }
 
+    /// Since when the store has not answered, if it does not.
+    pub fn store_away(&self) -> Option<Away> {
+        self.store.health().away()
+    }
+
+    /// Calls of the store that it did not answer.
+    pub fn store_failures(&self) -> u64 {
+        self.store.health().failures()
+    }
+
+    /// A hash of which versions answer for all tasks that were read: replicas that have read the same store and have the same
+    /// revision answer alike.
+    pub fn revision(&self) -> u64 {
+        self.revision.load(Ordering::Relaxed)
+    }
+
     /// Follows changes made to the folder by hand, by git or by another process until the
     /// returned guard is dropped.
     pub fn watch(self: &Arc<Self>) -> Result<Watcher, RegistryError> {
-        Ok(Watcher::start(self, self.store.root())?)
+        Ok(Watcher::start(self)?)
     }
 
     /// Calls `listener` with the version of each task that answers now and is in memory, and from then on with each that
@@ -220,7 +258,7 @@ impl Registry {
     /// A task's state, read from the disk if it was not read yet.
     fn read_state(&self, task: &str) -> Result<(TaskName, Arc<TaskState>), RegistryError> {
         if let (name, Slot::Unread) = self.slot(task)? {
-            self.read_unread(&name);
+            self.read_unread(&name)?;
         }
         match self.slot(task)? {
             (name, Slot::Read(state)) => Ok((name, state)),
@@ -236,7 +274,9 @@ impl Registry {
             Err(error) => error,
         };
         // Its files may have been changed or removed since they were listed.
-        self.scan_task(&mut self.writer(), &name);
+        if matches!(failed, RegistryError::Store(_)) || self.scan_task(&mut self.writer(), &name).is_err() {
+            return Err(failed);
+        }
         let (name, state) = self.read_state(task)?;
         match state.chosen(&name, version, draw)? {
             same if same.digest == chosen.digest && same.kept.is_none() => Err(failed),
@@ -276,11 +316,14 @@ impl Registry {
     fn read_stored(&self, task: &TaskName, stored: &Stored) -> Result<Arc<Version>, RegistryError> {
         let id = stored.digest.id();
         let unreadable = |reason| RegistryError::Unreadable { task: task.clone(), version: id.clone(), reason };
-        let files = match self.store.version_dir(task, &id).is_dir() {
-            true => self.store.read_version(task, &id),
-            false => self.store.read_plain(task).map_err(|e| e.to_string()),
+        let files = match self.store.read_version(task, &id) {
+            Err(ReadError::NotThere) => self.store.read_plain(task),
+            files => files,
         };
-        let files = files.map_err(unreadable)?;
+        let files = files.map_err(|error| match error {
+            ReadError::Store(error) => RegistryError::Store(error),
+            error => unreadable(error.to_string()),
+        })?;
         if files.digest() != stored.digest {
             return Err(unreadable("its files have been changed since they were listed".to_owned()));
         }
@@ -304,6 +347,8 @@ impl Registry {
     fn show(&self, task: &TaskName, state: TaskState, active: Option<&Arc<Version>>) -> Arc<TaskState> {
         let state = Arc::new(state);
         let old = self.tasks.insert(task.clone(), Slot::Read(Arc::clone(&state)));
+        let before = old.as_ref().and_then(Slot::read).map_or(0, |old| old.mark(task));
+        self.revision.fetch_xor(before ^ state.mark(task), Ordering::Relaxed);
         let before = old.and_then(|old| old.read().and_then(|old| old.active));
         if before != state.active
             && let Some(version) = active
@@ -317,8 +362,9 @@ impl Registry {
     fn forget(&self, scan: &mut Scan, task: &TaskName) {
         if let Some((_, Slot::Read(state))) = self.tasks.remove(task) {
             state.versions.iter().for_each(|stored| self.residency.remove(task, stored.digest));
+            self.revision.fetch_xor(state.mark(task), Ordering::Relaxed);
         }
-        scan.forget(&self.store.task_dir(task));
+        scan.forget(task, &self.store.places().task(task));
     }
 
     fn tell(&self, version: &Arc<Version>) {

@@ -4,11 +4,12 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     sync::Arc,
+    time::Duration,
 };
 
 use proptest::prelude::*;
 
-use super::{Activation, Registry, RegistryConfig, RegistryError};
+use super::{Activation, Bucket, PromptLocation, Registry, RegistryConfig, RegistryError};
 use crate::prompt::fixtures::{fit, prompt};
 
 const TASKS: [&str; 3] = ["a", "b", "c"];
@@ -45,7 +46,26 @@ struct Task {
     versions: BTreeSet<u8>,
 }
 
-type Model = BTreeMap<&'static str, Task>;
+/// The tasks that are there.
+type Tasks = BTreeMap<&'static str, Task>;
+
+#[derive(Debug, Default)]
+struct Model {
+    tasks: Tasks,
+    /// Whether a deleted task goes on where its generation was, as in a bucket, or begins anew.
+    remembers: bool,
+    deleted: BTreeMap<&'static str, u64>,
+}
+
+impl Model {
+    fn delete(&mut self, task: &'static str) -> &'static str {
+        let Some(gone) = self.tasks.remove(task) else { return "no task" };
+        if self.remembers {
+            self.deleted.insert(task, gone.generation + 1);
+        }
+        "ok"
+    }
+}
 
 fn id(value: u8) -> String {
     prompt(f32::from(value)).digest().id()
@@ -55,11 +75,13 @@ fn id(value: u8) -> String {
 fn apply_to_model(model: &mut Model, op: &Op) -> &'static str {
     match *op {
         Op::Publish { task, value, activate } => {
-            let (known, full) = (model.contains_key(TASKS[task]), model.len() >= MAX_TASKS);
+            let (known, full) = (model.tasks.contains_key(TASKS[task]), model.tasks.len() >= MAX_TASKS);
             if !known && full {
                 return "full";
             }
-            let state = model.entry(TASKS[task]).or_default();
+            let generation = model.deleted.get(TASKS[task]).copied().unwrap_or_default();
+            let is_new = || Task { generation, ..Task::default() };
+            let state = model.tasks.entry(TASKS[task]).or_insert_with(is_new);
             if !state.versions.contains(&value) && state.versions.len() >= MAX_VERSIONS {
                 return "full";
             }
@@ -70,7 +92,7 @@ fn apply_to_model(model: &mut Model, op: &Op) -> &'static str {
             }
         }
         Op::Activate { task, value, expected } => {
-            let Some(state) = model.get_mut(TASKS[task]) else { return "no task" };
+            let Some(state) = model.tasks.get_mut(TASKS[task]) else { return "no task" };
             if !state.versions.contains(&value) {
                 return "no version";
             }
@@ -83,19 +105,19 @@ fn apply_to_model(model: &mut Model, op: &Op) -> &'static str {
             }
         }
         Op::DeleteVersion { task, value } => {
-            let Some(state) = model.get_mut(TASKS[task]) else { return "no task" };
+            let Some(state) = model.tasks.get_mut(TASKS[task]) else { return "no task" };
             if !state.versions.contains(&value) {
                 return "no version";
             }
             if state.versions.len() == 1 {
-                model.remove(TASKS[task]);
+                model.delete(TASKS[task]);
             } else if state.active == Some(value) {
                 return "active";
             } else {
                 state.versions.remove(&value);
             }
         }
-        Op::DeleteTask { task } => return model.remove(TASKS[task]).map_or("no task", |_| "ok"),
+        Op::DeleteTask { task } => return model.delete(TASKS[task]),
         Op::Rescan => {}
     }
     "ok"
@@ -126,7 +148,7 @@ fn apply(registry: &Registry, op: &Op) -> &'static str {
 }
 
 /// The registry in the model's terms.
-fn view(registry: &Registry) -> Model {
+fn view(registry: &Registry) -> Tasks {
     let values: BTreeMap<String, u8> = (0..5).map(|value| (id(value), value)).collect();
     let value = |version: &Arc<crate::prompt::Version>| values[&version.digest.id()];
     let task = |entry: super::TaskEntry| {
@@ -145,21 +167,35 @@ proptest! {
     #[test]
     fn the_registry_and_its_folder_are_what_the_model_says(ops in ops()) {
         let dir = tempfile::tempdir().expect("temp dir");
-        let config = RegistryConfig {
-            root: dir.path().to_owned(),
-            fit: fit(),
-            max_tasks: MAX_TASKS,
-            max_versions_per_task: MAX_VERSIONS,
-            // Room for two versions, so that the others are read again and again.
-            max_loaded_bytes: 60_000,
-        };
-        let registry = Registry::open(config.clone()).expect("opens");
-        let mut model = Model::new();
-        for op in &ops {
-            prop_assert_eq!(apply(&registry, op), apply_to_model(&mut model, op), "{:?}", op);
-            prop_assert_eq!(&view(&registry), &model, "after {:?}", op);
-            let reopened = Registry::open(config.clone()).expect("opens");
-            prop_assert_eq!(&view(&reopened), &model, "reopened after {:?}", op);
-        }
+        hold(dir.path().to_owned().into(), false, &ops)?;
     }
+
+    #[test]
+    fn the_registry_and_its_bucket_are_what_the_model_says(ops in ops()) {
+        let bucket = Bucket::of("memory://bucket/prompts", Arc::new(object_store::memory::InMemory::new()));
+        hold(PromptLocation::Bucket(bucket), true, &ops)?;
+    }
+}
+
+/// Holds a registry at this place to the model.
+fn hold(root: PromptLocation, remembers: bool, ops: &[Op]) -> Result<(), TestCaseError> {
+    let config = RegistryConfig {
+        root,
+        fit: fit(),
+        max_tasks: MAX_TASKS,
+        max_versions_per_task: MAX_VERSIONS,
+        // Room for two versions, so that the others are read again and again.
+        max_loaded_bytes: 60_000,
+        poll_interval: Duration::from_secs(5),
+    };
+    let registry = Registry::open(config.clone()).expect("opens");
+    let mut model = Model { remembers, ..Model::default() };
+    for op in ops {
+        prop_assert_eq!(apply(&registry, op), apply_to_model(&mut model, op), "{:?}", op);
+        prop_assert_eq!(&view(&registry), &model.tasks, "after {:?}", op);
+        let reopened = Registry::open(config.clone()).expect("opens");
+        prop_assert_eq!(&view(&reopened), &model.tasks, "reopened after {:?}", op);
+        prop_assert_eq!(reopened.revision(), registry.revision());
+    }
+    Ok(())
 }

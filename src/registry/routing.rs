@@ -127,11 +127,12 @@ impl Routing {
     /// As it is written.
     pub(super) fn to_file(&self, active: Digest, generation: u64) -> Active {
         Active {
-            version: active.id(),
+            version: Some(active.id()),
             generation,
             versions: self.shares.iter().map(|(digest, share)| (digest.id(), *share)).collect(),
             aliases: self.aliases.iter().map(|(alias, digest)| (alias.clone(), digest.id())).collect(),
             previous: self.previous.iter().map(Digest::id).collect(),
+            ..Active::default()
         }
     }
 }

@@ -3,6 +3,8 @@
 
 use std::{sync::Arc, time::SystemTime};
 
+use sha2::{Digest as _, Sha256};
+
 use super::{
     MAX_KNOWN, MIN_VERSION_PREFIX, RegistryError,
     routing::{Draw, Routing},
@@ -56,6 +58,18 @@ impl Stored {
 }
 
 impl TaskState {
+    /// A hash of which versions answer, equal in all processes.
+    pub(super) fn mark(&self, task: &TaskName) -> u64 {
+        let mut hash = Sha256::new().chain_update(task.as_str()).chain_update([0]);
+        let shares =
+            self.routing.shares.iter().flat_map(|(digest, share)| [&digest.0[..8], &share.to_le_bytes()].concat());
+        let aliases =
+            self.routing.aliases.iter().flat_map(|(alias, digest)| [alias.as_bytes(), &digest.0[..8]].concat());
+        hash.update(self.active.map_or([0; 32], |active| active.0));
+        hash.update(shares.chain(aliases).collect::<Vec<u8>>());
+        hash.finalize().iter().take(8).fold(0, |mark, &byte| mark << 8 | u64::from(byte))
+    }
+
     /// Puts a version where its time belongs.
     pub(super) fn insert(&mut self, stored: Stored) {
         self.versions.push(stored);

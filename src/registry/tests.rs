@@ -20,8 +20,10 @@ fn open(root: &Path) -> Arc<Registry> {
 
 fn open_with(root: &Path, max_tasks: usize, max_versions_per_task: usize) -> Arc<Registry> {
     let fit = fixtures::fit();
-    let (root, max_loaded_bytes) = (root.to_owned(), 64 << 20);
-    Registry::open(RegistryConfig { root, fit, max_tasks, max_versions_per_task, max_loaded_bytes }).expect("opens")
+    let (root, max_loaded_bytes) = (root.to_owned().into(), 64 << 20);
+    let poll_interval = Duration::from_secs(10);
+    Registry::open(RegistryConfig { root, fit, max_tasks, max_versions_per_task, max_loaded_bytes, poll_interval })
+        .expect("opens")
 }
 
 fn name(task: &str) -> TaskName {

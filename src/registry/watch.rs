@@ -1,5 +1,5 @@
-//! Follows the prompts' folder: the system's notifications, and a slow poll for file systems that
-//! send none.
+//! Follows the prompt store: the system's notifications of a folder, and a poll for buckets and for file systems that send
+//! none.
 
 use std::{
     io,
@@ -24,8 +24,6 @@ use super::Registry;
 const QUIET: Duration = Duration::from_millis(200);
 /// A folder that is never quiet is read this often.
 const MAX_DELAY: Duration = Duration::from_secs(2);
-/// How often to look without a notification.
-const POLL: Duration = Duration::from_secs(10);
 /// Looking takes at most this part of the time: with very many tasks it is done less often.
 const SCAN_SHARE: u32 = 20;
 /// With more tasks than this no notifications are asked for: each folder would cost the system and this process memory.
@@ -48,21 +46,21 @@ enum Signal {
 }
 
 impl Watcher {
-    pub(super) fn start(registry: &Arc<Registry>, root: &Path) -> io::Result<Self> {
+    pub(super) fn start(registry: &Arc<Registry>) -> io::Result<Self> {
         let (signals, mail) = mpsc::channel();
-        let notifications = if registry.tasks.len() > MAX_NOTIFIED_TASKS {
-            tracing::info!(
-                tasks = registry.tasks.len(),
-                "too many tasks for change notifications; checking the folder from time to time"
-            );
-            None
-        } else {
-            notifications(root, signals.clone())
+        let poll = registry.config.poll_interval;
+        let notifications = match registry.store.notifying_folder() {
+            Some(_) if registry.tasks.len() > MAX_NOTIFIED_TASKS => {
+                let tasks = registry.tasks.len();
+                tracing::info!(tasks, "too many tasks for change notifications; checking the folder every {poll:?}");
+                None
+            }
+            Some(root) => notifications(root, signals.clone())
                 .inspect_err(|e| {
-                    let poll = POLL.as_secs();
-                    tracing::warn!(path = %root.display(), error = %e, "the system sends no change notifications; checking the folder every {poll} s");
+                    tracing::warn!(path = %root.display(), error = %e, "the system sends no change notifications; checking the folder every {poll:?}");
                 })
-                .ok()
+                .ok(),
+            None => None,
         };
         let stopping = Arc::new(AtomicBool::new(false));
         let registry = Arc::downgrade(registry);
@@ -71,7 +69,7 @@ impl Watcher {
             if let Some(registry) = registry.upgrade() {
                 registry.read_ahead(|| !stop.load(Ordering::Relaxed));
             }
-            follow(&registry, &mail);
+            follow(&registry, &mail, poll);
         })?;
         // A change between the registry's last scan and the first notification.
         let _ = signals.send(Signal::Changed);
@@ -118,8 +116,8 @@ fn is_change(event: &Event, root: &Path) -> bool {
     wrote && (event.paths.is_empty() || !event.paths.iter().all(hidden))
 }
 
-fn follow(registry: &Weak<Registry>, mail: &Receiver<Signal>) {
-    let mut poll = POLL;
+fn follow(registry: &Weak<Registry>, mail: &Receiver<Signal>, interval: Duration) {
+    let mut poll = interval;
     loop {
         match mail.recv_timeout(poll) {
             Ok(Signal::Changed) => {
@@ -133,10 +131,11 @@ fn follow(registry: &Weak<Registry>, mail: &Receiver<Signal>) {
         let Some(registry) = registry.upgrade() else { return };
         let began = Instant::now();
         let scanned = registry.rescan();
-        poll = POLL.max(began.elapsed() * SCAN_SHARE);
-        if let Err(e) = scanned {
-            let root = registry.store.root().display();
-            tracing::warn!(path = %root, error = %e, "cannot read the prompts' folder; serving what was read before");
+        poll = interval;
+        match scanned {
+            Ok(()) => poll = interval.max(began.elapsed() * SCAN_SHARE),
+            // That it does not answer was logged when it began.
+            Err(error) => tracing::debug!(%error, "cannot read the prompt store; serving what was read before"),
         }
     }
 }

@@ -3,7 +3,8 @@
 
 use std::{fmt, io, path::PathBuf};
 
-use super::{checkpoint::CheckpointError, data::DataError, init::InitError};
+use super::{checkpoint::CheckpointError, init::InitError};
+use crate::examples::DataError;
 use crate::{
     engine::{StartError, SubmitError},
     prompt::{format::Faults, grammar::GrammarError, soft::PlaceError, template::TemplateError},

@@ -7,16 +7,16 @@ use serde::Serialize;
 use super::{
     TuneError,
     calibrate::{LabelEvidence, Reliability, likeliest},
-    data::{DataError, Dataset, Example, Faults},
     evidence,
     in_context::{Shots, ShotsUsed},
     inference::Inference,
     init::InitError,
-    metrics::{
-        self, Bleu, Chrf,
-        interval::{Interval, bootstrap, wilson},
-        mean,
-    },
+};
+use crate::examples::{DataError, Dataset, Example, Faults};
+use crate::quality::{
+    self, Bleu, Chrf,
+    interval::{Interval, bootstrap, wilson},
+    mean,
 };
 use crate::{
     engine::sampling::mask::TokenConstraint,
@@ -196,17 +196,17 @@ impl Evaluation<'_> {
         let references: Vec<String> = self.data.examples.iter().map(|e| e.output.trim().to_owned()).collect();
         let n = references.len();
         let pairs = || outputs.iter().zip(&references);
-        let f1: Vec<f64> = pairs().map(|(o, r)| metrics::token_f1(o, r)).collect();
+        let f1: Vec<f64> = pairs().map(|(o, r)| quality::token_f1(o, r)).collect();
         let chrf: Vec<Chrf> = pairs().map(|(o, r)| Chrf::of(o, r)).collect();
         let bleu: Vec<Bleu> = pairs().map(|(o, r)| Bleu::of(o, r)).collect();
         let metrics = [
-            ("exact_match", metrics::exact_match(&outputs, &references)),
+            ("exact_match", quality::exact_match(&outputs, &references)),
             ("token_f1", mean(f1.iter().copied())),
             ("chrf", chrf.iter().copied().sum::<Chrf>().score()),
             ("bleu", bleu.iter().copied().sum::<Bleu>().score()),
         ];
         let intervals = [
-            ("exact_match", wilson(pairs().filter(|(o, r)| metrics::is_exact(o, r)).count(), n)),
+            ("exact_match", wilson(pairs().filter(|(o, r)| quality::is_exact(o, r)).count(), n)),
             ("token_f1", bootstrap(n, |sample| mean(sample.iter().map(|&i| f1[i])))),
             ("chrf", bootstrap(n, |sample| sample.iter().map(|&i| chrf[i]).sum::<Chrf>().score())),
             ("bleu", bootstrap(n, |sample| sample.iter().map(|&i| bleu[i]).sum::<Bleu>().score())),
@@ -238,7 +238,7 @@ impl Evaluation<'_> {
         let reliability = evidence.reliability(&calibration);
         let expected: Vec<String> = self.data.examples.iter().map(|e| e.label.clone().unwrap_or_default()).collect();
         let answered: Vec<Option<String>> = outputs.iter().map(|o| labels.label_of(o).map(str::to_owned)).collect();
-        let confusion = metrics::confusion(&answered, &expected)
+        let confusion = quality::confusion(&answered, &expected)
             .into_iter()
             .map(|(label, row)| {
                 (label, row.into_iter().map(|(answer, n)| (answer.unwrap_or_else(|| NO_LABEL.to_owned()), n)).collect())
@@ -247,18 +247,18 @@ impl Evaluation<'_> {
         let n = expected.len();
         let right =
             |answers: &[Option<String>]| answers.iter().zip(&expected).filter(|(a, e)| a.as_ref() == Some(e)).count();
-        let (pairs, known) = metrics::label_pairs(&answered, &expected);
+        let (pairs, known) = quality::label_pairs(&answered, &expected);
         let briers = evidence.briers(&calibration);
         let intervals = [
             ("accuracy", wilson(right(&answered), n)),
-            ("macro_f1", bootstrap(n, |sample| metrics::macro_f1_of(sample.iter().map(|&i| pairs[i]), known))),
+            ("macro_f1", bootstrap(n, |sample| quality::macro_f1_of(sample.iter().map(|&i| pairs[i]), known))),
             ("choice_accuracy", wilson(right(&chosen), n)),
             ("brier", bootstrap(n, |sample| mean(sample.iter().map(|&i| briers[i])))),
         ];
         let metrics = [
-            ("accuracy", metrics::accuracy(&answered, &expected)),
-            ("macro_f1", metrics::macro_f1(&answered, &expected)),
-            ("choice_accuracy", metrics::accuracy(&chosen, &expected)),
+            ("accuracy", quality::accuracy(&answered, &expected)),
+            ("macro_f1", quality::macro_f1(&answered, &expected)),
+            ("choice_accuracy", quality::accuracy(&chosen, &expected)),
             ("brier", reliability.brier),
             ("ece", reliability.ece),
         ];

@@ -3,12 +3,13 @@
 use candle_core::Result;
 
 use super::{
-    data::{self, TokenizedExample},
     forward::Forward,
     loss::{self, ValidationMetrics},
     order,
     plan::{HeldOut, Plan},
+    split,
 };
+use crate::examples::TokenizedExample;
 
 /// Examples that the candidates of a race are compared by, at most.
 const MOST_JUDGED: usize = 256;
@@ -50,7 +51,7 @@ pub fn of_race(plan: &Plan) -> Vec<Fold> {
 
 /// `k` folds in which each example judges once; fewer if there are fewer different inputs, and none if there is one.
 pub fn split(all: &[TokenizedExample], k: usize, seed: u64) -> Vec<Fold> {
-    let parts = data::parts(all, k, seed);
+    let parts = split::parts(all, k, seed);
     let fold = |part: usize| {
         let of =
             |judges: bool| all.iter().zip(&parts).filter(move |(_, p)| (**p == part) == judges).map(|(e, _)| e.clone());

@@ -5,7 +5,7 @@ use std::{collections::HashMap, ops::Range, sync::Arc};
 
 use candle_core::{Result, Tensor};
 
-use super::data::TokenizedExample;
+use crate::examples::TokenizedExample;
 use crate::{
     kernels::{
         Kernels, Tuning,

@@ -8,11 +8,8 @@ use std::{
 
 use serde::Serialize;
 
-use super::{
-    TuneError,
-    data::{DataError, Dataset, Example, Faults},
-    order,
-};
+use super::{TuneError, order};
+use crate::examples::{DataError, Dataset, Example, Faults};
 use crate::{
     input::{InputEncoder, InputError},
     model::Model,

@@ -7,11 +7,11 @@ use rand::Rng;
 use rand_distr::StandardNormal;
 
 use super::{
-    data::TokenizedExample,
     forward::Forward,
     order,
     parameters::{Method, Parameters},
 };
+use crate::examples::TokenizedExample;
 use crate::{
     model::Model,
     prompt::learned::LearnedPrompt,

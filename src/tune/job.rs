@@ -12,7 +12,6 @@ use super::{
     TuneError,
     checkpoint::{Checkpoint, CheckpointError},
     cross_validation,
-    data::TokenizedExample,
     forward::Forward,
     held_out_calibration::{self, HeldOutCalibration},
     loss::ValidationMetrics,
@@ -21,6 +20,7 @@ use super::{
     sweep::{self, Sweep},
     trainer::{Best, Ended, Progress, Settings, State, Trainer, Validation},
 };
+use crate::examples::TokenizedExample;
 use crate::{
     model::Model,
     prompt::{

@@ -3,7 +3,8 @@
 
 use candle_core::{D, DType, Result, Tensor, Var, bail};
 
-use super::{data::TokenizedExample, forward::Forward, parameters::Parameters};
+use super::{forward::Forward, parameters::Parameters};
+use crate::examples::TokenizedExample;
 use crate::prompt::learned::LearnedPrompt;
 
 /// What a forward pass over a batch gives.

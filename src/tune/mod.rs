@@ -1,17 +1,17 @@
 //! Learns a prompt by differentiating the forward that serves, and measures it.
 //!
-//! [`plan`] checks the [`options`] of a run and reads its data, [`job`] runs it; the rest are their parts, usable alone:
+//! [`plan`] checks the [`options`] of a run and reads its data, [`job`] runs it; the rest are their parts, usable alone. The data are
+//! [`examples`](crate::examples); how good answers are is measured by [`quality`](crate::quality):
 //!
-//! - [`data`]: JSON Lines to token ids, every fault listed
 //! - [`learned_tensor`], [`parameters`], [`prompt_encoder`]: what is learned in each way, and the prompt that it makes
 //! - [`init`]: initial values
 //! - [`forward`], [`loss`]: a batch through the model, with gradients; the loss of a prompt and its gradient
 //! - [`optim`], [`schedule`], [`order`]: AdamW, the learning rate and the examples of each step
 //! - [`variation`]: what differs from pass to pass, so that few examples are not learnt by heart
 //! - [`trainer`], [`sweep`]: the loop, and the search for its learning rate
-//! - [`folds`], [`cross_validation`]: how good a run is, where there are too few examples to hold some out
+//! - [`split`], [`folds`], [`cross_validation`]: how good a run is, where there are too few examples to hold some out
 //! - [`checkpoint`], [`output`], [`report`]: what is left on disk
-//! - [`inference`], [`metrics`], [`evaluate`]: what the engine answers with a prompt and how good that is,
+//! - [`inference`], [`evaluate`]: what the engine answers with a prompt and how good that is,
 //!   beside what an instruction in words gives, and examples in the context ([`in_context`])
 //! - [`evidence`], [`calibrate`], [`held_out_calibration`]: how likely the engine finds each label, how far that can be
 //!   trusted, and the calibration that a run stores
@@ -20,7 +20,6 @@
 pub mod calibrate;
 pub mod checkpoint;
 pub mod cross_validation;
-pub mod data;
 mod error;
 pub mod evaluate;
 pub mod evidence;
@@ -33,7 +32,6 @@ pub mod init;
 pub mod job;
 pub mod learned_tensor;
 pub mod loss;
-pub mod metrics;
 pub mod optim;
 pub mod options;
 pub mod order;
@@ -43,6 +41,7 @@ pub mod plan;
 pub mod prompt_encoder;
 pub mod report;
 pub mod schedule;
+pub mod split;
 pub mod sweep;
 pub mod trainer;
 pub mod variation;

@@ -13,8 +13,6 @@ pub const SWEEP: u64 = u64::MAX - 3;
 pub const ENCODER: u64 = u64::MAX - 2;
 /// The stream of the examples that are put into the context.
 pub const SHOTS: u64 = u64::MAX - 3;
-/// The stream of a bootstrap's samples.
-pub const BOOTSTRAP: u64 = u64::MAX - 4;
 /// The first of the streams of what is varied, one for each forward pass.
 pub const VARIATION: u64 = 1 << 63;
 

@@ -10,7 +10,6 @@ pub use held_out::{HeldOut, Warning};
 use super::{
     Setting, TuneError,
     checkpoint::Identity,
-    data::{self, Dataset, TokenizedExample},
     forward::Forward,
     init::{self, Init, InitError, Source},
     optim::AdamW,
@@ -19,6 +18,7 @@ use super::{
     schedule::Schedule,
     trainer::Settings,
 };
+use crate::examples::{self, Dataset, TokenizedExample};
 use crate::{
     input::InputEncoder,
     model::Model,
@@ -133,7 +133,7 @@ impl Plan {
             truncate: options.truncate.as_ref(),
             shape,
         };
-        let tokenize = |path: &Path, data: &Dataset| data::tokenize(path, &data.examples, &encoder, eos, budget);
+        let tokenize = |path: &Path, data: &Dataset| examples::tokenize(path, &data.examples, &encoder, eos, budget);
         let all = tokenize(&options.data, &data)?;
         let (train, held_out, held_out_is) = match &eval {
             Some((path, eval)) => {

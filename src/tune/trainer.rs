@@ -6,7 +6,6 @@ use std::ops::ControlFlow;
 use candle_core::Result;
 
 use super::{
-    data::TokenizedExample,
     forward::Forward,
     loss::{self, ValidationMetrics},
     optim::{self, AdamW, Moments},
@@ -15,6 +14,7 @@ use super::{
     schedule::Schedule,
     variation::{self, Variation},
 };
+use crate::examples::TokenizedExample;
 
 /// What decides a run, beside the data and the initial values.
 #[derive(Debug, Clone, Copy, PartialEq)]

@@ -7,7 +7,8 @@
 use rand::{Rng, rngs::StdRng};
 use rand_distr::StandardNormal;
 
-use super::{data::TokenizedExample, learned_tensor::LearnedTensor, order};
+use super::{learned_tensor::LearnedTensor, order};
+use crate::examples::TokenizedExample;
 use crate::packing::InputToken;
 
 /// How much differs.

@@ -5,6 +5,7 @@ use std::{collections::HashMap, sync::Arc};
 
 use candle_core::DType;
 use serde_json::json;
+use softserve::examples::TokenizedExample;
 use softserve::{
     engine::{
         Engine, EngineConfig,
@@ -14,7 +15,6 @@ use softserve::{
     model::Model,
     prompt::{Version, format::Fit},
     tune::{
-        data::TokenizedExample,
         forward::Forward,
         loss,
         parameters::{Method, Parameters},

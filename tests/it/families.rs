@@ -2,6 +2,7 @@
 //! gradients of its prompts.
 
 use candle_core::{DType, Device, Tensor, Var};
+use softserve::examples::TokenizedExample;
 use softserve::{
     engine::{
         Engine, EngineConfig,
@@ -11,7 +12,6 @@ use softserve::{
     model::{Model, ModelFiles, random::RandomModel},
     prompt::LearnedPrompt,
     tune::{
-        data::TokenizedExample,
         forward::Forward,
         loss,
         parameters::{Method, Parameters},

@@ -7,6 +7,7 @@ use bytes::Bytes;
 use candle_core::DType;
 use proptest::prelude::*;
 use serde_json::json;
+use softserve::examples::Dataset;
 use softserve::{
     convert::{self, npy, pickle::Pickle},
     model::{ModelConfig, ModelFiles},
@@ -16,7 +17,6 @@ use softserve::{
         spec::TaskSpec,
     },
     registry::package::{self, Packing},
-    tune::data::Dataset,
 };
 
 use crate::{

@@ -313,6 +313,17 @@ async fn limits(provoked: &mut Provoked) {
     std::fs::remove_file(server.prompts.path()).unwrap();
     assert!(!failed.text().contains(server.prompts.path().to_str().unwrap()), "{}", failed.text());
     provoked.add(VERSIONS, "post", &failed);
+    let server = Server::start();
+    std::fs::remove_dir_all(server.prompts.path()).unwrap();
+    std::fs::write(server.prompts.path(), "").unwrap();
+    let (content_type, body) = form(&[("purpose", b"batch"), ("file", b"{}\n")]);
+    let failed = server.call(post("/v1/files", content_type, body)).await;
+    std::fs::remove_file(server.prompts.path()).unwrap();
+    // OpenAI's routes have errors of another form, with the same codes.
+    let error = failed.json()["error"].clone();
+    assert_eq!((failed.status.as_u16(), &error["code"]), (500, &json!("internal")), "{error}");
+    writeln!(provoked.lines, "500 internal: {}", error["message"].as_str().unwrap()).unwrap();
+    provoked.codes.insert("internal".to_owned());
 }
 
 #[tokio::test]

@@ -3,11 +3,11 @@
 use candle_core::{DType, Device, Tensor};
 use safetensors::{Dtype, tensor::TensorView};
 use serde_json::{Value, json};
+use softserve::examples::TokenizedExample;
 use softserve::{
     packing::InputToken,
     prompt::learned::{Embeddings, LearnedPrompt},
     tune::{
-        data::TokenizedExample,
         inference::Inference,
         job, loss,
         options::{Length, Options, PromptType},

@@ -99,7 +99,8 @@ impl Options {
         let (engine, _thread) = Engine::start(model, self.engine).unwrap();
         let fit = Fit::from(&info);
         let registry = Registry::open(RegistryConfig {
-            root: prompts.path().to_owned(),
+            root: prompts.path().to_owned().into(),
+            poll_interval: Duration::from_secs(5),
             fit,
             max_tasks: self.limits.max_tasks,
             max_versions_per_task: self.limits.max_versions,

@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 use modules::{Modules, room};
 
 /// Each room (a folder or file of `src`), and the rooms that it may name.
-const ARROWS: [(&str, &[&str]); 20] = [
+const ARROWS: [(&str, &[&str]); 22] = [
     // One table, plain data, for all who name its parameters.
     ("sampling", &[]),
     // Only for the facts of the model that a prompt must fit.
@@ -24,11 +24,28 @@ const ARROWS: [(&str, &[&str]); 20] = [
     // What the engine obeys without knowing text.
     ("grammar", &["engine", "prompt", "tokenizer"]),
     ("records", &[]),
+    // Examples of a task, for who tunes and who compares versions.
+    ("examples", &["content", "input", "packing", "prompt"]),
+    // How good answers are: texts and labels alone.
+    ("quality", &[]),
     ("registry", &["content", "prompt"]),
     ("demo", &["model"]),
     (
         "tune",
-        &["content", "engine", "grammar", "input", "kernels", "model", "packing", "prompt", "sampling", "tokenizer"],
+        &[
+            "content",
+            "engine",
+            "examples",
+            "grammar",
+            "input",
+            "kernels",
+            "model",
+            "packing",
+            "prompt",
+            "quality",
+            "sampling",
+            "tokenizer",
+        ],
     ),
     ("convert", &["content", "prompt"]),
     // It knows nothing but bytes.
@@ -37,18 +54,20 @@ const ARROWS: [(&str, &[&str]); 20] = [
     ("bench", &["sampling"]),
     ("telemetry", &["config"]),
     // The engine's configuration is one struct from the options to the scheduler.
-    ("config", &["engine", "model"]),
+    ("config", &["engine", "model", "registry"]),
     (
         "http",
         &[
             "config",
             "content",
             "engine",
+            "examples",
             "grammar",
             "input",
             "model",
             "packing",
             "prompt",
+            "quality",
             "records",
             "registry",
             "sampling",
@@ -65,6 +84,7 @@ const ARROWS: [(&str, &[&str]); 20] = [
             "convert",
             "demo",
             "engine",
+            "examples",
             "http",
             "model",
             "packing",

@@ -4,12 +4,12 @@
 use std::ops::ControlFlow;
 
 use candle_core::{DType, Device, Tensor, Var};
+use softserve::examples::TokenizedExample;
 use softserve::{
     model::Model,
     prompt::learned::{Embeddings, LearnedPrompt},
     tune::{
         checkpoint::{Checkpoint, Identity},
-        data::TokenizedExample,
         forward::Forward,
         loss::{self, ValidationMetrics},
         optim::AdamW,

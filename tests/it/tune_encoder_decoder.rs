@@ -5,13 +5,13 @@ use std::{fs, ops::ControlFlow, path::Path, process::Command};
 
 use candle_core::{DType, Device, Tensor, Var};
 use serde_json::{Value, json};
+use softserve::examples::TokenizedExample;
 use softserve::{
     kernels,
     model::Model,
     prompt::{LearnedPrompt, format::Fit},
     tune::{
         TuneError,
-        data::TokenizedExample,
         forward::Forward,
         init::{Init, Source},
         job::{self, OutputPaths},

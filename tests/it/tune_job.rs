@@ -3,6 +3,7 @@
 use std::{collections::BTreeMap, fs, ops::ControlFlow, path::Path, sync::Arc};
 
 use candle_core::{DType, Device};
+use softserve::examples::TokenizedExample;
 use softserve::{
     kernels,
     model::Model,
@@ -12,7 +13,6 @@ use softserve::{
     tune::{
         TuneError,
         checkpoint::CheckpointError,
-        data::TokenizedExample,
         forward::Forward,
         inference::Inference,
         init::Init,

@@ -2,10 +2,9 @@
 
 use std::{fmt::Write as _, fs, ops::ControlFlow, slice};
 
+use softserve::examples::TokenizedExample;
 use softserve::tune::{
-    TuneError,
-    data::TokenizedExample,
-    folds,
+    TuneError, folds,
     init::Init,
     job::{self, Observer},
     options::{Options, PromptType},

@@ -5,10 +5,10 @@ use std::{collections::BTreeMap, io::Write};
 
 use serde_json::{Value, json};
 
+use crate::examples::Dataset;
 use crate::{
     prompt::Version,
     tune::{
-        data::Dataset,
         evaluate::{Column, NO_LABEL},
         in_context::Shots,
     },

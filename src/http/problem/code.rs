@@ -108,6 +108,8 @@ codes! {
         "The server is starting or stopping; try again after Retry-After seconds.";
     PromptUnreadable "prompt_unreadable" SERVICE_UNAVAILABLE "The learned prompt cannot be read"
         "The version is stored, but the prompt store does not give its files now, or they have been changed or removed.";
+    StoreUnavailable "store_unavailable" SERVICE_UNAVAILABLE "The prompt store does not answer"
+        "The folder or bucket of the learned prompts cannot be read or written now; what is in memory is served on.";
     Timeout "timeout" GATEWAY_TIMEOUT "No answer in time"
         "The time that the request or the server gives was over before there was an answer.";
 }

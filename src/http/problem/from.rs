@@ -1,5 +1,7 @@
 //! The error of each layer as a problem.
 
+use std::io::ErrorKind;
+
 use super::{Code, Problem, ProblemError};
 use crate::{
     engine::SubmitError,
@@ -133,7 +135,21 @@ impl From<RegistryError> for Problem {
             RegistryError::Full { what } => {
                 Self::new(Code::RegistryFull, format!("no room: {what}, or raise the server's limit"))
             }
-            RegistryError::Store(error) => Self::internal(format!("the prompt store failed: {error}")),
+            RegistryError::Store(error) => {
+                // The whole error has paths or addresses in it, which are for the log.
+                let why = match error.kind() {
+                    ErrorKind::Other | ErrorKind::NotFound => "it does not answer".to_owned(),
+                    kind => kind.to_string(),
+                };
+                let detail = format!(
+                    "the prompt store cannot be read or written now ({why}); the server's log has the cause. Look at the task \
+                     before you repeat a change"
+                );
+                Self { cause: Some(error.to_string()), ..Self::new(Code::StoreUnavailable, detail) }
+            }
+            error @ RegistryError::Conflict => {
+                Self::new(Code::StoreUnavailable, format!("{error}; nothing was changed: try again"))
+            }
         }
     }
 }

@@ -10,11 +10,12 @@ use crate::{
 
 fn open(root: &Path) -> Arc<Registry> {
     let config = RegistryConfig {
-        root: root.to_owned(),
+        root: root.to_owned().into(),
         fit: fixtures::fit(),
         max_tasks: 8,
         max_versions_per_task: 8,
         max_loaded_bytes: 64 << 20,
+        poll_interval: Duration::from_secs(10),
     };
     Registry::open(config).expect("opens")
 }

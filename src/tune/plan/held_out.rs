@@ -1,6 +1,7 @@
 //! Which examples judge a run, and what is odd about that.
 
-use crate::tune::data::{self, TokenizedExample};
+use crate::examples::TokenizedExample;
+use crate::tune::split;
 
 /// Which examples choose the learning rate and the best prompt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,7 +32,7 @@ pub enum Warning {
 
 /// Examples to train on and others to hold out: a part of them, or, of too few, all in both places.
 pub(super) fn split(all: Vec<TokenizedExample>, seed: u64) -> (Vec<TokenizedExample>, Vec<TokenizedExample>, HeldOut) {
-    let out = data::held_out(&all, seed);
+    let out = split::held_out(&all, seed);
     if !out.contains(&true) {
         return (all.clone(), all, HeldOut::Training);
     }

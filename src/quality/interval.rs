@@ -1,14 +1,15 @@
 //! Confidence intervals of scores: how far another sample of as many examples may be from this one.
 
-use rand::Rng as _;
-
-use crate::tune::order;
+use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
 
 /// The ends of an interval, the lower first.
 pub type Interval = [f64; 2];
 
 /// The 0.975 quantile of the normal distribution: 95 % lie within so many standard deviations.
 const Z: f64 = 1.959_963_984_540_054;
+
+/// The seed of a bootstrap's samples.
+const SEED: u64 = 0;
 
 /// Samples of a bootstrap.
 const RESAMPLES: usize = 1000;
@@ -33,7 +34,7 @@ pub fn wilson(right: usize, n: usize) -> Interval {
 /// indices, drawn with replacement.
 pub fn bootstrap(n: usize, mut score: impl FnMut(&[usize]) -> f64) -> Interval {
     // The same examples always have the same interval.
-    let mut random = order::rng(0, order::BOOTSTRAP);
+    let mut random = StdRng::seed_from_u64(SEED);
     let mut sample = vec![0; n];
     let mut scores: Vec<f64> = (0..RESAMPLES)
         .map(|_| {
@@ -55,7 +56,7 @@ fn quantile(sorted: &[f64], part: f64) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::tune::metrics::mean;
+    use crate::quality::mean;
 
     #[test]
     fn wilsons_interval_has_the_known_ends() {
