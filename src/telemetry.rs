@@ -38,6 +38,10 @@ pub const RUNNING: &str = "softserve_engine_running_requests";
 pub const KV_BLOCKS_USED: &str = "softserve_engine_kv_blocks_used";
 /// Blocks of keys and values there are.
 pub const KV_BLOCKS: &str = "softserve_engine_kv_blocks";
+/// Positions of one of these blocks.
+pub const KV_BLOCK_POSITIONS: &str = "softserve_engine_kv_block_positions";
+/// The part of the blocks that is in use, from 0 to 1: what routers read of a model server.
+pub const KV_USAGE: &str = "softserve_engine_kv_usage_ratio";
 /// Cached blocks: no request references them, and their content can be reused.
 pub const KV_BLOCKS_CACHED: &str = "softserve_engine_kv_blocks_cached";
 /// Blocks whose content had to make room for other content.
@@ -138,6 +142,8 @@ fn describe() {
     describe_gauge!(RUNNING, "Requests in the batch");
     describe_gauge!(KV_BLOCKS_USED, "Blocks of keys and values in use");
     describe_gauge!(KV_BLOCKS, "Blocks of keys and values there are");
+    describe_gauge!(KV_BLOCK_POSITIONS, "Positions of one block of keys and values");
+    describe_gauge!(KV_USAGE, "The part of the blocks of keys and values that is in use, from 0 to 1");
     describe_gauge!(KV_BLOCKS_CACHED, "Cached blocks: no request references them, and their content can be reused");
     describe_counter!(KV_EVICTIONS, "Blocks whose content had to make room for other content");
     describe_gauge!(ENCODER_POSITIONS_USED, "Positions of encoders' inputs whose output is kept for running requests");

@@ -2,6 +2,8 @@
 
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 
+use crate::kernels::layout::BLOCK_SIZE;
+
 /// What the engine is doing now, for health and metrics.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct EngineStats {
@@ -37,6 +39,19 @@ pub struct EngineStats {
     pub evictions: u64,
     /// Running sequences that were preempted: queued again to make room for others.
     pub preemptions: u64,
+}
+
+impl EngineStats {
+    /// Positions of one block of keys and values.
+    pub const KV_BLOCK_POSITIONS: usize = BLOCK_SIZE;
+
+    /// The part of the blocks that sequences hold, from 0 to 1. What is only cached counts as free.
+    pub fn kv_usage(&self) -> f64 {
+        match self.kv_blocks_total {
+            0 => 0.0,
+            total => self.kv_blocks_used as f64 / total as f64,
+        }
+    }
 }
 
 /// What the thread counts and handles read.
@@ -84,5 +99,22 @@ impl Counters {
             preemptions: self.preemptions.load(Relaxed),
             ..EngineStats::default()
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_usage_is_the_part_of_the_blocks_that_sequences_hold() {
+        let stats = |kv_blocks_used, kv_blocks_total| EngineStats {
+            kv_blocks_used,
+            kv_blocks_total,
+            kv_blocks_cached: 3,
+            ..EngineStats::default()
+        };
+        assert_eq!([stats(0, 8), stats(2, 8), stats(8, 8)].map(|stats| stats.kv_usage()), [0.0, 0.25, 1.0]);
+        assert_eq!(stats(0, 0).kv_usage(), 0.0, "no cache is no reason for NaN");
     }
 }

@@ -99,6 +99,8 @@ fn record_engine(stats: &EngineStats) {
     gauge!(telemetry::RUNNING).set(stats.running as f64);
     gauge!(telemetry::KV_BLOCKS_USED).set(stats.kv_blocks_used as f64);
     gauge!(telemetry::KV_BLOCKS).set(stats.kv_blocks_total as f64);
+    gauge!(telemetry::KV_BLOCK_POSITIONS).set(EngineStats::KV_BLOCK_POSITIONS as f64);
+    gauge!(telemetry::KV_USAGE).set(stats.kv_usage());
     gauge!(telemetry::KV_BLOCKS_CACHED).set(stats.kv_blocks_cached as f64);
     gauge!(telemetry::ENCODER_POSITIONS_USED).set(stats.encoded_positions as f64);
     gauge!(telemetry::ENCODER_POSITIONS).set(stats.encoded_positions_total as f64);

@@ -372,6 +372,9 @@ async fn metrics_count_requests_by_route_and_never_by_path() {
         "{text}"
     );
     assert!(text.contains("softserve_engine_kv_blocks ") && text.contains("softserve_ready 1"), "{text}");
+    // Routers read these two as they are.
+    assert!(text.contains("softserve_engine_kv_block_positions 32\n"), "{text}");
+    assert!(text.contains("# TYPE softserve_engine_kv_usage_ratio gauge\n"), "{text}");
     for name in ["cached_tokens_total", "kv_blocks_cached", "kv_evictions_total", "preemptions_total", "cached_prompts"]
     {
         assert!(text.contains(&format!("softserve_engine_{name} ")), "{name}: {text}");
