@@ -6,8 +6,10 @@
 import argparse
 import copy
 import json
+import os
 import pathlib
 import re
+import shutil
 import subprocess
 
 import jsonschema
@@ -20,13 +22,13 @@ OWN_SCHEMAS = json.loads(pathlib.Path(__file__).with_name("schemas.json").read_t
 # The oldest and the newest Kubernetes whose schemas they are held to.
 KUBERNETES = ["1.33", "1.37"]
 # Not applied with the others: an example of a secret, and what needs an adapter that not every cluster has.
-LEFT_OUT = {"secret.example.yaml", "autoscaling.yaml"}
+LEFT_OUT = {"base/secret.example.yaml", "base/autoscaling.yaml"}
 # Seconds beyond the drain in which src/cli/serve.rs sends the last bytes, joins the engine and shuts the runtime down.
 AFTER_THE_DRAIN = 6
 
 
 def read(folder=FOLDER):
-    """Every document by its file and place in it: {("deployment.yaml", 0): {...}}."""
+    """Every document by its file and place in it: {("base/deployment.yaml", 0): {...}}."""
     files = sorted(folder.rglob("*.yaml"))
     return {
         (str(file.relative_to(folder)), place): document
@@ -185,7 +187,7 @@ def against_the_files(documents, folder=FOLDER):
         for name in files:
             if not (folder / here / name).exists():
                 yield f"{file} names {name}, which is not there"
-            named.add(str(here / name))
+            named.add(os.path.normpath(here / name))
     there = {file for file, _ in documents if pathlib.PurePath(file).name != "kustomization.yaml"}
     yield from (f"{file} is in no kustomization" for file in sorted(there - named - LEFT_OUT))
 
@@ -235,6 +237,32 @@ def against_the_program(documents, help_text):
         yield f"the autoscaler asks for {metric}, which is no metric"
 
 
+def against_kustomize(documents, package, kubectl):
+    """What `kubectl kustomize` makes of both folders, beside the schemas and the documents."""
+    for folder in ["base", "inference-gateway"]:
+        run = subprocess.run([kubectl, "kustomize", FOLDER / folder], capture_output=True, text=True)
+        if run.returncode:
+            yield f"{folder}: {run.stderr.strip()}"
+            continue
+        made = {(f"{folder}, put together", place): each for place, each in enumerate(yaml.safe_load_all(run.stdout))}
+        yield from against_schemas(made, package)
+        yield from (
+            f"{folder}: {each['kind']} is in the namespace {each['metadata'].get('namespace')}"
+            for each in made.values() if each["metadata"].get("namespace") != "softserve"
+        )
+        if folder == "base":
+            continue
+        no_resources = ("Kustomization", "EndpointPickerConfig")
+        left_out = [file for (file, _), each in documents.items() if file in LEFT_OUT or each["kind"] in no_resources]
+        # The configuration of the endpoint picker becomes a ConfigMap.
+        if len(made) != len(documents) - len(left_out) + 1:
+            yield f"{folder}: {len(made)} documents of {len(documents)}"
+        picker = Set(made).one("Deployment", "softserve-endpoint-picker")["spec"]["template"]["spec"]
+        config = Set(made).one("ConfigMap", picker["volumes"][0]["configMap"]["name"])
+        if yaml.safe_load(config["data"]["endpoint-picker-config.yaml"])["kind"] != "EndpointPickerConfig":
+            yield f"{folder}: the endpoint picker has no configuration"
+
+
 def problems(documents, package, help_text, changed=None):
     found = list(against_schemas(documents, package, changed))
     # What is off its schema may lack what the others look at.
@@ -248,22 +276,22 @@ def problems(documents, package, help_text, changed=None):
 POD = ["spec", "template", "spec"]
 BOX = [*POD, "containers", 0]
 MISTAKES = [
-    ("deployment.yaml", 0, [*BOX, "readinessProbe"], {"rename": "readinesProbe"}, "readinesProbe"),
-    ("deployment.yaml", 0, [*BOX, "ports", 0, "containerPort"], "http", "containerPort"),
-    ("deployment.yaml", 0, [*BOX, "livenessProbe", "httpGet", "path"], "/health/alive", "livenessProbe"),
-    ("deployment.yaml", 0, [*BOX, "securityContext", "readOnlyRootFilesystem"], False, "write its root"),
-    ("deployment.yaml", 0, [*POD, "terminationGracePeriodSeconds"], 30, "may need 46 s"),
-    ("deployment.yaml", 0, [*POD, "securityContext", "runAsUser"], 10002, "the image's user"),
-    ("deployment.yaml", 0, [*POD, "volumes", 1, "persistentVolumeClaim", "claimName"], "prompts", "is nowhere"),
-    ("deployment.yaml", 0, ["spec", "template", "metadata", "labels", "llm-d.ai/engine-type"], "vllm", "engine-type is vllm"),
-    ("configmap.yaml", 0, ["data", "SOFTSERVE_MAX_BATCH"], {"rename": "SOFTSERVE_MAX_BATCHES"}, "SOFTSERVE_MAX_BATCHES"),
-    ("configmap.yaml", 0, ["data", "SOFTSERVE_THREADS"], "8", "the threads"),
-    ("configmap.yaml", 0, ["data", "SOFTSERVE_DRAIN_TIMEOUT"], "1m", "may need 76 s"),
-    ("service.yaml", 0, ["spec", "selector"], {"app.kubernetes.io/name": "soft"}, "the Service selects"),
-    ("disruption.yaml", 0, ["spec", "maxUnavailable"], {"rename": "maxUnavailble"}, "maxUnavailble"),
-    ("network-policy.yaml", 0, ["spec", "policyTypes"], "Ingress", "policyTypes"),
-    ("autoscaling.yaml", 0, ["spec", "metrics", 0, "pods", "metric", "name"], "softserve_waiting", "no metric"),
-    ("kustomization.yaml", 0, ["resources", 0], "config.yaml", "not there"),
+    ("base/deployment.yaml", 0, [*BOX, "readinessProbe"], {"rename": "readinesProbe"}, "readinesProbe"),
+    ("base/deployment.yaml", 0, [*BOX, "ports", 0, "containerPort"], "http", "containerPort"),
+    ("base/deployment.yaml", 0, [*BOX, "livenessProbe", "httpGet", "path"], "/health/alive", "livenessProbe"),
+    ("base/deployment.yaml", 0, [*BOX, "securityContext", "readOnlyRootFilesystem"], False, "write its root"),
+    ("base/deployment.yaml", 0, [*POD, "terminationGracePeriodSeconds"], 30, "may need 46 s"),
+    ("base/deployment.yaml", 0, [*POD, "securityContext", "runAsUser"], 10002, "the image's user"),
+    ("base/deployment.yaml", 0, [*POD, "volumes", 1, "persistentVolumeClaim", "claimName"], "prompts", "is nowhere"),
+    ("base/deployment.yaml", 0, ["spec", "template", "metadata", "labels", "llm-d.ai/engine-type"], "vllm", "engine-type is vllm"),
+    ("base/configmap.yaml", 0, ["data", "SOFTSERVE_MAX_BATCH"], {"rename": "SOFTSERVE_MAX_BATCHES"}, "SOFTSERVE_MAX_BATCHES"),
+    ("base/configmap.yaml", 0, ["data", "SOFTSERVE_THREADS"], "8", "the threads"),
+    ("base/configmap.yaml", 0, ["data", "SOFTSERVE_DRAIN_TIMEOUT"], "1m", "may need 76 s"),
+    ("base/service.yaml", 0, ["spec", "selector"], {"app.kubernetes.io/name": "soft"}, "the Service selects"),
+    ("base/disruption.yaml", 0, ["spec", "maxUnavailable"], {"rename": "maxUnavailble"}, "maxUnavailble"),
+    ("base/network-policy.yaml", 0, ["spec", "policyTypes"], "Ingress", "policyTypes"),
+    ("base/autoscaling.yaml", 0, ["spec", "metrics", 0, "pods", "metric", "name"], "softserve_waiting", "no metric"),
+    ("base/kustomization.yaml", 0, ["resources", 0], "config.yaml", "not there"),
     ("inference-gateway/inference-pool.yaml", 0, ["spec", "targetPorts"], {"rename": "targetPort"}, "targetPort"),
     ("inference-gateway/inference-pool.yaml", 0, ["spec", "endpointPickerRef", "port"], {"rename": "portNumber"}, "portNumber"),
     ("inference-gateway/inference-pool.yaml", 0, ["spec", "endpointPickerRef", "failureMode"], "Open", "failureMode"),
@@ -308,7 +336,12 @@ def main():
     options = parser.parse_args()
     help_text = subprocess.run([options.program, "serve", "--help"], check=True, capture_output=True, text=True).stdout
     documents = read()
-    if found := problems(documents, options.gateway_api, help_text):
+    found = problems(documents, options.gateway_api, help_text)
+    if kubectl := shutil.which("kubectl"):
+        found += against_kustomize(documents, options.gateway_api, kubectl)
+    else:
+        print("SKIPPED: what kustomize makes of the manifests: there is no kubectl")
+    if found:
         raise SystemExit("\n".join(found))
     mistakes = MISTAKES + (GATEWAY_MISTAKES if options.gateway_api else [])
     for file, place, path, value, word in mistakes:
