@@ -54,7 +54,7 @@ class Settings(pydantic.BaseModel, extra="forbid"):
     max_ongoing_requests: int = 64  # of a replica; further ones go to the next
     upscale_delay_s: float = 30
     downscale_delay_s: float = 600
-    metrics_interval_s: float = 10
+    look_back_period_s: float = 30  # how much of the past the average is of
     gates: int = 1
     max_body: int = 65 << 20
     start_timeout_s: float = 600
@@ -203,8 +203,7 @@ def build(settings: Settings) -> serve.Application:
             "target_ongoing_requests": settings.target_ongoing_requests,
             "upscale_delay_s": settings.upscale_delay_s,
             "downscale_delay_s": settings.downscale_delay_s,
-            "metrics_interval_s": settings.metrics_interval_s,
-            "look_back_period_s": 3 * settings.metrics_interval_s,
+            "look_back_period_s": settings.look_back_period_s,
         },
         max_ongoing_requests=settings.max_ongoing_requests,
         request_router_config=RequestRouterConfig(
