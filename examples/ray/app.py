@@ -23,14 +23,16 @@ from ray.serve.config import RequestRouterConfig
 from starlette.applications import Starlette
 from starlette.routing import Mount
 
-from program import Lost, NotSent, Program
+from program import Broken, Program
 
 # Connections end at each hop, so what describes them does. Ray's proxy writes a date and the request's id itself.
 NOT_SENT_ON = {b"connection", b"keep-alive", b"transfer-encoding", b"content-length", b"expect", b"upgrade"}
 NOT_SENT_BACK = {b"connection", b"keep-alive", b"transfer-encoding", b"date", b"x-request-id"}
 KEYS = ("api_key", "api_key_file", "admin_key", "admin_key_file", "keys")
-# A request that reached no program is sent again this often, this long after the last time.
-ATTEMPTS, PAUSE_S = 50, 0.1
+# Requests under these paths may change something. Any other is sent once more if its replica ends before the answer begins. Once:
+# the request may be the reason.
+CHANGES = ("/v1/admin", "/v1/files", "/v1/batches")
+ATTEMPTS = 2
 
 
 class Settings(pydantic.BaseModel, extra="forbid"):
@@ -134,7 +136,7 @@ class Gate:
                     await send({"type": "http.response.start", "status": status, "headers": headers})
                     started = True
             await send({"type": "http.response.body", "body": b""})
-        except (RayActorError, Lost, NotSent):
+        except (RayActorError, Broken):
             if started:
                 raise  # the proxy closes the connection, so that the client sees an answer that is not whole
             await problem(send, 503, "replica_lost", "the replica with this request ended; send it again")
@@ -160,16 +162,18 @@ class Gate:
         if body or scope["method"] not in ("GET", "HEAD", "DELETE", "OPTIONS"):
             headers += [(b"content-length", str(len(body)).encode())]
         replicas = self.replicas.options(session_id=task_of(scope["path"], body))
-        for attempt in range(ATTEMPTS):
+        attempts = 1 if scope["path"].startswith(CHANGES) else ATTEMPTS
+        started = False
+        while not started:
+            attempts -= 1
             answer = replicas.answer.remote(scope["method"], target, headers, body)
             try:
                 async for part in answer:
+                    started = True
                     yield part
-                return
-            except NotSent:
-                if attempt + 1 == ATTEMPTS:
+            except RayActorError:
+                if started or not attempts:
                     raise
-                await asyncio.sleep(PAUSE_S)
             finally:
                 answer.cancel()
 

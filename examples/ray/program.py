@@ -1,27 +1,22 @@
 """One `softserve serve` as a child process, and HTTP requests to it that nothing changes on the way."""
 
+import asyncio
 import concurrent.futures
 import contextlib
-import asyncio
 import os
 import signal
 import subprocess
 import threading
-import time
 
 import h11
 
 READ_BYTES = 1 << 16
-# After the program has ended, its requests get this long to say so to whoever asked.
-LAST_WORDS_S = 0.5
+# Once the program has ended, this process ends within this time.
+END_S = 5
 
 
-class NotSent(Exception):
-    """The program could not be reached: it has seen nothing of the request, so the request may be sent elsewhere."""
-
-
-class Lost(Exception):
-    """The program ended before its answer did."""
+class Broken(Exception):
+    """The program ended a connection before its answer."""
 
 
 class Program:
@@ -59,7 +54,6 @@ class Program:
         elif not self._stopping:
             # A replica without its program is of no use. Ray notices that the actor is gone, and starts another.
             print(f"{self._command[0]} ended with {code}; this replica ends too", flush=True)
-            time.sleep(LAST_WORDS_S)
             os._exit(1)
 
     def stop(self):
@@ -74,12 +68,9 @@ class Program:
 
     async def request(self, method, target, headers, body=b""):
         """Gives `(status, headers)`, then the pieces of the body as they arrive. Leaving it early cancels the request."""
+        writer, connection = None, h11.Connection(h11.CLIENT)
         try:
             reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
-        except OSError as error:
-            raise NotSent(str(error)) from error
-        connection = h11.Connection(h11.CLIENT)
-        try:
             for event in (h11.Request(method=method, target=target, headers=headers), h11.Data(body), h11.EndOfMessage()):
                 writer.write(connection.send(event))
             while True:
@@ -93,9 +84,13 @@ class Program:
                 elif isinstance(event, (h11.EndOfMessage, h11.ConnectionClosed)):
                     return
         except (OSError, h11.RemoteProtocolError) as error:
-            raise Lost(str(error)) from error
+            # If the program has ended, this process ends before the time is over, and whoever asked is told by Ray. So no
+            # request gets an answer from a replica that is ending, and is sent to the same one again.
+            await asyncio.sleep(END_S)
+            raise Broken(str(error)) from error
         finally:
-            writer.close()
+            if writer:
+                writer.close()
 
     async def status(self, path):
         """The status that the program answers a GET with."""
