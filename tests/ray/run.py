@@ -211,6 +211,21 @@ def survives(server, what, pick):
     check(gone is not None and gone < 1.5, f"{'None' if gone is None else f'{gone:.2f}'} s later neither its program nor its actor is left")
 
 
+def dies_with_its_parent(server, program, scratch):
+    """The kernel ends a program whose parent was killed, with nobody else there who would."""
+    start = "import program, sys, time; program.Program(sys.argv[1:], {}, 60, 10); time.sleep(600)"
+    command = [program, "serve", f"--prompts={server.prompts}", f"--files={scratch}/softserve-alone-"]
+    parent = subprocess.Popen([sys.executable, "-c", start, *command], cwd=EXAMPLE, stderr=subprocess.DEVNULL)
+    started = wait_for(lambda: "alone" in server.programs())
+    pid = server.programs().get("alone", (0, 0))[0]
+    parent.kill()
+    parent.wait()
+    gone = wait_for(lambda: ended(pid), 5)
+    check(started is not None and gone is not None, f"without Ray too a program ends with its parent, {gone or 0:.2f} s after it")
+    if gone is None:
+        os.kill(pid, signal.SIGKILL)
+
+
 def scales(server, apply):
     """Load makes replicas, and idleness takes them away again; no request notices."""
     old = set(server.programs())
@@ -305,6 +320,7 @@ def main():
         cancels(server)
         routes(server)
         uploads(server, options.poll)
+        dies_with_its_parent(server, options.program, scratch)
         survives(server, "the program", lambda program, actor: program)
         survives(server, "the actor", lambda program, actor: actor)
         scales(server, apply)
