@@ -43,6 +43,10 @@ def check(holds, what):
         failed.append(what)
 
 
+def seconds(time_taken):
+    return "no time that was waited" if time_taken is None else f"{time_taken:.2f} s"
+
+
 def unchanged(server, alone):
     """Statuses, headers and bodies are those that the program gives without Ray."""
     classify = {"inputs": [INPUT, "The train was late."]}
@@ -207,8 +211,8 @@ def survives(server, what, pick):
         f"{len(beyond)} that are no streams or that it did not hold; {answered} others were answered meanwhile",
     )
     print("\n".join(map(str, beyond.items())), end="\n" if beyond else "")
-    check(back is not None, f"three replicas answer again after {back or 0:.1f} s")
-    check(gone is not None and gone < 1.5, f"{'None' if gone is None else f'{gone:.2f}'} s later neither its program nor its actor is left")
+    check(back is not None, f"three replicas answer again after {seconds(back)}")
+    check(gone is not None and gone < 1.5, f"neither its program nor its actor is left after {seconds(gone)}")
 
 
 def dies_with_its_parent(server, program, scratch):
@@ -221,7 +225,7 @@ def dies_with_its_parent(server, program, scratch):
     parent.kill()
     parent.wait()
     gone = wait_for(lambda: ended(pid), 5)
-    check(started is not None and gone is not None, f"without Ray too a program ends with its parent, {gone or 0:.2f} s after it")
+    check(started is not None and gone is not None, f"without Ray too a program ends with its parent, {seconds(gone)} after it")
     if gone is None:
         os.kill(pid, signal.SIGKILL)
 
@@ -238,15 +242,15 @@ def scales(server, apply):
         f"new settings replace {len(old - kept)} of {len(old)} replicas under load: "
         f"{load.answered} requests, {len(wrong)} failures {wrong[:2]}",
     )
-    check(down is not None, f"two clients, fewer than a replica is meant for, leave one replica after {down or 0:.1f} s")
+    check(down is not None, f"two clients, fewer than a replica is meant for, leave one replica after {seconds(down)}")
     with Load(server) as load:
         up = wait_for(lambda: len(server.programs()) == 3)
         answering = len(server.of_each_replica(3, "GET", "/v1/tasks"))
-    check(up is not None and answering == 3, f"{CLIENTS} clients make three of one replica in {up or 0:.1f} s; {answering} answer")
+    check(up is not None and answering == 3, f"{CLIENTS} clients make three of one replica in {seconds(up)}; {answering} answer")
     with Load(server, clients=1, tokens=20) as light:
         down = wait_for(lambda: len(server.programs()) == 1)
         time.sleep(STEADY_S)
-    check(down is not None, f"with one client there is one replica again after {down or 0:.1f} s")
+    check(down is not None, f"with one client there is one replica again after {seconds(down)}")
     wrong = list((load.failures | light.failures).values())
     check(not wrong, f"scaling up and down: {load.answered + light.answered} requests, {len(wrong)} failures {wrong[:2]}")
 
@@ -327,7 +331,7 @@ def main():
         closed_without_keys(server, apply)
         serve.shutdown()
         left = wait_for(lambda: not server.programs(), 20)
-        check(left is not None, f"no program is left {left or 0:.1f} s after `serve shutdown`")
+        check(left is not None, f"no program is left {seconds(left)} after `serve shutdown`")
     print(f"{len(failed)} checks failed" if failed else "all checks hold")
     sys.exit(bool(failed))
 
