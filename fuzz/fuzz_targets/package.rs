@@ -11,7 +11,7 @@ use softserve::registry::package::{self, Packing};
 fuzz_target!(|data: &[u8]| {
     let bytes = Bytes::copy_from_slice(data);
     for packing in [Packing::Safetensors, Packing::Zip, Packing::Tar, Packing::TarGz] {
-        if let Ok(files) = package::unpack(packing, bytes.clone(), fit::LIMIT) {
+        if let Ok(package::Upload { files, .. }) = package::unpack(packing, bytes.clone(), fit::LIMIT) {
             assert!(files.num_bytes() <= fit::LIMIT);
             fit::read(&files);
         }

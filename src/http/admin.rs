@@ -2,6 +2,7 @@
 //! the async threads.
 
 mod contents;
+mod gate;
 mod routing;
 mod types;
 mod upload;
@@ -51,6 +52,10 @@ pub(super) fn routes() -> OpenApiRouter<AppState> {
 /// A single safetensors file, a zip or tar(.gz) of a PEFT directory, or a form with its files. All
 /// of it is checked before anything is visible; what is wrong is listed in full, and the task
 /// stays as it was. The same upload again is the same version.
+///
+/// With `gate` the version is compared with the active one first, on the examples that the upload carries as `eval.jsonl`
+/// (one JSON object a line, with `input` and `label` or `output`): a version that scores worse is stored and not activated, and
+/// the answer says by how much.
 #[utoipa::path(post, path = "/v1/admin/tasks/{task}/versions", tag = "admin",
     params(("task" = String, Path, description = "The task's name; made if it is new", example = "sentiment"), UploadQuery),
     request_body(description = "The learned prompt", content(
@@ -62,14 +67,16 @@ pub(super) fn routes() -> OpenApiRouter<AppState> {
         (status = 200, body = Uploaded, description = "It was there already")),
     extensions(("x-problems" = json!(["invalid_request", "invalid_upload", "incomplete_body", "request_timeout",
         "registry_full", "body_too_large", "unsupported_media_type", "prompt_malformed", "prompt_shape_mismatch",
-        "prompt_not_finite", "logits_not_finite", "unsupported_prompt_type", "base_model_mismatch", "invalid_task_file", "overloaded", "unavailable"]))))]
+        "prompt_not_finite", "logits_not_finite", "unsupported_prompt_type", "base_model_mismatch", "invalid_task_file", "input_too_long", "no_labels",
+        "overloaded", "unavailable", "timeout"]))))]
 pub(super) async fn upload(
     State(app): State<AppState>,
+    caller: Caller,
     TaskParam(task): TaskParam,
     Query(query): Query<UploadQuery>,
     request: Request,
 ) -> Result<Response, Problem> {
-    let outcome = store(&app, &task, query.activate, request).await;
+    let outcome = store(&app, &caller, &task, &query, request).await;
     let label = outcome.as_ref().map_or_else(|p| p.code.as_str(), |(u, _)| if u.created { "created" } else { "known" });
     counter!(telemetry::UPLOADS, "outcome" => label).increment(1);
     let (uploaded, change) = outcome?;

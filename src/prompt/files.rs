@@ -23,6 +23,8 @@ pub const TASK: &str = "task.json";
 /// The name of the picture that a tuning run draws of its losses. It says how the prompt came about and is no part of
 /// what a version is.
 pub const CURVE: &str = "loss.svg";
+/// Examples that an upload may carry, to compare its version with the active one. They are not stored.
+pub const EVAL: &str = "eval.jsonl";
 /// PEFT's older format, a Python pickle. It is never opened.
 pub const PICKLE: &str = "adapter_model.bin";
 

@@ -10,7 +10,7 @@ use bytes::Bytes;
 
 use crate::content;
 use crate::prompt::{
-    files::{ADAPTER_CONFIG, CURVE, PICKLE, TASK, WEIGHTS},
+    files::{ADAPTER_CONFIG, CURVE, EVAL, PICKLE, TASK, WEIGHTS},
     format::PromptFiles,
 };
 
@@ -19,6 +19,14 @@ pub const MAX_ENTRIES: usize = 256;
 
 /// What an archive may hold beside its files' content: headers and padding of each entry.
 const MAX_OVERHEAD: u64 = MAX_ENTRIES as u64 * 4096;
+
+/// What an upload holds.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Upload {
+    pub files: PromptFiles,
+    /// `eval.jsonl`: examples to compare the version with the active one.
+    pub eval: Option<Bytes>,
+}
 
 /// How an upload is packed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -67,7 +75,7 @@ pub enum PackageError {
 /// Unpacks one upload to at most `limit` bytes in all. A PEFT directory may lie at the top of an
 /// archive or one folder down, where PEFT puts an adapter that has a name; files that are no part
 /// of a prompt are left out. Archives must have `adapter_config.json`.
-pub fn unpack(packing: Packing, body: Bytes, limit: u64) -> Result<PromptFiles, PackageError> {
+pub fn unpack(packing: Packing, body: Bytes, limit: u64) -> Result<Upload, PackageError> {
     if let Some(found) = sniff(&body).filter(|found| *found != packing) {
         return Err(PackageError::Mismatch { declared: packing.name(), found: found.name() });
     }
@@ -77,7 +85,10 @@ pub fn unpack(packing: Packing, body: Bytes, limit: u64) -> Result<PromptFiles, 
     }
     match packing {
         Packing::Safetensors if body.len() as u64 > limit => Err(PackageError::TooLarge { limit }),
-        Packing::Safetensors => Ok(PromptFiles { weights: Some(body), ..PromptFiles::default() }),
+        Packing::Safetensors => {
+            let files = PromptFiles { weights: Some(body), ..PromptFiles::default() };
+            Ok(Upload { files, eval: None })
+        }
         Packing::Zip => unzip(&body, limit)?.into_prompt(),
         Packing::Tar => untar(&body[..], packing, limit)?.into_prompt(),
         Packing::TarGz => untar(flate2::read::GzDecoder::new(&body[..]), packing, limit)?.into_prompt(),
@@ -112,7 +123,7 @@ struct Unpacked {
 }
 
 /// Names of interest; a pickle only to say that it is not read.
-const WANTED: [&str; 5] = [ADAPTER_CONFIG, WEIGHTS, TASK, CURVE, PICKLE];
+const WANTED: [&str; 6] = [ADAPTER_CONFIG, WEIGHTS, TASK, CURVE, EVAL, PICKLE];
 
 impl Unpacked {
     fn new(limit: u64) -> Self {
@@ -165,8 +176,8 @@ impl Unpacked {
         }
     }
 
-    fn into_prompt(mut self) -> Result<PromptFiles, PackageError> {
-        let holds_prompt = |files: &BTreeMap<&str, Bytes>| files.keys().any(|name| ![TASK, CURVE].contains(name));
+    fn into_prompt(mut self) -> Result<Upload, PackageError> {
+        let holds_prompt = |files: &BTreeMap<&str, Bytes>| files.keys().any(|name| ![TASK, CURVE, EVAL].contains(name));
         let prompts: Vec<String> =
             self.folders.iter().filter(|(_, files)| holds_prompt(files)).map(|(folder, _)| folder.clone()).collect();
         let folder = match &prompts[..] {
@@ -179,7 +190,9 @@ impl Unpacked {
             }
         };
         let mut files = self.folders.remove(&folder).unwrap_or_default();
-        let top_task = self.folders.get_mut("").and_then(|top| top.remove(TASK));
+        let mut at_top = |name: &str| self.folders.get_mut("").and_then(|top| top.remove(name));
+        let (top_task, top_eval) = (at_top(TASK), at_top(EVAL));
+        let eval = files.remove(EVAL).or(top_eval);
         let prompt = PromptFiles {
             adapter_config: files.remove(ADAPTER_CONFIG),
             weights: files.remove(WEIGHTS),
@@ -190,7 +203,7 @@ impl Unpacked {
             return Err(PackageError::NoPrompt { found: crate::prompt::files::pickle_fault().detail });
         }
         match prompt.check_complete() {
-            Ok(()) => Ok(prompt),
+            Ok(()) => Ok(Upload { files: prompt, eval }),
             Err(missing) => Err(PackageError::NoPrompt { found: format!("{missing}; {}", self.listing()) }),
         }
     }

@@ -23,6 +23,7 @@ mod eval;
 mod examples;
 mod families;
 mod fixtures;
+mod gate;
 mod gguf;
 mod hot_swap;
 mod http;

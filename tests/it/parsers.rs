@@ -60,7 +60,7 @@ fn with(change: impl FnOnce(&mut PromptFiles)) {
 
 fn unpack(bytes: &Bytes) {
     for packing in [Packing::Safetensors, Packing::Zip, Packing::Tar, Packing::TarGz] {
-        if let Ok(files) = package::unpack(packing, bytes.clone(), LIMIT) {
+        if let Ok(package::Upload { files, .. }) = package::unpack(packing, bytes.clone(), LIMIT) {
             assert!(files.num_bytes() <= LIMIT);
         }
     }

@@ -111,6 +111,7 @@ const CIRCLES: &[&[&str]] = &[
         "http::access",
         "http::admin",
         "http::admin::contents",
+        "http::admin::gate",
         "http::admin::routing",
         "http::admin::types",
         "http::admin::upload",

@@ -163,7 +163,7 @@ impl Rows {
 
 /// A packed PEFT directory, or a safetensors file with the rows under PEFT's name.
 fn unpack(packing: Packing, bytes: &Bytes) -> Result<PromptFiles, PackageError> {
-    let files = package::unpack(packing, bytes.clone(), convert::MAX_BYTES)?;
+    let files = package::unpack(packing, bytes.clone(), convert::MAX_BYTES)?.files;
     let rows = |bytes| convert::safetensors::read(bytes).is_ok_and(|t| t.iter().any(|t| t.name == peft::TENSOR));
     match (packing, &files.weights) {
         (Packing::Safetensors, Some(weights)) if !rows(weights) => {

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
+use super::gate::{GateMetric, GateReport};
 use crate::{
     engine::request::CacheNamespace,
     http::{App, types::VersionMeta},
@@ -21,6 +22,10 @@ pub struct UploadQuery {
     #[serde(default = "yes")]
     #[param(default = true)]
     pub activate: bool,
+    /// Activate the version only if it does not score worse than the active one on the upload's `eval.jsonl`.
+    #[serde(default)]
+    #[param(inline)]
+    pub gate: Option<GateMetric>,
 }
 
 fn yes() -> bool {
@@ -42,6 +47,9 @@ pub struct Uploaded {
     /// Goes up by one with each change of the active version.
     #[schema(example = 1)]
     pub generation: u64,
+    /// What a gate found; `active` is false if the version did not pass.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gate: Option<GateReport>,
     #[serde(flatten)]
     pub meta: VersionMeta,
 }
@@ -58,6 +66,9 @@ pub struct UploadForm {
     adapter_model: String,
     #[serde(rename = "task.json")]
     task: Option<String>,
+    /// Examples for `gate`; they are not stored.
+    #[serde(rename = "eval.jsonl")]
+    eval: Option<String>,
     /// The picture of the tuning run; it does not count for the version.
     #[serde(rename = "loss.svg")]
     #[schema(content_media_type = "image/svg+xml")]

@@ -9,7 +9,10 @@ use axum::{
 };
 use bytes::Bytes;
 
-use super::types::Uploaded;
+use super::{
+    gate,
+    types::{UploadQuery, Uploaded},
+};
 use crate::{
     engine::{
         SubmitError,
@@ -17,20 +20,22 @@ use crate::{
     },
     http::{
         AppState,
+        access::Caller,
         audit::Change,
         blocking,
         extract::{media_type, read_body},
         problem::{Code, Problem},
     },
-    prompt::{LearnedPrompt, TaskName, format::PromptFiles},
-    registry::package::{Packing, unpack},
+    prompt::{LearnedPrompt, TaskName, files::EVAL},
+    registry::package::{Packing, Upload, unpack},
 };
 
 /// Reads, checks and publishes what a request carries. Also says what that changed.
 pub(super) async fn store(
     app: &AppState,
+    caller: &Caller,
     task: &str,
-    activate: bool,
+    query: &UploadQuery,
     request: extract::Request,
 ) -> Result<(Uploaded, Change), Problem> {
     let task: TaskName = task.parse()?;
@@ -46,7 +51,7 @@ pub(super) async fn store(
     let head = extract::Request::from_parts(parts.clone(), body);
     let body = read_body(head, app.limits.max_upload, app).await?;
     let limit = app.limits.max_upload;
-    let files = match package {
+    let Upload { files, eval } = match package {
         Package::Packed(packing) => blocking(move || unpack(packing, body, limit)).await?,
         Package::Form => form(parts, body).await?,
     };
@@ -54,6 +59,11 @@ pub(super) async fn store(
     let (version, files) =
         blocking(move || registry.read_version(task, &files).map(|version| (version, files))).await?;
     try_prompt(app, Arc::clone(&version.prompt)).await?;
+    let gate = match query.gate {
+        Some(metric) => Some(gate::check(app, caller, metric, &version, eval).await?),
+        None => None,
+    };
+    let activate = query.activate && gate.as_ref().is_none_or(|gate| gate.passed);
     let registry = Arc::clone(&app.registry);
     let published = blocking(move || registry.publish_checked(version, files, activate)).await?;
     let change = Change {
@@ -66,6 +76,7 @@ pub(super) async fn store(
         created: published.created,
         active: published.active,
         generation: published.generation,
+        gate,
         meta: (&*published.version).into(),
     };
     Ok((uploaded, change))
@@ -125,11 +136,11 @@ impl Package {
 }
 
 /// A form's parts, by their names or else by their files' names.
-async fn form(parts: Parts, body: Bytes) -> Result<PromptFiles, Problem> {
+async fn form(parts: Parts, body: Bytes) -> Result<Upload, Problem> {
     let damaged = |e: String| Problem::new(Code::InvalidUpload, format!("the upload is not a readable form: {e}"));
     let request = extract::Request::from_parts(parts, Body::from(body));
     let mut form = Multipart::from_request(request, &()).await.map_err(|e| damaged(e.body_text()))?;
-    let mut files = PromptFiles::default();
+    let Upload { mut files, mut eval } = Upload::default();
     while let Some(part) = form.next_field().await.map_err(|e| damaged(e.body_text()))? {
         let names = [part.name(), part.file_name()].map(|n| n.unwrap_or_default().to_owned());
         let place = match names.iter().map(String::as_str).find(|n| KNOWN_FILES.contains(n)) {
@@ -137,6 +148,7 @@ async fn form(parts: Parts, body: Bytes) -> Result<PromptFiles, Problem> {
             Some("adapter_model.safetensors") => &mut files.weights,
             Some("task.json") => &mut files.task,
             Some("loss.svg") => &mut files.curve,
+            Some(EVAL) => &mut eval,
             _ => {
                 let found: String = names[0].chars().take(80).collect();
                 let detail = format!("found a part named {found:?}, expected one of: {}", KNOWN_FILES.join(", "));
@@ -149,7 +161,7 @@ async fn form(parts: Parts, body: Bytes) -> Result<PromptFiles, Problem> {
         *place = Some(part.bytes().await.map_err(|e| damaged(e.body_text()))?);
     }
     files.check_complete()?;
-    Ok(files)
+    Ok(Upload { files, eval })
 }
 
-const KNOWN_FILES: [&str; 4] = ["adapter_config.json", "adapter_model.safetensors", "task.json", "loss.svg"];
+const KNOWN_FILES: [&str; 5] = ["adapter_config.json", "adapter_model.safetensors", "task.json", "loss.svg", EVAL];

@@ -68,15 +68,30 @@ fn a_prompt_comes_out_as_it_went_in_at_the_top_or_one_folder_down() {
         entries.push(file(&format!("{folder}README.md"), b"# hello"));
         entries.push(file("__MACOSX/adapter_config.json", b"junk"));
         for (packing, body) in all_packings(&entries) {
-            assert_eq!(unpack(packing, body, LIMIT).as_ref(), Ok(&files), "{packing:?} {folder}");
+            assert_eq!(
+                unpack(packing, body, LIMIT).map(|upload| upload.files).as_ref(),
+                Ok(&files),
+                "{packing:?} {folder}"
+            );
         }
+    }
+}
+
+#[test]
+fn examples_beside_a_prompt_come_out_beside_it() {
+    let files = prompt(0.5);
+    for (folder, eval) in [("", "eval.jsonl"), ("sentiment/", "eval.jsonl"), ("sentiment/", "sentiment/eval.jsonl")] {
+        let mut all = entries(&files, folder);
+        all.push((eval.to_owned(), b"{}"));
+        let upload = unpack(Packing::Zip, zip_of(&all), LIMIT).expect("unpacks");
+        assert_eq!((upload.files, upload.eval), (files.clone(), Some(Bytes::from_static(b"{}"))), "{folder} {eval}");
     }
 }
 
 #[test]
 fn a_safetensors_file_is_the_weights_alone() {
     let weights = prompt(0.5).weights.expect("weights");
-    let files = unpack(Packing::Safetensors, weights.clone(), LIMIT).expect("unpacks");
+    let files = unpack(Packing::Safetensors, weights.clone(), LIMIT).expect("unpacks").files;
     assert_eq!(files, PromptFiles { weights: Some(weights.clone()), ..PromptFiles::default() });
     assert_eq!(unpack(Packing::Safetensors, weights, 10), Err(PackageError::TooLarge { limit: 10 }));
 }
@@ -200,7 +215,7 @@ fn a_pickle_is_never_opened() {
     let mut both = entries(&files, "");
     both.push(file("adapter_model.bin", b"\x80\x04."));
     for (packing, body) in all_packings(&both) {
-        assert_eq!(unpack(packing, body, LIMIT).as_ref(), Ok(&files), "safetensors wins");
+        assert_eq!(unpack(packing, body, LIMIT).map(|upload| upload.files).as_ref(), Ok(&files), "safetensors wins");
     }
 }
 
@@ -245,7 +260,7 @@ proptest! {
                 bytes[at] = *byte;
             }
             if let Ok(files) = unpack(packing, bytes.into(), limit) {
-                prop_assert!(files.num_bytes() <= limit);
+                prop_assert!(files.files.num_bytes() + files.eval.map_or(0, |eval| eval.len() as u64) <= limit);
             }
         }
     }
