@@ -103,7 +103,12 @@ impl Foreign {
             (None, None) => None,
         };
         let weights = serialise(&tensors).map_err(unfit)?;
-        let files = PromptFiles { adapter_config: Some(adapter_config), weights: Some(weights), task, curve: None };
+        let files = PromptFiles {
+            adapter_config: Some(adapter_config),
+            weights: Some(weights),
+            task,
+            ..PromptFiles::default()
+        };
         let warnings = check(&files)?;
         Ok(Converted { files, tensors, notes, warnings })
     }

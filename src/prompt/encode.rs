@@ -117,7 +117,7 @@ fn encode<const N: usize>(
         adapter_config: Some(json_bytes(&adapter_config)?),
         weights: Some(weights.into()),
         task,
-        curve: None,
+        ..PromptFiles::default()
     })
 }
 

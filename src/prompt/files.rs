@@ -23,6 +23,9 @@ pub const TASK: &str = "task.json";
 /// The name of the picture that a tuning run draws of its losses. It says how the prompt came about and is no part of
 /// what a version is.
 pub const CURVE: &str = "loss.svg";
+/// A file whose presence says that the version may be served by another base model than the one it was tuned on, such as a
+/// quantised twin. It is no part of what a version is.
+pub const OTHER_BASE: &str = "other_base_allowed";
 /// Examples that an upload may carry, to compare its version with the active one. They are not stored.
 pub const EVAL: &str = "eval.jsonl";
 /// PEFT's older format, a Python pickle. It is never opened.
@@ -56,6 +59,8 @@ pub struct PromptFiles {
     pub task: Option<Bytes>,
     /// `loss.svg`, which is kept beside the others and does not count for the version.
     pub curve: Option<Bytes>,
+    /// `other_base_allowed`, which is kept beside the others and does not count for the version.
+    pub other_base: Option<Bytes>,
 }
 
 impl PromptFiles {
@@ -76,13 +81,19 @@ impl PromptFiles {
         self.all().into_iter().filter_map(|(name, bytes)| Some((name, bytes.as_ref()?)))
     }
 
-    /// The files that make the version, which its digest names: all that are there but the curve.
+    /// The files that make the version, which its digest names: all that are there but those that are only kept beside it.
     pub fn content(&self) -> impl Iterator<Item = (&'static str, &Bytes)> {
-        self.present().filter(|(name, _)| *name != CURVE)
+        self.present().filter(|(name, _)| ![CURVE, OTHER_BASE].contains(name))
     }
 
-    fn all(&self) -> [(&'static str, &Option<Bytes>); 4] {
-        [(ADAPTER_CONFIG, &self.adapter_config), (WEIGHTS, &self.weights), (TASK, &self.task), (CURVE, &self.curve)]
+    fn all(&self) -> [(&'static str, &Option<Bytes>); 5] {
+        [
+            (ADAPTER_CONFIG, &self.adapter_config),
+            (WEIGHTS, &self.weights),
+            (TASK, &self.task),
+            (CURVE, &self.curve),
+            (OTHER_BASE, &self.other_base),
+        ]
     }
 
     /// Bytes of all files.
@@ -138,6 +149,7 @@ impl PromptFiles {
             weights: read(&folder, WEIGHTS),
             task: read(&folder, TASK).or_else(|| read(Path::new(""), TASK)),
             curve: read(&folder, CURVE),
+            other_base: read(&folder, OTHER_BASE),
         };
         if faults.is_empty() && files.weights.is_none() && root.join(&folder).join(PICKLE).exists() {
             faults.push(pickle_fault());

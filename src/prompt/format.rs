@@ -125,7 +125,7 @@ pub fn read(task: TaskName, files: &PromptFiles, fit: &Fit) -> Result<Version, F
     }
     let spec = read_spec(files);
     let prompt = read_prompt(files, spec.as_ref().ok(), fit);
-    match (prompt, spec.and_then(|spec| read_words(spec, fit))) {
+    match (prompt, spec.and_then(|spec| read_words(spec, fit, files.other_base.is_some()))) {
         (Ok((prompt, peft_type, mut warnings)), Ok(words)) => {
             words.check_places(&prompt).map_err(|reason| Faults(vec![task_fault(reason)]))?;
             warnings.extend(words.warnings);
@@ -262,7 +262,7 @@ fn read_spec(files: &PromptFiles) -> Result<TaskSpec, Vec<Fault>> {
     }
 }
 
-fn read_words(spec: TaskSpec, fit: &Fit) -> Result<Words, Vec<Fault>> {
+fn read_words(spec: TaskSpec, fit: &Fit, other_base_allowed: bool) -> Result<Words, Vec<Fault>> {
     let mut faults: Vec<Fault> = spec.range_faults().into_iter().map(task_fault).collect();
     let mut warnings = Vec::new();
     let template = PromptTemplate::parse(spec.template.as_deref().unwrap_or(DEFAULT_TEMPLATE))
@@ -287,14 +287,20 @@ fn read_words(spec: TaskSpec, fit: &Fit) -> Result<Words, Vec<Fault>> {
         true => None,
         false => Verbalizer::new(&spec.labels).map_err(|e| faults.push(task_fault(format!("labels: {e}")))).ok(),
     };
-    check_base_model(&spec, fit, &mut faults, &mut warnings);
+    check_base_model(&spec, fit, other_base_allowed, &mut faults, &mut warnings);
     match template {
         Ok(template) if faults.is_empty() => Ok(Words { spec, template, chat, labels, warnings }),
         _ => Err(faults),
     }
 }
 
-fn check_base_model(spec: &TaskSpec, fit: &Fit, faults: &mut Vec<Fault>, warnings: &mut Vec<String>) {
+fn check_base_model(
+    spec: &TaskSpec,
+    fit: &Fit,
+    other_allowed: bool,
+    faults: &mut Vec<Fault>,
+    warnings: &mut Vec<String>,
+) {
     let Some(base) = &spec.base_model else { return };
     let name = base.name.as_deref();
     match &base.fingerprint {
@@ -302,11 +308,19 @@ fn check_base_model(spec: &TaskSpec, fit: &Fit, faults: &mut Vec<Fault>, warning
             let (served, expected) = (&fit.model_name, &fit.fingerprint);
             let whose: String = name.unwrap_or("another model").chars().take(80).collect();
             let found: String = found.chars().take(80).collect();
-            let detail = format!(
-                "task.json: base_model.fingerprint is {found:?} ({whose}), the model {served} has {expected:?}; tune \
-                 the prompt on this model, or serve it with the model it was tuned on"
+            let differs = format!(
+                "task.json: base_model.fingerprint is {found:?} ({whose}), the model {served} has {expected:?}"
             );
-            faults.push(fault(FaultKind::BaseModel, detail));
+            match other_allowed {
+                true => warnings.push(format!("{differs}; the upload allowed that")),
+                false => {
+                    let detail = format!(
+                        "{differs}; tune the prompt on this model, or serve it with the model it was tuned on, or upload it with \
+                         ?allow_other_base=true if the two models differ in precision only"
+                    );
+                    faults.push(fault(FaultKind::BaseModel, detail));
+                }
+            }
         }
         Some(_) => {}
         None => {

@@ -198,6 +198,8 @@ impl Unpacked {
             weights: files.remove(WEIGHTS),
             task: files.remove(TASK).or(top_task),
             curve: files.remove(CURVE),
+            // Only the query of an upload says so.
+            other_base: None,
         };
         if prompt.weights.is_none() && files.contains_key(PICKLE) {
             return Err(PackageError::NoPrompt { found: crate::prompt::files::pickle_fault().detail });

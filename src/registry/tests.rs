@@ -7,7 +7,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use super::{Activation, Draw, Registry, RegistryConfig, RegistryError};
+use super::{Activation, Bucket, Draw, PromptLocation, Registry, RegistryConfig, RegistryError};
 use crate::prompt::{
     TaskName,
     fixtures::{self, prompt},
@@ -19,8 +19,11 @@ fn open(root: &Path) -> Arc<Registry> {
 }
 
 fn open_with(root: &Path, max_tasks: usize, max_versions_per_task: usize) -> Arc<Registry> {
-    let fit = fixtures::fit();
-    let (root, max_loaded_bytes) = (root.to_owned().into(), 64 << 20);
+    open_at(root.to_owned().into(), max_tasks, max_versions_per_task)
+}
+
+fn open_at(root: PromptLocation, max_tasks: usize, max_versions_per_task: usize) -> Arc<Registry> {
+    let (fit, max_loaded_bytes) = (fixtures::fit(), 64 << 20);
     let poll_interval = Duration::from_secs(10);
     Registry::open(RegistryConfig { root, fit, max_tasks, max_versions_per_task, max_loaded_bytes, poll_interval })
         .expect("opens")
@@ -74,6 +77,22 @@ fn a_published_version_answers_and_is_there_after_a_restart() {
     let again = open(dir.path());
     assert_eq!(active_id(&again, "a"), id(&files));
     assert_eq!(again.task("a").expect("is there").generation, 1);
+}
+
+#[test]
+fn that_another_base_model_was_allowed_is_remembered() {
+    let task = r#"{"base_model": {"fingerprint": "fedcba9876543210"}}"#;
+    let refused = PromptFiles { task: Some(task.into()), ..prompt(0.5) };
+    let allowed = PromptFiles { other_base: Some("allowed".into()), ..refused.clone() };
+    let dir = tempfile::tempdir().expect("temp dir");
+    let bucket = Bucket::of("memory://bucket/prompts", Arc::new(object_store::memory::InMemory::new()));
+    for root in [dir.path().to_owned().into(), PromptLocation::Bucket(bucket)] {
+        let registry = open_at(root.clone(), 8, 4);
+        let error = registry.publish(name("a"), refused.clone(), true).expect_err("another model's");
+        assert!(error.to_string().contains("allow_other_base=true"), "{error}");
+        registry.publish(name("a"), allowed.clone(), true).expect("publishes");
+        assert_eq!(active_id(&open_at(root, 8, 4), "a"), id(&refused));
+    }
 }
 
 #[test]

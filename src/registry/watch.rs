@@ -24,7 +24,8 @@ use super::Registry;
 const QUIET: Duration = Duration::from_millis(200);
 /// A folder that is never quiet is read this often.
 const MAX_DELAY: Duration = Duration::from_secs(2);
-/// Looking takes at most this part of the time: with very many tasks it is done less often.
+/// Looking at a folder takes at most this part of the time: with very many tasks it is done less often. Looking at a bucket is
+/// mostly waiting for it, which costs nothing.
 const SCAN_SHARE: u32 = 20;
 /// With more tasks than this no notifications are asked for: each folder would cost the system and this process memory.
 const MAX_NOTIFIED_TASKS: usize = 2_000;
@@ -131,9 +132,11 @@ fn follow(registry: &Weak<Registry>, mail: &Receiver<Signal>, interval: Duration
         let Some(registry) = registry.upgrade() else { return };
         let began = Instant::now();
         let scanned = registry.rescan();
-        poll = interval;
+        // From one look to the next, however long it took.
+        poll = interval.saturating_sub(began.elapsed()).max(interval / 2);
         match scanned {
-            Ok(()) => poll = interval.max(began.elapsed() * SCAN_SHARE),
+            Ok(()) if registry.store.notifying_folder().is_some() => poll = interval.max(began.elapsed() * SCAN_SHARE),
+            Ok(()) => {}
             // That it does not answer was logged when it began.
             Err(error) => tracing::debug!(%error, "cannot read the prompt store; serving what was read before"),
         }

@@ -126,7 +126,7 @@ async fn answers_in_words_are_compared_as_the_task_generates_them() {
     let answer = send(&server, "words/versions?gate=exact_match", content_type, body.clone()).await.ok();
     assert!((answer["gate"]["score"].as_f64().unwrap() - known).abs() < 1e-9, "{answer}");
     let refused = send(&server, "words/versions?gate=accuracy", content_type, body).await;
-    assert_eq!((refused.status.as_u16(), &refused.json()["code"]), (422, &json!("no_labels")), "{}", refused.text());
+    assert_eq!((refused.status.as_u16(), &refused.json()["code"]), (400, &json!("no_labels")), "{}", refused.text());
 }
 
 #[tokio::test]

@@ -353,7 +353,9 @@ async fn a_short_plain_request_id_is_kept_and_any_other_replaced() {
 #[tokio::test]
 async fn readiness_drops_when_the_server_stops_and_liveness_does_not() {
     let server = Server::start();
-    assert_eq!(server.get("/health/ready").await.ok(), json!({"status": "ready"}));
+    let ready = server.get("/health/ready").await.ok();
+    assert_eq!((&ready["status"], &ready["prompts"]["store_away_since"]), (&json!("ready"), &Value::Null));
+    assert_eq!(ready["prompts"]["revision"].as_str().unwrap().len(), 16);
     server.app.stop();
     let answer = server.get("/health/ready").await;
     assert_eq!((answer.status, answer.header("retry-after")), (StatusCode::SERVICE_UNAVAILABLE, "5"));

@@ -17,9 +17,9 @@ import zipfile
 
 from setup import ASKING, ROOT, SERVING, TASKS, Load, Nginx, Server, ask, bench, generate, make_tasks, processor_seconds, wait_for
 
-# How often a server looks at the folder of prompts by itself (src/registry/watch.rs), in seconds. Where the system tells it of changes it
+# How often a server looks at the folder of prompts by itself (--poll-interval), in seconds. Where the system tells it of changes it
 # is faster.
-POLL = 10
+POLL = 5
 # For how long nginx leaves a server alone that it could not reach: fail_timeout.
 LEFT_ALONE = 5
 

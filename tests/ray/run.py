@@ -271,7 +271,7 @@ def main():
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("program")
     options.add_argument("--prompts", choices=["bucket", "folder"], default="bucket")
-    options.add_argument("--poll", type=float, default=10, help="seconds between two looks at the prompts")
+    options.add_argument("--poll", type=float, default=5, help="seconds between two looks at the prompts")
     options = options.parse_args()
 
     scratch = pathlib.Path(tempfile.mkdtemp(prefix="ray-"))

@@ -26,6 +26,11 @@ pub struct UploadQuery {
     #[serde(default)]
     #[param(inline)]
     pub gate: Option<GateMetric>,
+    /// Accept a prompt whose `task.json` names another base model by its fingerprint, such as one that was tuned on the same
+    /// model in another precision.
+    #[serde(default)]
+    #[param(default = false)]
+    pub allow_other_base: bool,
 }
 
 fn yes() -> bool {

@@ -51,10 +51,13 @@ pub(super) async fn store(
     let head = extract::Request::from_parts(parts.clone(), body);
     let body = read_body(head, app.limits.max_upload, app).await?;
     let limit = app.limits.max_upload;
-    let Upload { files, eval } = match package {
+    let Upload { mut files, eval } = match package {
         Package::Packed(packing) => blocking(move || unpack(packing, body, limit)).await?,
         Package::Form => form(parts, body).await?,
     };
+    if query.allow_other_base {
+        files.other_base = Some(Bytes::from_static(b"The upload allowed another base model.\n"));
+    }
     let registry = Arc::clone(&app.registry);
     let (version, files) =
         blocking(move || registry.read_version(task, &files).map(|version| (version, files))).await?;

@@ -240,6 +240,11 @@ fn another_models_fingerprint_is_refused_and_this_models_is_not() {
     let task = |fingerprint| with_task(json!({"base_model": {"name": "x", "fingerprint": fingerprint}}));
     refused(&task("fedcba9876543210"), FaultKind::BaseModel, "fedcba9876543210");
     assert!(check(&task("0123456789abcdef")).expect("accepted").warnings.is_empty());
+    // Who uploads it may allow it; the version is the same one.
+    let allowed = PromptFiles { other_base: Some("".into()), ..task("fedcba9876543210") };
+    let version = check(&allowed).expect("accepted");
+    assert!(version.warnings.iter().any(|warning| warning.contains("fedcba9876543210")), "{:?}", version.warnings);
+    assert_eq!(version.digest, task("fedcba9876543210").digest());
 }
 
 #[test]
@@ -333,7 +338,7 @@ proptest! {
         bf16 in any::<bool>(),
     ) {
         let fit = Fit { dtype: if bf16 { DType::BF16 } else { DType::F32 }, ..fit() };
-        let files = PromptFiles { adapter_config, weights: Some(weights), task, curve: None };
+        let files = PromptFiles { adapter_config, weights: Some(weights), task, ..PromptFiles::default() };
         match read("task".parse().expect("a name"), &files, &fit) {
             Ok(version) => {
                 let rows = rows(&version);

@@ -57,7 +57,7 @@ fn multitask(task: Option<Value>, changes: Value) -> PromptFiles {
         "prompt_tuning_init": "EXACT_SOURCE_TASK", "prompt_tuning_init_state_dict_path": "/etc/passwd"});
     all.as_object_mut().expect("an object").extend(changes.as_object().expect("an object").clone());
     let task = task.map(|task| task.to_string().into());
-    PromptFiles { adapter_config: Some(config(2, all)), weights: Some(weights), task, curve: None }
+    PromptFiles { adapter_config: Some(config(2, all)), weights: Some(weights), task, ..PromptFiles::default() }
 }
 
 fn rows(version: &Version) -> Vec<Vec<f32>> {
@@ -240,7 +240,7 @@ proptest! {
         task_id in 0usize..5,
     ) {
         let task = (!is_prefix).then(|| json!({"task_id": task_id}).to_string().into());
-        let files = PromptFiles { adapter_config: Some(config), weights: Some(weights), task, curve: None };
+        let files = PromptFiles { adapter_config: Some(config), weights: Some(weights), task, ..PromptFiles::default() };
         match check(&files, &fit()) {
             Ok(version) => {
                 prop_assert!(all_finite(&version.prompt));

@@ -24,7 +24,7 @@ use super::{
 };
 use crate::prompt::{
     Digest, TaskName,
-    files::{ADAPTER_CONFIG, CURVE, PICKLE, PromptFiles, TASK, WEIGHTS, adapter_folders, sync_dir},
+    files::{ADAPTER_CONFIG, CURVE, OTHER_BASE, PICKLE, PromptFiles, TASK, WEIGHTS, adapter_folders, sync_dir},
 };
 
 const STAGING: &str = ".staging-";
@@ -284,7 +284,7 @@ impl Store for FolderStore {
         let dir = self.places.task(task);
         let folders = adapter_folders(&dir);
         // The configuration last: while it is there, an interrupted removal shows as a fault.
-        for name in [WEIGHTS, TASK, CURVE, PICKLE, ADAPTER_CONFIG] {
+        for name in [WEIGHTS, TASK, CURVE, OTHER_BASE, PICKLE, ADAPTER_CONFIG] {
             for folder in folders.iter().map(|folder| dir.join(folder)) {
                 rename_if_there(&folder.join(name), &staging.path().join(name))?;
             }
@@ -311,8 +311,9 @@ fn stamp(dir: &Path) -> Option<Stamp> {
     if folders.is_empty() {
         return None;
     }
-    let of_folder =
-        |folder: PathBuf| [ADAPTER_CONFIG, WEIGHTS, PICKLE, TASK, CURVE].map(|name| dir.join(&folder).join(name));
+    let of_folder = |folder: PathBuf| {
+        [ADAPTER_CONFIG, WEIGHTS, PICKLE, TASK, CURVE, OTHER_BASE].map(|name| dir.join(&folder).join(name))
+    };
     let paths = folders.into_iter().flat_map(of_folder).chain([dir.join(TASK)]);
     Some(Stamp(paths.map(stamp).collect()))
 }

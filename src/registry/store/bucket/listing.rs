@@ -9,7 +9,7 @@ use std::{
 use object_store::ObjectMeta;
 
 use super::super::interface::{Mark, Stamp, VERSIONS};
-use crate::prompt::files::{ADAPTER_CONFIG, CURVE, PICKLE, TASK, WEIGHTS};
+use crate::prompt::files::{ADAPTER_CONFIG, CURVE, OTHER_BASE, PICKLE, TASK, WEIGHTS};
 
 /// An object below a folder: the parts of its name after the folder's.
 pub(super) type Entry = (Vec<String>, ObjectMeta);
@@ -48,8 +48,9 @@ impl PromptObjects {
         };
         let mut files = BTreeMap::new();
         for (parts, meta) in entries {
-            let known =
-                |name: &str| [ADAPTER_CONFIG, WEIGHTS, TASK, CURVE, PICKLE].into_iter().find(|known| *known == name);
+            let known = |name: &str| {
+                [ADAPTER_CONFIG, WEIGHTS, TASK, CURVE, OTHER_BASE, PICKLE].into_iter().find(|known| *known == name)
+            };
             let name = match &parts[..] {
                 [name] if folder.is_empty() => known(name),
                 [in_folder, name] if in_folder == folder => known(name),

@@ -27,7 +27,10 @@ use super::{
 };
 use crate::prompt::{
     Digest, TaskName,
-    files::{ADAPTER_CONFIG, CURVE, MAX_CURVE_BYTES, PICKLE, PromptFiles, TASK, WEIGHTS, pickle_fault, size_limit},
+    files::{
+        ADAPTER_CONFIG, CURVE, MAX_CURVE_BYTES, OTHER_BASE, PICKLE, PromptFiles, TASK, WEIGHTS, pickle_fault,
+        size_limit,
+    },
 };
 use listing::{Entry, PromptObjects, mark, time, written};
 use objects::Objects;
@@ -93,7 +96,9 @@ impl BucketStore {
         if found.files.contains_key(PICKLE) && !found.files.contains_key(WEIGHTS) {
             return Err(ReadError::Wrong(pickle_fault().detail));
         }
-        let names = [ADAPTER_CONFIG, WEIGHTS, TASK, CURVE].into_iter().filter(|name| found.files.contains_key(name));
+        let names = [ADAPTER_CONFIG, WEIGHTS, TASK, CURVE, OTHER_BASE]
+            .into_iter()
+            .filter(|name| found.files.contains_key(name));
         let names: Vec<&str> = names.collect();
         let keys = names.iter().map(|name| found.files[name].location.clone()).collect();
         let mut read: BTreeMap<_, _> = names.into_iter().zip(self.objects.get_all(keys)?).collect();
@@ -102,6 +107,7 @@ impl BucketStore {
             weights: read.remove(WEIGHTS),
             task: read.remove(TASK),
             curve: read.remove(CURVE),
+            other_base: read.remove(OTHER_BASE),
         })
     }
 
@@ -318,7 +324,7 @@ impl Store for BucketStore {
         let Some(Ok(found)) = found else { return Ok(()) };
         // The configuration last: while it is there, an interrupted removal shows as a fault.
         let key = |name: &str| found.files.get(name).map(|meta| meta.location.clone());
-        for name in [WEIGHTS, TASK, CURVE, PICKLE, ADAPTER_CONFIG] {
+        for name in [WEIGHTS, TASK, CURVE, OTHER_BASE, PICKLE, ADAPTER_CONFIG] {
             self.objects.delete_all(key(name).into_iter().collect())?;
         }
         Ok(())
