@@ -28,7 +28,10 @@ pub use keys::{Key, KeyLimits, Roles, TaskPatterns};
 pub use units::{ByteSize, Time};
 pub use weights::{TaskWeight, TaskWeights};
 
-use crate::{engine::EngineConfig, registry::PromptLocation};
+use crate::{
+    engine::EngineConfig,
+    registry::{Keep, PromptLocation},
+};
 
 /// What we run with. Checked once, then immutable.
 #[derive(Debug, Clone)]
@@ -40,6 +43,8 @@ pub struct Config {
     pub prompts: Option<PromptLocation>,
     /// How often the prompts are checked for changes that others made.
     pub poll_interval: Duration,
+    /// Which versions of a task are kept; `None` for all.
+    pub keep: Option<Keep>,
     /// Where files and batches are kept; `None` is beside the prompts' folder of the user's data directory.
     pub files: Option<PathBuf>,
     pub listen: SocketAddr,

@@ -75,11 +75,13 @@ pub const PROMPT_LOADS: &str = "softserve_prompt_loads_total";
 pub const PROMPT_EVICTIONS: &str = "softserve_prompt_evictions_total";
 /// The time that a request waited for its learned prompt, of those that had to.
 pub const PROMPT_LOAD_SECONDS: &str = "softserve_prompt_load_seconds";
+/// How long answers took, by task and version.
+pub const VERSION_SECONDS: &str = "softserve_version_answer_seconds";
 /// Whether the last call of the prompt store was answered.
 pub const STORE_UP: &str = "softserve_prompt_store_up";
 pub const STORE_FAILURES: &str = "softserve_prompt_store_failures_total";
 
-/// Tasks that have series of their own; a request of a further one counts as [`OTHER_TASKS`].
+/// Tasks that have series of their own, and versions; a request of a further one counts as [`OTHER_TASKS`].
 const MAX_TASK_SERIES: usize = 200;
 /// The label of the tasks beyond these. No task can have this name.
 const OTHER_TASKS: &str = "(others)";
@@ -171,6 +173,11 @@ fn describe() {
     describe_gauge!(LOADED_PROMPT_BYTES, Unit::Bytes, "Memory of the learned prompts that are loaded");
     describe_counter!(PROMPT_LOADS, "Learned prompts read from the store because they were needed and not in memory");
     describe_counter!(PROMPT_EVICTIONS, "Learned prompts evicted from memory for others");
+    describe_histogram!(
+        VERSION_SECONDS,
+        Unit::Seconds,
+        "Time from a request's tokens to the end of its answer, by task and version: what a split compares"
+    );
     describe_gauge!(STORE_UP, "1 if the folder or bucket of the learned prompts answers, else 0");
     describe_counter!(STORE_FAILURES, "Calls of the prompt store that it did not answer");
     describe_histogram!(
@@ -185,6 +192,14 @@ fn describe() {
 pub fn task_label(task: &str) -> String {
     static NAMED: LazyLock<Named> = LazyLock::new(|| Named::new(MAX_TASK_SERIES));
     NAMED.label(task).to_owned()
+}
+
+/// The labels of a version's series. The first versions have their own.
+pub fn version_labels(task: &str, version: &str) -> [(&'static str, String); 2] {
+    static NAMED: LazyLock<Named> = LazyLock::new(|| Named::new(MAX_TASK_SERIES));
+    let name = format!("{task}@{version}");
+    let version = if NAMED.label(&name) == OTHER_TASKS { OTHER_TASKS } else { version };
+    [("task", task_label(task)), ("version", version.to_owned())]
 }
 
 /// The tasks that have series of their own.

@@ -161,6 +161,7 @@ fn open_registry(config: &Config, info: &ModelInfo, root: PromptLocation) -> any
         max_versions_per_task: limits.max_versions,
         max_loaded_bytes: limits.prompt_memory,
         poll_interval: config.poll_interval,
+        keep: config.keep,
     };
     Registry::open(registry).with_context(|| format!("cannot open the prompts in {shown}"))
 }

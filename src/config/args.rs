@@ -154,6 +154,15 @@ pub struct ServeArgs {
     #[arg(long, value_name = "N", env = "SOFTSERVE_MAX_VERSIONS")]
     pub max_versions: Option<usize>,
 
+    /// How many of the newest versions of a task to keep. Older ones are deleted once they are older than --keep-for,
+    /// unless they are active, get a share of the requests, have an alias, or were active before [default: all]
+    #[arg(long, value_name = "N", env = "SOFTSERVE_KEEP_VERSIONS")]
+    pub keep_versions: Option<usize>,
+
+    /// With --keep-versions: how long every version is kept [default: 7days]
+    #[arg(long, value_name = "TIME", env = "SOFTSERVE_KEEP_FOR")]
+    pub keep_for: Option<Time>,
+
     /// The memory for learned prompts. With more of them than it holds, those that are used least are read from the prompts
     /// folder again when a request needs them [default: 256MiB]
     #[arg(long, value_name = "SIZE", env = "SOFTSERVE_PROMPT_MEMORY")]

@@ -17,7 +17,7 @@ use super::{
     Access, ByteSize, Config, ConfigError, KeySources, Limits, LogConfig, ModelSource, ServeArgs, Switch, TaskWeights,
     Time,
 };
-use crate::engine::EngineConfig;
+use crate::{engine::EngineConfig, registry::Keep};
 
 /// More requests or tokens at once than any machine has memory for; sums of these cannot overflow.
 const MAX_COUNT: usize = 1_000_000;
@@ -74,6 +74,17 @@ impl ServeArgs {
             admin_key_file: args.admin_key_file,
             keys: args.keys,
         };
+        let younger_than = time(args.keep_for, 7 * 24 * 60 * 60);
+        let keep = match args.keep_versions {
+            Some(n) => Some(Keep { newest: within("keep-versions", n, 1..=MAX_COUNT)?, younger_than }),
+            None if args.keep_for.is_some() => {
+                let reason =
+                    "found without --keep-versions, which says how many versions are kept however old they are"
+                        .to_owned();
+                return Err(ConfigError::Option { option: "keep-for", reason });
+            }
+            None => None,
+        };
         let engine = EngineConfig::default();
         let kv_cache = args.kv_cache.unwrap_or_else(|| ByteSize(default_kv_cache()));
         let gpu_memory = args.gpu_memory.unwrap_or(0.9);
@@ -86,6 +97,7 @@ impl ServeArgs {
             context: args.context.map(|n| within("context", n, 1..=MAX_COUNT)).transpose()?,
             prompts: args.prompts,
             poll_interval: time(args.poll_interval, 5).max(MIN_POLL_INTERVAL),
+            keep,
             files: args.files,
             listen,
             device: args.device.unwrap_or_default(),

@@ -17,6 +17,7 @@ use crate::{
         EventStream,
         request::{Event, GeneratedToken},
     },
+    prompt::Version,
     telemetry,
     tokenizer::{Detokenizer, Tokenizer},
 };
@@ -48,10 +49,12 @@ struct Measured {
     first_token: Histogram,
     inter_token: Histogram,
     output_tokens: Histogram,
+    answer: Histogram,
 }
 
 impl Measured {
-    fn new(task: &str) -> Self {
+    fn new(version: &Version) -> Self {
+        let task = version.task.as_str();
         let labels = [("task", telemetry::task_label(task))];
         let now = Instant::now();
         Self {
@@ -60,6 +63,7 @@ impl Measured {
             first_token: histogram!(telemetry::FIRST_TOKEN_SECONDS, &labels),
             inter_token: histogram!(telemetry::INTER_TOKEN_SECONDS, &labels),
             output_tokens: histogram!(telemetry::OUTPUT_TOKENS, &labels),
+            answer: histogram!(telemetry::VERSION_SECONDS, &telemetry::version_labels(task, &version.digest.id())),
         }
     }
 
@@ -110,7 +114,7 @@ pub fn start(app: &App, prepared: &mut Prepared) -> Result<Vec<Running>, Problem
                 tokenizer: app.tokenizer.clone(),
                 logprobs: prepared.logprobs,
                 completion_tokens: 0,
-                measured: Measured::new(prepared.version.task.as_str()),
+                measured: Measured::new(&prepared.version),
                 caller: prepared.caller.clone(),
             })
         })
@@ -194,6 +198,7 @@ impl Running {
 
     fn end(&self, output: String, finish: Finish, cached_tokens: usize) -> Piece {
         self.measured.output_tokens.record(self.completion_tokens as f64);
+        self.measured.answer.record(self.measured.submitted.elapsed());
         Piece::End { output, finish, cached_tokens, completion_tokens: self.completion_tokens }
     }
 

@@ -2,6 +2,8 @@
 
 use std::{sync::Arc, time::Instant};
 
+use metrics::histogram;
+
 use super::{
     App,
     access::Caller,
@@ -16,6 +18,7 @@ use crate::{
         request::{CacheNamespace, Event, FinishReason, Goal, Request},
     },
     prompt::{Version, template::Input},
+    telemetry,
 };
 
 /// What a call has in common for all of its inputs.
@@ -34,6 +37,7 @@ pub struct Running {
     /// The ids of the input's text.
     pub ids: Vec<u32>,
     events: EventStream,
+    submitted: Instant,
 }
 
 /// The log-probabilities of each token of each continuation.
@@ -119,7 +123,7 @@ impl Call {
             ),
             error => error.into(),
         })?;
-        Ok(Running { version: Arc::clone(&self.version), ids, events })
+        Ok(Running { version: Arc::clone(&self.version), ids, events, submitted: Instant::now() })
     }
 }
 
@@ -138,6 +142,8 @@ impl Running {
             Some(Event::Failed | Event::NoTokenAllowed(_)) => return Err(Problem::internal("the forward pass failed")),
             None => return Err(Problem::internal("the engine ended before the answer")),
         };
+        let labels = telemetry::version_labels(self.version.task.as_str(), &self.version.digest.id());
+        histogram!(telemetry::VERSION_SECONDS, &labels).record(self.submitted.elapsed());
         let usage = Usage {
             virtual_tokens: self.version.prompt.num_virtual_tokens(),
             prompt_tokens: self.ids.len(),

@@ -2,6 +2,7 @@
 //! the versions' content is in memory only as far as it is used.
 
 mod activate;
+mod collect;
 mod composition;
 mod curve;
 mod list;
@@ -30,6 +31,7 @@ use crate::prompt::{
     format::{self, Faults, Fit},
 };
 pub use activate::{Activated, Activation};
+pub use collect::Keep;
 use composition::Compositions;
 pub use list::{Page, TaskEntry, UnreadableVersion, VersionEntry};
 pub use publish::Published;
@@ -64,6 +66,8 @@ pub struct RegistryConfig {
     pub max_loaded_bytes: u64,
     /// How often the store is asked for changes that others made, where it does not tell of them itself.
     pub poll_interval: Duration,
+    /// Which versions are kept; `None` for all.
+    pub keep: Option<Keep>,
 }
 
 /// All tasks that can be called. Cheap to share; readers never wait for a writer.

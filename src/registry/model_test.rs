@@ -187,6 +187,7 @@ fn hold(root: PromptLocation, remembers: bool, ops: &[Op]) -> Result<(), TestCas
         // Room for two versions, so that the others are read again and again.
         max_loaded_bytes: 60_000,
         poll_interval: Duration::from_secs(5),
+        keep: None,
     };
     let registry = Registry::open(config.clone()).expect("opens");
     let mut model = Model { remembers, ..Model::default() };

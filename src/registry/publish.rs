@@ -50,7 +50,9 @@ impl Registry {
         files: PromptFiles,
         activate: bool,
     ) -> Result<Published, RegistryError> {
-        until_first(|| self.try_publish(&version, &files, activate))
+        let published = until_first(|| self.try_publish(&version, &files, activate))?;
+        self.collect(&version.task);
+        Ok(published)
     }
 
     fn try_publish(

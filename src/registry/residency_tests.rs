@@ -15,8 +15,15 @@ const TWO_VERSIONS: u64 = 60_000;
 fn open(root: &Path, max_loaded_bytes: u64) -> Arc<Registry> {
     let (root, fit) = (root.to_owned().into(), fixtures::fit());
     let poll_interval = std::time::Duration::from_secs(10);
-    let config =
-        RegistryConfig { root, fit, max_tasks: 10_000, max_versions_per_task: 8, max_loaded_bytes, poll_interval };
+    let config = RegistryConfig {
+        root,
+        fit,
+        max_tasks: 10_000,
+        max_versions_per_task: 8,
+        max_loaded_bytes,
+        poll_interval,
+        keep: None,
+    };
     Registry::open(config).expect("opens")
 }
 

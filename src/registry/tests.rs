@@ -7,7 +7,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use super::{Activation, Bucket, Draw, PromptLocation, Registry, RegistryConfig, RegistryError};
+use super::{Activation, Bucket, Draw, Keep, PromptLocation, Registry, RegistryConfig, RegistryError};
 use crate::prompt::{
     TaskName,
     fixtures::{self, prompt},
@@ -25,8 +25,16 @@ fn open_with(root: &Path, max_tasks: usize, max_versions_per_task: usize) -> Arc
 fn open_at(root: PromptLocation, max_tasks: usize, max_versions_per_task: usize) -> Arc<Registry> {
     let (fit, max_loaded_bytes) = (fixtures::fit(), 64 << 20);
     let poll_interval = Duration::from_secs(10);
-    Registry::open(RegistryConfig { root, fit, max_tasks, max_versions_per_task, max_loaded_bytes, poll_interval })
-        .expect("opens")
+    Registry::open(RegistryConfig {
+        root,
+        fit,
+        max_tasks,
+        max_versions_per_task,
+        max_loaded_bytes,
+        poll_interval,
+        keep: None,
+    })
+    .expect("opens")
 }
 
 fn name(task: &str) -> TaskName {
@@ -77,6 +85,53 @@ fn a_published_version_answers_and_is_there_after_a_restart() {
     let again = open(dir.path());
     assert_eq!(active_id(&again, "a"), id(&files));
     assert_eq!(again.task("a").expect("is there").generation, 1);
+}
+
+#[test]
+fn old_versions_are_deleted_but_none_that_is_used() {
+    let dir = tempfile::tempdir().expect("temp dir");
+    let bucket = Bucket::of("memory://bucket/prompts", Arc::new(object_store::memory::InMemory::new()));
+    for root in [dir.path().to_owned().into(), PromptLocation::Bucket(bucket)] {
+        let keep_for = |younger_than| {
+            let keep = Some(Keep { newest: 2, younger_than });
+            let (fit, root, poll_interval) = (fixtures::fit(), root.clone(), Duration::from_secs(10));
+            let (max_tasks, max_versions_per_task, max_loaded_bytes) = (8, 20, 64 << 20);
+            Registry::open(RegistryConfig {
+                root,
+                fit,
+                max_tasks,
+                max_versions_per_task,
+                max_loaded_bytes,
+                poll_interval,
+                keep,
+            })
+            .expect("opens")
+        };
+        let stored = |registry: &Registry| {
+            let mut ids: Vec<String> =
+                registry.task("a").expect("is there").versions.iter().map(|v| v.version.digest.id()).collect();
+            ids.sort();
+            ids
+        };
+        let versions: Vec<PromptFiles> = (0..8).map(|i| prompt(i as f32 / 8.0)).collect();
+        let registry = keep_for(Duration::from_secs(3600));
+        for files in &versions[..6] {
+            registry.publish(name("a"), files.clone(), true).expect("publishes");
+            // Times of files tell which is newer.
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        registry.set_alias("a", "good", Some(&id(&versions[0])), None).expect("has an alias");
+        assert_eq!(stored(&registry).len(), 6, "none is old enough");
+        let registry = keep_for(Duration::ZERO);
+        registry.publish(name("a"), versions[6].clone(), false).expect("publishes");
+        // The newest two, the active one (5), the one before it (4), and the one with an alias.
+        let mut expected: Vec<String> = [0, 4, 5, 6].map(|i| id(&versions[i])).to_vec();
+        expected.sort();
+        assert_eq!(stored(&registry), expected);
+        assert_eq!(active_id(&registry, "a"), id(&versions[5]));
+        registry.roll_back("a", None).expect("goes back");
+        assert_eq!(active_id(&registry, "a"), id(&versions[4]));
+    }
 }
 
 #[test]

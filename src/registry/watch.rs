@@ -27,6 +27,8 @@ const MAX_DELAY: Duration = Duration::from_secs(2);
 /// Looking at a folder takes at most this part of the time: with very many tasks it is done less often. Looking at a bucket is
 /// mostly waiting for it, which costs nothing.
 const SCAN_SHARE: u32 = 20;
+/// How often versions are looked for that have become too old to be kept.
+const COLLECT_EVERY: Duration = Duration::from_secs(10 * 60);
 /// With more tasks than this no notifications are asked for: each folder would cost the system and this process memory.
 const MAX_NOTIFIED_TASKS: usize = 2_000;
 
@@ -70,7 +72,7 @@ impl Watcher {
             if let Some(registry) = registry.upgrade() {
                 registry.read_ahead(|| !stop.load(Ordering::Relaxed));
             }
-            follow(&registry, &mail, poll);
+            follow(&registry, &mail, poll, &stop);
         })?;
         // A change between the registry's last scan and the first notification.
         let _ = signals.send(Signal::Changed);
@@ -117,8 +119,9 @@ fn is_change(event: &Event, root: &Path) -> bool {
     wrote && (event.paths.is_empty() || !event.paths.iter().all(hidden))
 }
 
-fn follow(registry: &Weak<Registry>, mail: &Receiver<Signal>, interval: Duration) {
+fn follow(registry: &Weak<Registry>, mail: &Receiver<Signal>, interval: Duration, stop: &AtomicBool) {
     let mut poll = interval;
+    let mut collected = Instant::now();
     loop {
         match mail.recv_timeout(poll) {
             Ok(Signal::Changed) => {
@@ -139,6 +142,10 @@ fn follow(registry: &Weak<Registry>, mail: &Receiver<Signal>, interval: Duration
             Ok(()) => {}
             // That it does not answer was logged when it began.
             Err(error) => tracing::debug!(%error, "cannot read the prompt store; serving what was read before"),
+        }
+        if collected.elapsed() >= COLLECT_EVERY {
+            registry.collect_all(|| !stop.load(Ordering::Relaxed));
+            collected = Instant::now();
         }
     }
 }

@@ -311,6 +311,8 @@ fn what_cannot_work_ends_with_one_line_that_says_why() {
         (vec!["--config", "typo.toml"], 2, vec!["typo.toml", "max_batches", "max_batch"]),
         (vec!["--config", "none.toml"], 2, vec!["none.toml"]),
         (vec!["--api-key", "short"], 2, vec!["--api-key", "5 bytes"]),
+        (vec!["--keep-for", "1h"], 2, vec!["--keep-for", "--keep-versions"]),
+        (vec!["--prompts", "s4://bucket/x"], 2, vec!["--prompts", "s3://BUCKET/PREFIX"]),
         (vec!["--device", "cuda"], 1, vec!["--device", "cpu"]),
         (vec!["--log-level", "a=b=c"], 1, vec!["--log-level"]),
         (vec!["--random-weights", "gpt-9"], 1, vec!["gpt-9", "config.json", "smollm2-135m"]),

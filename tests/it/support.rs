@@ -101,6 +101,7 @@ impl Options {
         let registry = Registry::open(RegistryConfig {
             root: prompts.path().to_owned().into(),
             poll_interval: Duration::from_secs(5),
+            keep: None,
             fit,
             max_tasks: self.limits.max_tasks,
             max_versions_per_task: self.limits.max_versions,

@@ -16,6 +16,7 @@ fn open(root: &Path) -> Arc<Registry> {
         max_versions_per_task: 8,
         max_loaded_bytes: 64 << 20,
         poll_interval: Duration::from_secs(10),
+        keep: None,
     };
     Registry::open(config).expect("opens")
 }
