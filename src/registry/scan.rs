@@ -176,10 +176,12 @@ impl Registry {
             scan.warn(&self.store.places().task(task), problem);
             return Ok(basis);
         }
+        let mark = found.as_ref().and_then(|found| found.mark);
         let loaded = match found {
             Some(found) => self.load_task(scan, task, old.as_deref(), found)?,
             None => None,
         };
+        mark.map(|mark| scan.marks.insert(task.clone(), mark));
         let Some(Loaded { state, read }) = loaded else {
             if old.is_some() {
                 tracing::info!(%task, "the task's files are gone, so it is no longer served");
@@ -216,7 +218,7 @@ impl Registry {
         old: Option<&TaskState>,
         found: Contents,
     ) -> io::Result<Option<Loaded>> {
-        let Contents { versions, plain, active, basis } = found;
+        let Contents { versions, plain, active, basis, mark: _ } = found;
         let mut loaded = Loaded { state: TaskState::default(), read: Vec::new() };
         self.load_versions(scan, task, old, versions, &mut loaded)?;
         if let Some(plain) = self.load_plain(scan, task, old, plain, &mut loaded.read)? {

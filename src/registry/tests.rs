@@ -135,6 +135,35 @@ fn old_versions_are_deleted_but_none_that_is_used() {
 }
 
 #[test]
+fn two_registries_on_one_bucket_see_each_others_changes_and_refuse_what_is_based_on_old_ones() {
+    let bucket = Bucket::of("memory://bucket/prompts", Arc::new(object_store::memory::InMemory::new()));
+    let [one_side, other] = [0, 1].map(|_| open_at(PromptLocation::Bucket(bucket.clone()), 8, 8));
+    let (first, second) = (prompt(0.25), prompt(0.5));
+    one_side.publish(name("a"), first.clone(), true).expect("publishes");
+    assert!(other.resolve("a", None).is_err(), "nothing was looked for yet");
+    other.rescan().expect("looks");
+    assert_eq!((active_id(&other, "a"), other.revision()), (id(&first), one_side.revision()));
+    other.publish(name("a"), second.clone(), true).expect("publishes");
+    assert_eq!(active_id(&one_side, "a"), id(&first), "until it looks");
+    // It has not seen the second version, and finds out.
+    let refused = one_side.activate("a", &one(&id(&first)), Some(1));
+    assert!(matches!(refused, Err(RegistryError::PreconditionFailed { found: 2, .. })), "{refused:?}");
+    assert_eq!(one_side.activate("a", &one(&id(&first)), Some(2)).expect("activates").task.generation, 3);
+    other.rescan().expect("looks");
+    assert_eq!((active_id(&other, "a"), other.revision()), (id(&first), one_side.revision()));
+    other.delete_version("a", &id(&second)).expect("deletes");
+    one_side.rescan().expect("looks");
+    assert_eq!(one_side.task("a").expect("is there").versions.len(), 1);
+    other.delete_task("a").expect("deletes");
+    one_side.rescan().expect("looks");
+    assert!(matches!(one_side.resolve("a", None), Err(RegistryError::TaskNotFound { .. })));
+    let again = one_side.publish(name("a"), second.clone(), true).expect("publishes");
+    assert!(again.created && again.generation > 3, "{again:?}");
+    other.rescan().expect("looks");
+    assert_eq!((active_id(&other, "a"), other.revision()), (id(&second), one_side.revision()));
+}
+
+#[test]
 fn that_another_base_model_was_allowed_is_remembered() {
     let task = r#"{"base_model": {"fingerprint": "fedcba9876543210"}}"#;
     let refused = PromptFiles { task: Some(task.into()), ..prompt(0.5) };

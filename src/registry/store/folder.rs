@@ -213,7 +213,13 @@ impl Store for FolderStore {
             false => self.found(&id, &self.places.version(task, &id)),
         };
         let plain = Some(self.found("", &self.places.task(task))).filter(|found| found.stamp.is_some());
-        Ok(Some(Contents { versions: ids.into_iter().map(version).collect(), plain, active, basis: Basis::default() }))
+        Ok(Some(Contents {
+            versions: ids.into_iter().map(version).collect(),
+            plain,
+            active,
+            basis: Basis::default(),
+            mark: None,
+        }))
     }
 
     fn read_version(&self, task: &TaskName, id: &str) -> Result<PromptFiles, ReadError> {

@@ -178,6 +178,8 @@ pub struct Contents {
     /// `active.json`, if there is one, or why it cannot be read.
     pub active: Result<Option<Active>, String>,
     pub basis: Basis,
+    /// The mark of all that was looked at, where the store has marks.
+    pub mark: Option<Mark>,
 }
 
 /// Files of a prompt, whatever they hold.

@@ -50,8 +50,7 @@ pub struct BucketStore {
 /// `active.json` as it was read.
 struct ReadActive {
     said: Result<Active, String>,
-    etag: UpdateVersion,
-    modified: SystemTime,
+    meta: ObjectMeta,
 }
 
 impl BucketStore {
@@ -79,8 +78,7 @@ impl BucketStore {
             true => Err(format!("it has {} bytes; the maximum is {MAX_ACTIVE_BYTES}", meta.size)),
             false => parse_active(&bytes),
         };
-        let modified = time(&meta);
-        Ok(Some(ReadActive { said, etag: UpdateVersion { e_tag: meta.e_tag, version: meta.version }, modified }))
+        Ok(Some(ReadActive { said, meta }))
     }
 
     /// Reads the objects of one prompt.
@@ -119,7 +117,7 @@ impl BucketStore {
 
     /// Deletes what an `active.json` says is gone, if whoever wrote it has had the time to.
     fn clear(&self, task: &TaskName, active: &ReadActive, gone: Vec<Key>, is_empty: bool) {
-        let age = active.modified.elapsed().unwrap_or_default();
+        let age = time(&active.meta).elapsed().unwrap_or_default();
         let is_deleted = active.said.as_ref().is_ok_and(|said| said.deleted.is_some());
         let keys = match gone.is_empty() {
             false if age >= LEFT_TO_THE_WRITER => gone,
@@ -140,6 +138,11 @@ impl BucketStore {
         self.objects.put_all(first)?;
         self.objects.put_all(last)
     }
+}
+
+/// What a later write of an object is based on.
+fn etag(meta: &ObjectMeta) -> UpdateVersion {
+    UpdateVersion { e_tag: meta.e_tag.clone(), version: meta.version.clone() }
 }
 
 impl Store for BucketStore {
@@ -183,12 +186,16 @@ impl Store for BucketStore {
         // First what is active: each version that it names was there before it.
         let active = self.read_active(task)?;
         let entries = self.entries(&self.objects.key(&[task.as_str()]))?;
-        let mut basis = Basis { etag: active.as_ref().map(|active| active.etag.clone()), ..Basis::default() };
+        let mut basis = Basis { etag: active.as_ref().map(|active| etag(&active.meta)), ..Basis::default() };
         if let Some(said) = active.as_ref().and_then(|active| active.said.as_ref().ok()) {
             basis.generation = said.generation;
             basis.deleted = said.deleted.clone();
             basis.removed = said.removed.clone();
         }
+        // With the active.json that was read: one that was written since then has to be seen as a change.
+        let active_mark = active.as_ref().map_or(0, |active| mark(&[ACTIVE.to_owned()], &active.meta));
+        let others = entries.iter().filter(|(parts, _)| parts[..] != [ACTIVE]);
+        let sum = others.fold(active_mark, |sum, (parts, meta)| sum.wrapping_add(mark(parts, meta)));
         let (mut versions, mut plain, mut gone) = (BTreeMap::<String, Vec<Entry>>::new(), Vec::new(), Vec::new());
         for (parts, meta) in entries {
             let is_older = |time: &String| written(&meta) <= *time;
@@ -228,7 +235,7 @@ impl Store for BucketStore {
         if let Some(active) = &active {
             self.clear(task, active, gone, versions.is_empty() && plain.is_none());
         }
-        Ok(Some(Contents { versions, plain, active: said, basis }))
+        Ok(Some(Contents { versions, plain, active: said, basis, mark: Some(sum) }))
     }
 
     fn read_version(&self, task: &TaskName, id: &str) -> Result<PromptFiles, ReadError> {
