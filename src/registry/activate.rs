@@ -128,9 +128,9 @@ impl Registry {
         expected: Option<u64>,
         decide: impl Fn(&TaskName, &TaskState) -> Result<Option<(Digest, Routing)>, RegistryError>,
     ) -> Result<Activated, RegistryError> {
-        let mut scan = self.writer();
+        let mut seen = self.writer();
         let _lock = self.store.lock();
-        let (name, state, basis) = self.fresh_state(&mut scan, task)?;
+        let (name, state, basis) = self.fresh_state(&mut seen, task)?;
         let decided = decide(&name, &state)?;
         if let Some(expected) = expected.filter(|expected| *expected != state.generation) {
             return Err(RegistryError::PreconditionFailed { expected: expected.to_string(), found: state.generation });

@@ -6,11 +6,13 @@ mod collect;
 mod composition;
 mod curve;
 mod list;
+mod load;
 pub mod package;
 mod publish;
 mod residency;
 mod routing;
 mod scan;
+mod seen;
 mod state;
 mod store;
 mod watch;
@@ -38,7 +40,7 @@ pub use publish::Published;
 use residency::Residency;
 pub use residency::ResidencyStats;
 pub use routing::Draw;
-use scan::Scan;
+use seen::Seen;
 use state::{Slot, Stored, TaskState};
 pub use store::{Away, Bucket, PromptLocation};
 use store::{ReadError, Store, WriteError};
@@ -81,7 +83,7 @@ pub struct Registry {
     residency: Residency,
     /// One mutex for all writers: publishing is rare and waits for the disk anyway, and one order
     /// of changes for memory and disk is easy to be sure of. Holds what the last scan has seen.
-    writer: Mutex<Scan>,
+    writer: Mutex<Seen>,
     /// Told of each version that becomes the one that answers.
     listener: OnceLock<Listener>,
     compositions: Compositions,
@@ -156,7 +158,7 @@ impl Registry {
     pub fn open(config: RegistryConfig) -> Result<Arc<Self>, RegistryError> {
         let store = store::open(&config.root)?;
         let residency = Residency::new(config.max_loaded_bytes);
-        let (writer, listener) = (Mutex::new(Scan::default()), OnceLock::new());
+        let (writer, listener) = (Mutex::new(Seen::default()), OnceLock::new());
         let compositions = Compositions::default();
         let (tasks, revision) = (DashMap::new(), AtomicU64::new(0));
         let registry = Self { config, store, tasks, residency, writer, listener, compositions, revision };
@@ -240,7 +242,7 @@ impl Registry {
         Ok(self.scan_all()?)
     }
 
-    fn writer(&self) -> MutexGuard<'_, Scan> {
+    fn writer(&self) -> MutexGuard<'_, Seen> {
         // A panic in a writer leaves a whole state behind: states are swapped, never changed.
         self.writer.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -363,12 +365,12 @@ impl Registry {
     }
 
     /// A task is gone, with all that is in memory of it.
-    fn forget(&self, scan: &mut Scan, task: &TaskName) {
+    fn forget(&self, seen: &mut Seen, task: &TaskName) {
         if let Some((_, Slot::Read(state))) = self.tasks.remove(task) {
             state.versions.iter().for_each(|stored| self.residency.remove(task, stored.digest));
             self.revision.fetch_xor(state.mark(task), Ordering::Relaxed);
         }
-        scan.forget(task, &self.store.places().task(task));
+        seen.forget(task, &self.store.places().task(task));
     }
 
     fn tell(&self, version: &Arc<Version>) {
@@ -401,5 +403,7 @@ fn composition_refused(name: &str, reason: String) -> RegistryError {
 mod model_test;
 #[cfg(test)]
 mod residency_tests;
+#[cfg(test)]
+mod shared_tests;
 #[cfg(test)]
 mod tests;

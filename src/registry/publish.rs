@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use super::{
     Registry, RegistryError,
-    scan::Scan,
+    seen::Seen,
     state::{Stored, TaskState},
     store::{Basis, ReadError},
 };
@@ -62,9 +62,9 @@ impl Registry {
         activate: bool,
     ) -> Result<Published, RegistryError> {
         let (version, task) = (Arc::clone(version), version.task.clone());
-        let mut scan = self.writer();
+        let mut seen = self.writer();
         let _lock = self.store.lock();
-        let basis = self.scan_task(&mut scan, &task)?;
+        let basis = self.scan_task(&mut seen, &task)?;
 
         let digest = version.digest;
         let old = self.known_state(&task);
@@ -102,10 +102,10 @@ impl Registry {
     /// Blocks on the store.
     pub fn delete_task(&self, task: &str) -> Result<Option<String>, RegistryError> {
         until_first(|| {
-            let mut scan = self.writer();
+            let mut seen = self.writer();
             let _lock = self.store.lock();
-            let (name, state, basis) = self.fresh_state(&mut scan, task)?;
-            self.remove(&mut scan, &name, &state, &basis)?;
+            let (name, state, basis) = self.fresh_state(&mut seen, task)?;
+            self.remove(&mut seen, &name, &state, &basis)?;
             Ok(state.active.map(|active| active.id()))
         })
     }
@@ -117,12 +117,12 @@ impl Registry {
     }
 
     fn try_delete_version(&self, task: &str, version: &str) -> Result<(String, Option<String>), RegistryError> {
-        let mut scan = self.writer();
+        let mut seen = self.writer();
         let _lock = self.store.lock();
-        let (name, state, basis) = self.fresh_state(&mut scan, task)?;
+        let (name, state, basis) = self.fresh_state(&mut seen, task)?;
         let digest = state.find(&name, version)?.digest;
         if state.versions.len() == 1 {
-            self.remove(&mut scan, &name, &state, &basis)?;
+            self.remove(&mut seen, &name, &state, &basis)?;
             return Ok((digest.id(), None));
         }
         if state.active == Some(digest) {
@@ -149,11 +149,11 @@ impl Registry {
     /// A task as the store has it now, for a writer.
     pub(super) fn fresh_state(
         &self,
-        scan: &mut Scan,
+        seen: &mut Seen,
         task: &str,
     ) -> Result<(TaskName, Arc<TaskState>, Basis), RegistryError> {
         let basis = match task.parse() {
-            Ok(name) => self.scan_task(scan, &name)?,
+            Ok(name) => self.scan_task(seen, &name)?,
             Err(_) => Basis::default(),
         };
         let (name, state) = self.read_state(task)?;
@@ -252,10 +252,10 @@ impl Registry {
         self.route(task, state, basis, version.digest, routing)
     }
 
-    fn remove(&self, scan: &mut Scan, task: &TaskName, state: &TaskState, basis: &Basis) -> Result<(), RegistryError> {
+    fn remove(&self, seen: &mut Seen, task: &TaskName, state: &TaskState, basis: &Basis) -> Result<(), RegistryError> {
         let basis = Basis { generation: basis.generation.max(state.generation), ..basis.clone() };
         self.store.remove_task(task, &basis)?;
-        self.forget(scan, task);
+        self.forget(seen, task);
         tracing::info!(%task, "deleted task");
         Ok(())
     }
