@@ -2,7 +2,10 @@
 
 use serde_json::{Value, json};
 
-use crate::support::{Answer, Server, form, post, weights};
+use crate::{
+    process::{Process, agent, output, read, softserve, with_fixture},
+    support::{Answer, Server, form, post, weights},
+};
 
 const INPUTS: [&str; 12] = [
     "the cat",
@@ -148,4 +151,47 @@ async fn a_gate_without_usable_examples_is_refused_and_nothing_is_stored() {
         );
     }
     assert_eq!(server.get("/v1/tasks/never").await.status.as_u16(), 404);
+}
+
+#[test]
+fn push_compares_a_folder_with_the_active_version_and_fails_if_it_is_worse() {
+    let home = tempfile::tempdir().unwrap();
+    let mut command = with_fixture(home.path());
+    command.arg("--prompts=gated");
+    let server = Process::start(command);
+    let push = |value: f32, options: &[&str]| {
+        let folder = home.path().join("pushed");
+        std::fs::create_dir_all(&folder).unwrap();
+        let spec = json!({"labels": {"cat": [" cat"], "dog": [" dog"]}}).to_string();
+        std::fs::write(folder.join("adapter_config.json"), config(4)).unwrap();
+        std::fs::write(folder.join("adapter_model.safetensors"), weights(4, 32, value)).unwrap();
+        std::fs::write(folder.join("task.json"), spec).unwrap();
+        let mut command = softserve(home.path());
+        command.arg("push").arg(&folder).args(["--task", "pets", "--url", &server.at("")]).args(options);
+        output(command)
+    };
+    let answers = |version: Value| -> Vec<String> {
+        let body = json!({"inputs": INPUTS, "version": version});
+        let (status, answer) = read(agent().post(server.at("/v1/tasks/pets/classify")).send_json(body));
+        assert_eq!(status, 200, "{answer}");
+        answer["results"].as_array().unwrap().iter().map(|one| one["label"].as_str().unwrap().to_owned()).collect()
+    };
+    let (code, _, log) = push(0.5, &[]);
+    assert_eq!(code, Some(0), "{log}");
+    let right = answers(Value::Null);
+    let active = server.get("/v1/tasks/pets").1["version"].clone();
+    std::fs::write(home.path().join("eval.jsonl"), lines("label", &right)).unwrap();
+    let other = [-0.5, 1.0, -1.0, 2.0, -2.0, 3.0, -3.0].into_iter().find(|value| {
+        let (_, said, _) = push(*value, &["--no-activate"]);
+        let version = said.split_whitespace().nth(3).unwrap().trim_end_matches(':').to_owned();
+        answers(json!(version)) != right
+    });
+    let gate = ["--gate", "accuracy", "--eval", "eval.jsonl"];
+    let (code, said, log) = push(other.expect("a value with other answers"), &gate);
+    assert_eq!(code, Some(1), "{said}{log}");
+    assert!(log.contains("the gate kept version") && log.contains("the active version"), "{log}");
+    assert_eq!(server.get("/v1/tasks/pets").1["version"], active);
+    let (code, said, log) = push(0.5, &gate);
+    assert_eq!(code, Some(0), "{log}");
+    assert!(said.contains("accuracy 1.0000 on 12 examples"), "{said}");
 }
