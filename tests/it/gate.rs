@@ -180,6 +180,8 @@ fn push_compares_a_folder_with_the_active_version_and_fails_if_it_is_worse() {
     assert_eq!(code, Some(0), "{log}");
     let right = answers(Value::Null);
     let active = server.get("/v1/tasks/pets").1["version"].clone();
+    let of_version = format!("softserve_version_answer_seconds_count{{task=\"pets\",version={active}}}");
+    assert!((server.metric(&of_version) - INPUTS.len() as f64).abs() < 0.5, "a time for each answer of this version");
     std::fs::write(home.path().join("eval.jsonl"), lines("label", &right)).unwrap();
     let other = [-0.5, 1.0, -1.0, 2.0, -2.0, 3.0, -3.0].into_iter().find(|value| {
         let (_, said, _) = push(*value, &["--no-activate"]);

@@ -157,7 +157,7 @@ const CIRCLES: &[&[&str]] = &[
         "prompt::task",
         "prompt::weights",
     ],
-    &["registry", "registry::scan", "registry::state", "registry::watch"],
+    &["registry", "registry::collect", "registry::state", "registry::watch"],
 ];
 
 /// What decides who is next, beside all of `engine::scheduler`.
