@@ -150,7 +150,8 @@ async fn the_curve_of_a_plain_folder_is_shown_and_goes_with_its_prompt() {
     {
         std::os::unix::fs::symlink(secret.path(), folder.join("loss.svg")).unwrap();
         let answer = server.get(&at("dropped", &other, "loss.svg")).await;
-        assert_eq!(problem(&answer), (500, "internal".to_owned()));
+        assert_eq!(problem(&answer), (503, "store_unavailable".to_owned()));
+        assert!(answer.text().contains("invalid data"), "{}", answer.text());
         assert!(!answer.text().contains(server.prompts.path().to_str().unwrap()), "{}", answer.text());
     }
 }

@@ -240,7 +240,7 @@ impl Store for FolderStore {
     fn read_curve(&self, task: &TaskName, id: Option<&str>) -> io::Result<Option<Bytes>> {
         let dir = id.map_or_else(|| self.places.task(task), |id| self.places.version(task, id));
         match dir.is_dir() {
-            true => PromptFiles::read_curve(&dir).map_err(|fault| io::Error::other(fault.detail)),
+            true => PromptFiles::read_curve(&dir).map_err(|fault| io::Error::new(ErrorKind::InvalidData, fault.detail)),
             false => Ok(None),
         }
     }
